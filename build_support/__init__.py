@@ -1,0 +1,1 @@
+"""Helpers of setup.py; never part of the installed package."""
