@@ -1,0 +1,253 @@
+"""What ``tools/train.py`` and ``tools/test.py`` have in common.
+
+Importing this module imports ``mmactnn``, which teaches MMEngine to resolve
+``mmactnn::`` and ``mmseg::`` bases; it has to happen before a config is read.
+"""
+
+import argparse
+import os
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as torch_dist
+from mmengine.config import Config, DictAction
+from mmengine.dist import is_distributed
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+DDP_WRAPPER = 'MMDistributedDataParallel'
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that training and testing share.
+
+    Args:
+        parser (argparse.ArgumentParser): Parser to add them to.
+    """
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--work-dir', help='directory for logs, checkpoints and results'
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override settings of the config, such as '
+        'custom_hooks.0.level=L2 or key="[(a,b),(c,d)]" (no blanks in it)',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes of a distributed job',
+    )
+    # Launchers have passed either spelling.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config and merge the common arguments into it.
+
+    The work directory is the one of the command line, else the one in the
+    config, else ``./work_dirs/<name of the config file>``.
+
+    Args:
+        args (argparse.Namespace): Arguments that include those of
+            :func:`add_common_arguments`.
+
+    Returns:
+        Config: The merged config.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = os.path.join('./work_dirs', Path(args.config).stem)
+    return cfg
+
+
+def check_data(cfg: Config, splits: Iterable[str]) -> None:
+    """Check that the files a config reads exist, before anything is built.
+
+    Annotation files and image folders of the splits' datasets (inside
+    wrappers too) and annotation files of their evaluators are looked for.
+    Paths on a remote storage backend are not.
+
+    Args:
+        cfg (Config): The config.
+        splits (Iterable[str]): Splits to check, out of ``'train'``,
+            ``'val'`` and ``'test'``.
+
+    Raises:
+        FileNotFoundError: If any path is missing. The one message lists all
+            of them and says what to do.
+    """
+    missing = {}
+    for split in splits:
+        key = f'{split}_dataloader'
+        loader = cfg.get(key) or {}
+        for dataset in _iter_datasets(loader.get('dataset')):
+            for kind, path in _dataset_paths(dataset):
+                if not os.path.exists(path):
+                    missing.setdefault(path, f'{kind} of {key}')
+        key = f'{split}_evaluator'
+        for path in _evaluator_paths(cfg.get(key)):
+            if not os.path.exists(path):
+                missing.setdefault(path, f'annotation file of {key}')
+    if missing:
+        raise FileNotFoundError(_missing_data_message(cfg.filename, missing))
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the config's runner, on a GPU or without one.
+
+    Args:
+        cfg (Config): The merged config.
+
+    Returns:
+        Runner: The runner, ready to train or test.
+
+    Raises:
+        RuntimeError: If a distributed job without a GPU was started by
+            anything but torchrun.
+    """
+    notes = []
+    if cfg.launcher != 'none' and not torch.cuda.is_available():
+        notes = _distribute_on_cpu(cfg)
+    if 'runner_type' in cfg:
+        runner = RUNNERS.build(cfg)
+    else:
+        runner = Runner.from_cfg(cfg)
+    for note in notes:
+        runner.logger.warning(note)
+    return runner
+
+
+def _distribute_on_cpu(cfg: Config) -> list[str]:
+    """Set up a process group of CPU processes, and DDP for it.
+
+    MMEngine's own set-up selects a CUDA device for each process, and hands
+    device ids to DDP; torch refuses both without a GPU. The runner leaves a
+    process group that is there already alone.
+
+    Args:
+        cfg (Config): The merged config; its model wrapper is adapted.
+
+    Returns:
+        list[str]: What differs from the config, for the log.
+    """
+    if cfg.launcher != 'pytorch':
+        raise RuntimeError(
+            f'--launcher {cfg.launcher} needs a GPU for each process, but '
+            'torch sees none; without one start the processes with torchrun '
+            '(tools/dist_train.sh, tools/dist_test.sh) and --launcher pytorch'
+        )
+    if cfg.get('model_wrapper_cfg') is None:
+        # What the runner does by itself where no wrapper is configured.
+        cfg.model_wrapper_cfg = dict(
+            type=DDP_WRAPPER,
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+        )
+    wrapper = cfg.model_wrapper_cfg
+    if wrapper.get('type', DDP_WRAPPER) == DDP_WRAPPER:
+        wrapper.device_ids = None
+
+    dist_cfg = cfg.get('env_cfg', {}).get('dist_cfg', {})
+    if not is_distributed():
+        options = {}
+        if 'timeout' in dist_cfg:
+            options['timeout'] = timedelta(seconds=dist_cfg['timeout'])
+        torch_dist.init_process_group('gloo', **options)
+    backend = dist_cfg.get('backend', 'nccl')
+    if backend == 'gloo':
+        return []
+    return [
+        f'No GPU is available: the processes communicate through gloo, not '
+        f'through {backend} as env_cfg.dist_cfg says.'
+    ]
+
+
+def _iter_datasets(dataset: dict | None) -> Iterator[dict]:
+    """Yield the innermost datasets, those that name files."""
+    if not dataset:
+        return
+    inner = dataset.get('datasets') or [dataset.get('dataset')]
+    if inner == [None]:
+        yield dataset
+        return
+    for wrapped in inner:
+        yield from _iter_datasets(wrapped)
+
+
+def _dataset_paths(dataset: dict) -> Iterator[tuple[str, str]]:
+    """Yield kind and path of what a dataset reads, as it joins them."""
+    if not _is_local(dataset):
+        return
+    prefixes = dataset.get('data_prefix') or {}
+    if isinstance(prefixes, str):
+        prefixes = dict(img_path=prefixes)
+    named = [('annotation file', dataset.get('ann_file'))]
+    named += [(f"folder '{key}'", path) for key, path in prefixes.items()]
+    for kind, path in named:
+        # An empty name stands for "none", or for the data root itself.
+        if not path or not isinstance(path, str):
+            continue
+        path = os.path.join(dataset.get('data_root') or '', path)
+        if '://' not in path:
+            yield kind, path
+
+
+def _evaluator_paths(evaluators: dict | list | None) -> Iterator[str]:
+    if not isinstance(evaluators, (list, tuple)):
+        evaluators = [evaluators or {}]
+    for evaluator in evaluators:
+        path = evaluator.get('ann_file')
+        if path and _is_local(evaluator) and '://' not in path:
+            yield path
+
+
+def _is_local(cfg: dict) -> bool:
+    backend_args = cfg.get('backend_args') or {}
+    return backend_args.get('backend', 'local') == 'local'
+
+
+def _missing_data_message(config: str, missing: dict[str, str]) -> str:
+    width = max(map(len, missing))
+    lines = [f'{config} names data that is not there:']
+    lines += [f'  {path:<{width}}  ({what})' for path, what in missing.items()]
+    lines.append('Do one of these:')
+    coco_annotations = 'annotations/instances_train2017.json'
+    coco_root = next(
+        (
+            path.removesuffix(coco_annotations)
+            for path in missing
+            if path.endswith(coco_annotations)
+        ),
+        None,
+    )
+    if coco_root is None:
+        lines.append(
+            '  - put the data set at these paths (tools/dataset_converters/ '
+            'makes the small ones);'
+        )
+    else:
+        lines += [
+            '  - put COCO 2017 there: train2017.zip, val2017.zip and '
+            f'annotations_trainval2017.zip, unpacked in {coco_root};',
+            '  - put a small data set of the same shape there: python '
+            'tools/dataset_converters/digits.py '
+            f'{coco_root} --layout coco;',
+        ]
+    lines.append(
+        '  - name other paths, as in --cfg-options '
+        'train_dataloader.dataset.data_root=PATH'
+    )
+    return '\n'.join(lines)

@@ -1,0 +1,149 @@
+"""Tests a checkpoint: ``python tools/test.py CONFIG CHECKPOINT``."""
+
+import argparse
+from copy import deepcopy
+
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import METRICS
+
+from mmactnn.engine.launch import (
+    add_common_arguments,
+    build_runner,
+    check_data,
+    load_config,
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description='Test (and evaluate) a detector or a segmentor'
+    )
+    add_common_arguments(parser)
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        '--out',
+        help='keep the predictions: a pickle file, or for a segmentor a '
+        'directory of label maps',
+    )
+    parser.add_argument(
+        '--show', action='store_true', help='show the predictions'
+    )
+    parser.add_argument(
+        '--show-dir', help='directory to save painted images in'
+    )
+    parser.add_argument(
+        '--wait-time',
+        type=float,
+        default=2,
+        help='seconds for which an image is shown',
+    )
+    parser.add_argument(
+        '--tta', action='store_true', help='augment the test images'
+    )
+    args = parser.parse_args(argv)
+    return args
+
+
+def build_config(args: argparse.Namespace) -> Config:
+    """Read the config and merge the command line into it."""
+    cfg = load_config(args)
+    cfg.load_from = args.checkpoint
+    if args.show or args.show_dir:
+        enable_visualization(cfg, args)
+    if args.tta:
+        enable_tta(cfg)
+    if args.out is not None:
+        if is_segmentor(cfg):
+            cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
+        elif not args.out.endswith(('.pkl', '.pickle')):
+            raise ValueError(
+                f'--out must end with .pkl or .pickle, got {args.out}'
+            )
+    return cfg
+
+
+def is_segmentor(cfg: Config) -> bool:
+    """Tell an MMSegmentation config from a detection one."""
+    return cfg.get('default_scope') == 'mmseg'
+
+
+def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
+    """Have the predictions shown or saved as images."""
+    hook = cfg.default_hooks.get('visualization')
+    if hook is None:
+        raise ValueError(
+            '--show and --show-dir need a visualization hook in the '
+            "config's default_hooks, but there is none"
+        )
+    hook.update(draw=True, show=args.show, wait_time=args.wait_time)
+    if args.show_dir and is_segmentor(cfg):
+        cfg.visualizer.save_dir = args.show_dir
+    elif args.show_dir:
+        hook.test_out_dir = args.show_dir
+
+
+def enable_tta(cfg: Config) -> None:
+    """Wrap the model for test-time augmentation.
+
+    Detection configs seldom say how, so that flipping is their default.
+    """
+    if not is_segmentor(cfg):
+        cfg.setdefault(
+            'tta_model',
+            dict(
+                type='DetTTAModel',
+                tta_cfg=dict(
+                    nms=dict(type='nms', iou_threshold=0.5), max_per_img=100
+                ),
+            ),
+        )
+        cfg.setdefault('tta_pipeline', flip_pipeline(cfg))
+    for key in ('tta_model', 'tta_pipeline'):
+        if key not in cfg:
+            raise ValueError(f'--tta needs {key} in the config')
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    innermost_dataset(cfg).pipeline = cfg.tta_pipeline
+
+
+def flip_pipeline(cfg: Config) -> list[dict]:
+    """The test pipeline of a detector, once plain and once flipped."""
+    *transforms, pack = deepcopy(innermost_dataset(cfg).pipeline)
+    pack.meta_keys = (
+        'img_id',
+        'img_path',
+        'ori_shape',
+        'img_shape',
+        'scale_factor',
+        'flip',
+        'flip_direction',
+    )
+    flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
+    return [
+        *transforms,
+        dict(type='TestTimeAug', transforms=[flips, [pack]]),
+    ]
+
+
+def innermost_dataset(cfg: Config) -> ConfigDict:
+    """The test dataset inside its wrappers."""
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    return dataset
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Test as the command line says."""
+    args = parse_args(argv)
+    cfg = build_config(args)
+    check_data(cfg, ['test'])
+    runner = build_runner(cfg)
+    if args.out is not None and not is_segmentor(cfg):
+        dump = dict(type='mmdet.DumpDetResults', out_file_path=args.out)
+        runner.test_evaluator.metrics.append(METRICS.build(dump))
+    runner.test()
+
+
+if __name__ == '__main__':
+    main()
