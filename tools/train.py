@@ -4,7 +4,7 @@ import argparse
 
 from mmengine.config import Config
 
-from mmactnn.engine.launch import (
+from mmactnn.launch import (
     add_common_arguments,
     build_runner,
     check_data,
