@@ -1,0 +1,59 @@
+// Philox4x32-7: counter-based random bits, the same on every device.
+//
+// J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11.
+// Seven rounds are the fewest that pass BigCrush there (Table 2); a rounding
+// decision needs no more, and each round costs every element of a kernel.
+#pragma once
+
+#include <cstdint>
+
+#include "portability.h"
+
+namespace mmactnn {
+
+constexpr int kPhiloxRounds = 7;
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u;
+constexpr uint32_t kPhiloxMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u;
+constexpr uint32_t kPhiloxWeyl1 = 0xBB67AE85u;
+
+// Which random stream a tensor is rounded with: `seed` is the key, `offset`
+// the upper half of the counter; the lower half is the block of 8 elements.
+struct PhiloxStream {
+  uint64_t seed;
+  uint64_t offset;
+};
+
+struct PhiloxBlock {
+  uint32_t word[4];
+
+  // 16 random bits for element `i` (0 to 7) of the block.
+  MMACTNN_HOST_DEVICE uint32_t bits16(int i) const {
+    return (word[i >> 1] >> ((i & 1) * 16)) & 0xFFFFu;
+  }
+};
+
+MMACTNN_HOST_DEVICE PhiloxBlock philox(PhiloxStream stream, uint64_t block) {
+  uint32_t c0 = static_cast<uint32_t>(block);
+  uint32_t c1 = static_cast<uint32_t>(block >> 32);
+  uint32_t c2 = static_cast<uint32_t>(stream.offset);
+  uint32_t c3 = static_cast<uint32_t>(stream.offset >> 32);
+  uint32_t k0 = static_cast<uint32_t>(stream.seed);
+  uint32_t k1 = static_cast<uint32_t>(stream.seed >> 32);
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(kPhiloxMultiplier0) * c0;
+    const uint64_t p1 = static_cast<uint64_t>(kPhiloxMultiplier1) * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(p1);
+    c3 = static_cast<uint32_t>(p0);
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+}  // namespace mmactnn

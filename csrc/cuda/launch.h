@@ -1,0 +1,115 @@
+// What every launcher needs: the current stream, a device guard, launch
+// limits and a division that does not divide.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cfloat>
+#include <cstdint>
+
+#include "stream.h"
+
+namespace mmactnn {
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;
+constexpr int kWarpsPerBlock = kThreads / kWarp;
+// Grid dimension x and 32-bit indices inside of a launch both end here;
+// launchers cut larger tensors into several launches.
+constexpr int64_t kMaxIndex = INT64_C(0x7FFFFFFF);
+
+// After every launch. torch's own check would need a symbol of
+// libtorch_cuda.so, see current_stream().
+inline void check_launch() {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "mmactnn: a CUDA kernel failed to "
+                  "launch: ", cudaGetErrorString(error));
+}
+
+// Quotients of 32-bit numbers by a multiplication (Granlund and Montgomery,
+// "Division by invariant integers using multiplication", PLDI 1994).
+struct Divider {
+  uint32_t divisor;
+  uint32_t magic;
+  uint32_t shift;
+
+  explicit Divider(uint32_t d) : divisor(d), magic(0), shift(0) {
+    while (shift < 32 && (uint64_t{1} << shift) < d) ++shift;
+    magic = static_cast<uint32_t>(
+        ((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);
+  }
+
+  __device__ __forceinline__ uint32_t quotient(uint32_t n) const {
+    // n < 2^31, so that the sum cannot overflow.
+    return (__umulhi(n, magic) + n) >> shift;
+  }
+};
+
+template <typename T>
+struct Number;
+
+template <>
+struct Number<float> {
+  static constexpr float kLargest = FLT_MAX;
+  static __device__ __forceinline__ float load(float x) { return x; }
+  static __device__ __forceinline__ float store(float x) { return x; }
+};
+
+template <>
+struct Number<__half> {
+  static constexpr float kLargest = 65504.0f;
+  static __device__ __forceinline__ float load(__half x) {
+    return __half2float(x);
+  }
+  static __device__ __forceinline__ __half store(float x) {
+    return __float2half_rn(x);
+  }
+};
+
+template <>
+struct Number<__nv_bfloat16> {
+  static constexpr float kLargest = 0x1.FEp127f;
+  static __device__ __forceinline__ float load(__nv_bfloat16 x) {
+    return __bfloat162float(x);
+  }
+  static __device__ __forceinline__ __nv_bfloat16 store(float x) {
+    return __float2bfloat16_rn(x);
+  }
+};
+
+// `kCount` numbers that move as one word of at most 16 bytes.
+template <typename T, int kCount>
+struct alignas(sizeof(T) * kCount) Vector {
+  T item[kCount];
+};
+
+template <typename T>
+struct TypeTag {
+  using type = T;
+};
+
+// Calls `body` with a TypeTag; dtypes have been checked by check_dtype().
+template <typename Body>
+void dispatch_cuda_dtype(torch::headeronly::ScalarType dtype,
+                         const Body& body) {
+  using torch::headeronly::ScalarType;
+  if (dtype == ScalarType::Float) {
+    body(TypeTag<float>{});
+  } else if (dtype == ScalarType::Half) {
+    body(TypeTag<__half>{});
+  } else {
+    body(TypeTag<__nv_bfloat16>{});
+  }
+}
+
+inline bool is_aligned(const void* pointer, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+}  // namespace mmactnn

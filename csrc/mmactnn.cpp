@@ -1,0 +1,16 @@
+// The schema of every op. Kernels are registered beside their code in cpu/
+// and cuda/, fake kernels in mmactnn/ops/_fake.py; shapes, dtypes and meaning
+// are documented with the Python functions in mmactnn/ops/.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(mmactnn, m) {
+  m.def(
+      "quantize(Tensor input, int bits, int group_size, int seed, "
+      "int offset) -> (Tensor codes, Tensor ranges)");
+  m.def(
+      "dequantize(Tensor codes, Tensor ranges, int[] size, int[] stride, "
+      "ScalarType dtype, int bits, int group_size) -> Tensor");
+  m.def("relu_mask(Tensor input) -> (Tensor output, Tensor mask)");
+  m.def("relu_mask_(Tensor(a!) input) -> Tensor mask");
+  m.def("relu_mask_backward(Tensor grad_output, Tensor mask) -> Tensor");
+}

@@ -1,0 +1,50 @@
+"""Memory layouts: what the kernels read in place and what must be copied."""
+
+import torch
+
+
+def is_dense(tensor):
+    """Whether the elements fill one piece of memory, in whatever order."""
+    return (tensor.is_contiguous()
+            or torch.ops.aten.is_non_overlapping_and_dense(tensor))
+
+
+def dense(tensor):
+    """The tensor itself if it is dense, else a contiguous copy."""
+    return tensor if is_dense(tensor) else tensor.contiguous()
+
+
+def dense_rows(tensor):
+    """A dense tensor whose samples (dimension 0) lie one after another.
+
+    Contiguous and channels_last tensors, and any permutation of the inner
+    dimensions, pass without a copy.
+    """
+    if tensor.is_contiguous():
+        return tensor
+    rows = tensor.size(0)
+    if is_dense(tensor) and (rows <= 1
+                             or tensor.stride(0) == tensor.numel() // rows):
+        return tensor
+    return tensor.contiguous()
+
+
+def with_strides(tensor, stride):
+    """A tensor of given strides; a copy only if they differ.
+
+    Args:
+        tensor (Tensor[*]): Any layout.
+        stride (tuple[int]): Strides of a dense layout of the same shape.
+
+    Returns:
+        Tensor[*]: The same values. Strides of dimensions of size 1 do not
+        count.
+    """
+    same = all(
+        have == want or size == 1
+        for size, have, want in zip(tensor.shape, tensor.stride(), stride))
+    if same or tensor.numel() == 0:
+        return tensor
+    out = torch.empty_strided(
+        tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return out.copy_(tensor)

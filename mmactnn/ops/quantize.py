@@ -1,0 +1,127 @@
+"""Stochastic group-wise quantisation."""
+
+import torch
+
+from ..extension import require_kernels
+from .layout import dense_rows
+
+VALID_BITS = (1, 2, 4, 8)
+GROUP_SIZES = (64, 128, 256, 512)
+VALID_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_format(bits, group_size):
+    """Check the format of codes.
+
+    Raises:
+        ValueError: If ``bits`` is not 1, 2, 4 or 8, or ``group_size`` not 64,
+            128, 256 or 512.
+    """
+    if bits not in VALID_BITS:
+        raise ValueError(f'bits must be 1, 2, 4 or 8, got {bits!r}')
+    if group_size not in GROUP_SIZES:
+        raise ValueError('group_size must be 64, 128, 256 or 512, got '
+                         f'{group_size!r}')
+
+
+def check_input(tensor):
+    """Check that there are kernels for a tensor.
+
+    Raises:
+        TypeError: If the dtype is not float32, float16 or bfloat16.
+        RuntimeError: If the device has no kernels.
+    """
+    if tensor.dtype not in VALID_DTYPES:
+        raise TypeError('compressed layers take float32, float16 or bfloat16 '
+                        f'tensors, got {tensor.dtype}; convert the input, or '
+                        'use level L0')
+    require_kernels(tensor.device)
+
+
+def quantize(input, bits, group_size=256, *, seed, offset=0):
+    """Round a tensor to codes of a few bits, stochastically.
+
+    The elements of each sample, in memory order, are cut into groups. A group
+    is kept as codes and a pair of bfloat16 numbers ``(low, step)``, ``low``
+    rounded down and ``step`` up so that every value lies in the range. A
+    value x becomes ``floor((x - low) / step + u)`` with u uniform on [0, 1):
+    ``low + code * step`` has the expectation x and, for a fraction f of a
+    step above the code below, the variance ``step ** 2 * f * (1 - f)``
+    (ActNN, arXiv:2104.14129, Sec. 3.1). The range is per group as there
+    (Sec. 4.1); its outward rounding, without which values at the ends of the
+    range are biased, is ours.
+
+    NaN and inf keep their places: the finite values of a group with any
+    decode to the middle of their range; at 1 bit inf decodes to NaN.
+
+    Args:
+        input (Tensor[N, *]): float32, float16 or bfloat16. Contiguous,
+            channels_last and other dense layouts with dimension 0 outermost
+            are read in place, others are copied first.
+        bits (int): Bits a code. Valid values are 1, 2, 4 and 8.
+        group_size (int, optional): Elements a range. Valid values are 64,
+            128, 256 and 512. Defaults to 256.
+        seed (int): Key of the random bits, 64 bits.
+        offset (int, optional): Counter of the random bits, 64 bits. Two calls
+            of equal seed and offset round alike. Defaults to 0.
+
+    Returns:
+        tuple[Tensor, Tensor]: ``codes`` (Tensor[N, ceil(M / 8) * bits],
+        uint8) for M elements a sample, the first of 8 elements in the lowest
+        bits; ``ranges`` (Tensor[N, ceil(M / group_size), 2], bfloat16) of
+        low and step.
+
+    Raises:
+        ValueError: If ``bits`` or ``group_size`` is not valid, or ``input``
+            has no dimension.
+        TypeError: If the dtype is not supported.
+        RuntimeError: If the device has no kernels.
+    """
+    check_format(bits, group_size)
+    check_input(input)
+    if input.dim() == 0:
+        raise ValueError('input must have at least one dimension, got a '
+                         'scalar tensor')
+    return torch.ops.mmactnn.quantize(
+        dense_rows(input), bits, group_size, _as_int64(seed),
+        _as_int64(offset))
+
+
+def dequantize(codes, ranges, size, stride, dtype, bits, group_size=256):
+    """Turn codes back into values.
+
+    Rows of ``codes`` and ``ranges`` belong to samples: for a range of
+    samples pass slices of both and the size of the part.
+
+    Args:
+        codes (Tensor[N, ceil(M / 8) * bits]): uint8, from :func:`quantize`.
+        ranges (Tensor[N, ceil(M / group_size), 2]): bfloat16.
+        size (Sequence[int]): Shape of the result, N first.
+        stride (Sequence[int]): Strides of the result, those of the tensor
+            that was quantised.
+        dtype (torch.dtype): float32, float16 or bfloat16.
+        bits (int): Bits a code. Valid values are 1, 2, 4 and 8.
+        group_size (int, optional): Elements a range. Defaults to 256.
+
+    Returns:
+        Tensor[N, *]: ``low + code * step``, of ``dtype`` and ``stride``.
+
+    Raises:
+        ValueError: If ``bits`` or ``group_size`` is not valid.
+        TypeError: If the dtype is not supported.
+        RuntimeError: If the device has no kernels, or codes, ranges and size
+            do not belong together.
+    """
+    check_format(bits, group_size)
+    if dtype not in VALID_DTYPES:
+        raise TypeError('dtype must be float32, float16 or bfloat16, got '
+                        f'{dtype}')
+    require_kernels(codes.device)
+    return torch.ops.mmactnn.dequantize(codes, ranges, size, stride, dtype,
+                                        bits, group_size)
+
+
+def _as_int64(value):
+    """The 64 lowest bits of an integer as the op's signed argument."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value

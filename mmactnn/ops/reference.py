@@ -1,0 +1,162 @@
+"""The kernels in plain torch: executable specification and test oracle.
+
+Slow and wasteful on purpose. Same codes, bit for bit, as the compiled ones.
+"""
+
+import torch
+
+_PHILOX_ROUNDS = 7
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK32 = 0xFFFFFFFF
+_MIN_STEP = 2.0**-111
+_POSITIVE_INF, _NEGATIVE_INF, _NAN = 1, 2, 3
+
+
+def philox(blocks, seed, offset):
+    """Random words of Philox4x32-7.
+
+    J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11,
+    Sec. 2.2.
+
+    Args:
+        blocks (Tensor[B]): int64, lower half of the counter.
+        seed (int): Key, 64 bits.
+        offset (int): Upper half of the counter, 64 bits.
+
+    Returns:
+        Tensor[B, 4]: int64 of 32 random bits each.
+    """
+
+    def multiply(a, constant):
+        # 64-bit products do not fit into int64: by halves of the constant.
+        low = a * (constant & 0xFFFF)
+        high = a * (constant >> 16)
+        product_high = (high + (low >> 16)) >> 16
+        product_low = (((high & 0xFFFF) << 16) + low) & _MASK32
+        return product_high, product_low
+
+    c = [
+        blocks & _MASK32, (blocks >> 32) & _MASK32,
+        torch.full_like(blocks, offset & _MASK32),
+        torch.full_like(blocks, (offset >> 32) & _MASK32)
+    ]
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(_PHILOX_ROUNDS):
+        high0, low0 = multiply(c[0], _MULTIPLIERS[0])
+        high1, low1 = multiply(c[2], _MULTIPLIERS[1])
+        c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
+        k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
+    return torch.stack(c, dim=-1)
+
+
+def _bfloat16_outward(value, towards_inf):
+    bits = value.view(torch.int32)
+    truncated = bits & -65536
+    grows = bits > 0 if towards_inf else bits < 0
+    inexact = (bits & 0xFFFF) != 0
+    carry = (grows & inexact).to(torch.int32) << 16
+    return (truncated + carry).view(torch.float32)
+
+
+def _make_range(groups, valid, levels):
+    """(low, step) of groups (Tensor[G, S]) whose padding is not valid."""
+    inf = float('inf')
+    finite = groups.isfinite() & valid
+    low = groups.where(finite, inf).amin(1)
+    high = groups.where(finite, -inf).amax(1)
+    special = (valid & ~groups.isfinite()).any(1)
+
+    base = _bfloat16_outward(low + 0.0, towards_inf=False)
+    span = high - base
+    step = _bfloat16_outward(span / levels, towards_inf=True)
+    step = step.clamp(min=_MIN_STEP).where(span != 0, 0.0)
+    overflow = ~(base.isfinite() & step.isfinite()) & ~special
+    nan = torch.full_like(step, float('nan'))
+    middle = (low * 0.5 + high * 0.5).where(low <= high, 0.0)
+    middle = _bfloat16_outward(middle + 0.0, towards_inf=False)
+    base = torch.where(special, middle, torch.where(overflow, nan, base))
+    return base, torch.where(special | overflow, nan, step)
+
+
+def quantize(input, bits, group_size, seed, offset):
+    """Specification of :func:`mmactnn.ops.quantize`, same arguments."""
+    levels = 2**bits - 1
+    rows, row_numel = input.shape[0], input[:1].numel()
+    order = sorted(range(1, input.dim()), key=lambda d: -input.stride(d))
+    flat = input.permute(0, *order).reshape(rows, row_numel).float()
+    row_blocks = -(-row_numel // 8)
+    row_groups = -(-row_numel // group_size)
+    padded = flat.new_zeros(rows, row_groups * group_size)
+    padded[:, :row_numel] = flat
+    groups = padded.view(-1, group_size)
+    valid = torch.zeros_like(padded, dtype=torch.bool)
+    valid[:, :row_numel] = True
+    valid = valid.view(-1, group_size)
+
+    if groups.numel() == 0:
+        return (input.new_zeros((rows, row_blocks * bits), dtype=torch.uint8),
+                input.new_zeros((rows, row_groups, 2), dtype=torch.bfloat16))
+    low, step = _make_range(groups, valid, levels)
+    low_, step_ = low[:, None], step[:, None]
+
+    blocks = torch.arange(rows * row_blocks, device=input.device)
+    words = philox(blocks, seed, offset)
+    random = torch.stack([words & 0xFFFF, words >> 16], -1).view(rows, -1)
+    random = torch.nn.functional.pad(
+        random, (0, padded.shape[1] - random.shape[1])).view_as(groups)
+    scale = (65536.0 / step_).where(step_ != 0, 0.0)
+    fixed = ((groups - low_) * scale + 0.5).nan_to_num(0, 0, 0).to(torch.int32)
+    codes = ((fixed + random) >> 16).clamp(max=levels)
+
+    special = torch.zeros_like(codes)
+    special[groups == float('inf')] = _POSITIVE_INF
+    special[groups == -float('inf')] = _NEGATIVE_INF
+    special[groups.isnan() | low_.isnan()] = _NAN
+    codes = torch.where(step_.isnan(), special.clamp(max=levels), codes)
+
+    codes = (codes * valid).view(rows, -1)[:, :row_blocks * 8]
+    per_byte = 8 // bits
+    codes = codes.reshape(rows, -1, per_byte)
+    shifts = torch.arange(per_byte, device=input.device) * bits
+    packed = (codes << shifts).sum(-1).to(torch.uint8)
+    ranges = torch.stack([low, step], -1).view(rows, row_groups, 2)
+    return packed, ranges.to(torch.bfloat16)
+
+
+def dequantize(codes, ranges, size, stride, dtype, bits, group_size):
+    """Specification of :func:`mmactnn.ops.dequantize`, same arguments."""
+    out = torch.empty_strided(size, stride, dtype=dtype, device=codes.device)
+    if out.numel() == 0:
+        return out
+    levels = 2**bits - 1
+    rows, row_numel = size[0], out[:1].numel()
+    shifts = torch.arange(8 // bits, device=codes.device) * bits
+    unpacked = ((codes[..., None].long() >> shifts) & levels).view(rows, -1)
+    unpacked = unpacked[:, :row_numel]
+    low, step = ranges.float().repeat_interleave(
+        group_size, dim=1)[:, :row_numel].unbind(-1)
+    largest = torch.finfo(dtype).max
+    value = (unpacked * step + low).clamp(-largest, largest)
+    nan, inf = float('nan'), float('inf')
+    special = torch.where(unpacked == _POSITIVE_INF, inf, nan)
+    special = torch.where(unpacked == _NEGATIVE_INF, -inf, special)
+    if bits == 1:
+        special = torch.full_like(low, nan)
+    special = torch.where(unpacked == 0, low, special)
+    value = torch.where(step.isnan(), special, value)
+    order = sorted(range(1, len(size)), key=lambda d: -out.stride(d))
+    view = out.permute(0, *order)
+    view.copy_(value.view(view.shape))
+    return out
+
+
+def relu_mask(input):
+    """Specification of :func:`mmactnn.ops.relu_mask`."""
+    order = sorted(range(input.dim()), key=lambda d: -input.stride(d))
+    keep = ~(input <= 0)
+    flat = keep.permute(order).reshape(-1)
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
+    shifts = torch.arange(8, device=input.device)
+    mask = (padded.view(-1, 8).long() << shifts).sum(-1).to(torch.uint8)
+    return input.where(keep, 0), mask
