@@ -1,0 +1,48 @@
+"""Makes ``import torchvision`` work where its compiled ops cannot load.
+
+MMPretrain imports torchvision, whose wheels are linked against one build of
+torch: beside any other build (CPU-only torch, say) the ops are missing, and
+the import stops at the first fake kernel registered for one. The package's
+own code never imports torchvision, so that only tests need this.
+"""
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+import torch
+
+# The ops that torchvision registers fake kernels for unconditionally. The
+# signatures only have to exist: nothing calls the ops.
+SCHEMAS = {
+    'nms': '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor',
+    'qnms': '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor',
+}
+
+
+@cache
+def make_torchvision_importable() -> torch.library.Library | None:
+    """Declare the ops that torchvision needs, if it cannot load its own.
+
+    Returns:
+        torch.library.Library | None: Owner of the declarations, which live
+        as long as it does, that is for the rest of the process. None if
+        torchvision's own ops load.
+
+    Raises:
+        ModuleNotFoundError: If torchvision is not installed.
+    """
+    spec = importlib.util.find_spec('torchvision')
+    if spec is None:
+        raise ModuleNotFoundError(
+            'torchvision is not installed: pip install --no-deps -r '
+            'requirements/torchvision.txt'
+        )
+    try:
+        torch.ops.load_library(Path(spec.origin).with_name('_C.so'))
+    except OSError:
+        library = torch.library.Library('torchvision', 'DEF')
+        for name, signature in SCHEMAS.items():
+            library.define(name + signature)
+        return library
+    return None
