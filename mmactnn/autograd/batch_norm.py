@@ -1,0 +1,97 @@
+"""Batch normalisation that keeps its input as codes."""
+
+import torch
+from torch.autograd import Function
+
+from ..payload import QuantizedTensor
+from .double_backward import first_order_only
+
+
+class _BatchNorm(Function):
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, running_mean, running_var,
+                batch_stats, momentum, eps, quantizer):
+        # What F.batch_norm calls, with what its backward needs.
+        (output, save_mean, save_invstd, reserve,
+         backend) = torch.ops.aten._batch_norm_impl_index(
+             input, weight, bias, running_mean, running_var, batch_stats,
+             momentum, eps, torch.backends.cudnn.enabled)
+
+        needs_input, needs_weight = ctx.needs_input_grad[:2]
+        # With given statistics the output is linear in the input, whose
+        # gradient then needs no input.
+        payload, kept = None, ()
+        if needs_weight or (needs_input and batch_stats):
+            payload = quantizer.pack(input)
+            kept = payload.tensors
+        ctx.format = payload and payload.format
+        ctx.backend, ctx.batch_stats, ctx.eps = backend, batch_stats, eps
+        if batch_stats:
+            running_mean = running_var = None
+        statistics = (save_mean, save_invstd, reserve)
+        ctx.save_for_backward(weight, running_mean, running_var, *statistics,
+                              *kept)
+        quantizer.note(kept=kept, exact=(input, *statistics))
+        return output
+
+    @staticmethod
+    @first_order_only('QBatchNorm')
+    def backward(ctx, grad_output):
+        (weight, running_mean, running_var, save_mean, save_invstd, reserve,
+         *kept) = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        if not kept:
+            grads = _affine_backward(grad_output, weight, running_var,
+                                     ctx.eps, wanted)
+            return *grads, *[None] * 6
+        x = QuantizedTensor(*kept, ctx.format).unpack()
+        grads = torch.ops.aten._batch_norm_impl_index_backward(
+            ctx.backend, x, grad_output, weight, running_mean, running_var,
+            save_mean, save_invstd, ctx.batch_stats, ctx.eps, wanted, reserve)
+        grads = [grad if want else None for grad, want in zip(grads, wanted)]
+        return *grads, *[None] * 6
+
+
+def _affine_backward(grad_output, weight, running_var, eps, wanted):
+    """Gradients of ``(x - mean) * scale + bias`` that do not need x."""
+    needs_input, _, needs_bias = wanted
+    shape = [1, -1] + [1] * (grad_output.dim() - 2)
+    grad_input = grad_bias = None
+    if needs_input:
+        scale = torch.rsqrt(running_var + eps)
+        if weight is not None:
+            scale = scale * weight
+        grad_input = grad_output * scale.view(shape).to(grad_output.dtype)
+    if needs_bias:
+        dims = [d for d in range(grad_output.dim()) if d != 1]
+        grad_bias = grad_output.sum(dims, dtype=running_var.dtype)
+    return grad_input, None, grad_bias
+
+
+def batch_norm(input, weight, bias, running_mean, running_var, batch_stats,
+               momentum, eps, quantizer):
+    """Batch normalisation whose backward is computed from codes.
+
+    The gradients of weight and bias are unbiased; that of the input has a
+    bias of second order, the variance of the rounding noise over the number
+    of elements of a channel (ActNN, arXiv:2104.14129, Sec. 3.3).
+
+    Args:
+        input (Tensor[N, C, *]): float32, float16 or bfloat16.
+        weight (Tensor[C], optional): Scale.
+        bias (Tensor[C], optional): Shift.
+        running_mean (Tensor[C], optional): Running mean, updated in place
+            with batch statistics.
+        running_var (Tensor[C], optional): Running variance, likewise.
+        batch_stats (bool): Normalise with the statistics of the batch, not
+            the running ones.
+        momentum (float): Weight of the batch in the running statistics.
+        eps (float): Added to the variance.
+        quantizer (LayerQuantizer): Settings of the layer.
+
+    Returns:
+        Tensor[N, C, *]: The output.
+    """
+    return _BatchNorm.apply(input, weight, bias, running_mean, running_var,
+                            batch_stats, momentum, eps, quantizer)

@@ -1,0 +1,101 @@
+"""Convolution that keeps its input as codes."""
+
+import torch
+from torch.autograd import Function
+
+from ..payload import QuantizedTensor
+from .double_backward import first_order_only
+
+
+def _in_layout_of(weight, channels_last):
+    """The weight in the layout that makes the gradient's kernel choose it.
+
+    Without the input itself at hand the weight's layout alone tells cuDNN
+    and oneDNN which one to work in.
+    """
+    if channels_last and weight.dim() == 4:
+        return weight.contiguous(memory_format=torch.channels_last)
+    return weight
+
+
+class _Convolution(Function):
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, dtype, geometry, quantizer):
+        x, w, b = (t if t is None or dtype is None else t.to(dtype)
+                   for t in (input, weight, bias))
+        output = torch.ops.aten.convolution(x, w, b, *geometry)
+
+        ctx.geometry, ctx.dtype = geometry, dtype
+        ctx.size, ctx.input_dtype = input.shape, input.dtype
+        ctx.channels_last = x.dim() == 4 and x.is_contiguous(
+            memory_format=torch.channels_last) and not x.is_contiguous()
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        payload, kept = None, ()
+        if ctx.needs_input_grad[1]:
+            payload = quantizer.pack(x)
+            kept = payload.tensors
+        ctx.format = payload and payload.format
+        # The parameter itself, not its copy in the dtype of autocast.
+        ctx.save_for_backward(weight, *kept)
+        quantizer.note(kept=kept, exact=(x, w))
+        return output
+
+    @staticmethod
+    @first_order_only('QConv')
+    def backward(ctx, grad_output):
+        weight, *kept = ctx.saved_tensors
+        w = weight if ctx.dtype is None else weight.to(ctx.dtype)
+        w = _in_layout_of(w, ctx.channels_last)
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        bias_size = None if ctx.bias_dtype is None else [grad_output.shape[1]]
+        # Stands for the input where only its shape counts.
+        shape_only = grad_output.new_empty(1).expand(ctx.size)
+
+        def gradients(x, *wanted):
+            return torch.ops.aten.convolution_backward(
+                grad_output, x, w, bias_size, *ctx.geometry, wanted)
+
+        grad_input = grad_weight = grad_bias = None
+        if needs_weight:
+            # Before the input's gradient exists: the two are the largest
+            # tensors here and need not live together.
+            x = QuantizedTensor(*kept, ctx.format).unpack()
+            _, grad_weight, grad_bias = gradients(x, False, True, needs_bias)
+            del x
+            grad_weight = grad_weight.to(weight.dtype)
+        elif needs_bias:
+            _, _, grad_bias = gradients(shape_only, False, False, True)
+        if needs_bias:
+            grad_bias = grad_bias.to(ctx.bias_dtype)
+        if needs_input:
+            grad_input, _, _ = gradients(shape_only, True, False, False)
+            grad_input = grad_input.to(ctx.input_dtype)
+        return grad_input, grad_weight, grad_bias, None, None, None
+
+
+def convolution(input, weight, bias, geometry, quantizer):
+    """Convolution whose weight gradient is computed from codes.
+
+    The forward pass and the gradient of the input are exact. The gradient of
+    the weight is linear in the input, hence unbiased (ActNN,
+    arXiv:2104.14129, Sec. 3.1).
+
+    Args:
+        input (Tensor[N, C, *]): float32, float16 or bfloat16; under autocast
+            it is cast to autocast's dtype.
+        weight (Tensor[O, C / groups, *]): Weight.
+        bias (Tensor[O], optional): Bias.
+        geometry (tuple): Stride, padding, dilation (tuples of int),
+            transposed (bool), output padding (tuple of int) and groups (int),
+            as ``torch.ops.aten.convolution`` takes them.
+        quantizer (LayerQuantizer): Settings of the layer.
+
+    Returns:
+        Tensor[N, O, *]: The output.
+    """
+    device = input.device.type
+    dtype = None
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return _Convolution.apply(input, weight, bias, dtype, geometry, quantizer)

@@ -1,0 +1,118 @@
+"""Batch normalisation over several processes, its input kept as codes."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.autograd import Function
+
+from ..payload import QuantizedTensor
+from .double_backward import first_order_only
+
+
+def _channel_shape(tensor):
+    return [1, -1] + [1] * (tensor.dim() - 2)
+
+
+def _global_statistics(input, group):
+    """Mean, biased variance and number of values of each channel.
+
+    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for
+    computing sample variances", 1979, over the processes at once.
+
+    Args:
+        input (Tensor[N, C, *]): This process's part; N may be 0.
+        group (ProcessGroup): The processes.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: float32 mean (Tensor[C]), variance
+        (Tensor[C]) and count (Tensor[1]).
+    """
+    channels = input.size(1)
+    dims = [d for d in range(input.dim()) if d != 1]
+    local = input.new_zeros(2 * channels + 1, dtype=torch.float32)
+    if input.numel():
+        var, mean = torch.var_mean(input.float(), dims, correction=0)
+        count = input.numel() // channels
+        local = torch.cat([mean, var, mean.new_full((1, ), count)])
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, local, group=group)
+    means, variances, counts = torch.stack(parts).split(
+        [channels, channels, 1], dim=1)
+    total = counts.sum(0)
+    mean = (means * counts).sum(0) / total
+    spread = variances + (means - mean)**2
+    return mean, (spread * counts).sum(0) / total, total
+
+
+class _SyncBatchNorm(Function):
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, running_mean, running_var, momentum,
+                eps, group, quantizer):
+        mean, var, count = _global_statistics(input, group)
+        if running_mean is not None:
+            unbiased = var * (count / (count - 1))
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        output = F.batch_norm(input, mean, var, weight, bias, False, 0., eps)
+        payload, kept = None, ()
+        if any(ctx.needs_input_grad[:2]):
+            payload = quantizer.pack(input)
+            kept = payload.tensors
+        ctx.format = payload and payload.format
+        ctx.eps, ctx.group = eps, group
+        ctx.save_for_backward(weight, mean, var, count, *kept)
+        quantizer.note(kept=kept, exact=(input, mean, var, count))
+        return output
+
+    @staticmethod
+    @first_order_only('QSyncBatchNorm')
+    def backward(ctx, grad_output):
+        weight, mean, var, count, *kept = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        nothing = [None] * 6
+        shape = _channel_shape(grad_output)
+        dims = [d for d in range(grad_output.dim()) if d != 1]
+        grad_bias = grad_output.sum(dims, dtype=torch.float32)
+        if not kept:
+            return None, None, grad_bias if needs_bias else None, *nothing
+
+        invstd = torch.rsqrt(var + ctx.eps)
+        x_hat = QuantizedTensor(*kept, ctx.format).unpack().float()
+        x_hat.sub_(mean.view(shape)).mul_(invstd.view(shape))
+        grad_weight = (grad_output * x_hat).sum(dims, dtype=torch.float32)
+        grad_input = None
+        if needs_input:
+            # The sums run over all processes, the gradients of weight and
+            # bias over this one: the optimiser's all-reduce adds them up.
+            sums = torch.stack([grad_bias, grad_weight])
+            dist.all_reduce(sums, group=ctx.group)
+            mean_grad, mean_grad_x_hat = sums / count
+            x_hat.mul_(mean_grad_x_hat.view(shape))
+            x_hat.add_(mean_grad.view(shape)).sub_(grad_output)
+            scale = invstd if weight is None else invstd * weight
+            grad_input = x_hat.mul_(-scale.view(shape)).to(grad_output.dtype)
+        return (grad_input, grad_weight if needs_weight else None,
+                grad_bias if needs_bias else None, *nothing)
+
+
+def sync_batch_norm(input, weight, bias, running_mean, running_var, momentum,
+                    eps, group, quantizer):
+    """Batch normalisation with the statistics of all processes.
+
+    Args:
+        input (Tensor[N, C, *]): This process's part; N may be 0.
+        weight (Tensor[C], optional): Scale.
+        bias (Tensor[C], optional): Shift.
+        running_mean (Tensor[C], optional): Updated in place.
+        running_var (Tensor[C], optional): Updated in place.
+        momentum (float): Weight of the batch in the running statistics.
+        eps (float): Added to the variance.
+        group (ProcessGroup): The processes, over any backend.
+        quantizer (LayerQuantizer): Settings of the layer.
+
+    Returns:
+        Tensor[N, C, *]: The output.
+    """
+    return _SyncBatchNorm.apply(input, weight, bias, running_mean,
+                                running_var, momentum, eps, group, quantizer)

@@ -1,0 +1,255 @@
+"""Turns the layers of a model into compressed ones, and back."""
+
+import collections
+import dataclasses
+import fnmatch
+
+from torch import nn
+
+from .layers import (QBatchNorm, QBatchNorm2d, QConv2d, QReLU, QSyncBatchNorm,
+                     QuantizedLayer)
+from .levels import DEFAULT_LEVEL, get_level
+from .quantizer import LayerQuantizer
+from .random import RoundingGenerator
+
+# By full name, so that MMCV and MMEngine need not be imported, nor installed.
+# Exact types only: a subclass may compute something else.
+CONVERSIONS = {
+    'torch.nn.modules.conv.Conv2d': QConv2d,
+    'mmcv.cnn.bricks.wrappers.Conv2d': QConv2d,
+    'torch.nn.modules.batchnorm.BatchNorm2d': QBatchNorm2d,
+    'torch.nn.modules.batchnorm.SyncBatchNorm': QSyncBatchNorm,
+    'mmengine.model.utils._BatchNormXd': QBatchNorm,
+    'torch.nn.modules.activation.ReLU': QReLU,
+}
+
+# Layers that keep nothing large for the backward pass.
+_KEEP_NOTHING = (nn.Identity, nn.Upsample, nn.Flatten, nn.Unflatten,
+                 nn.AdaptiveAvgPool2d, nn.ZeroPad2d)
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A layer that is compressed.
+
+    Attributes:
+        name (str): Qualified name in the model.
+        source (str): Class it had before.
+        target (str): Class it has now.
+        bits (int, optional): Bits an element; None for exact.
+    """
+
+    name: str
+    source: str
+    target: str
+    bits: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Left:
+    """A layer that was left alone.
+
+    Attributes:
+        name (str): Qualified name in the model.
+        source (str): Its class.
+        reason (str): Why.
+    """
+
+    name: str
+    source: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        level (str): Name of the level.
+        converted (tuple[Converted]): Layers that are compressed now.
+        left (tuple[Left]): Layers that are not, with the reason.
+    """
+
+    level: str
+    converted: tuple
+    left: tuple
+
+    def __str__(self):
+        lines = [f'ActNN level {self.level}: {len(self.converted)} layers '
+                 f'compressed, {len(self.left)} left']
+        kinds = collections.Counter(
+            (item.source, item.target, item.bits) for item in self.converted)
+        for (source, target, bits), count in sorted(
+                kinds.items(), key=lambda item: item[0][:2]):
+            size = 'exact' if bits is None else f'{bits} bit'
+            lines.append(f'  {count:4d} {source} -> {target} ({size})')
+        reasons = collections.defaultdict(list)
+        for item in self.left:
+            reasons[item.source, item.reason].append(item.name)
+        for (source, reason), names in sorted(reasons.items()):
+            shown = ', '.join(names[:3]) + (', ...' if names[3:] else '')
+            lines.append(f'  {len(names):4d} {source} left: {reason} '
+                         f'({shown})')
+        return '\n'.join(lines)
+
+
+def convert_model(model,
+                  level=DEFAULT_LEVEL,
+                  include=None,
+                  exclude=(),
+                  group_size=256,
+                  generator=None):
+    """Make the layers of a model keep codes instead of activations.
+
+    Works in place by giving modules another class: parameters, buffers,
+    hooks, ``state_dict`` keys, optimisers and wrappers such as
+    DistributedDataParallel stay valid. Layers that are compressed already
+    take the new level (but keep bits that their constructor fixed), so that
+    the level of a model can be changed at any time; those that the filters
+    leave out stay what they are.
+
+    Args:
+        model (nn.Module): The model, with or without a wrapper.
+        level (str | Level, optional): Level, see
+            :data:`mmactnn.levels.LEVELS`. Defaults to ``'L3'``.
+        include (Sequence[str | type], optional): Convert only what matches
+            one of these: a glob pattern of qualified names
+            (``'backbone.*'``), the name of a class (``'Conv2d'``) or a class.
+            Defaults to everything.
+        exclude (Sequence[str | type], optional): Leave what matches one of
+            these, even if included. Defaults to nothing.
+        group_size (int, optional): Elements that share a range. Valid values
+            are 64, 128, 256 and 512. Defaults to 256.
+        generator (RoundingGenerator, optional): Source of random bits for
+            the model's layers. Defaults to a new one that follows
+            ``torch.manual_seed``.
+
+    Returns:
+        ConversionReport: What was converted, what was left, and why. Prints
+        as a summary.
+
+    Raises:
+        ValueError: If the level or the group size is unknown, or a pattern
+            matches no layer.
+        TypeError: If ``model`` is not a module or a filter neither a string
+            nor a class.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError('model must be an nn.Module, got '
+                        f'{type(model).__name__}')
+    level = get_level(level)
+    generator = generator or RoundingGenerator()
+    include = None if include is None else _Filter('include', include)
+    exclude = _Filter('exclude', exclude)
+    converted, left = [], []
+    for name, module in model.named_modules():
+        target = _target(module)
+        if target is None:
+            # Containers hold what is listed by itself.
+            if next(module.children(), None) is None:
+                left.append(Left(name, type(module).__name__,
+                                 _why_unmapped(module)))
+            continue
+        excluded = exclude.matches(name, module)
+        included = include is None or include.matches(name, module)
+        if excluded or not included:
+            reason = 'excluded' if excluded else 'not included'
+            left.append(Left(name, type(module).__name__, reason))
+            continue
+        converted.append(
+            _convert(name, module, target, level, group_size, generator))
+    for used in (include, exclude):
+        if used is not None:
+            used.require_all_used()
+    return ConversionReport(level.name, tuple(converted), tuple(left))
+
+
+def revert_model(model):
+    """Make compressed layers plain ones again, in place.
+
+    Args:
+        model (nn.Module): The model.
+
+    Returns:
+        list[str]: Qualified names of the layers that were reverted.
+    """
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            module.revert_()
+            names.append(name)
+    return names
+
+
+def _target(module):
+    """The compressed class for a module, or None."""
+    if isinstance(module, QuantizedLayer):
+        return type(module)
+    cls = type(module)
+    return CONVERSIONS.get(f'{cls.__module__}.{cls.__qualname__}')
+
+
+def _convert(name, module, target, level, group_size, generator):
+    source = type(module).__name__
+    bits = target.level_bits(level)
+    if isinstance(module, QuantizedLayer):
+        old = module.quantizer
+        if old.own_bits:
+            bits = old.bits
+        module.quantizer = LayerQuantizer(bits, group_size, old.own_bits,
+                                          generator)
+    else:
+        target.convert_(
+            module, LayerQuantizer(bits, group_size, generator=generator))
+    return Converted(name, source, target.__name__, bits)
+
+
+def _why_unmapped(module):
+    if isinstance(module, _KEEP_NOTHING):
+        return 'keeps nothing'
+    for base in type(module).__mro__[1:]:
+        known = f'{base.__module__}.{base.__qualname__}' in CONVERSIONS
+        if known:
+            return f'subclass of {base.__name__}, may compute otherwise'
+    return 'no compressed layer of this type'
+
+
+class _Filter:
+    """Patterns of names and classes, and which of them matched."""
+
+    def __init__(self, argument, patterns):
+        if isinstance(patterns, (str, type)):
+            patterns = (patterns, )
+        for pattern in patterns:
+            if not isinstance(pattern, (str, type)):
+                raise TypeError(f'{argument} must hold glob patterns, names '
+                                f'of classes or classes, got {pattern!r}')
+        self._argument = argument
+        self._unused = dict.fromkeys(patterns)
+        self._patterns = tuple(patterns)
+
+    def matches(self, name, module):
+        """Whether any pattern matches; remembers those that do."""
+        hits = [p for p in self._patterns if self._match(p, name, module)]
+        for pattern in hits:
+            self._unused.pop(pattern, None)
+        return bool(hits)
+
+    def require_all_used(self):
+        """Raise if a pattern matched nothing: most likely a typing error."""
+        if self._unused:
+            patterns = ', '.join(repr(pattern) for pattern in self._unused)
+            raise ValueError(f'{self._argument} matches no layer that can be '
+                             f'compressed: {patterns}')
+
+    @staticmethod
+    def _match(pattern, name, module):
+        # A compressed layer still answers to the class it came from.
+        classes = {type(module)}
+        if isinstance(module, QuantizedLayer):
+            classes.add(
+                module.__dict__.get('_converted_from', module.torch_class()))
+        if isinstance(pattern, type):
+            return pattern in classes
+        return (fnmatch.fnmatchcase(name, pattern)
+                or pattern in {cls.__name__ for cls in classes})

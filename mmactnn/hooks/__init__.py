@@ -1,0 +1,5 @@
+"""MMEngine hooks."""
+
+from .actnn_hook import ActNNHook
+
+__all__ = ['ActNNHook']

@@ -1,0 +1,237 @@
+"""Compressed training under MMEngine's runner."""
+
+import contextlib
+import resource
+
+import torch
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook, LoggerHook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+
+from ..convert import convert_model
+from ..layers import QuantizedLayer
+from ..memory import MIB, measure_activations
+from ..random import RoundingGenerator
+from ..registry import HOOKS, LAYER_NAMES, ROOT_HOOKS
+
+_TYPE_NAMES = {name for names in LAYER_NAMES.values() for name in names}
+
+
+@ROOT_HOOKS.register_module()
+@HOOKS.register_module()
+class ActNNHook(Hook):
+    """Convert the model, seed its rounding, log what it saves.
+
+    Conversion happens in ``before_run``: after the runner has wrapped the
+    model and exchanged its normalisation layers, before it initialises or
+    loads weights. It therefore also reaches layers that no config can name,
+    and those that the runner has turned back into plain ones.
+
+    Logged as ``actnn/...`` with every record of the training log:
+
+    ============== =======================================================
+    ``saved_mib``  kept for the backward pass by the whole model, in MiB
+    ``exact_mib``  what torch would have kept
+    ``ratio``      the second over the first
+    ``layers_ratio``  the same for the compressed layers alone
+    ``peak_mib``   most memory allocated on the GPU so far, in MiB; without
+                   a GPU the largest resident size of the process
+    ============== =======================================================
+
+    Activations are counted on the host in the iterations that are logged;
+    nothing waits for the device.
+
+    Args:
+        level (str | Level, optional): See :data:`mmactnn.levels.LEVELS`.
+            Defaults to ``'L3'``. ``'L0'`` is exact training, bit for bit.
+        include (list[str], optional): See :func:`mmactnn.convert_model`.
+        exclude (list[str], optional): See :func:`mmactnn.convert_model`.
+        group_size (int, optional): Elements that share a range. Valid values
+            are 64, 128, 256 and 512. Defaults to 256.
+        interval (int, optional): Iterations between two measurements.
+            Defaults to the interval of the ``LoggerHook``.
+
+    Examples:
+        >>> custom_hooks = [dict(type='ActNNHook', level='L3')]
+    """
+
+    # Before LoggerHook, which resets the counter of peak memory.
+    priority = 'ABOVE_NORMAL'
+
+    def __init__(self,
+                 level='L3',
+                 include=None,
+                 exclude=(),
+                 group_size=256,
+                 interval=None):
+        if interval is not None and interval < 1:
+            raise ValueError(f'interval must be 1 or more, got {interval}')
+        self.level = level
+        self.include = include
+        self.exclude = exclude
+        self.group_size = group_size
+        self.interval = interval
+        self.generator = RoundingGenerator()
+        self._loaded = None
+        self._measured = False
+        self._peak_mib = 0.
+        self._measuring = contextlib.ExitStack()
+        self._meter = None
+
+    def before_run(self, runner):
+        """Convert the model if the runner is about to train.
+
+        Args:
+            runner (Runner): The runner.
+
+        Raises:
+            RuntimeError: If the config asks for something that compressed
+                layers cannot work with, or names them and ends with none.
+        """
+        # Evaluation builds no optimizer; compressed layers would be plain
+        # ones in it anyway.
+        if not isinstance(runner.optim_wrapper,
+                          (OptimWrapper, OptimWrapperDict)):
+            return
+        model = _unwrap(runner.model)
+        _refuse_efficient_conv_bn_eval(runner, model)
+        self.generator.manual_seed(runner.seed, stream=get_rank())
+        report = convert_model(model, self.level, self.include, self.exclude,
+                               self.group_size, self.generator)
+        named = _named_types(runner.cfg.get('model'))
+        if named and not any(
+                isinstance(m, QuantizedLayer) for m in model.modules()):
+            raise RuntimeError(
+                f'the config names {", ".join(sorted(named))}, but no layer '
+                'of the model is compressed: something has turned them back '
+                'into plain layers, and include/exclude of ActNNHook keep '
+                f'them so (include={self.include}, exclude={self.exclude})')
+        runner.logger.info(str(report))
+        if self.interval is None:
+            self.interval = next(
+                (hook.interval for hook in runner.hooks
+                 if isinstance(hook, LoggerHook)), 50)
+
+    def before_train(self, runner):
+        """Go on with the rounding of a run that is resumed.
+
+        Args:
+            runner (Runner): The runner.
+        """
+        if self._loaded is None or runner.iter == 0:
+            return  # weights to start from, not a run to go on with
+        if self._loaded['level'] != self._level_name:
+            print_log(
+                f'resuming at level {self._level_name} what was trained at '
+                f'{self._loaded["level"]}', runner.logger, 'WARNING')
+        self.generator.manual_seed(self._loaded['seed'], stream=get_rank())
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        """Number the rounding of this iteration; start to measure it.
+
+        Args:
+            runner (Runner): The runner.
+            batch_idx (int): Index of the batch.
+            data_batch (dict, optional): The batch.
+        """
+        # Rounding is a function of seed, rank, iteration and call, so that a
+        # resumed run needs no more state than its iteration.
+        self.generator.seek(runner.iter << 32)
+        if self._measured and not self._is_due(batch_idx):
+            return
+        self._measured = True
+        self._meter = self._measuring.enter_context(
+            measure_activations(_unwrap(runner.model)))
+
+    def after_train_iter(self,
+                         runner,
+                         batch_idx,
+                         data_batch=None,
+                         outputs=None):
+        """Log what the iteration kept.
+
+        Args:
+            runner (Runner): The runner.
+            batch_idx (int): Index of the batch.
+            data_batch (dict, optional): The batch.
+            outputs (dict, optional): Losses.
+        """
+        if self._meter is None:
+            return
+        self._measuring.close()
+        meter, self._meter = self._meter, None
+        self._peak_mib = max(self._peak_mib, _peak_bytes() / MIB)
+        scalars = dict(
+            saved_mib=meter.saved_mib,
+            exact_mib=meter.exact_mib,
+            ratio=meter.ratio,
+            layers_ratio=meter.layers_ratio,
+            peak_mib=self._peak_mib)
+        for name, value in scalars.items():
+            runner.message_hub.update_scalar(
+                f'train/actnn/{name}', value, resumed=False)
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        """Put the state of the rounding into the checkpoint.
+
+        Args:
+            runner (Runner): The runner.
+            checkpoint (dict): The checkpoint.
+        """
+        checkpoint['actnn'] = dict(
+            level=self._level_name, seed=self.generator.seed)
+
+    def after_load_checkpoint(self, runner, checkpoint):
+        """Keep the state until it is known whether the run is resumed.
+
+        Args:
+            runner (Runner): The runner.
+            checkpoint (dict): The checkpoint.
+        """
+        self._loaded = checkpoint.get('actnn')
+
+    @property
+    def _level_name(self):
+        return getattr(self.level, 'name', self.level)
+
+    def _is_due(self, batch_idx):
+        return self.every_n_inner_iters(batch_idx, self.interval)
+
+
+def _unwrap(model):
+    return model.module if is_model_wrapper(model) else model
+
+
+def _refuse_efficient_conv_bn_eval(runner, model):
+    asked = runner.cfg.get('efficient_conv_bn_eval')
+    built = any(
+        getattr(module, 'efficient_conv_bn_eval_forward', None) is not None
+        for module in model.modules())
+    if asked is not None or built:
+        raise RuntimeError(
+            'efficient_conv_bn_eval and compressed layers exclude each other:'
+            ' it computes convolution and normalisation by itself and never '
+            'calls the layers, so that nothing would be saved. Remove '
+            f'efficient_conv_bn_eval={asked!r} from the config, or ActNNHook')
+
+
+def _named_types(config):
+    """The compressed layer types that a model's config names."""
+    if isinstance(config, dict):
+        name = config.get('type')
+        found = set()
+        if isinstance(name, str) and name.split('.')[-1] in _TYPE_NAMES:
+            found.add(name)
+        return found.union(*(_named_types(v) for v in config.values()))
+    if isinstance(config, (list, tuple)):
+        return set().union(*(_named_types(item) for item in config))
+    return set()
+
+
+def _peak_bytes():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

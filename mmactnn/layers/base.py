@@ -1,0 +1,97 @@
+"""What every compressed layer has in common."""
+
+import torch
+from torch import nn
+
+from ..levels import DEFAULT_LEVEL
+from ..quantizer import LayerQuantizer
+
+
+class QuantizedLayer:
+    """Mixin of the compressed layers.
+
+    A compressed layer is a subclass of its torch parent with the same
+    parameters, buffers and ``state_dict`` keys; all it adds is the attribute
+    ``quantizer``. Any instance of the parent can therefore become one by
+    :meth:`convert_`, and a plain layer again by :meth:`revert_`.
+
+    Attributes:
+        quantizer (LayerQuantizer): Settings of this layer.
+    """
+
+    # What levels call this kind of layer; set by the subclasses.
+    kind = None
+
+    def _init_quantizer(self, bits, group_size):
+        """Set up ``quantizer`` at the end of a constructor.
+
+        Args:
+            bits (int, optional): Bits a code, whatever the level; None
+                follows the level.
+            group_size (int): Elements a range.
+        """
+        own_bits = bits is not None
+        if not own_bits:
+            bits = self.level_bits(DEFAULT_LEVEL)
+        self.quantizer = LayerQuantizer(bits, group_size, own_bits)
+
+    @classmethod
+    def level_bits(cls, level):
+        """The bits that a level gives this kind of layer.
+
+        Args:
+            level (Level): The level.
+
+        Returns:
+            int, optional: Bits a code; None for exact.
+        """
+        return getattr(level, cls.kind)
+
+    @classmethod
+    def convert_(cls, module, quantizer):
+        """Turn an instance of the torch parent into this class, in place.
+
+        Parameters, buffers, hooks and references to the module stay valid.
+
+        Args:
+            module (nn.Module): The layer to convert.
+            quantizer (LayerQuantizer): Its settings.
+        """
+        module.__dict__['_converted_from'] = type(module)
+        module.__class__ = cls
+        module.quantizer = quantizer
+
+    def revert_(self):
+        """Turn this layer into a plain one, in place.
+
+        Returns:
+            type: The class it has now: the one it was converted from, or the
+            torch parent.
+        """
+        original = self.__dict__.pop('_converted_from', self.torch_class())
+        del self.quantizer
+        self.__class__ = original
+        return original
+
+    @classmethod
+    def torch_class(cls):
+        """The torch class that this one compresses."""
+        return next(base for base in cls.__mro__[1:]
+                    if not issubclass(base, QuantizedLayer)
+                    and issubclass(base, nn.Module))
+
+    def compresses(self, *tensors):
+        """Whether this call keeps anything for a backward pass in codes.
+
+        Args:
+            *tensors (Tensor, optional): Whatever may need a gradient.
+        """
+        return (not self.quantizer.exact and torch.is_grad_enabled()
+                and any(t is not None and t.requires_grad for t in tensors))
+
+    def extra_repr(self):
+        """As the parent's, with the bits."""
+        text = super().extra_repr()
+        bits = self.quantizer.bits
+        ours = 'exact' if bits is None else f'bits={bits}'
+        return f'{text}, {ours}' if text else ours

@@ -1,0 +1,190 @@
+"""Counts what a forward pass keeps for the backward pass."""
+
+import contextlib
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .layers import QuantizedLayer
+
+MIB = 2**20
+
+
+class ActivationMeter:
+    """What one forward pass keeps for its backward pass.
+
+    A storage counts once, however many tensors share it, and with its full
+    size; parameters and buffers of the model do not count, nor does what a
+    backward pass recomputes (checkpointing).
+
+    Args:
+        model (nn.Module): The model that is measured.
+    """
+
+    def __init__(self, model):
+        self._own = {
+            tensor.untyped_storage()._cdata
+            for tensor in (*model.parameters(), *model.buffers())
+        }
+        self._saved = _Storages()
+        self._exact = _Storages()
+        self._layers_saved = _Storages()
+        self._layers_exact = _Storages()
+        # What stands for what: from the storage of a payload's first tensor
+        # to the storages that torch would have kept in its place.
+        self._replaced = {}
+        self._payloads = _Storages()
+
+    @property
+    def saved_bytes(self):
+        """int: Bytes kept by all operations of the model."""
+        return self._saved.nbytes
+
+    @property
+    def exact_bytes(self):
+        """int: Bytes that torch would have kept without compression."""
+        return self._exact.nbytes
+
+    @property
+    def layers_saved_bytes(self):
+        """int: Bytes of codes, ranges and masks."""
+        return self._layers_saved.nbytes
+
+    @property
+    def layers_exact_bytes(self):
+        """int: Bytes that torch would have kept in their place."""
+        return self._layers_exact.nbytes
+
+    @property
+    def saved_mib(self):
+        """float: ``saved_bytes`` in MiB (2^20 bytes)."""
+        return self.saved_bytes / MIB
+
+    @property
+    def exact_mib(self):
+        """float: ``exact_bytes`` in MiB (2^20 bytes)."""
+        return self.exact_bytes / MIB
+
+    @property
+    def ratio(self):
+        """float: How many times less is kept than torch would keep."""
+        return self.exact_bytes / self.saved_bytes if self.saved_bytes else 1.
+
+    @property
+    def layers_ratio(self):
+        """float: The same for the compressed layers alone."""
+        saved = self.layers_saved_bytes
+        return self.layers_exact_bytes / saved if saved else 1.
+
+    def note(self, kept, exact):
+        """Take a compressed layer's word for what it replaces.
+
+        It counts once autograd really saves what is kept: inside of a
+        checkpointed block it does not.
+
+        Args:
+            kept (tuple[Tensor]): Tensors that the layer hands to autograd ...
+            exact (tuple[Tensor]): ... in place of those that torch would
+                have kept.
+        """
+        if _in_backward():
+            return
+        replaced = _Storages()
+        for tensor in exact:
+            if not self._is_own(tensor):
+                replaced.add(tensor)
+        if not kept:
+            self._count_replaced(replaced)
+            return
+        for tensor in kept:
+            self._payloads.add(tensor)
+        self._replaced[kept[0].untyped_storage()._cdata] = replaced
+
+    def pack(self, tensor):
+        """Hook for every tensor that autograd saves; returns it."""
+        if _in_backward() or self._is_own(tensor):
+            return tensor
+        self._saved.add(tensor)
+        if tensor in self._payloads:
+            self._layers_saved.add(tensor)
+            key = tensor.untyped_storage()._cdata
+            if key in self._replaced:
+                self._count_replaced(self._replaced.pop(key))
+        else:
+            self._exact.add(tensor)
+        return tensor
+
+    def _count_replaced(self, storages):
+        self._exact.update(storages)
+        self._layers_exact.update(storages)
+
+    def _is_own(self, tensor):
+        return tensor.untyped_storage()._cdata in self._own
+
+
+class _Storages:
+    """A set of storages and their size.
+
+    Weak references keep no memory alive, but keep the identity of a freed
+    storage from being given to another one.
+    """
+
+    def __init__(self):
+        self._entries = {}
+        self.nbytes = 0
+
+    def __contains__(self, tensor):
+        return tensor.untyped_storage()._cdata in self._entries
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._entries:
+            self._insert(storage._cdata, StorageWeakRef(storage),
+                         storage.nbytes())
+
+    def update(self, other):
+        for key, (ref, nbytes) in other._entries.items():
+            if key not in self._entries:
+                self._insert(key, ref, nbytes)
+
+    def _insert(self, key, ref, nbytes):
+        self._entries[key] = (ref, nbytes)
+        self.nbytes += nbytes
+
+
+def _in_backward():
+    return torch._C._current_graph_task_id() != -1
+
+
+def _identity(tensor):
+    return tensor
+
+
+@contextlib.contextmanager
+def measure_activations(model):
+    """Measure what forward passes inside of the block keep for backward.
+
+    Costs host time only: no synchronisation with the device.
+
+    Args:
+        model (nn.Module): The model, converted or not.
+
+    Yields:
+        ActivationMeter: Counts up as the model runs.
+
+    Examples:
+        >>> with mmactnn.measure_activations(model) as meter:
+        ...     loss = model(images).sum()
+        >>> print(f'{meter.saved_mib:.1f} of {meter.exact_mib:.1f} MiB')
+    """
+    meter = ActivationMeter(model)
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
+    for layer in layers:
+        layer.quantizer.meter = meter
+    try:
+        with saved_tensors_hooks(meter.pack, _identity):
+            yield meter
+    finally:
+        for layer in layers:
+            layer.quantizer.meter = None

@@ -1,0 +1,98 @@
+"""What a layer keeps of a tensor."""
+
+import dataclasses
+
+import torch
+
+from . import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class PayloadFormat:
+    """All of a payload but its tensors: what ``ctx`` keeps beside them.
+
+    Attributes:
+        size (torch.Size): Shape of the tensor.
+        stride (tuple[int]): Its strides.
+        dtype (torch.dtype): Its dtype.
+        bits (int): Bits a code.
+        group_size (int): Elements a range.
+    """
+
+    size: torch.Size
+    stride: tuple
+    dtype: torch.dtype
+    bits: int
+    group_size: int
+
+
+class QuantizedTensor:
+    """A tensor as codes of a few bits.
+
+    Its tensors go through ``ctx.save_for_backward``, its format stays on
+    ``ctx``; together they make the payload again.
+
+    Args:
+        codes (Tensor[N, ceil(M / 8) * bits]): uint8, see
+            :func:`mmactnn.ops.quantize`.
+        ranges (Tensor[N, ceil(M / group_size), 2]): bfloat16.
+        format (PayloadFormat): Shape, layout, dtype and bits.
+    """
+
+    def __init__(self, codes, ranges, format):
+        self.codes = codes
+        self.ranges = ranges
+        self.format = format
+
+    @classmethod
+    def pack(cls, tensor, bits, group_size, generator):
+        """Quantise a tensor.
+
+        Args:
+            tensor (Tensor[N, *]): float32, float16 or bfloat16.
+            bits (int): Bits a code. Valid values are 1, 2, 4 and 8.
+            group_size (int): Elements a range: 64, 128, 256 or 512.
+            generator (RoundingGenerator): Source of the random bits.
+
+        Returns:
+            QuantizedTensor: The payload.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: As
+                :func:`mmactnn.ops.quantize`.
+        """
+        rows = ops.layout.dense_rows(tensor)
+        seed, offset = generator.next()
+        codes, ranges = ops.quantize(
+            rows, bits, group_size, seed=seed, offset=offset)
+        return cls(
+            codes, ranges,
+            PayloadFormat(rows.shape, rows.stride(), rows.dtype, bits,
+                          group_size))
+
+    @property
+    def tensors(self):
+        """tuple[Tensor, Tensor]: What to save for backward."""
+        return self.codes, self.ranges
+
+    @property
+    def nbytes(self):
+        """int: Bytes of codes and ranges."""
+        return self.codes.nbytes + self.ranges.nbytes
+
+    def unpack(self, start=None, stop=None):
+        """Dequantise all samples or a range of them.
+
+        Args:
+            start (int, optional): First sample. Defaults to 0.
+            stop (int, optional): One past the last sample. Defaults to all.
+
+        Returns:
+            Tensor[stop - start, *]: In the original dtype and layout.
+        """
+        format = self.format
+        codes, ranges = self.codes[start:stop], self.ranges[start:stop]
+        return ops.dequantize(codes, ranges,
+                              (codes.shape[0], *format.size[1:]),
+                              format.stride, format.dtype, format.bits,
+                              format.group_size)

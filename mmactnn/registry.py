@@ -1,0 +1,51 @@
+"""Names for configs, in MMEngine's root registries and in our own.
+
+Root names resolve as plain ``type='QConv2d'`` under every default scope once
+``mmactnn`` is imported; those of the child registries as
+``type='mmactnn.QConv2d'`` without any import.
+"""
+
+import importlib.metadata
+
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.registry import HOOKS as ROOT_HOOKS
+from mmengine.registry import MODELS as ROOT_MODELS
+from mmengine.registry import Registry
+
+from .layers import QBatchNorm2d, QConv2d, QReLU, QSyncBatchNorm
+
+MODELS = Registry(
+    'model', parent=ROOT_MODELS, scope='mmactnn', locations=['mmactnn.layers'])
+HOOKS = Registry(
+    'hook', parent=ROOT_HOOKS, scope='mmactnn', locations=['mmactnn.hooks'])
+
+# Class names first, then the short names in MMCV's manner.
+LAYER_NAMES = {
+    QConv2d: ('QConv2d', 'QConv'),
+    QBatchNorm2d: ('QBatchNorm2d', 'QBN2d', 'QBN'),
+    QSyncBatchNorm: ('QSyncBatchNorm', 'QSyncBN'),
+    QReLU: ('QReLU', ),
+}
+
+for _layer, _names in LAYER_NAMES.items():
+    for _registry in (ROOT_MODELS, MODELS):
+        _registry.register_module(name=list(_names), module=_layer)
+
+
+def _name_packages():
+    """Make ``_base_ = 'mmactnn::...'`` and ``'mmseg::...'`` resolve.
+
+    MMEngine looks configs up by the names of distributions in a fixed table.
+    It has no entry for this package, and one for MMSegmentation that does
+    not hold for distributions of other names (``onedl-mmsegmentation``).
+    """
+    MODULE2PACKAGE.setdefault('mmactnn', 'mmactnn')
+    try:
+        importlib.metadata.distribution(MODULE2PACKAGE['mmseg'])
+    except importlib.metadata.PackageNotFoundError:
+        MODULE2PACKAGE['mmseg'] = 'mmseg'
+
+
+_name_packages()
+
+from . import hooks  # noqa: E402,F401  (registers itself in HOOKS)
