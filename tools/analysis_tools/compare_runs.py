@@ -101,16 +101,13 @@ def compare(exact: Run, ours: Run) -> Table:
     """
     rows = [
         ('activations kept (MiB)', '.1f', 'actnn/saved_mib', Run.last),
-        ('compression ratio', '.2f', 'actnn/ratio', Run.last),
+        ('ratio, whole model', '.2f', 'actnn/ratio', Run.last),
+        ('ratio, its Q layers', '.2f', 'actnn/layers_ratio', Run.last),
+        ('peak memory (MiB)', '.1f', 'actnn/peak_mib', Run.highest),
         ('final loss', '.4f', 'loss', Run.final_mean),
         ('time per iteration (s)', '.3f', 'time', Run.final_mean),
         ('bbox mAP', '.3f', 'coco/bbox_mAP', Run.final_metric),
     ]
-    # There is a peak only where an allocator counts it, that is on a GPU.
-    peak = 'actnn/peak_mib'
-    if any(peak in line for line in exact.train + ours.train):
-        rows.insert(2, ('peak memory (MiB)', '.1f', peak, Run.highest))
-
     table = Table()
     table.add_column('')
     table.add_column('exact', justify='right')
