@@ -3,6 +3,7 @@
 import ast
 import os
 import shutil
+import site
 import subprocess
 import sys
 import tarfile
@@ -77,7 +78,7 @@ def wheel(sdist, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def site(wheel, tmp_path_factory):
+def installed(wheel, tmp_path_factory):
     """A directory outside the tree that the wheel is installed in."""
     target = tmp_path_factory.mktemp('site')
     pip('install', '--no-deps', '--target', target, wheel, cwd=target)
@@ -123,27 +124,33 @@ def test_wheel_holds_configs_and_tools(wheel):
     )
 
 
-def test_installed_package_imports(site):
+def test_installed_package_imports(installed):
     code = 'import mmactnn; print(mmactnn.__file__);print(mmactnn.__version__)'
-    output = run(sys.executable, '-c', code, cwd=site, PYTHONPATH=str(site))
+    output = run(
+        sys.executable, '-c', code, cwd=installed, PYTHONPATH=str(installed)
+    )
     path, version = output.split()[-2:]
-    assert Path(path) == site / 'mmactnn' / '__init__.py'
+    assert Path(path) == installed / 'mmactnn' / '__init__.py'
     assert version == VERSION
 
 
-def test_installed_configs_are_found(site):
+def test_installed_configs_are_found(installed):
     """As a base of somebody's config, and by the tools beside them."""
-    config = site / 'mine.py'
+    config = installed / 'mine.py'
     config.write_text("_base_ = 'mmactnn::actnn/retinanet_r18_digits.py'\n")
     code = (
         'import mmactnn; from mmengine.config import Config;'
         f'print(Config.fromfile({str(config)!r}).model.type)'
     )
-    output = run(sys.executable, '-c', code, cwd=site, PYTHONPATH=str(site))
-    assert output.split()[-1] == 'RetinaNet'
-    tool = site / 'mmactnn' / '.mim' / 'tools' / 'train.py'
     output = run(
-        *(sys.executable, tool, '--help'), cwd=site, PYTHONPATH=str(site)
+        sys.executable, '-c', code, cwd=installed, PYTHONPATH=str(installed)
+    )
+    assert output.split()[-1] == 'RetinaNet'
+    tool = installed / 'mmactnn' / '.mim' / 'tools' / 'train.py'
+    output = run(
+        *(sys.executable, tool, '--help'),
+        cwd=installed,
+        PYTHONPATH=str(installed),
     )
     assert '--auto-scale-lr' in output
 
@@ -152,7 +159,7 @@ def test_editable_install_links_configs_and_tools(tree, tmp_path):
     # An environment of its own that sees the packages of this one.
     run(sys.executable, '-m', 'venv', '--without-pip', tmp_path, cwd=tree)
     (library,) = tmp_path.glob('lib/python*/site-packages')
-    (library / 'outer.pth').write_text('\n'.join(filter(None, sys.path[1:])))
+    (library / 'outer.pth').write_text('\n'.join(site.getsitepackages()))
     python = tmp_path / 'bin' / 'python'
     pip(
         *('--python', python, 'install', '--no-build-isolation', '--no-deps'),
