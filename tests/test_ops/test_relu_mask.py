@@ -1,0 +1,91 @@
+"""ReLU with a one-bit mask against torch."""
+
+import math
+
+import pytest
+import torch
+
+from mmactnn import ops
+from mmactnn.ops import reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = ((0, 4), (1,), (7,), (8,), (3, 5, 7, 11), (2, 16, 8, 8))
+
+
+def make(shape, dtype, device):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(shape, generator=generator)
+    if x.numel() > 6:
+        flat = x.view(-1)
+        flat[:6] = torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf, 1])
+    return x.to(device, dtype)
+
+
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('inplace', [False, True])
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_forward_and_backward(shape, dtype, inplace, channels_last, device):
+    x = make(shape, dtype, device)
+    if channels_last:
+        if x.dim() != 4:
+            pytest.skip('channels_last needs four dimensions')
+        x = x.to(memory_format=torch.channels_last)
+    twin = x.clone().requires_grad_()
+    expected = torch.relu(twin)
+    grad = torch.randn_like(x)
+    expected.backward(grad)
+
+    expected_mask = reference.relu_mask(x.cpu())[1]
+    if inplace:
+        output = x
+        mask = ops.relu_mask_(x)
+    else:
+        output, mask = ops.relu_mask(x)
+    assert output.stride() == x.stride()
+    torch.testing.assert_close(
+        output, expected.detach(), rtol=0, atol=0, equal_nan=True
+    )
+    assert torch.equal(mask.cpu(), expected_mask)
+    assert mask.shape == ((x.numel() + 7) // 8,)
+    assert torch.equal(ops.relu_mask_backward(grad, mask), twin.grad)
+
+
+def test_pointers_off_the_vector_boundary(device):
+    base = make((67,), torch.float16, device)
+    for start in range(4):
+        x = base[start:]
+        output, mask = ops.relu_mask(x)
+        expected, expected_mask = reference.relu_mask(x.cpu())
+        torch.testing.assert_close(
+            output.cpu(), expected, rtol=0, atol=0, equal_nan=True
+        )
+        assert torch.equal(mask.cpu(), expected_mask)
+
+
+def test_opcheck(device):
+    x = torch.randn(3, 5, 7, device=device)
+    torch.library.opcheck(torch.ops.mmactnn.relu_mask.default, (x,))
+    torch.library.opcheck(torch.ops.mmactnn.relu_mask_.default, (x.clone(),))
+    mask = ops.relu_mask(x)[1]
+    torch.library.opcheck(
+        torch.ops.mmactnn.relu_mask_backward.default, (x, mask)
+    )
+
+
+def test_mask_that_does_not_fit(device):
+    x = torch.randn(17, device=device)
+    mask = ops.relu_mask(x)[1]
+    with pytest.raises(RuntimeError, match='3 bytes'):
+        ops.relu_mask_backward(x, mask[:2])
+
+
+def test_gaps_in_memory_are_refused_in_place(device):
+    x = torch.randn(4, 8, device=device)[:, ::2]
+    with pytest.raises(RuntimeError, match='dense in memory'):
+        ops.relu_mask_(x)
+
+
+def test_unknown_dtype(device):
+    with pytest.raises(TypeError, match='float64'):
+        ops.relu_mask(torch.zeros(3, dtype=torch.float64, device=device))

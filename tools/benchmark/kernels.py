@@ -1,0 +1,112 @@
+"""Measure the kernels against the device's own copy.
+
+    python tools/benchmark/kernels.py [--out kernels.json]
+
+The rate of a kernel is the bytes that must move (input once, codes, ranges
+or mask, output once) over the median time; its share is that rate over the
+rate of ``Tensor.copy_`` of the same tensor, read and write both counted.
+GB = 10^9 bytes.
+"""
+
+import argparse
+import json
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mmactnn import ops
+
+SHAPES = ((64, 256, 56, 56), (256, 512, 28, 28))
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def median_ms(function, repeats=50, warmup=10):
+    """Median time of a call on the GPU, in milliseconds.
+
+    The cache is flushed between calls, as it is between layers.
+
+    Args:
+        function (Callable): What is measured.
+        repeats (int, optional): Calls that count. Defaults to 50.
+        warmup (int, optional): Calls before. Defaults to 10.
+    """
+    cache = torch.empty(2**28, dtype=torch.uint8, device='cuda')
+    times = []
+    for i in range(warmup + repeats):
+        cache.zero_()
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        if i >= warmup:
+            times.append((start, end))
+    torch.cuda.synchronize()
+    return sorted(s.elapsed_time(e) for s, e in times)[repeats // 2]
+
+
+def measure(shape, dtype, channels_last):
+    """Measure all kernels on one tensor.
+
+    Yields:
+        dict: One row of the result.
+    """
+    x = torch.randn(shape, device='cuda', dtype=dtype)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    y = torch.empty_like(x)
+    copy = 2 * x.nbytes / median_ms(lambda: y.copy_(x)) / 1e6
+
+    def row(name, nbytes, function):
+        time = median_ms(function)
+        rate = nbytes / time / 1e6
+        return dict(
+            kernel=name, shape=list(shape), dtype=str(dtype)[6:],
+            layout='channels_last' if channels_last else 'contiguous',
+            ms=round(time, 4), gb_s=round(rate), copy_gb_s=round(copy),
+            share=round(rate / copy, 3))
+
+    for bits in ops.VALID_BITS:
+        codes, ranges = ops.quantize(x, bits, seed=1)
+        nbytes = x.nbytes + codes.nbytes + ranges.nbytes
+        yield row(f'quantize {bits} bit', nbytes,
+                  lambda: ops.quantize(x, bits, seed=1))  # noqa: B023
+        yield row(
+            f'dequantize {bits} bit', nbytes, lambda: ops.dequantize(
+                codes, ranges, x.shape, x.stride(), dtype, bits))  # noqa: B023
+    mask = ops.relu_mask(x)[1]
+    nbytes = 2 * x.nbytes + mask.nbytes
+    yield row('relu forward', nbytes, lambda: ops.relu_mask(x))
+    yield row('relu forward in place', nbytes, lambda: ops.relu_mask_(y))
+    yield row('relu backward', nbytes, lambda: ops.relu_mask_backward(x, mask))
+
+
+def main():
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--out', help='json file for the rows')
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit('no GPU: there is nothing to measure')
+    rows = [
+        row for shape in SHAPES for dtype in DTYPES
+        for channels_last in (False, True)
+        for row in measure(shape, dtype, channels_last)
+    ]
+    table = Table(title=f'{torch.cuda.get_device_name()}, torch '
+                  f'{torch.__version__}')
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console(width=120).print(table)
+    if args.out:
+        with open(args.out, 'w') as file:
+            json.dump(
+                dict(device=torch.cuda.get_device_name(),
+                     torch=torch.__version__, rows=rows), file, indent=1)
+
+
+if __name__ == '__main__':
+    main()
