@@ -28,7 +28,7 @@ inline torch::stable::Tensor empty_strided(
       from(std::optional<torch::headeronly::Layout>()),
       from(std::optional<torch::stable::Device>(like.device())),
       from(std::optional<bool>())};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
       "aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
 }

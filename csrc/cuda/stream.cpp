@@ -32,7 +32,7 @@ StreamGetter find_stream_getter() {
 cudaStream_t current_stream(int32_t device_index) {
   static const StreamGetter getter = find_stream_getter();
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(getter(device_index, &stream));
+  TORCH_ERROR_CODE_CHECK(getter(device_index, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
