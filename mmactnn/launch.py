@@ -14,10 +14,22 @@ import torch
 import torch.distributed as torch_dist
 from mmengine.config import Config, DictAction
 from mmengine.dist import is_distributed
-from mmengine.registry import RUNNERS
+from mmengine.model import MMDistributedDataParallel
+from mmengine.registry import MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import Runner
 
-DDP_WRAPPER = 'MMDistributedDataParallel'
+
+@MODEL_WRAPPERS.register_module()
+class CPUDistributedDataParallel(MMDistributedDataParallel):
+    """``MMDistributedDataParallel`` for processes without a GPU.
+
+    torch refuses any model with a SyncBatchNorm there, since its own layer
+    cannot run. ``QSyncBatchNorm`` can; and a layer that was left torch's own
+    says so when it is called.
+    """
+
+    def _passing_sync_batchnorm_handle(self, module):
+        pass
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -152,13 +164,15 @@ def _distribute_on_cpu(cfg: Config) -> list[str]:
     if cfg.get('model_wrapper_cfg') is None:
         # What the runner does by itself where no wrapper is configured.
         cfg.model_wrapper_cfg = dict(
-            type=DDP_WRAPPER,
             broadcast_buffers=False,
             find_unused_parameters=cfg.get('find_unused_parameters', False),
         )
     wrapper = cfg.model_wrapper_cfg
-    if wrapper.get('type', DDP_WRAPPER) == DDP_WRAPPER:
-        wrapper.device_ids = None
+    default = MMDistributedDataParallel.__name__
+    if wrapper.get('type', default) == default:
+        wrapper.update(
+            type=CPUDistributedDataParallel.__name__, device_ids=None
+        )
 
     dist_cfg = cfg.get('env_cfg', {}).get('dist_cfg', {})
     if not is_distributed():
