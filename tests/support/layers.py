@@ -1,0 +1,173 @@
+"""What the tests of layers share: twins, bitwise equality, counters."""
+
+import contextlib
+import copy
+
+import torch
+
+from mmactnn import convert_model
+from mmactnn.quantizer import LayerQuantizer
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@contextlib.contextmanager
+def exact_numerics():
+    """Make cuDNN repeatable and let it multiply in full float32."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    tf32 = matmul.allow_tf32
+    matmul.allow_tf32 = False
+    try:
+        with cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+        ):
+            yield
+    finally:
+        matmul.allow_tf32 = tf32
+
+
+def assert_same_bits(actual, expected):
+    """Equal down to the sign of zero; NaN equals itself.
+
+    Args:
+        actual (Tensor[*], optional): What came out.
+        expected (Tensor[*], optional): What should have.
+    """
+    if expected is None:
+        assert actual is None
+        return
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    integer = _INTEGERS[actual.element_size()]
+    a = actual.detach().contiguous().view(integer)
+    b = expected.detach().contiguous().view(integer)
+    different = int((a != b).sum())
+    assert not different, f'{different} of {a.numel()} elements differ'
+
+
+def exact_twin(layer):
+    """A torch layer with a copy of a compressed layer's parameters.
+
+    Args:
+        layer (QuantizedLayer): The layer to copy.
+
+    Returns:
+        nn.Module: Of the torch parent's class itself.
+    """
+    twin = copy.deepcopy(layer)
+    twin.revert_()
+    assert type(twin).__module__.startswith('torch.nn.')
+    return twin
+
+
+def at_level(layer, level):
+    """The layer itself, at a level.
+
+    Args:
+        layer (nn.Module): Converted in place.
+        level (str): Level.
+
+    Returns:
+        nn.Module: ``layer``.
+    """
+    convert_model(layer, level)
+    return layer
+
+
+def gradients(layer, x, grad_output):
+    """One forward and backward pass of a layer.
+
+    Args:
+        layer (nn.Module): Its parameters' gradients are dropped before.
+        x (Tensor[*]): Input; a copy of the same strides gets a gradient.
+        grad_output (Tensor[*] | None): Gradient of the output; None for
+            that of the sum.
+
+    Returns:
+        dict[str, Tensor | None]: ``output``, and the gradients of ``input``
+        and of the parameters by name.
+    """
+    layer.zero_grad()
+    x = x.detach().requires_grad_()
+    output = layer(x)
+    if grad_output is None:
+        grad_output = torch.ones_like(output)
+    output.backward(grad_output)
+    found = {name: p.grad for name, p in layer.named_parameters()}
+    return dict(output=output.detach(), input=x.grad, **found)
+
+
+def count_packs(monkeypatch):
+    """Count the tensors that are quantised from now on.
+
+    Args:
+        monkeypatch (pytest.MonkeyPatch): Undoes it after the test.
+
+    Returns:
+        list[Tensor]: Grows with every tensor quantised.
+    """
+    packed = []
+    pack = LayerQuantizer.pack
+
+    def counting(self, tensor):
+        packed.append(tensor)
+        return pack(self, tensor)
+
+    monkeypatch.setattr(LayerQuantizer, 'pack', counting)
+    return packed
+
+
+@contextlib.contextmanager
+def saved_tensors():
+    """Collect what autograd saves inside of the block.
+
+    Yields:
+        list[Tensor]: Grows with every tensor saved.
+    """
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield saved
+
+
+def relative_error(actual, expected):
+    """Norm of the difference over the norm of what is expected.
+
+    Args:
+        actual (Tensor[*]): Any float dtype.
+        expected (Tensor[*]): Any float dtype.
+
+    Returns:
+        float: The error.
+    """
+    expected = expected.detach().double().cpu()
+    difference = actual.detach().double().cpu() - expected
+    return float(difference.norm() / expected.norm())
+
+
+def rounding_variance(x, payload):
+    """Closed form of the variance that rounding gives each element.
+
+    A value a fraction f of a step above the code below it is rounded up with
+    probability f: the variance is ``step ** 2 * f * (1 - f)``.
+
+    Args:
+        x (Tensor[N, *]): Contiguous tensor that was quantised.
+        payload (QuantizedTensor): Its payload, for the ranges.
+
+    Returns:
+        Tensor[N, *]: float64 variance of each element.
+    """
+    rows = x.detach().double().flatten(1)
+    low, step = (
+        payload.ranges.double()
+        .repeat_interleave(payload.format.group_size, dim=1)
+        .unbind(-1)
+    )
+    low, step = low[:, : rows.shape[1]], step[:, : rows.shape[1]]
+    fraction = ((rows - low) / step).frac()
+    return (step**2 * fraction * (1 - fraction)).view_as(x)
