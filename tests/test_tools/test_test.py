@@ -50,7 +50,7 @@ def test_show_dir(build):
 
 def test_show_without_the_hook(build):
     with pytest.raises(ValueError, match='need a visualization hook'):
-        build('--show', more='default_hooks = dict(_delete_=True)\n')
+        build('--show', more='default_hooks = dict()\n')
 
 
 def test_out_of_a_segmentor_is_a_directory(build):
