@@ -73,14 +73,20 @@ __device__ __forceinline__ void load_block(const T* source, int count,
   }
 }
 
-// kLanes threads share a group; each holds kBlocks of its blocks.
+// The blocks of a group that one thread holds: the more, the less the work
+// that is done once a group and thread costs each element.
+constexpr int kBlocksPerThread = 4;
+
+template <int kGroup>
+constexpr int kLanesPerGroup = kGroup / kBlock / kBlocksPerThread;
+
 template <typename T, int kBits, int kGroup>
 __global__ void __launch_bounds__(kThreads)
     quantize_kernel(const T* __restrict__ input, uint8_t* __restrict__ codes,
                     uint32_t* __restrict__ ranges, Launch launch,
                     PhiloxStream stream, uint64_t first_block) {
-  constexpr int kLanes = kGroup / kBlock < kWarp ? kGroup / kBlock : kWarp;
-  constexpr int kBlocks = kGroup / kBlock / kLanes;
+  constexpr int kLanes = kLanesPerGroup<kGroup>;
+  constexpr int kBlocks = kBlocksPerThread;
   constexpr uint32_t kMaxCode = CodeTraits<kBits>::kMaxCode;
 
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
@@ -151,8 +157,7 @@ __global__ void __launch_bounds__(kThreads)
     if (range.special()) {
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        const uint32_t code =
-            i < counts[b] ? encode_special(values[b][i], range, kMaxCode) : 0u;
+        const uint32_t code = encode_special(values[b][i], range, kMaxCode);
         word |= static_cast<BlockWord<kBits>>(code) << (i * kBits);
       }
     } else {
@@ -160,14 +165,39 @@ __global__ void __launch_bounds__(kThreads)
           philox(stream, first_block + static_cast<uint64_t>(block));
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        uint32_t code = encode(values[b][i], range, scale, random.bits16(i),
-                               kMaxCode);
-        code = i < counts[b] ? code : 0u;
+        const uint32_t code = encode(values[b][i], range, scale,
+                                     random.bits16(i), kMaxCode);
         word |= static_cast<BlockWord<kBits>>(code) << (i * kBits);
       }
     }
+    if (counts[b] < kBlock) {  // elements past the end have code 0
+      word &= static_cast<BlockWord<kBits>>(
+          (uint64_t{1} << (counts[b] * kBits)) - 1);
+    }
     reinterpret_cast<BlockWord<kBits>*>(codes)[block] = word;
   }
+}
+
+// Writes 16 bytes of numbers at once. In assembly, because the compiler
+// merges an ordinary store with the scalar ones of a ragged end, and then
+// writes two bytes at a time.
+template <typename T>
+__device__ __forceinline__ void store_16_bytes(T* target,
+                                               const float* values) {
+  uint32_t word[4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    if constexpr (sizeof(T) == 4) {
+      word[w] = float_bits(values[w]);
+    } else {
+      const Vector<T, 2> pair{Number<T>::store(values[2 * w]),
+                              Number<T>::store(values[2 * w + 1])};
+      word[w] = __builtin_bit_cast(uint32_t, pair);
+    }
+  }
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(target),
+               "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+               : "memory");
 }
 
 // kItems elements a thread and step, written as one word of 16 bytes.
@@ -209,23 +239,24 @@ __global__ void __launch_bounds__(kThreads)
   for (int s = 0; s < kSteps; ++s) {
     const int begin = (s * kLanes + lane) * kItems;
     if (begin >= group.count) continue;
-    Vector<T, kItems> result;
+    float values[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const uint32_t code =
           static_cast<uint32_t>(words[s] >> (i * kBits)) & kMaxCode;
-      const float value =
+      values[i] =
           range.special()
               ? decode_special(code, range, kMaxCode)
               : clamp_finite(decode(code, range), Number<T>::kLargest);
-      result.item[i] = Number<T>::store(value);
     }
     if (launch.vectorized && begin + kItems <= group.count) {
-      *reinterpret_cast<Vector<T, kItems>*>(target + begin) = result;
+      store_16_bytes(target + begin, values);
     } else {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
-        if (begin + i < group.count) target[begin + i] = result.item[i];
+        if (begin + i < group.count) {
+          target[begin + i] = Number<T>::store(values[i]);
+        }
       }
     }
   }
@@ -310,7 +341,7 @@ std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t bits,
       constexpr int kGroup = decltype(group)::value;
       for_each_launch(geometry, source, [&](const Launch& launch,
                                             int64_t row) {
-        constexpr int kLanes = std::min(kGroup / kBlock, kWarp);
+        constexpr int kLanes = kLanesPerGroup<kGroup>;
         quantize_kernel<T, kBits, kGroup>
             <<<grid_size(launch.groups, kLanes), kThreads, 0, stream>>>(
                 source + row * geometry.row_numel,

@@ -1,0 +1,130 @@
+"""``python -m mmactnn``: the environment, and what is wrong with it."""
+
+import importlib
+import importlib.metadata
+import platform
+import sys
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import extension
+from .version import __version__
+
+_STACK = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
+_OPS = ('quantize', 'dequantize', 'relu_mask', 'relu_mask_',
+        'relu_mask_backward')
+
+
+def module_version(name):
+    """Version of an installed module and the distribution it came with.
+
+    Args:
+        name (str): Import name.
+
+    Returns:
+        str: Such as ``'0.10.12 (onedl-mmengine)'``, or why there is none.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        missing = getattr(error, 'name', None) == name
+        return 'not installed' if missing else f'cannot be imported: {error}'
+    except Exception as error:  # whatever a broken package raises
+        return f'cannot be imported: {error}'
+    owners = importlib.metadata.packages_distributions().get(name, ['?'])
+    version = getattr(module, '__version__', 'no version')
+    return f'{version} ({", ".join(sorted(set(owners)))})'
+
+
+def self_check(device):
+    """Quantise and dequantise on a device and compare with the reference.
+
+    Args:
+        device (str): ``'cpu'`` or ``'cuda'``.
+
+    Returns:
+        str: ``'ok'``, or what went wrong.
+    """
+    from . import ops
+    from .ops import reference
+    try:
+        x = torch.linspace(-1, 1, 3 * 1000).view(3, 1000)
+        codes, ranges = ops.quantize(x.to(device), 2, seed=1)
+        y = ops.dequantize(codes, ranges, x.shape, x.stride(), x.dtype, 2)
+        expected = reference.quantize(x, 2, 256, 1, 0)
+        expected = reference.dequantize(*expected, x.shape, x.stride(),
+                                        x.dtype, 2, 256)
+    except RuntimeError as error:
+        return str(error)
+    if not torch.equal(y.cpu(), expected):
+        return 'the codes differ from the reference'
+    return 'ok'
+
+
+def collect():
+    """Everything that the report shows.
+
+    Returns:
+        tuple[dict, list[str]]: Facts by name, and problems.
+    """
+    facts = {
+        'mmactnn': __version__,
+        'Python': f'{platform.python_version()} on {platform.platform()}',
+        'torch': f'{torch.__version__} (CUDA {torch.version.cuda})',
+        'GPU': ', '.join(
+            torch.cuda.get_device_name(i)
+            for i in range(torch.cuda.device_count())) or 'none',
+    }
+    facts.update((name, module_version(name)) for name in _STACK)
+    problems = []
+    if extension.load_error() is not None:
+        problems.append(extension.load_error())
+        facts['extension'] = 'not loaded'
+        return facts, problems
+
+    built = extension.build_info()
+    archs = (built['cuda_archs'] or '').replace('_', ' ')
+    cuda = f'CUDA {built["cuda"]} ({archs})' if built['cuda'] else 'no CUDA'
+    facts['extension'] = (f'{extension.find_library().name}, built with torch '
+                          f'{built["torch"]}, {built["compiler"]}, {cuda}')
+    devices = [d for d in ('cpu', 'cuda') if extension.has_kernels(d)]
+    for op in _OPS:
+        facts[f'mmactnn::{op}'] = ', '.join(devices)
+    checked = [d for d in devices if d == 'cpu' or torch.cuda.is_available()]
+    for device in checked:
+        result = self_check(device)
+        facts[f'self-check on {device}'] = result
+        if result != 'ok':
+            problems.append(f'self-check on {device}: {result}')
+    if torch.cuda.is_available() and 'cuda' not in devices:
+        problems.append('there is a GPU, but the extension was built without '
+                        'CUDA kernels; rebuild it with FORCE_CUDA=1')
+    if 'not installed' in facts['mmengine']:
+        problems.append('MMEngine is not installed: configs and ActNNHook '
+                        'need it, mmactnn.convert_model() does not')
+    return facts, problems
+
+
+def main():
+    """Print the report.
+
+    Returns:
+        int: Exit status, 1 if the kernels do not work.
+    """
+    facts, problems = collect()
+    table = Table(show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, value)
+    console = Console()
+    console.print(table)
+    for problem in problems:
+        console.print(f'[bold red]problem:[/] {problem}', highlight=False)
+    if not problems:
+        console.print('No problems found.')
+    return int(any('MMEngine' not in problem for problem in problems))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
