@@ -1,0 +1,19 @@
+# Turns the activation compression of mmactnn on. Mix it into any config and
+# hand the layer types to what takes them:
+#
+#   _base_ = ['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+#             '../_base_/actnn.py']
+#   model = dict(backbone=dict(conv_cfg=_base_.conv_cfg,
+#                              norm_cfg=_base_.norm_cfg))
+#
+# The hook converts the layers that no option reaches, so a model is
+# compressed in full even where only the hook is mixed in. A config with
+# `custom_hooks` of its own has to list ActNNHook there, because a list
+# replaces the list it inherits.
+custom_imports = dict(imports=['mmactnn'], allow_failed_imports=False)
+
+conv_cfg = dict(type='QConv2d')
+norm_cfg = dict(type='QBN2d', requires_grad=True)
+act_cfg = dict(type='QReLU')
+
+custom_hooks = [dict(type='ActNNHook', level='L3')]
