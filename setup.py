@@ -47,20 +47,23 @@ def find_cuda_home():
     for home in homes:
         # An nvcc on the PATH may be a wrapper far from its toolkit.
         if (home / 'bin/nvcc').exists() and (
-                home / 'include/cuda_runtime.h').exists():
+            home / 'include/cuda_runtime.h'
+        ).exists():
             return str(home)
     if os.getenv('FORCE_CUDA') == '1':
         tried = ', '.join(str(home) for home in homes)
         raise RuntimeError(
             f'FORCE_CUDA=1 needs a CUDA toolkit, but there is none in {tried};'
-            ' install it or set CUDA_HOME')
+            ' install it or set CUDA_HOME'
+        )
     return None
 
 
 def cuda_release(cuda_home):
     """The toolkit's version, such as ``13.0``."""
     text = subprocess.check_output(
-        [str(Path(cuda_home, 'bin', 'nvcc')), '--version'], text=True)
+        [str(Path(cuda_home, 'bin', 'nvcc')), '--version'], text=True
+    )
     return re.search(r'release (\d+\.\d+)', text).group(1)
 
 
@@ -71,36 +74,53 @@ def extension():
     def find(*patterns):
         # setuptools wants relative paths.
         return sorted(
-            str(path.relative_to(ROOT)) for pattern in patterns
-            for path in ROOT.glob(pattern))
+            str(path.relative_to(ROOT))
+            for pattern in patterns
+            for path in ROOT.glob(pattern)
+        )
 
     common = [f'-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}', '-O3']
     # Codes must not depend on the compiler's taste for fused multiply-adds.
     host = ['-std=c++20', '-ffp-contract=off', '-fvisibility=hidden']
     flags = dict(cxx=[*common, *host], nvcc=[])
     arguments = dict(
-        sources=find('csrc/*.cpp', 'csrc/cpu/*.cpp'), extra_link_args=['-s'])
+        sources=find('csrc/*.cpp', 'csrc/cpu/*.cpp'), extra_link_args=['-s']
+    )
     cuda_home = find_cuda_home()
     if cuda_home is not None:
         # torch looks for a toolkit only if it was itself built with CUDA.
         cpp_extension.CUDA_HOME = cuda_home
-        archs = os.environ.setdefault('TORCH_CUDA_ARCH_LIST',
-                                      DEFAULT_CUDA_ARCHS)
+        archs = os.environ.setdefault(
+            'TORCH_CUDA_ARCH_LIST', DEFAULT_CUDA_ARCHS
+        )
         flags['cxx'] += [
             f'-DMMACTNN_CUDA_VERSION={cuda_release(cuda_home)}',
-            f'-DMMACTNN_CUDA_ARCHS={archs.replace(";", "_").replace(" ", "_")}',
+            f'-DMMACTNN_CUDA_ARCHS={re.sub("[; ]+", "_", archs)}',
         ]
-        flags['nvcc'] = [*common, '-std=c++20', '-Xcompiler',
-                         '-fvisibility=hidden', '--threads=2']
+        flags['nvcc'] = [
+            *common,
+            '-std=c++20',
+            '-Xcompiler',
+            '-fvisibility=hidden',
+            '--threads=2',
+        ]
         arguments.update(
-            sources=[*arguments['sources'], *find('csrc/cuda/*.cpp', 'csrc/cuda/*.cu')],
+            sources=[
+                *arguments['sources'],
+                *find('csrc/cuda/*.cpp', 'csrc/cuda/*.cu'),
+            ],
             include_dirs=[str(Path(cuda_home, 'include'))],
             library_dirs=[str(Path(cuda_home, 'lib64'))],
             # Static, so that the binary loads where there is no CUDA.
-            libraries=['cudart_static', 'dl', 'rt', 'pthread'])
+            libraries=['cudart_static', 'dl', 'rt', 'pthread'],
+        )
     return cpp_extension.CppExtension(
-        'mmactnn._C', extra_compile_args=flags, py_limited_api=True,
-        depends=find('csrc/**/*.h'), **arguments)
+        'mmactnn._C',
+        extra_compile_args=flags,
+        py_limited_api=True,
+        depends=find('csrc/**/*.h'),
+        **arguments,
+    )
 
 
 def extension_arguments():
@@ -108,10 +128,12 @@ def extension_arguments():
     if os.getenv('MMACTNN_WITH_OPS') == '0':
         return dict(cmdclass=dict(build_py=BuildPyWithMim))
     from torch.utils.cpp_extension import BuildExtension
+
     return dict(
         ext_modules=[extension()],
         cmdclass=dict(build_ext=BuildExtension, build_py=BuildPyWithMim),
-        options=dict(bdist_wheel=dict(py_limited_api='cp310')))
+        options=dict(bdist_wheel=dict(py_limited_api='cp310')),
+    )
 
 
 setup(**extension_arguments())

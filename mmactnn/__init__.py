@@ -4,8 +4,14 @@ import importlib.util
 
 from .actnn_api import QModule, set_optimization_level
 from .convert import ConversionReport, convert_model, revert_model
-from .layers import (QBatchNorm, QBatchNorm2d, QConv2d, QReLU, QSyncBatchNorm,
-                     QuantizedLayer)
+from .layers import (
+    QBatchNorm,
+    QBatchNorm2d,
+    QConv2d,
+    QReLU,
+    QSyncBatchNorm,
+    QuantizedLayer,
+)
 from .levels import LEVELS, Level, get_level
 from .memory import ActivationMeter, measure_activations
 from .random import RoundingGenerator, manual_seed
@@ -15,9 +21,23 @@ if importlib.util.find_spec('mmengine') is not None:
     from . import registry  # noqa: F401  (makes the types known to configs)
 
 __all__ = [
-    'ActivationMeter', 'ConversionReport', 'LEVELS', 'Level', 'QBatchNorm',
-    'QBatchNorm2d', 'QConv2d', 'QModule', 'QReLU', 'QSyncBatchNorm',
-    'QuantizedLayer', 'RoundingGenerator', '__version__', 'convert_model',
-    'get_level', 'manual_seed', 'measure_activations', 'revert_model',
-    'set_optimization_level'
+    'ActivationMeter',
+    'ConversionReport',
+    'LEVELS',
+    'Level',
+    'QBatchNorm',
+    'QBatchNorm2d',
+    'QConv2d',
+    'QModule',
+    'QReLU',
+    'QSyncBatchNorm',
+    'QuantizedLayer',
+    'RoundingGenerator',
+    '__version__',
+    'convert_model',
+    'get_level',
+    'manual_seed',
+    'measure_activations',
+    'revert_model',
+    'set_optimization_level',
 ]

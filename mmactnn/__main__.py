@@ -13,8 +13,13 @@ from . import extension
 from .version import __version__
 
 _STACK = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
-_OPS = ('quantize', 'dequantize', 'relu_mask', 'relu_mask_',
-        'relu_mask_backward')
+_OPS = (
+    'quantize',
+    'dequantize',
+    'relu_mask',
+    'relu_mask_',
+    'relu_mask_backward',
+)
 
 
 def module_version(name):
@@ -49,13 +54,15 @@ def self_check(device):
     """
     from . import ops
     from .ops import reference
+
     try:
         x = torch.linspace(-1, 1, 3 * 1000).view(3, 1000)
         codes, ranges = ops.quantize(x.to(device), 2, seed=1)
         y = ops.dequantize(codes, ranges, x.shape, x.stride(), x.dtype, 2)
         expected = reference.quantize(x, 2, 256, 1, 0)
-        expected = reference.dequantize(*expected, x.shape, x.stride(),
-                                        x.dtype, 2, 256)
+        expected = reference.dequantize(
+            *expected, x.shape, x.stride(), x.dtype, 2, 256
+        )
     except RuntimeError as error:
         return str(error)
     if not torch.equal(y.cpu(), expected):
@@ -75,7 +82,9 @@ def collect():
         'torch': f'{torch.__version__} (CUDA {torch.version.cuda})',
         'GPU': ', '.join(
             torch.cuda.get_device_name(i)
-            for i in range(torch.cuda.device_count())) or 'none',
+            for i in range(torch.cuda.device_count())
+        )
+        or 'none',
     }
     facts.update((name, module_version(name)) for name in _STACK)
     problems = []
@@ -87,8 +96,10 @@ def collect():
     built = extension.build_info()
     archs = (built['cuda_archs'] or '').replace('_', ' ')
     cuda = f'CUDA {built["cuda"]} ({archs})' if built['cuda'] else 'no CUDA'
-    facts['extension'] = (f'{extension.find_library().name}, built with torch '
-                          f'{built["torch"]}, {built["compiler"]}, {cuda}')
+    facts['extension'] = (
+        f'{extension.find_library().name}, built with torch '
+        f'{built["torch"]}, {built["compiler"]}, {cuda}'
+    )
     devices = [d for d in ('cpu', 'cuda') if extension.has_kernels(d)]
     for op in _OPS:
         facts[f'mmactnn::{op}'] = ', '.join(devices)
@@ -99,11 +110,15 @@ def collect():
         if result != 'ok':
             problems.append(f'self-check on {device}: {result}')
     if torch.cuda.is_available() and 'cuda' not in devices:
-        problems.append('there is a GPU, but the extension was built without '
-                        'CUDA kernels; rebuild it with FORCE_CUDA=1')
+        problems.append(
+            'there is a GPU, but the extension was built without '
+            'CUDA kernels; rebuild it with FORCE_CUDA=1'
+        )
     if 'not installed' in facts['mmengine']:
-        problems.append('MMEngine is not installed: configs and ActNNHook '
-                        'need it, mmactnn.convert_model() does not')
+        problems.append(
+            'MMEngine is not installed: configs and ActNNHook '
+            'need it, mmactnn.convert_model() does not'
+        )
     return facts, problems
 
 

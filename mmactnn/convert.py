@@ -6,8 +6,14 @@ import fnmatch
 
 from torch import nn
 
-from .layers import (QBatchNorm, QBatchNorm2d, QConv2d, QReLU, QSyncBatchNorm,
-                     QuantizedLayer)
+from .layers import (
+    QBatchNorm,
+    QBatchNorm2d,
+    QConv2d,
+    QReLU,
+    QSyncBatchNorm,
+    QuantizedLayer,
+)
 from .levels import DEFAULT_LEVEL, get_level
 from .quantizer import LayerQuantizer
 from .random import RoundingGenerator
@@ -24,8 +30,14 @@ CONVERSIONS = {
 }
 
 # Layers that keep nothing large for the backward pass.
-_KEEP_NOTHING = (nn.Identity, nn.Upsample, nn.Flatten, nn.Unflatten,
-                 nn.AdaptiveAvgPool2d, nn.ZeroPad2d)
+_KEEP_NOTHING = (
+    nn.Identity,
+    nn.Upsample,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.AdaptiveAvgPool2d,
+    nn.ZeroPad2d,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +87,16 @@ class ConversionReport:
     left: tuple
 
     def __str__(self):
-        lines = [f'ActNN level {self.level}: {len(self.converted)} layers '
-                 f'compressed, {len(self.left)} left']
+        lines = [
+            f'ActNN level {self.level}: {len(self.converted)} layers '
+            f'compressed, {len(self.left)} left'
+        ]
         kinds = collections.Counter(
-            (item.source, item.target, item.bits) for item in self.converted)
+            (item.source, item.target, item.bits) for item in self.converted
+        )
         for (source, target, bits), count in sorted(
-                kinds.items(), key=lambda item: item[0][:2]):
+            kinds.items(), key=lambda item: item[0][:2]
+        ):
             size = 'exact' if bits is None else f'{bits} bit'
             lines.append(f'  {count:4d} {source} -> {target} ({size})')
         reasons = collections.defaultdict(list)
@@ -88,17 +104,20 @@ class ConversionReport:
             reasons[item.source, item.reason].append(item.name)
         for (source, reason), names in sorted(reasons.items()):
             shown = ', '.join(names[:3]) + (', ...' if names[3:] else '')
-            lines.append(f'  {len(names):4d} {source} left: {reason} '
-                         f'({shown})')
+            lines.append(
+                f'  {len(names):4d} {source} left: {reason} ({shown})'
+            )
         return '\n'.join(lines)
 
 
-def convert_model(model,
-                  level=DEFAULT_LEVEL,
-                  include=None,
-                  exclude=(),
-                  group_size=256,
-                  generator=None):
+def convert_model(
+    model,
+    level=DEFAULT_LEVEL,
+    include=None,
+    exclude=(),
+    group_size=256,
+    generator=None,
+):
     """Make the layers of a model keep codes instead of activations.
 
     Works in place by giving modules another class: parameters, buffers,
@@ -135,8 +154,9 @@ def convert_model(model,
             nor a class.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError('model must be an nn.Module, got '
-                        f'{type(model).__name__}')
+        raise TypeError(
+            f'model must be an nn.Module, got {type(model).__name__}'
+        )
     level = get_level(level)
     generator = generator or RoundingGenerator()
     include = None if include is None else _Filter('include', include)
@@ -147,8 +167,9 @@ def convert_model(model,
         if target is None:
             # Containers hold what is listed by itself.
             if next(module.children(), None) is None:
-                left.append(Left(name, type(module).__name__,
-                                 _why_unmapped(module)))
+                left.append(
+                    Left(name, type(module).__name__, _why_unmapped(module))
+                )
             continue
         excluded = exclude.matches(name, module)
         included = include is None or include.matches(name, module)
@@ -157,7 +178,8 @@ def convert_model(model,
             left.append(Left(name, type(module).__name__, reason))
             continue
         converted.append(
-            _convert(name, module, target, level, group_size, generator))
+            _convert(name, module, target, level, group_size, generator)
+        )
     for used in (include, exclude):
         if used is not None:
             used.require_all_used()
@@ -196,11 +218,13 @@ def _convert(name, module, target, level, group_size, generator):
         old = module.quantizer
         if old.own_bits:
             bits = old.bits
-        module.quantizer = LayerQuantizer(bits, group_size, old.own_bits,
-                                          generator)
+        module.quantizer = LayerQuantizer(
+            bits, group_size, old.own_bits, generator
+        )
     else:
         target.convert_(
-            module, LayerQuantizer(bits, group_size, generator=generator))
+            module, LayerQuantizer(bits, group_size, generator=generator)
+        )
     return Converted(name, source, target.__name__, bits)
 
 
@@ -219,11 +243,13 @@ class _Filter:
 
     def __init__(self, argument, patterns):
         if isinstance(patterns, (str, type)):
-            patterns = (patterns, )
+            patterns = (patterns,)
         for pattern in patterns:
             if not isinstance(pattern, (str, type)):
-                raise TypeError(f'{argument} must hold glob patterns, names '
-                                f'of classes or classes, got {pattern!r}')
+                raise TypeError(
+                    f'{argument} must hold glob patterns, names '
+                    f'of classes or classes, got {pattern!r}'
+                )
         self._argument = argument
         self._unused = dict.fromkeys(patterns)
         self._patterns = tuple(patterns)
@@ -239,8 +265,10 @@ class _Filter:
         """Raise if a pattern matched nothing: most likely a typing error."""
         if self._unused:
             patterns = ', '.join(repr(pattern) for pattern in self._unused)
-            raise ValueError(f'{self._argument} matches no layer that can be '
-                             f'compressed: {patterns}')
+            raise ValueError(
+                f'{self._argument} matches no layer that can be '
+                f'compressed: {patterns}'
+            )
 
     @staticmethod
     def _match(pattern, name, module):
@@ -248,8 +276,10 @@ class _Filter:
         classes = {type(module)}
         if isinstance(module, QuantizedLayer):
             classes.add(
-                module.__dict__.get('_converted_from', module.torch_class()))
+                module.__dict__.get('_converted_from', module.torch_class())
+            )
         if isinstance(pattern, type):
             return pattern in classes
-        return (fnmatch.fnmatchcase(name, pattern)
-                or pattern in {cls.__name__ for cls in classes})
+        return fnmatch.fnmatchcase(name, pattern) or pattern in {
+            cls.__name__ for cls in classes
+        }

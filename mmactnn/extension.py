@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 _PACKAGE = Path(__file__).resolve().parent
-_REBUILD = ('build it with `pip install --no-build-isolation .` from the '
-            'source tree (`FORCE_CUDA=1` demands the CUDA kernels)')
+_REBUILD = (
+    'build it with `pip install --no-build-isolation .` from the '
+    'source tree (`FORCE_CUDA=1` demands the CUDA kernels)'
+)
 
 
 def find_library():
@@ -27,14 +29,18 @@ def load_error():
     """
     library = find_library()
     if library is None:
-        return ('mmactnn was installed without its compiled kernels '
-                f'({_PACKAGE}/_C.abi3.so is missing); {_REBUILD}')
+        return (
+            'mmactnn was installed without its compiled kernels '
+            f'({_PACKAGE}/_C.abi3.so is missing); {_REBUILD}'
+        )
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        return (f'{library} cannot be loaded with torch {torch.__version__}: '
-                f'{error}; mmactnn needs torch >= 2.10: update torch or '
-                f'{_REBUILD}')
+        return (
+            f'{library} cannot be loaded with torch {torch.__version__}: '
+            f'{error}; mmactnn needs torch >= 2.10: update torch or '
+            f'{_REBUILD}'
+        )
     return None
 
 
@@ -65,16 +71,19 @@ def build_info():
     return json.loads(read().decode())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def has_kernels(device_type):
     """Whether the ops have kernels for a device.
 
     Args:
         device_type (str): As in ``torch.device.type``, such as ``'cuda'``.
     """
-    return (load_error() is None
-            and torch._C._dispatch_has_kernel_for_dispatch_key(
-                'mmactnn::quantize', _dispatch_key(device_type)))
+    return (
+        load_error() is None
+        and torch._C._dispatch_has_kernel_for_dispatch_key(
+            'mmactnn::quantize', _dispatch_key(device_type)
+        )
+    )
 
 
 def require_kernels(device):
@@ -92,10 +101,13 @@ def require_kernels(device):
     built = 'CPU and CUDA' if has_kernels('cuda') else 'CPU'
     raise RuntimeError(
         f'mmactnn has no kernels for tensors on {device}: this build has '
-        f'{built} kernels; move the tensors there, or {_REBUILD}')
+        f'{built} kernels; move the tensors there, or {_REBUILD}'
+    )
 
 
 def _dispatch_key(device_type):
     return torch._C._parse_dispatch_key(
         {'cpu': 'CPU', 'cuda': 'CUDA', 'meta': 'Meta'}.get(
-            device_type, 'PrivateUse1')).name
+            device_type, 'PrivateUse1'
+        )
+    ).name

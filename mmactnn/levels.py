@@ -58,9 +58,11 @@ def get_level(level):
     if isinstance(level, Level):
         return level
     if not isinstance(level, str):
-        raise TypeError('level must be a name or a Level, got '
-                        f'{type(level).__name__}')
+        raise TypeError(
+            f'level must be a name or a Level, got {type(level).__name__}'
+        )
     if level not in LEVELS:
-        raise ValueError(f'level must be one of {", ".join(LEVELS)}, got '
-                         f'{level!r}')
+        raise ValueError(
+            f'level must be one of {", ".join(LEVELS)}, got {level!r}'
+        )
     return LEVELS[level]

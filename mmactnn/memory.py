@@ -69,13 +69,13 @@ class ActivationMeter:
     @property
     def ratio(self):
         """float: How many times less is kept than torch would keep."""
-        return self.exact_bytes / self.saved_bytes if self.saved_bytes else 1.
+        return self.exact_bytes / self.saved_bytes if self.saved_bytes else 1.0
 
     @property
     def layers_ratio(self):
         """float: The same for the compressed layers alone."""
         saved = self.layers_saved_bytes
-        return self.layers_exact_bytes / saved if saved else 1.
+        return self.layers_exact_bytes / saved if saved else 1.0
 
     def note(self, kept, exact):
         """Take a compressed layer's word for what it replaces.
@@ -140,8 +140,9 @@ class _Storages:
     def add(self, tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in self._entries:
-            self._insert(storage._cdata, StorageWeakRef(storage),
-                         storage.nbytes())
+            self._insert(
+                storage._cdata, StorageWeakRef(storage), storage.nbytes()
+            )
 
     def update(self, other):
         for key, (ref, nbytes) in other._entries.items():

@@ -64,11 +64,15 @@ class QuantizedTensor:
         rows = ops.layout.dense_rows(tensor)
         seed, offset = generator.next()
         codes, ranges = ops.quantize(
-            rows, bits, group_size, seed=seed, offset=offset)
+            rows, bits, group_size, seed=seed, offset=offset
+        )
         return cls(
-            codes, ranges,
-            PayloadFormat(rows.shape, rows.stride(), rows.dtype, bits,
-                          group_size))
+            codes,
+            ranges,
+            PayloadFormat(
+                rows.shape, rows.stride(), rows.dtype, bits, group_size
+            ),
+        )
 
     @property
     def tensors(self):
@@ -92,7 +96,12 @@ class QuantizedTensor:
         """
         format = self.format
         codes, ranges = self.codes[start:stop], self.ranges[start:stop]
-        return ops.dequantize(codes, ranges,
-                              (codes.shape[0], *format.size[1:]),
-                              format.stride, format.dtype, format.bits,
-                              format.group_size)
+        return ops.dequantize(
+            codes,
+            ranges,
+            (codes.shape[0], *format.size[1:]),
+            format.stride,
+            format.dtype,
+            format.bits,
+            format.group_size,
+        )

@@ -46,8 +46,9 @@ class LayerQuantizer:
         Returns:
             QuantizedTensor: The payload.
         """
-        return QuantizedTensor.pack(tensor, self.bits, self.group_size,
-                                    self.generator)
+        return QuantizedTensor.pack(
+            tensor, self.bits, self.group_size, self.generator
+        )
 
     def note(self, kept, exact):
         """Report to the meter, if one is attached, what a call keeps.
@@ -83,5 +84,7 @@ class LayerQuantizer:
         self.generator = self.generator or default_generator
 
     def __repr__(self):
-        return (f'{type(self).__name__}(bits={self.bits}, '
-                f'group_size={self.group_size})')
+        return (
+            f'{type(self).__name__}(bits={self.bits}, '
+            f'group_size={self.group_size})'
+        )

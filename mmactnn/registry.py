@@ -15,16 +15,18 @@ from mmengine.registry import Registry
 from .layers import QBatchNorm2d, QConv2d, QReLU, QSyncBatchNorm
 
 MODELS = Registry(
-    'model', parent=ROOT_MODELS, scope='mmactnn', locations=['mmactnn.layers'])
+    'model', parent=ROOT_MODELS, scope='mmactnn', locations=['mmactnn.layers']
+)
 HOOKS = Registry(
-    'hook', parent=ROOT_HOOKS, scope='mmactnn', locations=['mmactnn.hooks'])
+    'hook', parent=ROOT_HOOKS, scope='mmactnn', locations=['mmactnn.hooks']
+)
 
 # Class names first, then the short names in MMCV's manner.
 LAYER_NAMES = {
     QConv2d: ('QConv2d', 'QConv'),
     QBatchNorm2d: ('QBatchNorm2d', 'QBN2d', 'QBN'),
     QSyncBatchNorm: ('QSyncBatchNorm', 'QSyncBN'),
-    QReLU: ('QReLU', ),
+    QReLU: ('QReLU',),
 }
 
 for _layer, _names in LAYER_NAMES.items():

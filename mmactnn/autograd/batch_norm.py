@@ -8,15 +8,33 @@ from .double_backward import first_order_only
 
 
 class _BatchNorm(Function):
-
     @staticmethod
-    def forward(ctx, input, weight, bias, running_mean, running_var,
-                batch_stats, momentum, eps, quantizer):
+    def forward(
+        ctx,
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        batch_stats,
+        momentum,
+        eps,
+        quantizer,
+    ):
         # What F.batch_norm calls, with what its backward needs.
-        (output, save_mean, save_invstd, reserve,
-         backend) = torch.ops.aten._batch_norm_impl_index(
-             input, weight, bias, running_mean, running_var, batch_stats,
-             momentum, eps, torch.backends.cudnn.enabled)
+        (output, save_mean, save_invstd, reserve, backend) = (
+            torch.ops.aten._batch_norm_impl_index(
+                input,
+                weight,
+                bias,
+                running_mean,
+                running_var,
+                batch_stats,
+                momentum,
+                eps,
+                torch.backends.cudnn.enabled,
+            )
+        )
 
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         # With given statistics the output is linear in the input, whose
@@ -30,25 +48,45 @@ class _BatchNorm(Function):
         if batch_stats:
             running_mean = running_var = None
         statistics = (save_mean, save_invstd, reserve)
-        ctx.save_for_backward(weight, running_mean, running_var, *statistics,
-                              *kept)
+        ctx.save_for_backward(
+            weight, running_mean, running_var, *statistics, *kept
+        )
         quantizer.note(kept=kept, exact=(input, *statistics))
         return output
 
     @staticmethod
     @first_order_only('QBatchNorm')
     def backward(ctx, grad_output):
-        (weight, running_mean, running_var, save_mean, save_invstd, reserve,
-         *kept) = ctx.saved_tensors
+        (
+            weight,
+            running_mean,
+            running_var,
+            save_mean,
+            save_invstd,
+            reserve,
+            *kept,
+        ) = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         if not kept:
-            grads = _affine_backward(grad_output, weight, running_var,
-                                     ctx.eps, wanted)
+            grads = _affine_backward(
+                grad_output, weight, running_var, ctx.eps, wanted
+            )
             return *grads, *[None] * 6
         x = QuantizedTensor(*kept, ctx.format).unpack()
         grads = torch.ops.aten._batch_norm_impl_index_backward(
-            ctx.backend, x, grad_output, weight, running_mean, running_var,
-            save_mean, save_invstd, ctx.batch_stats, ctx.eps, wanted, reserve)
+            ctx.backend,
+            x,
+            grad_output,
+            weight,
+            running_mean,
+            running_var,
+            save_mean,
+            save_invstd,
+            ctx.batch_stats,
+            ctx.eps,
+            wanted,
+            reserve,
+        )
         grads = [grad if want else None for grad, want in zip(grads, wanted)]
         return *grads, *[None] * 6
 
@@ -69,8 +107,17 @@ def _affine_backward(grad_output, weight, running_var, eps, wanted):
     return grad_input, None, grad_bias
 
 
-def batch_norm(input, weight, bias, running_mean, running_var, batch_stats,
-               momentum, eps, quantizer):
+def batch_norm(
+    input,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    batch_stats,
+    momentum,
+    eps,
+    quantizer,
+):
     """Batch normalisation whose backward is computed from codes.
 
     The gradients of weight and bias are unbiased; that of the input has a
@@ -93,5 +140,14 @@ def batch_norm(input, weight, bias, running_mean, running_var, batch_stats,
     Returns:
         Tensor[N, C, *]: The output.
     """
-    return _BatchNorm.apply(input, weight, bias, running_mean, running_var,
-                            batch_stats, momentum, eps, quantizer)
+    return _BatchNorm.apply(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        batch_stats,
+        momentum,
+        eps,
+        quantizer,
+    )

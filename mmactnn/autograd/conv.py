@@ -19,17 +19,21 @@ def _in_layout_of(weight, channels_last):
 
 
 class _Convolution(Function):
-
     @staticmethod
     def forward(ctx, input, weight, bias, dtype, geometry, quantizer):
-        x, w, b = (t if t is None or dtype is None else t.to(dtype)
-                   for t in (input, weight, bias))
+        x, w, b = (
+            t if t is None or dtype is None else t.to(dtype)
+            for t in (input, weight, bias)
+        )
         output = torch.ops.aten.convolution(x, w, b, *geometry)
 
         ctx.geometry, ctx.dtype = geometry, dtype
         ctx.size, ctx.input_dtype = input.shape, input.dtype
-        ctx.channels_last = x.dim() == 4 and x.is_contiguous(
-            memory_format=torch.channels_last) and not x.is_contiguous()
+        ctx.channels_last = (
+            x.dim() == 4
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and not x.is_contiguous()
+        )
         ctx.bias_dtype = None if bias is None else bias.dtype
         payload, kept = None, ()
         if ctx.needs_input_grad[1]:
@@ -54,7 +58,8 @@ class _Convolution(Function):
 
         def gradients(x, *wanted):
             return torch.ops.aten.convolution_backward(
-                grad_output, x, w, bias_size, *ctx.geometry, wanted)
+                grad_output, x, w, bias_size, *ctx.geometry, wanted
+            )
 
         grad_input = grad_weight = grad_bias = None
         if needs_weight:

@@ -19,7 +19,8 @@ class _Refuse(Function):
         raise RuntimeError(
             f'{ctx.name} cannot be differentiated twice: its input is kept '
             'as codes only. Leave the layer exact (exclude it from the '
-            'conversion, or use level L0) where create_graph=True is needed')
+            'conversion, or use level L0) where create_graph=True is needed'
+        )
 
 
 def first_order_only(name):
@@ -44,8 +45,9 @@ def first_order_only(name):
             present = [grad for grad in grads if grad is not None]
             tracked = [grad.requires_grad_() for grad in present]
             refusing = iter(_Refuse.apply(name, *tracked)) if tracked else None
-            return tuple(None if grad is None else next(refusing)
-                         for grad in grads)
+            return tuple(
+                None if grad is None else next(refusing) for grad in grads
+            )
 
         return wrapper
 

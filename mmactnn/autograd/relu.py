@@ -1,6 +1,5 @@
 """ReLU that keeps one bit an element."""
 
-import torch
 from torch.autograd import Function
 
 from .. import ops
@@ -8,7 +7,6 @@ from .double_backward import first_order_only
 
 
 class _ReLU(Function):
-
     @staticmethod
     def forward(ctx, input, inplace, quantizer):
         if inplace and ops.layout.is_dense(input):
@@ -22,15 +20,16 @@ class _ReLU(Function):
             ctx.mark_dirty(input)
         ctx.save_for_backward(mask)
         # The mask's order is that of the dense tensor the kernel saw.
-        ctx.stride = (output if ops.layout.is_dense(output) else
-                      output.contiguous()).stride()
-        quantizer.note(kept=(mask, ), exact=(output, ))
+        ctx.stride = (
+            output if ops.layout.is_dense(output) else output.contiguous()
+        ).stride()
+        quantizer.note(kept=(mask,), exact=(output,))
         return output
 
     @staticmethod
     @first_order_only('QReLU')
     def backward(ctx, grad_output):
-        mask, = ctx.saved_tensors
+        (mask,) = ctx.saved_tensors
         grad = ops.layout.with_strides(grad_output, ctx.stride)
         return ops.relu_mask_backward(grad, mask), None, None
 

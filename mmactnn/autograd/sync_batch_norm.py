@@ -33,28 +33,40 @@ def _global_statistics(input, group):
     if input.numel():
         var, mean = torch.var_mean(input.float(), dims, correction=0)
         count = input.numel() // channels
-        local = torch.cat([mean, var, mean.new_full((1, ), count)])
-    parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+        local = torch.cat([mean, var, mean.new_full((1,), count)])
+    parts = [
+        torch.empty_like(local) for _ in range(dist.get_world_size(group))
+    ]
     dist.all_gather(parts, local, group=group)
     means, variances, counts = torch.stack(parts).split(
-        [channels, channels, 1], dim=1)
+        [channels, channels, 1], dim=1
+    )
     total = counts.sum(0)
     mean = (means * counts).sum(0) / total
-    spread = variances + (means - mean)**2
+    spread = variances + (means - mean) ** 2
     return mean, (spread * counts).sum(0) / total, total
 
 
 class _SyncBatchNorm(Function):
-
     @staticmethod
-    def forward(ctx, input, weight, bias, running_mean, running_var, momentum,
-                eps, group, quantizer):
+    def forward(
+        ctx,
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        momentum,
+        eps,
+        group,
+        quantizer,
+    ):
         mean, var, count = _global_statistics(input, group)
         if running_mean is not None:
             unbiased = var * (count / (count - 1))
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-        output = F.batch_norm(input, mean, var, weight, bias, False, 0., eps)
+        output = F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
         payload, kept = None, ()
         if any(ctx.needs_input_grad[:2]):
             payload = quantizer.pack(input)
@@ -92,12 +104,25 @@ class _SyncBatchNorm(Function):
             x_hat.add_(mean_grad.view(shape)).sub_(grad_output)
             scale = invstd if weight is None else invstd * weight
             grad_input = x_hat.mul_(-scale.view(shape)).to(grad_output.dtype)
-        return (grad_input, grad_weight if needs_weight else None,
-                grad_bias if needs_bias else None, *nothing)
+        return (
+            grad_input,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
+            *nothing,
+        )
 
 
-def sync_batch_norm(input, weight, bias, running_mean, running_var, momentum,
-                    eps, group, quantizer):
+def sync_batch_norm(
+    input,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    momentum,
+    eps,
+    group,
+    quantizer,
+):
     """Batch normalisation with the statistics of all processes.
 
     Args:
@@ -114,5 +139,14 @@ def sync_batch_norm(input, weight, bias, running_mean, running_var, momentum,
     Returns:
         Tensor[N, C, *]: The output.
     """
-    return _SyncBatchNorm.apply(input, weight, bias, running_mean,
-                                running_var, momentum, eps, group, quantizer)
+    return _SyncBatchNorm.apply(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        momentum,
+        eps,
+        group,
+        quantizer,
+    )

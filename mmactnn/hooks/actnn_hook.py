@@ -60,12 +60,14 @@ class ActNNHook(Hook):
     # Before LoggerHook, which resets the counter of peak memory.
     priority = 'ABOVE_NORMAL'
 
-    def __init__(self,
-                 level='L3',
-                 include=None,
-                 exclude=(),
-                 group_size=256,
-                 interval=None):
+    def __init__(
+        self,
+        level='L3',
+        include=None,
+        exclude=(),
+        group_size=256,
+        interval=None,
+    ):
         if interval is not None and interval < 1:
             raise ValueError(f'interval must be 1 or more, got {interval}')
         self.level = level
@@ -76,7 +78,7 @@ class ActNNHook(Hook):
         self.generator = RoundingGenerator()
         self._loaded = None
         self._measured = False
-        self._peak_mib = 0.
+        self._peak_mib = 0.0
         self._measuring = contextlib.ExitStack()
         self._meter = None
 
@@ -92,27 +94,41 @@ class ActNNHook(Hook):
         """
         # Evaluation builds no optimizer; compressed layers would be plain
         # ones in it anyway.
-        if not isinstance(runner.optim_wrapper,
-                          (OptimWrapper, OptimWrapperDict)):
+        if not isinstance(
+            runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)
+        ):
             return
         model = _unwrap(runner.model)
         _refuse_efficient_conv_bn_eval(runner, model)
         self.generator.manual_seed(runner.seed, stream=get_rank())
-        report = convert_model(model, self.level, self.include, self.exclude,
-                               self.group_size, self.generator)
+        report = convert_model(
+            model,
+            self.level,
+            self.include,
+            self.exclude,
+            self.group_size,
+            self.generator,
+        )
         named = _named_types(runner.cfg.get('model'))
         if named and not any(
-                isinstance(m, QuantizedLayer) for m in model.modules()):
+            isinstance(m, QuantizedLayer) for m in model.modules()
+        ):
             raise RuntimeError(
                 f'the config names {", ".join(sorted(named))}, but no layer '
                 'of the model is compressed: something has turned them back '
                 'into plain layers, and include/exclude of ActNNHook keep '
-                f'them so (include={self.include}, exclude={self.exclude})')
+                f'them so (include={self.include}, exclude={self.exclude})'
+            )
         runner.logger.info(str(report))
         if self.interval is None:
             self.interval = next(
-                (hook.interval for hook in runner.hooks
-                 if isinstance(hook, LoggerHook)), 50)
+                (
+                    hook.interval
+                    for hook in runner.hooks
+                    if isinstance(hook, LoggerHook)
+                ),
+                50,
+            )
 
     def before_train(self, runner):
         """Go on with the rounding of a run that is resumed.
@@ -125,7 +141,10 @@ class ActNNHook(Hook):
         if self._loaded['level'] != self._level_name:
             print_log(
                 f'resuming at level {self._level_name} what was trained at '
-                f'{self._loaded["level"]}', runner.logger, 'WARNING')
+                f'{self._loaded["level"]}',
+                runner.logger,
+                'WARNING',
+            )
         self.generator.manual_seed(self._loaded['seed'], stream=get_rank())
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
@@ -143,13 +162,12 @@ class ActNNHook(Hook):
             return
         self._measured = True
         self._meter = self._measuring.enter_context(
-            measure_activations(_unwrap(runner.model)))
+            measure_activations(_unwrap(runner.model))
+        )
 
-    def after_train_iter(self,
-                         runner,
-                         batch_idx,
-                         data_batch=None,
-                         outputs=None):
+    def after_train_iter(
+        self, runner, batch_idx, data_batch=None, outputs=None
+    ):
         """Log what the iteration kept.
 
         Args:
@@ -168,10 +186,12 @@ class ActNNHook(Hook):
             exact_mib=meter.exact_mib,
             ratio=meter.ratio,
             layers_ratio=meter.layers_ratio,
-            peak_mib=self._peak_mib)
+            peak_mib=self._peak_mib,
+        )
         for name, value in scalars.items():
             runner.message_hub.update_scalar(
-                f'train/actnn/{name}', value, resumed=False)
+                f'train/actnn/{name}', value, resumed=False
+            )
 
     def before_save_checkpoint(self, runner, checkpoint):
         """Put the state of the rounding into the checkpoint.
@@ -181,7 +201,8 @@ class ActNNHook(Hook):
             checkpoint (dict): The checkpoint.
         """
         checkpoint['actnn'] = dict(
-            level=self._level_name, seed=self.generator.seed)
+            level=self._level_name, seed=self.generator.seed
+        )
 
     def after_load_checkpoint(self, runner, checkpoint):
         """Keep the state until it is known whether the run is resumed.
@@ -208,13 +229,15 @@ def _refuse_efficient_conv_bn_eval(runner, model):
     asked = runner.cfg.get('efficient_conv_bn_eval')
     built = any(
         getattr(module, 'efficient_conv_bn_eval_forward', None) is not None
-        for module in model.modules())
+        for module in model.modules()
+    )
     if asked is not None or built:
         raise RuntimeError(
             'efficient_conv_bn_eval and compressed layers exclude each other:'
             ' it computes convolution and normalisation by itself and never '
             'calls the layers, so that nothing would be saved. Remove '
-            f'efficient_conv_bn_eval={asked!r} from the config, or ActNNHook')
+            f'efficient_conv_bn_eval={asked!r} from the config, or ActNNHook'
+        )
 
 
 def _named_types(config):

@@ -7,6 +7,10 @@ from .norm import QBatchNorm, QBatchNorm2d
 from .sync_norm import QSyncBatchNorm
 
 __all__ = [
-    'QBatchNorm', 'QBatchNorm2d', 'QConv2d', 'QReLU', 'QSyncBatchNorm',
-    'QuantizedLayer'
+    'QBatchNorm',
+    'QBatchNorm2d',
+    'QConv2d',
+    'QReLU',
+    'QSyncBatchNorm',
+    'QuantizedLayer',
 ]

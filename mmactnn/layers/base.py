@@ -76,9 +76,12 @@ class QuantizedLayer:
     @classmethod
     def torch_class(cls):
         """The torch class that this one compresses."""
-        return next(base for base in cls.__mro__[1:]
-                    if not issubclass(base, QuantizedLayer)
-                    and issubclass(base, nn.Module))
+        return next(
+            base
+            for base in cls.__mro__[1:]
+            if not issubclass(base, QuantizedLayer)
+            and issubclass(base, nn.Module)
+        )
 
     def compresses(self, *tensors):
         """Whether this call keeps anything for a backward pass in codes.
@@ -86,8 +89,11 @@ class QuantizedLayer:
         Args:
             *tensors (Tensor, optional): Whatever may need a gradient.
         """
-        return (not self.quantizer.exact and torch.is_grad_enabled()
-                and any(t is not None and t.requires_grad for t in tensors))
+        return (
+            not self.quantizer.exact
+            and torch.is_grad_enabled()
+            and any(t is not None and t.requires_grad for t in tensors)
+        )
 
     def extra_repr(self):
         """As the parent's, with the bits."""

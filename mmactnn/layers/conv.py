@@ -42,22 +42,33 @@ class QConv2d(QuantizedLayer, nn.Conv2d):
             input = F.pad(
                 input,
                 self._reversed_padding_repeated_twice,
-                mode=self.padding_mode)
-            padding = (0, ) * len(self.kernel_size)
+                mode=self.padding_mode,
+            )
+            padding = (0,) * len(self.kernel_size)
         elif isinstance(padding, str):
             input, padding = self._resolve_padding(input)
         # As F.conv2d: a sample alone is a batch of one.
         single = input.dim() == len(self.kernel_size) + 1
         output = convolution(
-            input.unsqueeze(0) if single else input, weight, bias,
-            (self.stride, padding, self.dilation, False,
-             (0, ) * len(padding), self.groups), self.quantizer)
+            input.unsqueeze(0) if single else input,
+            weight,
+            bias,
+            (
+                self.stride,
+                padding,
+                self.dilation,
+                False,
+                (0,) * len(padding),
+                self.groups,
+            ),
+            self.quantizer,
+        )
         return output.squeeze(0) if single else output
 
     def _resolve_padding(self, input):
         """Padding 'same' or 'valid' as numbers, one odd side padded here."""
         if self.padding == 'valid':
-            return input, (0, ) * len(self.kernel_size)
+            return input, (0,) * len(self.kernel_size)
         total = [
             dilation * (size - 1)
             for dilation, size in zip(self.dilation, self.kernel_size)

@@ -1,6 +1,5 @@
 """Compressed batch normalisation."""
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -34,8 +33,9 @@ class QBatchNorm(QuantizedLayer, _BatchNorm):
     def _check_input_dim(self, input):
         """Accept every rank that has channels."""
         if input.dim() < 2:
-            raise ValueError('expected an input of 2 dimensions or more, got '
-                             f'{input.dim()}')
+            raise ValueError(
+                f'expected an input of 2 dimensions or more, got {input.dim()}'
+            )
 
     def forward(self, input):
         """See ``nn.BatchNorm2d``."""
@@ -49,10 +49,17 @@ class QBatchNorm(QuantizedLayer, _BatchNorm):
         # The buffers are neither read nor written where torch's layer
         # passes None in their place.
         used = not self.training or self.track_running_stats
-        return batch_norm(input, self.weight, self.bias,
-                          self.running_mean if used else None,
-                          self.running_var if used else None, batch_stats,
-                          momentum, self.eps, self.quantizer)
+        return batch_norm(
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean if used else None,
+            self.running_var if used else None,
+            batch_stats,
+            momentum,
+            self.eps,
+            self.quantizer,
+        )
 
     def _next_momentum(self):
         """The weight of this batch; counts it if the layer tracks."""
@@ -67,8 +74,10 @@ class QBatchNorm(QuantizedLayer, _BatchNorm):
 def _check_more_than_one_value(input):
     values = input.numel() // max(input.size(1), 1)
     if values == 1:
-        raise ValueError('Expected more than 1 value per channel when '
-                         f'training, got input size {input.size()}')
+        raise ValueError(
+            'Expected more than 1 value per channel when '
+            f'training, got input size {input.size()}'
+        )
 
 
 class QBatchNorm2d(QBatchNorm, nn.BatchNorm2d, _BatchNorm):

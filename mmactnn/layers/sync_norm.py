@@ -25,15 +25,26 @@ class QSyncBatchNorm(QBatchNorm, nn.SyncBatchNorm, _BatchNorm):
     def forward(self, input):
         """See ``nn.SyncBatchNorm``."""
         synchronises = (
-            self.training and dist.is_available() and dist.is_initialized()
-            and dist.get_world_size(self.process_group) > 1)
-        if not synchronises or not self.compresses(input, self.weight,
-                                                   self.bias):
+            self.training
+            and dist.is_available()
+            and dist.is_initialized()
+            and dist.get_world_size(self.process_group) > 1
+        )
+        if not synchronises or not self.compresses(
+            input, self.weight, self.bias
+        ):
             return super().forward(input)
         self._check_input_dim(input)
         momentum = self._next_momentum()
         tracks = self.track_running_stats
-        return sync_batch_norm(input, self.weight, self.bias,
-                               self.running_mean if tracks else None,
-                               self.running_var if tracks else None, momentum,
-                               self.eps, self.process_group, self.quantizer)
+        return sync_batch_norm(
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean if tracks else None,
+            self.running_var if tracks else None,
+            momentum,
+            self.eps,
+            self.process_group,
+            self.quantizer,
+        )

@@ -1,11 +1,23 @@
 """The kernels as functions of tensors, without autograd."""
 
 from . import _fake, layout  # noqa: F401  (registers the fake kernels)
-from .quantize import (GROUP_SIZES, VALID_BITS, check_format, dequantize,
-                       quantize)
+from .quantize import (
+    GROUP_SIZES,
+    VALID_BITS,
+    check_format,
+    dequantize,
+    quantize,
+)
 from .relu import relu_mask, relu_mask_, relu_mask_backward
 
 __all__ = [
-    'GROUP_SIZES', 'VALID_BITS', 'check_format', 'dequantize', 'layout',
-    'quantize', 'relu_mask', 'relu_mask_', 'relu_mask_backward'
+    'GROUP_SIZES',
+    'VALID_BITS',
+    'check_format',
+    'dequantize',
+    'layout',
+    'quantize',
+    'relu_mask',
+    'relu_mask_',
+    'relu_mask_backward',
 ]

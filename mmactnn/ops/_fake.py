@@ -16,10 +16,12 @@ def _quantize(input, bits, group_size, seed, offset):
         row_numel = row_numel * size
     if isinstance(rows, int) and rows == 0:
         row_numel = 0
-    codes = input.new_empty((rows, _ceil_div(row_numel, 8) * bits),
-                            dtype=torch.uint8)
-    ranges = input.new_empty((rows, _ceil_div(row_numel, group_size), 2),
-                             dtype=torch.bfloat16)
+    codes = input.new_empty(
+        (rows, _ceil_div(row_numel, 8) * bits), dtype=torch.uint8
+    )
+    ranges = input.new_empty(
+        (rows, _ceil_div(row_numel, group_size), 2), dtype=torch.bfloat16
+    )
     return codes, ranges
 
 
@@ -28,7 +30,7 @@ def _dequantize(codes, ranges, size, stride, dtype, bits, group_size):
 
 
 def _empty_mask(input):
-    return input.new_empty((_ceil_div(input.numel(), 8), ), dtype=torch.uint8)
+    return input.new_empty((_ceil_div(input.numel(), 8),), dtype=torch.uint8)
 
 
 def _relu_mask(input):
@@ -44,5 +46,6 @@ if load_error() is None:
     torch.library.register_fake('mmactnn::dequantize', _dequantize)
     torch.library.register_fake('mmactnn::relu_mask', _relu_mask)
     torch.library.register_fake('mmactnn::relu_mask_', _empty_mask)
-    torch.library.register_fake('mmactnn::relu_mask_backward',
-                                _relu_mask_backward)
+    torch.library.register_fake(
+        'mmactnn::relu_mask_backward', _relu_mask_backward
+    )

@@ -5,8 +5,10 @@ import torch
 
 def is_dense(tensor):
     """Whether the elements fill one piece of memory, in whatever order."""
-    return (tensor.is_contiguous()
-            or torch.ops.aten.is_non_overlapping_and_dense(tensor))
+    return (
+        tensor.is_contiguous()
+        or torch.ops.aten.is_non_overlapping_and_dense(tensor)
+    )
 
 
 def dense(tensor):
@@ -23,8 +25,9 @@ def dense_rows(tensor):
     if tensor.is_contiguous():
         return tensor
     rows = tensor.size(0)
-    if is_dense(tensor) and (rows <= 1
-                             or tensor.stride(0) == tensor.numel() // rows):
+    if is_dense(tensor) and (
+        rows <= 1 or tensor.stride(0) == tensor.numel() // rows
+    ):
         return tensor
     return tensor.contiguous()
 
@@ -42,9 +45,11 @@ def with_strides(tensor, stride):
     """
     same = all(
         have == want or size == 1
-        for size, have, want in zip(tensor.shape, tensor.stride(), stride))
+        for size, have, want in zip(tensor.shape, tensor.stride(), stride)
+    )
     if same or tensor.numel() == 0:
         return tensor
     out = torch.empty_strided(
-        tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+        tensor.shape, stride, dtype=tensor.dtype, device=tensor.device
+    )
     return out.copy_(tensor)

@@ -20,8 +20,9 @@ def check_format(bits, group_size):
     if bits not in VALID_BITS:
         raise ValueError(f'bits must be 1, 2, 4 or 8, got {bits!r}')
     if group_size not in GROUP_SIZES:
-        raise ValueError('group_size must be 64, 128, 256 or 512, got '
-                         f'{group_size!r}')
+        raise ValueError(
+            f'group_size must be 64, 128, 256 or 512, got {group_size!r}'
+        )
 
 
 def check_input(tensor):
@@ -32,9 +33,11 @@ def check_input(tensor):
         RuntimeError: If the device has no kernels.
     """
     if tensor.dtype not in VALID_DTYPES:
-        raise TypeError('compressed layers take float32, float16 or bfloat16 '
-                        f'tensors, got {tensor.dtype}; convert the input, or '
-                        'use level L0')
+        raise TypeError(
+            'compressed layers take float32, float16 or bfloat16 '
+            f'tensors, got {tensor.dtype}; convert the input, or '
+            'use level L0'
+        )
     require_kernels(tensor.device)
 
 
@@ -80,11 +83,12 @@ def quantize(input, bits, group_size=256, *, seed, offset=0):
     check_format(bits, group_size)
     check_input(input)
     if input.dim() == 0:
-        raise ValueError('input must have at least one dimension, got a '
-                         'scalar tensor')
+        raise ValueError(
+            'input must have at least one dimension, got a scalar tensor'
+        )
     return torch.ops.mmactnn.quantize(
-        dense_rows(input), bits, group_size, _as_int64(seed),
-        _as_int64(offset))
+        dense_rows(input), bits, group_size, _as_int64(seed), _as_int64(offset)
+    )
 
 
 def dequantize(codes, ranges, size, stride, dtype, bits, group_size=256):
@@ -114,11 +118,13 @@ def dequantize(codes, ranges, size, stride, dtype, bits, group_size=256):
     """
     check_format(bits, group_size)
     if dtype not in VALID_DTYPES:
-        raise TypeError('dtype must be float32, float16 or bfloat16, got '
-                        f'{dtype}')
+        raise TypeError(
+            f'dtype must be float32, float16 or bfloat16, got {dtype}'
+        )
     require_kernels(codes.device)
-    return torch.ops.mmactnn.dequantize(codes, ranges, size, stride, dtype,
-                                        bits, group_size)
+    return torch.ops.mmactnn.dequantize(
+        codes, ranges, size, stride, dtype, bits, group_size
+    )
 
 
 def _as_int64(value):

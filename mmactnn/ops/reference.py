@@ -37,9 +37,10 @@ def philox(blocks, seed, offset):
         return product_high, product_low
 
     c = [
-        blocks & _MASK32, (blocks >> 32) & _MASK32,
+        blocks & _MASK32,
+        (blocks >> 32) & _MASK32,
         torch.full_like(blocks, offset & _MASK32),
-        torch.full_like(blocks, (offset >> 32) & _MASK32)
+        torch.full_like(blocks, (offset >> 32) & _MASK32),
     ]
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(_PHILOX_ROUNDS):
@@ -95,8 +96,10 @@ def quantize(input, bits, group_size, seed, offset):
     valid = valid.view(-1, group_size)
 
     if groups.numel() == 0:
-        return (input.new_zeros((rows, row_blocks * bits), dtype=torch.uint8),
-                input.new_zeros((rows, row_groups, 2), dtype=torch.bfloat16))
+        return (
+            input.new_zeros((rows, row_blocks * bits), dtype=torch.uint8),
+            input.new_zeros((rows, row_groups, 2), dtype=torch.bfloat16),
+        )
     low, step = _make_range(groups, valid, levels)
     low_, step_ = low[:, None], step[:, None]
 
@@ -104,7 +107,8 @@ def quantize(input, bits, group_size, seed, offset):
     words = philox(blocks, seed, offset)
     random = torch.stack([words & 0xFFFF, words >> 16], -1).view(rows, -1)
     random = torch.nn.functional.pad(
-        random, (0, padded.shape[1] - random.shape[1])).view_as(groups)
+        random, (0, padded.shape[1] - random.shape[1])
+    ).view_as(groups)
     scale = (65536.0 / step_).where(step_ != 0, 0.0)
     fixed = ((groups - low_) * scale + 0.5).nan_to_num(0, 0, 0).to(torch.int32)
     codes = ((fixed + random) >> 16).clamp(max=levels)
@@ -115,7 +119,7 @@ def quantize(input, bits, group_size, seed, offset):
     special[groups.isnan() | low_.isnan()] = _NAN
     codes = torch.where(step_.isnan(), special.clamp(max=levels), codes)
 
-    codes = (codes * valid).view(rows, -1)[:, :row_blocks * 8]
+    codes = (codes * valid).view(rows, -1)[:, : row_blocks * 8]
     per_byte = 8 // bits
     codes = codes.reshape(rows, -1, per_byte)
     shifts = torch.arange(per_byte, device=input.device) * bits
@@ -134,8 +138,11 @@ def dequantize(codes, ranges, size, stride, dtype, bits, group_size):
     shifts = torch.arange(8 // bits, device=codes.device) * bits
     unpacked = ((codes[..., None].long() >> shifts) & levels).view(rows, -1)
     unpacked = unpacked[:, :row_numel]
-    low, step = ranges.float().repeat_interleave(
-        group_size, dim=1)[:, :row_numel].unbind(-1)
+    low, step = (
+        ranges.float()
+        .repeat_interleave(group_size, dim=1)[:, :row_numel]
+        .unbind(-1)
+    )
     largest = torch.finfo(dtype).max
     value = (unpacked * step + low).clamp(-largest, largest)
     nan, inf = float('nan'), float('inf')

@@ -9,6 +9,7 @@ GB = 10^9 bytes.
 """
 
 import argparse
+import functools
 import json
 
 import torch
@@ -62,19 +63,25 @@ def measure(shape, dtype, channels_last):
         time = median_ms(function)
         rate = nbytes / time / 1e6
         return dict(
-            kernel=name, shape=list(shape), dtype=str(dtype)[6:],
+            kernel=name,
+            shape=list(shape),
+            dtype=str(dtype)[6:],
             layout='channels_last' if channels_last else 'contiguous',
-            ms=round(time, 4), gb_s=round(rate), copy_gb_s=round(copy),
-            share=round(rate / copy, 3))
+            ms=round(time, 4),
+            gb_s=round(rate),
+            copy_gb_s=round(copy),
+            share=round(rate / copy, 3),
+        )
 
     for bits in ops.VALID_BITS:
         codes, ranges = ops.quantize(x, bits, seed=1)
         nbytes = x.nbytes + codes.nbytes + ranges.nbytes
-        yield row(f'quantize {bits} bit', nbytes,
-                  lambda: ops.quantize(x, bits, seed=1))  # noqa: B023
-        yield row(
-            f'dequantize {bits} bit', nbytes, lambda: ops.dequantize(
-                codes, ranges, x.shape, x.stride(), dtype, bits))  # noqa: B023
+        quantize = functools.partial(ops.quantize, x, bits, seed=1)
+        dequantize = functools.partial(
+            ops.dequantize, codes, ranges, x.shape, x.stride(), dtype, bits
+        )
+        yield row(f'quantize {bits} bit', nbytes, quantize)
+        yield row(f'dequantize {bits} bit', nbytes, dequantize)
     mask = ops.relu_mask(x)[1]
     nbytes = 2 * x.nbytes + mask.nbytes
     yield row('relu forward', nbytes, lambda: ops.relu_mask(x))
@@ -90,12 +97,15 @@ def main():
     if not torch.cuda.is_available():
         raise SystemExit('no GPU: there is nothing to measure')
     rows = [
-        row for shape in SHAPES for dtype in DTYPES
+        row
+        for shape in SHAPES
+        for dtype in DTYPES
         for channels_last in (False, True)
         for row in measure(shape, dtype, channels_last)
     ]
-    table = Table(title=f'{torch.cuda.get_device_name()}, torch '
-                  f'{torch.__version__}')
+    table = Table(
+        title=f'{torch.cuda.get_device_name()}, torch {torch.__version__}'
+    )
     for column in rows[0]:
         table.add_column(column)
     for row in rows:
@@ -104,8 +114,14 @@ def main():
     if args.out:
         with open(args.out, 'w') as file:
             json.dump(
-                dict(device=torch.cuda.get_device_name(),
-                     torch=torch.__version__, rows=rows), file, indent=1)
+                dict(
+                    device=torch.cuda.get_device_name(),
+                    torch=torch.__version__,
+                    rows=rows,
+                ),
+                file,
+                indent=1,
+            )
 
 
 if __name__ == '__main__':
