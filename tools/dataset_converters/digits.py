@@ -397,9 +397,8 @@ def check_options(options):
             f'digits must be MIN MAX with 1 <= MIN <= MAX, got {least} {most}'
         )
     low, high = options.scale
-    if not MIN_DIGIT_SIZE <= round(low * options.image_size) or not (
-        low <= high <= 1
-    ):
+    # Written so that a NaN fails the comparison.
+    if not (MIN_DIGIT_SIZE <= low * options.image_size and low <= high <= 1):
         raise ValueError(
             'scale must be MIN MAX with MIN <= MAX <= 1 and MIN at least '
             f'{MIN_DIGIT_SIZE} pixels of the image, got {low} {high} at '
