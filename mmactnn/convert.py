@@ -161,7 +161,7 @@ def convert_model(
     generator = generator or RoundingGenerator()
     include = None if include is None else _Filter('include', include)
     exclude = _Filter('exclude', exclude)
-    converted, left = [], []
+    chosen, left = [], []
     for name, module in model.named_modules():
         target = _target(module)
         if target is None:
@@ -177,13 +177,16 @@ def convert_model(
             reason = 'excluded' if excluded else 'not included'
             left.append(Left(name, type(module).__name__, reason))
             continue
-        converted.append(
-            _convert(name, module, target, level, group_size, generator)
+        quantizer = _make_quantizer(
+            module, target, level, group_size, generator
         )
+        chosen.append((name, module, target, quantizer))
     for used in (include, exclude):
         if used is not None:
             used.require_all_used()
-    return ConversionReport(level.name, tuple(converted), tuple(left))
+    # Nothing is left to fail: a call that raises has changed no layer.
+    converted = tuple(_convert(*choice) for choice in chosen)
+    return ConversionReport(level.name, converted, tuple(left))
 
 
 def revert_model(model):
@@ -211,21 +214,20 @@ def _target(module):
     return CONVERSIONS.get(f'{cls.__module__}.{cls.__qualname__}')
 
 
-def _convert(name, module, target, level, group_size, generator):
+def _make_quantizer(module, target, level, group_size, generator):
+    bits, own_bits = target.level_bits(level), False
+    if isinstance(module, QuantizedLayer) and module.quantizer.own_bits:
+        bits, own_bits = module.quantizer.bits, True
+    return LayerQuantizer(bits, group_size, own_bits, generator)
+
+
+def _convert(name, module, target, quantizer):
     source = type(module).__name__
-    bits = target.level_bits(level)
     if isinstance(module, QuantizedLayer):
-        old = module.quantizer
-        if old.own_bits:
-            bits = old.bits
-        module.quantizer = LayerQuantizer(
-            bits, group_size, old.own_bits, generator
-        )
+        module.quantizer = quantizer
     else:
-        target.convert_(
-            module, LayerQuantizer(bits, group_size, generator=generator)
-        )
-    return Converted(name, source, target.__name__, bits)
+        target.convert_(module, quantizer)
+    return Converted(name, source, target.__name__, quantizer.bits)
 
 
 def _why_unmapped(module):
