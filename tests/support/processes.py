@@ -1,0 +1,52 @@
+"""Runs a function in several processes that form a gloo group."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_in_processes(function, world_size, *args):
+    """Call a function in every process of a new group.
+
+    Args:
+        function (Callable): Takes the rank and args; importable by name, so
+            that it cannot live in a test module.
+        world_size (int): Number of processes.
+        *args: For the function.
+
+    Returns:
+        list: What the processes returned, in the order of their ranks.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(
+            _process, (world_size, folder, function, args), nprocs=world_size
+        )
+        return [
+            torch.load(_result(folder, rank), weights_only=False)
+            for rank in range(world_size)
+        ]
+
+
+def _process(rank, world_size, folder, function, args):
+    torch.set_num_threads(1)
+    # Does without a port, and without a host name that resolves.
+    os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
+    dist.init_process_group(
+        'gloo',
+        init_method=f'file://{folder}/store',
+        rank=rank,
+        world_size=world_size,
+    )
+    try:
+        torch.save(function(rank, *args), _result(folder, rank))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _result(folder, rank):
+    return Path(folder) / f'{rank}.pth'

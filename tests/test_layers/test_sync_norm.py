@@ -1,0 +1,118 @@
+"""QSyncBatchNorm in two processes against one with the whole batch."""
+
+import functools
+
+import pytest
+import torch
+from support.layers import assert_same_bits, gradients, relative_error
+from support.processes import run_in_processes
+from support.sync_norm_cases import (
+    CASES,
+    CHANNELS,
+    make_data,
+    run_all,
+    run_case,
+    set_state,
+)
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmactnn import QSyncBatchNorm
+
+# One start of the processes serves all tests of a device.
+in_two_processes = functools.cache(
+    lambda device: run_in_processes(run_all, 2, device)
+)
+
+
+def in_one_process(case):
+    """Torch's batch normalisation of the whole batch, in float64."""
+    cls = nn.BatchNorm1d if 'size' in case else nn.BatchNorm2d
+    if case.get('size') == (1, 1):
+        cls = nn.BatchNorm2d
+    norm = cls(CHANNELS, dtype=torch.float64, **case.get('kwargs', {}))
+    set_state(norm)
+    return run_case(norm, case, slice(None), torch.float64)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_as_one_process(name, device):
+    case = CASES[name]
+    results = [r[name] for r in in_two_processes(device.type)]
+    expected = in_one_process(case)
+    half = 'dtype' in case
+    for key in ('outputs', 'inputs'):
+        for step in range(2):
+            parts = [r[key][step] for r in results]
+            if expected[key][step] is None:
+                assert parts == [None, None]
+                continue
+            assert [len(p) for p in parts] == list(case['samples'])
+            assert {p.dtype for p in parts} == {make_data(case)[0][0].dtype}
+            # Only gradients in training mode see the codes of 8 bits.
+            limit = 2e-6 if key == 'outputs' or name == 'eval' else 0.015
+            limit = 0.015 if half else limit
+            error = torch.cat(parts).double() - expected[key][step]
+            # Of two values a channel the input's gradient all but vanishes:
+            # to be compared with the output's.
+            assert error.norm() < limit * make_data(case)[step][1].norm()
+    for key in expected.keys() & {'running_mean', 'running_var'}:
+        for result in results:
+            assert relative_error(result[key], expected[key]) < 1e-6
+        assert_same_bits(results[0][key], results[1][key])
+    if 'num_batches_tracked' in expected:
+        for result in results:
+            key = 'num_batches_tracked'
+            assert result[key] == expected[key]
+    for key in expected.keys() & {'weight', 'bias'}:
+        # Each process has its share, the optimiser's all-reduce adds up.
+        parts = [r[key] for r in results]
+        if expected[key] is None:
+            assert parts == [None, None]
+            continue
+        total = sum(p.double() for p in parts)
+        limit = 0.02 if key == 'weight' else 1e-6
+        assert relative_error(total, expected[key]) < limit
+        assert not torch.equal(*parts)
+        for part, samples in zip(parts, case['samples']):
+            assert samples or not part.any()
+
+
+def test_both_end_with_the_same_model(device):
+    first, second = (r['trained'] for r in in_two_processes(device.type))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.isfinite().all()
+        assert_same_bits(tensor, second[name])
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_one_process_without_a_group(training, device):
+    norm = QSyncBatchNorm(CHANNELS, bits=8, device=device).train(training)
+    set_state(norm)
+    twin = nn.BatchNorm2d(CHANNELS, device=device).train(training)
+    set_state(twin)
+    x = torch.randn(3, CHANNELS, 5, 6, device=device)
+    grad_output = torch.randn_like(x)
+    expected = gradients(twin, x, grad_output)
+    found = gradients(norm, x, grad_output)
+    assert_same_bits(found['output'], expected['output'])
+    assert_same_bits(norm.running_var, twin.running_var)
+    assert relative_error(found['input'], expected['input']) < 5e-3
+    assert relative_error(found['bias'], expected['bias']) < 1e-5
+
+
+def test_class():
+    norm = QSyncBatchNorm(CHANNELS)
+    assert isinstance(norm, (nn.SyncBatchNorm, _BatchNorm))
+    # MMEngine's init_cfg compares the names of direct bases.
+    assert _BatchNorm in QSyncBatchNorm.__bases__
+    assert list(norm.state_dict()) == list(
+        nn.SyncBatchNorm(CHANNELS).state_dict()
+    )
+
+
+@pytest.mark.parametrize('bits', [0, 3, 16])
+def test_unknown_bits(bits):
+    with pytest.raises(ValueError, match=f'bits.*got {bits}'):
+        QSyncBatchNorm(CHANNELS, bits=bits)
