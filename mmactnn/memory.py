@@ -88,7 +88,7 @@ class ActivationMeter:
             exact (tuple[Tensor]): ... in place of those that torch would
                 have kept.
         """
-        if _in_backward():
+        if _in_backward() or not self._is_listening():
             return
         replaced = _Storages()
         for tensor in exact:
@@ -118,6 +118,12 @@ class ActivationMeter:
     def _count_replaced(self, storages):
         self._exact.update(storages)
         self._layers_exact.update(storages)
+
+    def _is_listening(self):
+        # Checkpointing puts hooks of its own on top of ours. A layer that
+        # keeps nothing would count there otherwise, as no pack() follows.
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return hooks is not None and hooks[0] == self.pack
 
     def _is_own(self, tensor):
         return tensor.untyped_storage()._cdata in self._own
