@@ -102,9 +102,14 @@ class ActivationMeter:
         self._replaced[kept[0].untyped_storage()._cdata] = replaced
 
     def pack(self, tensor):
-        """Hook for every tensor that autograd saves; returns it."""
-        if _in_backward() or self._is_own(tensor):
-            return tensor
+        """Hook for every tensor that autograd saves; counts it."""
+        if not (_in_backward() or self._is_own(tensor)):
+            self._count(tensor)
+        # Not the tensor itself: an output saved by its own node would own
+        # that node, and neither was ever freed without a backward pass.
+        return tensor.detach()
+
+    def _count(self, tensor):
         self._saved.add(tensor)
         if tensor in self._payloads:
             self._layers_saved.add(tensor)
@@ -113,7 +118,6 @@ class ActivationMeter:
                 self._count_replaced(self._replaced.pop(key))
         else:
             self._exact.add(tensor)
-        return tensor
 
     def _count_replaced(self, storages):
         self._exact.update(storages)
