@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -33,6 +34,10 @@ def launch(tool, *arguments, cwd):
     environ = {
         'CUDA_VISIBLE_DEVICES': '-1',
         'OMP_NUM_THREADS': '1',
+        # The tools take the python they find, which is to be this one.
+        'PATH': os.pathsep.join(
+            [os.path.dirname(sys.executable), os.environ['PATH']]
+        ),
         'PORT': str(port),
         'PYTHONPATH': os.pathsep.join([str(ROOT / 'tests'), str(ROOT)]),
     }
