@@ -67,7 +67,8 @@ $(PACKAGE): setup.py pyproject.toml $(ENVIRONMENT) \
 
 $(TESTS): requirements/tests.txt requirements/torchvision.txt $(ENVIRONMENT)
 	$(PIP) install -r requirements/tests.txt
-	$(PIP) install --no-deps -r requirements/torchvision.txt
+	$(PIP) install --no-deps --upgrade --target $(VENV)/torchvision \
+	    -r requirements/torchvision.txt
 	touch $@
 
 $(LINT): requirements/lint.txt | $(BIN)/python

@@ -4,13 +4,20 @@ MMPretrain imports torchvision, whose wheels are linked against one build of
 torch: beside any other build (CPU-only torch, say) the ops are missing, and
 the import stops at the first fake kernel registered for one. The package's
 own code never imports torchvision, so that only tests need this.
+
+``make test`` installs torchvision in a directory of its own, because in plain
+sight it does harm: MMDetection imports MMPretrain where it can. That it
+cannot for want of torchvision, it accepts; that torchvision is broken, not.
 """
 
 import importlib.util
+import sys
 from functools import cache
 from pathlib import Path
 
 import torch
+
+TORCHVISION_DIR = Path(sys.prefix, 'torchvision')
 
 # The ops that torchvision registers fake kernels for unconditionally. The
 # signatures only have to exist: nothing calls the ops.
@@ -22,7 +29,7 @@ SCHEMAS = {
 
 @cache
 def make_torchvision_importable() -> torch.library.Library | None:
-    """Declare the ops that torchvision needs, if it cannot load its own.
+    """Find torchvision, and declare its ops if it cannot load its own.
 
     Returns:
         torch.library.Library | None: Owner of the declarations, which live
@@ -34,9 +41,12 @@ def make_torchvision_importable() -> torch.library.Library | None:
     """
     spec = importlib.util.find_spec('torchvision')
     if spec is None:
+        sys.path.append(str(TORCHVISION_DIR))
+        spec = importlib.util.find_spec('torchvision')
+    if spec is None:
         raise ModuleNotFoundError(
-            'torchvision is not installed: pip install --no-deps -r '
-            'requirements/torchvision.txt'
+            'torchvision is not installed: pip install --no-deps --target '
+            f'{TORCHVISION_DIR} -r requirements/torchvision.txt'
         )
     try:
         torch.ops.load_library(Path(spec.origin).with_name('_C.so'))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from support.tools import ROOT
+from support.torchvision_stub import TORCHVISION_DIR
 
 SCRIPT = """
 from support.torchvision_stub import make_torchvision_importable
@@ -16,9 +17,11 @@ from mmpretrain.models import MoCo
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec('torchvision') is None
-    or importlib.util.find_spec('mmpretrain') is None,
-    reason='torchvision or mmpretrain is not installed',
+    importlib.util.find_spec('mmpretrain') is None
+    or not (
+        TORCHVISION_DIR.exists() or importlib.util.find_spec('torchvision')
+    ),
+    reason='mmpretrain or torchvision is not installed',
 )
 def test_mmpretrain_imports():
     # In a process of its own: here something may have imported it already.
