@@ -1,0 +1,116 @@
+"""Loading the kernels, and what is said when that fails."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mmengine
+import pytest
+import torch
+
+import mmactnn
+from mmactnn import extension
+
+PACKAGE = Path(mmactnn.__file__).parent
+
+
+@pytest.fixture
+def copy_of_package(tmp_path):
+    """The Python files of the package, elsewhere and without a library."""
+    for source in PACKAGE.rglob('*.py'):
+        if '.mim' not in source.parts:
+            target = tmp_path / 'mmactnn' / source.relative_to(PACKAGE)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(source.read_text())
+    return tmp_path
+
+
+def run_in(path, code):
+    environment = {**os.environ, 'PYTHONPATH': str(path)}
+    return subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code],
+        cwd=path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+USE = (
+    'import torch, mmactnn; conv = mmactnn.QConv2d(1, 1, 1); '
+    'conv(torch.rand(1, 1, 8, 8))'
+)
+
+
+def test_build_info():
+    info = extension.build_info()
+    assert info['torch'].startswith('2.')
+    assert info['compiler']
+    assert (info['cuda'] is None) == (info['cuda_archs'] is None)
+    assert (info['cuda'] is not None) == extension.has_kernels('cuda')
+
+
+def test_library_uses_no_symbols_of_one_python_or_torch():
+    library = extension.find_library()
+    assert library.name == '_C.abi3.so'
+    text = library.read_bytes()
+    # Mangled names of ATen and c10 tie a binary to one release of torch.
+    assert b'_ZN2at' not in text and b'_ZN3c106detail' not in text
+    assert b'libtorch_python' not in text
+
+
+def test_missing_library_is_said_when_it_is_needed(copy_of_package):
+    imported = run_in(copy_of_package, 'import mmactnn')
+    assert imported.returncode == 0, imported.stderr
+    used = run_in(copy_of_package, USE)
+    last = used.stderr.strip().splitlines()[-1]
+    assert last.startswith('RuntimeError: mmactnn was installed without')
+    assert 'pip install --no-build-isolation' in last
+
+
+def test_broken_library_is_said_with_its_cause(copy_of_package):
+    (copy_of_package / 'mmactnn/_C.abi3.so').write_bytes(b'no library')
+    used = run_in(copy_of_package, USE)
+    last = used.stderr.strip().splitlines()[-1]
+    assert last.startswith('RuntimeError: ')
+    assert '_C.abi3.so cannot be loaded with torch' in last
+    assert torch.__version__ in last and 'torch >= 2.10' in last
+
+
+def test_exact_layers_need_no_library(copy_of_package):
+    code = (
+        'import torch, mmactnn; conv = mmactnn.QConv2d(1, 1, 1); '
+        'mmactnn.convert_model(conv, "L0"); '
+        'conv(torch.rand(1, 1, 8, 8)).sum().backward()'
+    )
+    used = run_in(copy_of_package, code)
+    assert used.returncode == 0, used.stderr
+
+
+def test_report():
+    result = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-m', 'mmactnn'],
+        capture_output=True,
+        text=True,
+        cwd=PACKAGE.parent,
+        env={**os.environ, 'COLUMNS': '200'},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    for expected in (
+        mmactnn.__version__,
+        torch.__version__,
+        'mmactnn::relu_mask_backward',
+        'self-check on cpu',
+        mmengine.__version__,
+    ):
+        assert expected in result.stdout
+
+
+def test_report_names_a_missing_library(copy_of_package):
+    result = run_in(
+        copy_of_package,
+        'import sys; from mmactnn.__main__ import main; sys.exit(main())',
+    )
+    assert result.returncode == 1
+    assert 'problem' in result.stdout and 'not loaded' in result.stdout
