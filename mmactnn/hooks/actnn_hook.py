@@ -6,7 +6,6 @@ import resource
 import torch
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook, LoggerHook
-from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 
@@ -139,11 +138,9 @@ class ActNNHook(Hook):
         if self._loaded is None or runner.iter == 0:
             return  # weights to start from, not a run to go on with
         if self._loaded['level'] != self._level_name:
-            print_log(
+            runner.logger.warning(
                 f'resuming at level {self._level_name} what was trained at '
-                f'{self._loaded["level"]}',
-                runner.logger,
-                'WARNING',
+                f'{self._loaded["level"]}'
             )
         self.generator.manual_seed(self._loaded['seed'], stream=get_rank())
 
