@@ -75,6 +75,7 @@ class ActNNHook(Hook):
         self.group_size = group_size
         self.interval = interval
         self.generator = RoundingGenerator()
+        self._converted = False
         self._loaded = None
         self._measured = False
         self._peak_mib = 0.0
@@ -92,8 +93,8 @@ class ActNNHook(Hook):
                 layers cannot work with, or names them and ends with none.
         """
         # Evaluation builds no optimizer; compressed layers would be plain
-        # ones in it anyway.
-        if not isinstance(
+        # ones in it anyway. After training it comes here once more.
+        if self._converted or not isinstance(
             runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)
         ):
             return
@@ -119,6 +120,7 @@ class ActNNHook(Hook):
                 f'them so (include={self.include}, exclude={self.exclude})'
             )
         runner.logger.info(str(report))
+        self._converted = True
         if self.interval is None:
             self.interval = next(
                 (
