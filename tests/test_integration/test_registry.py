@@ -1,0 +1,250 @@
+"""Names in configs, and what MMEngine and MMCV do with our layers."""
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmcv.cnn import (
+    ConvModule,
+    build_activation_layer,
+    build_conv_layer,
+    build_norm_layer,
+)
+from mmcv.cnn.bricks.norm import infer_abbr
+from mmengine.config import Config
+from mmengine.config import config as config_module
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.model import BaseModule
+from mmengine.registry import HOOKS, MODELS, DefaultScope
+from support.tools import ROOT
+
+from mmactnn import QBatchNorm2d, QConv2d, QReLU, QSyncBatchNorm, registry
+from mmactnn.hooks import ActNNHook
+
+SCOPES = [None, 'mmengine', 'mmdet', 'mmseg']
+NAMES = {
+    'QConv2d': QConv2d,
+    'QConv': QConv2d,
+    'QBN2d': QBatchNorm2d,
+    'QBN': QBatchNorm2d,
+    'QBatchNorm2d': QBatchNorm2d,
+    'QSyncBN': QSyncBatchNorm,
+    'QSyncBatchNorm': QSyncBatchNorm,
+    'QReLU': QReLU,
+}
+
+
+@pytest.fixture(params=SCOPES)
+def scope(request):
+    """A default scope, as a runner sets it."""
+    if request.param is not None:
+        DefaultScope.get_instance('test', scope_name=request.param)
+    return request.param
+
+
+@pytest.fixture(params=['', 'mmactnn.'], ids=['plain', 'dotted'])
+def prefix(request):
+    return request.param
+
+
+class TestNames:
+    @pytest.mark.parametrize('name', NAMES)
+    def test_layers(self, name, prefix, scope):
+        with MODELS.switch_scope_and_registry(None) as models:
+            assert models.get(prefix + name) is NAMES[name]
+
+    def test_hook(self, prefix, scope):
+        hook = HOOKS.build(dict(type=prefix + 'ActNNHook', level='L2'))
+        assert type(hook) is ActNNHook and hook.level == 'L2'
+
+    def test_no_other_names_are_registered(self):
+        assert set(registry.MODELS.module_dict) == set(NAMES)
+        assert set(registry.HOOKS.module_dict) == {'ActNNHook'}
+
+    def test_conv(self, prefix, scope):
+        cfg = dict(type=prefix + 'QConv2d', bits=4)
+        conv = build_conv_layer(cfg, 3, 8, 3, stride=2, bias=False)
+        assert type(conv) is QConv2d
+        assert conv.quantizer.bits == 4 and conv.stride == (2, 2)
+        assert conv.bias is None
+        assert cfg == dict(type=prefix + 'QConv2d', bits=4)
+
+    @pytest.mark.parametrize('name', ['QBN', 'QBN2d', 'QSyncBN'])
+    def test_norm(self, name, prefix, scope):
+        cfg = dict(type=prefix + name, requires_grad=False, eps=1e-3)
+        # The attribute's name decides about the keys of checkpoints.
+        attribute, norm = build_norm_layer(cfg, 8, postfix=1)
+        assert attribute == 'bn1'
+        assert type(norm) is NAMES[name]
+        assert norm.eps == 1e-3
+        assert not norm.weight.requires_grad
+
+    def test_activation(self, prefix, scope):
+        cfg = dict(type=prefix + 'QReLU', inplace=True)
+        relu = build_activation_layer(cfg)
+        assert type(relu) is QReLU and relu.inplace
+
+    def test_conv_module(self, prefix, scope):
+        module = ConvModule(
+            3,
+            8,
+            3,
+            conv_cfg=dict(type=prefix + 'QConv2d'),
+            norm_cfg=dict(type=prefix + 'QBN2d', requires_grad=True),
+            act_cfg=dict(type=prefix + 'QReLU'),
+        )
+        assert type(module.conv) is QConv2d and module.conv.bias is None
+        assert type(module.bn) is QBatchNorm2d
+        assert type(module.activate) is QReLU and module.activate.inplace
+        plain = ConvModule(3, 8, 3, norm_cfg=dict(type='BN'))
+        assert list(module.state_dict()) == list(plain.state_dict())
+        module(torch.randn(2, 3, 8, 8)).sum().backward()
+        assert module.conv.weight.grad.isfinite().all()
+
+    @pytest.mark.parametrize('cls', [QBatchNorm2d, QSyncBatchNorm])
+    def test_abbreviation(self, cls):
+        assert infer_abbr(cls) == 'bn'
+
+    def test_wrong_value_from_a_config(self, scope):
+        cfg = dict(type='QConv2d', bits=5)
+        with pytest.raises(ValueError, match='got 5'):
+            build_conv_layer(cfg, 3, 8, 3)
+
+
+class TestInitConfig:
+    """``init_cfg`` compares names of classes and of their direct bases."""
+
+    class Block(BaseModule):
+        def __init__(self, norm, init_cfg):
+            super().__init__(init_cfg)
+            self.conv = QConv2d(3, 8, 3)
+            self.bn = norm(8)
+
+    @pytest.mark.parametrize('norm', [QBatchNorm2d, QSyncBatchNorm])
+    def test_layer(self, norm):
+        # As in the backbones of MMDetection and MMSegmentation.
+        block = self.Block(
+            norm,
+            [
+                dict(type='Constant', layer='Conv2d', val=0.5, bias=0.25),
+                dict(type='Constant', layer='_BatchNorm', val=3.0, bias=2.0),
+            ],
+        )
+        block.init_weights()
+        assert (block.conv.weight == 0.5).all()
+        assert (block.conv.bias == 0.25).all()
+        assert (block.bn.weight == 3.0).all()
+        assert (block.bn.bias == 2.0).all()
+
+    def test_same_draws_as_for_plain_layers(self):
+        def draw(conv_type, norm_type):
+            torch.manual_seed(0)
+            module = ConvModule(
+                3,
+                8,
+                3,
+                conv_cfg=dict(type=conv_type),
+                norm_cfg=dict(type=norm_type),
+            )
+            module.init_weights()
+            return module.state_dict()
+
+        found, expected = draw('QConv2d', 'QBN2d'), draw('Conv2d', 'BN')
+        assert found.keys() == expected.keys()
+        for key, value in found.items():
+            assert torch.equal(value, expected[key])
+
+
+class TestExternalConfigs:
+    """``_base_ = 'package::...'`` needs the package's name in a table."""
+
+    def load(self, tmp_path, base):
+        path = tmp_path / 'config.py'
+        path.write_text(f'_base_ = {base!r}\n')
+        return Config.fromfile(path)
+
+    def test_mmseg(self, tmp_path):
+        cfg = self.load(
+            tmp_path, 'mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py'
+        )
+        assert cfg.model.decode_head.type == 'FCNHead'
+
+    def test_mmdet(self, tmp_path):
+        cfg = self.load(
+            tmp_path, 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
+        )
+        assert cfg.model.backbone.depth == 18
+
+    def test_mmactnn(self, tmp_path, monkeypatch):
+        # As installed: the configs lie in .mim inside of the package.
+        package = tmp_path / 'mmactnn'
+        (package / '.mim').mkdir(parents=True)
+        for name in ('configs', 'model-index.yml'):
+            (package / '.mim' / name).symlink_to(ROOT / name)
+        installed = config_module.get_installed_path
+        monkeypatch.setattr(
+            config_module,
+            'get_installed_path',
+            lambda name: (
+                str(package) if name == 'mmactnn' else installed(name)
+            ),
+        )
+        monkeypatch.setattr(config_module, 'is_installed', lambda name: True)
+        cfg = self.load(tmp_path, 'mmactnn::_base_/actnn.py')
+        assert cfg.conv_cfg.type == 'QConv2d'
+        assert cfg.custom_hooks[0].type == 'ActNNHook'
+
+    @pytest.mark.parametrize(
+        ('distributions', 'expected'),
+        [
+            ({'mmsegmentation'}, 'mmsegmentation'),
+            ({'onedl-mmsegmentation'}, 'mmseg'),
+        ],
+    )
+    def test_distributions(self, distributions, expected, monkeypatch):
+        def distribution(name):
+            if name not in distributions:
+                raise importlib.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(importlib.metadata, 'distribution', distribution)
+        monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
+        monkeypatch.delitem(MODULE2PACKAGE, 'mmactnn')
+        registry._name_packages()
+        assert MODULE2PACKAGE['mmseg'] == expected
+        assert MODULE2PACKAGE['mmactnn'] == 'mmactnn'
+
+
+def run_python(code):
+    """Run code in a process of its own, where nothing is imported yet."""
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_dotted_names_need_no_import():
+    assert run_python(
+        'from mmengine.registry import HOOKS, MODELS\n'
+        'import sys\n'
+        "assert 'mmactnn' not in sys.modules\n"
+        "print(MODELS.get('mmactnn.QBN').__name__)\n"
+        "print(HOOKS.get('mmactnn.ActNNHook').__name__)\n"
+    ) == ['QBatchNorm2d', 'ActNNHook']
+
+
+def test_without_mmengine_and_mmcv():
+    assert run_python(
+        'import sys\n'
+        "for name in ('mmengine', 'mmcv', 'mmdet', 'mmseg'):\n"
+        '    sys.modules[name] = None\n'
+        'import mmactnn, torch\n'
+        'conv = mmactnn.QModule(torch.nn.Conv2d(3, 4, 3))\n'
+        'conv(torch.ones(1, 3, 5, 5)).sum().backward()\n'
+        'print(type(conv).__name__, conv.weight.grad.mean().item())\n'
+    ) == ['QConv2d', '9.0']
