@@ -96,7 +96,7 @@ model = dict(
     ),
 )
 
-max_epochs = 12
+max_epochs = 8
 train_cfg = dict(
     type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=4
 )
