@@ -8,22 +8,34 @@ import torch
 from mmactnn import convert_model
 from mmactnn.quantizer import LayerQuantizer
 
+# Relative error of what rounding must not touch: that of float32 itself,
+# with fast convolutions, and far below that of codes.
+FLOAT32_ERROR = 1e-5
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextlib.contextmanager
 def exact_numerics():
-    """Make cuDNN repeatable and let it multiply in full float32."""
+    """Make CUDA repeatable and let it multiply in full float32."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    tf32 = matmul.allow_tf32
+    before = (
+        matmul.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     matmul.allow_tf32 = False
+    # This also fills new tensors with NaN, so that a value which must not
+    # matter, but does, shows.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with cudnn.flags(
             enabled=True, benchmark=False, deterministic=True, allow_tf32=False
         ):
             yield
     finally:
-        matmul.allow_tf32 = tf32
+        matmul.allow_tf32 = before[0]
+        torch.use_deterministic_algorithms(before[1], warn_only=before[2])
 
 
 def assert_same_bits(actual, expected):

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from support.layers import (
+    FLOAT32_ERROR,
     assert_same_bits,
     at_level,
     count_packs,
@@ -117,7 +118,7 @@ class TestCompressed:
         assert 1e-4 < relative_error(found['weight'], expected['weight'])
         assert relative_error(found['weight'], expected['weight']) < 0.03
         for key in found.keys() - {'weight'}:
-            assert relative_error(found[key], expected[key]) < 1e-6
+            assert relative_error(found[key], expected[key]) < FLOAT32_ERROR
 
     @pytest.mark.parametrize('bits', [1, 2, 4, 8])
     def test_output_at_any_bits(self, bits, device):
@@ -140,8 +141,10 @@ class TestCompressed:
         assert found['output'].stride() == expected['output'].stride()
         assert_same_bits(found['output'], expected['output'])
         expected = in_float64(conv, plain, grad_output)
-        assert relative_error(found['input'], expected['input']) < 1e-6
-        assert relative_error(found['bias'], expected['bias']) < 1e-6
+        assert (
+            relative_error(found['input'], expected['input']) < FLOAT32_ERROR
+        )
+        assert relative_error(found['bias'], expected['bias']) < FLOAT32_ERROR
         assert relative_error(found['weight'], expected['weight']) < 0.03
 
     @pytest.mark.parametrize(
@@ -158,7 +161,9 @@ class TestCompressed:
         found = gradients(conv, x, grad_output)
         expected = in_float64(conv, x, grad_output)
         assert found['input'].shape == x.shape
-        assert relative_error(found['input'], expected['input']) < 1e-6
+        assert (
+            relative_error(found['input'], expected['input']) < FLOAT32_ERROR
+        )
         assert relative_error(found['weight'], expected['weight']) < 0.03
 
     @pytest.mark.parametrize('name', ['plain', 'groups', 'same, odd'])
@@ -177,7 +182,7 @@ class TestCompressed:
         sum((conv(x) ** 2).sum() for x in xs).backward()
         sum((twin(x.double()) ** 2).sum() for x in xs).backward()
         assert relative_error(conv.weight.grad, twin.weight.grad) < 0.03
-        assert relative_error(conv.bias.grad, twin.bias.grad) < 1e-5
+        assert relative_error(conv.bias.grad, twin.bias.grad) < FLOAT32_ERROR
 
     def test_input_that_needs_no_gradient(self, device):
         conv = make_conv(device, bits=8)
@@ -382,10 +387,13 @@ class TestWhatIsKept:
         grad_output = torch.randn_like(output)
         output.backward(grad_output)
         expected = in_float64(conv, x, grad_output)
-        assert relative_error(x.grad, expected['input']) < 1e-6
+        assert relative_error(x.grad, expected['input']) < FLOAT32_ERROR
         assert conv.weight.grad is None
         if bias == 'trainable':
-            assert relative_error(conv.bias.grad, expected['bias']) < 1e-6
+            assert (
+                relative_error(conv.bias.grad, expected['bias'])
+                < FLOAT32_ERROR
+            )
 
     def test_only_the_bias_is_trainable(self, device):
         conv = make_conv(device)
@@ -395,7 +403,7 @@ class TestWhatIsKept:
         grad_output = torch.randn_like(output)
         output.backward(grad_output)
         expected = in_float64(conv, x, grad_output)
-        assert relative_error(conv.bias.grad, expected['bias']) < 1e-6
+        assert relative_error(conv.bias.grad, expected['bias']) < FLOAT32_ERROR
 
     def test_nothing_needs_a_gradient(self, device, monkeypatch):
         packed = count_packs(monkeypatch)
@@ -445,7 +453,7 @@ class TestAutograd:
 
         twin = nn.Sequential(exact_twin(conv), nn.Tanh()).double().cpu()
         expected = gradients(twin, x.double().cpu(), grad_output.cpu())
-        assert relative_error(x.grad, expected['input']) < 1e-5
+        assert relative_error(x.grad, expected['input']) < FLOAT32_ERROR
         assert relative_error(conv.weight.grad, expected['0.weight']) < 0.03
 
     def test_double_backward(self, device):
@@ -455,7 +463,7 @@ class TestAutograd:
             conv(x).square().sum(), (x, *conv.parameters()), create_graph=True
         )
         expected = torch.autograd.grad(exact_twin(conv)(x).square().sum(), x)
-        assert relative_error(grads[0], expected[0]) < 1e-6
+        assert relative_error(grads[0], expected[0]) < FLOAT32_ERROR
         for grad in grads:
             with pytest.raises(RuntimeError, match='QConv.*twice'):
                 grad.sum().backward(retain_graph=True)
