@@ -101,6 +101,7 @@ def convolution(input, weight, bias, geometry, quantizer):
     """
     device = input.device.type
     dtype = None
-    if torch.is_autocast_enabled(device):
+    # Autocast leaves float64 alone.
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     return _Convolution.apply(input, weight, bias, dtype, geometry, quantizer)

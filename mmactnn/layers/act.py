@@ -32,6 +32,8 @@ class QReLU(QuantizedLayer, nn.ReLU):
 
     def forward(self, input):
         """See ``nn.ReLU``."""
-        if not (self.training and self.compresses(input)):
+        # torch refuses to overwrite a leaf, and does so before it writes.
+        refused = self.inplace and input.is_leaf and input.requires_grad
+        if refused or not (self.training and self.compresses(input)):
             return super().forward(input)
         return relu(input, self.inplace, self.quantizer)

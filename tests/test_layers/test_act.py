@@ -258,3 +258,10 @@ class TestModule:
     def test_errors_of_the_constructor(self):
         with pytest.raises(TypeError, match='unknown'):
             QReLU(unknown=1)
+
+
+def test_inplace_on_a_leaf_is_refused_before_it_is_written(device):
+    x = torch.tensor([-1.0, 1.0], device=device, requires_grad=True)
+    with pytest.raises(RuntimeError, match='leaf Variable'):
+        QReLU(inplace=True)(x)
+    assert x.tolist() == [-1.0, 1.0]

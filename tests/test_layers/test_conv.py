@@ -539,3 +539,13 @@ class TestModule:
     def test_repr(self):
         assert 'bits=2' in repr(QConv2d(4, 8, 3))
         assert 'exact' in repr(at_level(QConv2d(4, 8, 3), 'L0'))
+
+
+def test_float64_raises_under_autocast_too(device):
+    conv = QConv2d(2, 2, 1).to(device)
+    x = torch.zeros(1, 2, 3, 3, dtype=torch.float64, device=device)
+    with (
+        torch.autocast(device.type, dtype=torch.bfloat16),
+        pytest.raises((TypeError, RuntimeError), match='ouble|float64'),
+    ):
+        conv(x)

@@ -1,0 +1,75 @@
+"""Runs every CUDA kernel once, for compute-sanitizer.
+
+compute-sanitizer --tool memcheck python tests/support/every_kernel.py
+
+Every dtype, bit width, group size and way through the kernels: whole and
+ragged groups, rows on and off the 16-byte boundary, NaN and inf, in place.
+Results are compared with the CPU's, so that a run that computes nothing
+cannot pass.
+"""
+
+import itertools
+
+import torch
+
+from mmactnn import ops
+
+SHAPES = ((3, 1024), (2, 1000), (3, 515), (5, 7))
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check(actual, expected):
+    """Compare a result on the GPU with the CPU's, bit for bit."""
+    torch.testing.assert_close(
+        actual.cpu(), expected, rtol=0, atol=0, equal_nan=True
+    )
+
+
+def run_quantize(x, bits, group_size):
+    """Quantise and dequantise."""
+    expected = ops.quantize(x, bits, group_size, seed=1)
+    codes, ranges = ops.quantize(x.cuda(), bits, group_size, seed=1)
+    check(codes, expected[0])
+    check(ranges, expected[1])
+    format = (x.shape, x.stride(), x.dtype, bits, group_size)
+    y = ops.dequantize(codes, ranges, *format)
+    check(y, ops.dequantize(*expected, *format))
+
+
+def run_relu(x):
+    """ReLU, in place and not, and its backward."""
+    expected, expected_mask = ops.relu_mask(x)
+    output, mask = ops.relu_mask(x.cuda())
+    check(output, expected)
+    check(mask, expected_mask)
+    check(
+        ops.relu_mask_backward(x.cuda(), mask),
+        ops.relu_mask_backward(x, expected_mask),
+    )
+    inplace = x.cuda()
+    check(ops.relu_mask_(inplace), expected_mask)
+    check(inplace, expected)
+
+
+def main():
+    """Run everything and count it."""
+    count = 0
+    for shape, dtype, special in itertools.product(
+        SHAPES, DTYPES, (False, True)
+    ):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        if special:
+            x[0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+        x = x.to(dtype)
+        run_relu(x)
+        for bits, group_size in itertools.product(
+            ops.VALID_BITS, ops.GROUP_SIZES
+        ):
+            run_quantize(x, bits, group_size)
+            count += 1
+    torch.cuda.synchronize()
+    print(f'{count} formats, {len(SHAPES) * len(DTYPES) * 2} masks: ok')
+
+
+if __name__ == '__main__':
+    main()
