@@ -1,14 +1,13 @@
 """What a layer keeps of a tensor."""
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 
 from . import ops
 
 
-@dataclasses.dataclass(frozen=True)
-class PayloadFormat:
+class PayloadFormat(NamedTuple):
     """All of a payload but its tensors: what ``ctx`` keeps beside them.
 
     Attributes:
@@ -95,11 +94,14 @@ class QuantizedTensor:
             Tensor[stop - start, *]: In the original dtype and layout.
         """
         format = self.format
-        codes, ranges = self.codes[start:stop], self.ranges[start:stop]
+        codes, ranges, size = self.codes, self.ranges, format.size
+        if start is not None or stop is not None:
+            codes, ranges = codes[start:stop], ranges[start:stop]
+            size = (codes.shape[0], *size[1:])
         return ops.dequantize(
             codes,
             ranges,
-            (codes.shape[0], *format.size[1:]),
+            size,
             format.stride,
             format.dtype,
             format.bits,

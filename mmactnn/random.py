@@ -39,6 +39,7 @@ class RoundingGenerator:
         self._stream = stream
         self._followed = None
         self._offset = 0
+        self._key = None if seed is None else self._make_key(seed)
 
     @property
     def seed(self):
@@ -74,7 +75,7 @@ class RoundingGenerator:
         self._follow()
         offset = self._offset
         self._offset = (offset + 1) & _MASK64
-        return _mix(_mix(self.seed) ^ self._stream), offset
+        return self._key, offset
 
     def state_dict(self):
         """dict: What :meth:`load_state_dict` needs to go on from here."""
@@ -94,6 +95,10 @@ class RoundingGenerator:
         if self._seed is None and self._followed != torch.initial_seed():
             self._followed = torch.initial_seed()
             self._offset = 0
+            self._key = self._make_key(self._followed)
+
+    def _make_key(self, seed):
+        return _mix(_mix(seed) ^ self._stream)
 
 
 # Layers that no conversion has given a generator of their model's share this

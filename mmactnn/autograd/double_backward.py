@@ -37,11 +37,11 @@ def first_order_only(name):
 
         @functools.wraps(backward)
         def wrapper(ctx, *grad_outputs):
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grad_outputs)
+            # create_graph=True: put the refusal into the graph.
             with torch.no_grad():
                 grads = backward(ctx, *grad_outputs)
-            if not torch.is_grad_enabled():
-                return grads
-            # With create_graph=True: put the refusal into the graph.
             present = [grad for grad in grads if grad is not None]
             tracked = [grad.requires_grad_() for grad in present]
             refusing = iter(_Refuse.apply(name, *tracked)) if tracked else None

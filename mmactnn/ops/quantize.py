@@ -86,7 +86,7 @@ def quantize(input, bits, group_size=256, *, seed, offset=0):
         raise ValueError(
             'input must have at least one dimension, got a scalar tensor'
         )
-    return torch.ops.mmactnn.quantize(
+    return torch.ops.mmactnn.quantize.default(
         dense_rows(input), bits, group_size, _as_int64(seed), _as_int64(offset)
     )
 
@@ -122,7 +122,7 @@ def dequantize(codes, ranges, size, stride, dtype, bits, group_size=256):
             f'dtype must be float32, float16 or bfloat16, got {dtype}'
         )
     require_kernels(codes.device)
-    return torch.ops.mmactnn.dequantize(
+    return torch.ops.mmactnn.dequantize.default(
         codes, ranges, size, stride, dtype, bits, group_size
     )
 

@@ -24,7 +24,7 @@ def relu_mask(input):
         RuntimeError: If the device has no kernels.
     """
     check_input(input)
-    return torch.ops.mmactnn.relu_mask(dense(input))
+    return torch.ops.mmactnn.relu_mask.default(dense(input))
 
 
 def relu_mask_(input):
@@ -42,7 +42,7 @@ def relu_mask_(input):
             dense.
     """
     check_input(input)
-    return torch.ops.mmactnn.relu_mask_(input)
+    return torch.ops.mmactnn.relu_mask_.default(input)
 
 
 def relu_mask_backward(grad_output, mask):
@@ -60,4 +60,4 @@ def relu_mask_backward(grad_output, mask):
         RuntimeError: If the device has no kernels, or the mask does not fit.
     """
     check_input(grad_output)
-    return torch.ops.mmactnn.relu_mask_backward(grad_output, mask)
+    return torch.ops.mmactnn.relu_mask_backward.default(grad_output, mask)
