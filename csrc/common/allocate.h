@@ -18,8 +18,7 @@ namespace mmactnn {
 // Uninitialised, of `sizes` and `strides`, on the device of `like`.
 inline torch::stable::Tensor empty_strided(
     const torch::stable::Tensor& like, const std::vector<int64_t>& sizes,
-    const std::vector<int64_t>& strides,
-    torch::headeronly::ScalarType dtype) {
+    const std::vector<int64_t>& strides, torch::headeronly::ScalarType dtype) {
   using torch::stable::detail::from;
   std::array<StableIValue, 6> stack{
       from(sizes),
@@ -35,21 +34,19 @@ inline torch::stable::Tensor empty_strided(
 
 inline torch::stable::Tensor empty_codes(const torch::stable::Tensor& like,
                                          const Geometry& geometry) {
-  return torch::stable::new_empty(like,
-                                  {geometry.rows, geometry.row_bytes()},
+  return torch::stable::new_empty(like, {geometry.rows, geometry.row_bytes()},
                                   torch::headeronly::ScalarType::Byte);
 }
 
 inline torch::stable::Tensor empty_ranges(const torch::stable::Tensor& like,
                                           const Geometry& geometry) {
-  return torch::stable::new_empty(
-      like, {geometry.rows, geometry.groups_per_row(), 2},
-      torch::headeronly::ScalarType::BFloat16);
+  return torch::stable::new_empty(like,
+                                  {geometry.rows, geometry.groups_per_row(), 2},
+                                  torch::headeronly::ScalarType::BFloat16);
 }
 
 inline torch::stable::Tensor empty_mask(const torch::stable::Tensor& like) {
-  return torch::stable::new_empty(like,
-                                  {(like.numel() + kBlock - 1) / kBlock},
+  return torch::stable::new_empty(like, {(like.numel() + kBlock - 1) / kBlock},
                                   torch::headeronly::ScalarType::Byte);
 }
 

@@ -22,7 +22,7 @@
 
 namespace mmactnn {
 
-constexpr int kBlock = 8;             // elements that share a Philox call
+constexpr int kBlock = 8;                 // elements that share a Philox call
 constexpr float kRandomScale = 65536.0f;  // 16 random bits an element
 // Smaller steps would make kRandomScale / step overflow.
 constexpr float kMinStep = 0x1p-111f;

@@ -28,9 +28,7 @@ struct Geometry {
   MMACTNN_HOST_DEVICE int64_t row_bytes() const {
     return blocks_per_row() * bits;
   }
-  MMACTNN_HOST_DEVICE int64_t groups() const {
-    return rows * groups_per_row();
-  }
+  MMACTNN_HOST_DEVICE int64_t groups() const { return rows * groups_per_row(); }
 };
 
 }  // namespace mmactnn

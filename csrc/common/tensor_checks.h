@@ -35,9 +35,8 @@ inline bool is_dense(const Tensor& tensor) {
     if (sizes[d] == 0) return true;
     if (sizes[d] != 1) order.push_back(d);
   }
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return strides[a] < strides[b];
-  });
+  std::sort(order.begin(), order.end(),
+            [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
   int64_t expected = 1;
   for (const int64_t d : order) {
     if (strides[d] != expected) return false;
@@ -58,8 +57,8 @@ inline void check_bits(int64_t bits) {
 }
 
 inline void check_group_size(int64_t group_size) {
-  STD_TORCH_CHECK(group_size == 64 || group_size == 128 ||
-                      group_size == 256 || group_size == 512,
+  STD_TORCH_CHECK(group_size == 64 || group_size == 128 || group_size == 256 ||
+                      group_size == 512,
                   "group_size must be 64, 128, 256 or 512, got ", group_size);
 }
 
@@ -94,10 +93,9 @@ inline Geometry dequantize_geometry(const Tensor& codes, const Tensor& ranges,
                                     int64_t bits, int64_t group_size) {
   STD_TORCH_CHECK(!sizes.empty(),
                   "size must have at least one dimension, got 0");
-  const int64_t numel = std::accumulate(sizes.begin(), sizes.end(),
-                                        int64_t{1}, std::multiplies<>());
-  const Geometry geometry =
-      make_geometry(sizes[0], numel, bits, group_size);
+  const int64_t numel = std::accumulate(sizes.begin(), sizes.end(), int64_t{1},
+                                        std::multiplies<>());
+  const Geometry geometry = make_geometry(sizes[0], numel, bits, group_size);
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte,
                   "codes must be uint8, got scalar type ",
                   static_cast<int>(codes.scalar_type()));
@@ -119,8 +117,8 @@ inline Geometry dequantize_geometry(const Tensor& codes, const Tensor& ranges,
 }
 
 inline void check_mask(const Tensor& mask, int64_t numel) {
-  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Byte &&
-                      mask.dim() == 1 && mask.is_contiguous() &&
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Byte && mask.dim() == 1 &&
+                      mask.is_contiguous() &&
                       mask.size(0) == (numel + kBlock - 1) / kBlock,
                   "mask must be a contiguous uint8 tensor of ",
                   (numel + kBlock - 1) / kBlock, " bytes");

@@ -64,8 +64,7 @@ void pack_codes(const uint8_t* codes, int64_t blocks, uint8_t* packed) {
   for (int64_t byte = 0; byte < blocks * kBits; ++byte) {
     uint32_t value = 0;
     for (int i = 0; i < kPerByte; ++i) {
-      value |= static_cast<uint32_t>(codes[byte * kPerByte + i])
-               << (i * kBits);
+      value |= static_cast<uint32_t>(codes[byte * kPerByte + i]) << (i * kBits);
     }
     packed[byte] = static_cast<uint8_t>(value);
   }
@@ -131,10 +130,9 @@ void dequantize_groups(const uint8_t* codes, const uint32_t* ranges, T* output,
     for (int64_t i = 0; i < count; ++i) {
       const uint32_t code =
           (packed[i / kPerByte] >> ((i % kPerByte) * kBits)) & kMaxCode;
-      const float value =
-          range.special()
-              ? decode_special(code, range, kMaxCode)
-              : clamp_finite(decode(code, range), largest);
+      const float value = range.special()
+                              ? decode_special(code, range, kMaxCode)
+                              : clamp_finite(decode(code, range), largest);
       target[i] = static_cast<T>(value);
     }
   }
@@ -158,8 +156,7 @@ std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t bits,
           0, geometry.groups(), kGrainElements / group_size,
           [&](int64_t begin, int64_t end) {
             quantize_groups<T, decltype(width)::value>(
-                source, code_bytes, range_words, geometry, stream, begin,
-                end);
+                source, code_bytes, range_words, geometry, stream, begin, end);
           });
     });
   });

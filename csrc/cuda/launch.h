@@ -28,8 +28,10 @@ constexpr int64_t kMaxIndex = INT64_C(0x7FFFFFFF);
 // libtorch_cuda.so, see current_stream().
 inline void check_launch() {
   const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "mmactnn: a CUDA kernel failed to "
-                  "launch: ", cudaGetErrorString(error));
+  STD_TORCH_CHECK(error == cudaSuccess,
+                  "mmactnn: a CUDA kernel failed to "
+                  "launch: ",
+                  cudaGetErrorString(error));
 }
 
 // Quotients of 32-bit numbers by a multiplication (Granlund and Montgomery,

@@ -40,8 +40,7 @@ struct Group {
 };
 
 template <int kGroup>
-__device__ __forceinline__ Group locate(const Launch& launch,
-                                        uint32_t index) {
+__device__ __forceinline__ Group locate(const Launch& launch, uint32_t index) {
   const uint32_t row = launch.by_groups_per_row.quotient(index);
   const int64_t start =
       static_cast<int64_t>(index - row * launch.groups_per_row) * kGroup;
@@ -58,8 +57,7 @@ __device__ __forceinline__ void load_block(const T* source, int count,
   if (vectorized && count >= kBlock) {
 #pragma unroll
     for (int w = 0; w < kBlock / kPerWord; ++w) {
-      const auto word =
-          reinterpret_cast<const Vector<T, kPerWord>*>(source)[w];
+      const auto word = reinterpret_cast<const Vector<T, kPerWord>*>(source)[w];
 #pragma unroll
       for (int i = 0; i < kPerWord; ++i) {
         values[w * kPerWord + i] = Number<T>::load(word.item[i]);
@@ -148,7 +146,8 @@ __global__ void __launch_bounds__(kThreads)
   const Range range = make_range(low, high, all_finite, kMaxCode);
   if (lane == 0) ranges[index] = range.pack();
   const float scale = encode_scale(range);
-  const int64_t row_block = group.row * launch.row_blocks + group.start / kBlock;
+  const int64_t row_block =
+      group.row * launch.row_blocks + group.start / kBlock;
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
     if (counts[b] <= 0) continue;
@@ -165,8 +164,8 @@ __global__ void __launch_bounds__(kThreads)
           philox(stream, first_block + static_cast<uint64_t>(block));
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        const uint32_t code = encode(values[b][i], range, scale,
-                                     random.bits16(i), kMaxCode);
+        const uint32_t code =
+            encode(values[b][i], range, scale, random.bits16(i), kMaxCode);
         word |= static_cast<BlockWord<kBits>>(code) << (i * kBits);
       }
     }
@@ -182,8 +181,7 @@ __global__ void __launch_bounds__(kThreads)
 // merges an ordinary store with the scalar ones of a ragged end, and then
 // writes two bytes at a time.
 template <typename T>
-__device__ __forceinline__ void store_16_bytes(T* target,
-                                               const float* values) {
+__device__ __forceinline__ void store_16_bytes(T* target, const float* values) {
   uint32_t word[4];
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
@@ -244,10 +242,9 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kItems; ++i) {
       const uint32_t code =
           static_cast<uint32_t>(words[s] >> (i * kBits)) & kMaxCode;
-      values[i] =
-          range.special()
-              ? decode_special(code, range, kMaxCode)
-              : clamp_finite(decode(code, range), Number<T>::kLargest);
+      values[i] = range.special()
+                      ? decode_special(code, range, kMaxCode)
+                      : clamp_finite(decode(code, range), Number<T>::kLargest);
     }
     if (launch.vectorized && begin + kItems <= group.count) {
       store_16_bytes(target + begin, values);
@@ -298,9 +295,8 @@ void for_each_launch(const Geometry& geometry, const T* data,
   const int64_t groups_per_row = geometry.groups_per_row();
   // kWarp threads serve a group at most.
   const int64_t max_groups = kMaxIndex / kWarp;
-  STD_TORCH_CHECK(groups_per_row <= max_groups,
-                  "a sample may have at most ", max_groups,
-                  " groups of elements, got ", groups_per_row);
+  STD_TORCH_CHECK(groups_per_row <= max_groups, "a sample may have at most ",
+                  max_groups, " groups of elements, got ", groups_per_row);
   const int64_t max_rows = max_groups / groups_per_row;
   for (int64_t row = 0; row < geometry.rows; row += max_rows) {
     const int64_t rows = std::min(max_rows, geometry.rows - row);
@@ -323,8 +319,7 @@ std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t bits,
                                     int64_t group_size, int64_t seed,
                                     int64_t offset) {
   const Geometry geometry = quantize_geometry(input, bits, group_size);
-  const torch::stable::accelerator::DeviceGuard guard(
-      input.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   Tensor codes = empty_codes(input, geometry);
   Tensor ranges = empty_ranges(input, geometry);
   if (input.numel() == 0) return {codes, ranges};
@@ -339,8 +334,7 @@ std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t bits,
     dispatch_format(geometry, [&](auto width, auto group) {
       constexpr int kBits = decltype(width)::value;
       constexpr int kGroup = decltype(group)::value;
-      for_each_launch(geometry, source, [&](const Launch& launch,
-                                            int64_t row) {
+      for_each_launch(geometry, source, [&](const Launch& launch, int64_t row) {
         constexpr int kLanes = kLanesPerGroup<kGroup>;
         quantize_kernel<T, kBits, kGroup>
             <<<grid_size(launch.groups, kLanes), kThreads, 0, stream>>>(
@@ -360,8 +354,7 @@ Tensor dequantize(Tensor codes, Tensor ranges, std::vector<int64_t> size,
                   int64_t group_size) {
   const Geometry geometry =
       dequantize_geometry(codes, ranges, size, bits, group_size);
-  const torch::stable::accelerator::DeviceGuard guard(
-      codes.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
   Tensor output = empty_strided(codes, size, stride, dtype);
   check_dtype("dtype", output);
   check_dense("the output", output);
@@ -376,8 +369,7 @@ Tensor dequantize(Tensor codes, Tensor ranges, std::vector<int64_t> size,
     dispatch_format(geometry, [&](auto width, auto group) {
       constexpr int kBits = decltype(width)::value;
       constexpr int kGroup = decltype(group)::value;
-      for_each_launch(geometry, target, [&](const Launch& launch,
-                                            int64_t row) {
+      for_each_launch(geometry, target, [&](const Launch& launch, int64_t row) {
         constexpr int kItems = 16 / sizeof(T);
         constexpr int kLanes = std::min(kGroup / kItems, kWarp);
         dequantize_kernel<T, kBits, kGroup>

@@ -20,8 +20,7 @@ __device__ __forceinline__ void load_block(const T* source, int count,
   if constexpr (kFull) {
 #pragma unroll
     for (int w = 0; w < kBlock / kPerWord; ++w) {
-      const auto word =
-          reinterpret_cast<const Vector<T, kPerWord>*>(source)[w];
+      const auto word = reinterpret_cast<const Vector<T, kPerWord>*>(source)[w];
 #pragma unroll
       for (int i = 0; i < kPerWord; ++i) {
         values[w * kPerWord + i] = word.item[i];
@@ -87,8 +86,7 @@ __global__ void __launch_bounds__(kThreads)
   if (start >= numel) return;
   const int64_t left = numel - start;
   if (vectorized && left >= kBlock) {
-    forward_block<T, true>(input + start, output + start, mask + block,
-                           kBlock);
+    forward_block<T, true>(input + start, output + start, mask + block, kBlock);
   } else {
     forward_block<T, false>(input + start, output + start, mask + block,
                             left < kBlock ? static_cast<int>(left) : kBlock);
@@ -140,8 +138,7 @@ unsigned int grid_size(int64_t blocks) {
 Tensor forward(const Tensor& input, Tensor& output) {
   check_dtype("input", input);
   check_dense("input", input);
-  const torch::stable::accelerator::DeviceGuard guard(
-      input.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   Tensor mask = empty_mask(input);
   if (input.numel() == 0) return mask;
   const cudaStream_t stream = current_stream(input.get_device_index());
