@@ -13,7 +13,7 @@
 #include "../common/geometry.h"
 #include "../common/philox.h"
 #include "../common/tensor_checks.h"
-#include "dispatch.h"
+#include "number.h"
 
 namespace mmactnn {
 namespace {

@@ -9,7 +9,7 @@
 #include "../common/allocate.h"
 #include "../common/codec.h"
 #include "../common/tensor_checks.h"
-#include "dispatch.h"
+#include "number.h"
 
 namespace mmactnn {
 namespace {

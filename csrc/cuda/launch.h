@@ -13,6 +13,7 @@
 #include <cfloat>
 #include <cstdint>
 
+#include "../common/dispatch.h"
 #include "stream.h"
 
 namespace mmactnn {
@@ -91,23 +92,9 @@ struct alignas(sizeof(T) * kCount) Vector {
   T item[kCount];
 };
 
-template <typename T>
-struct TypeTag {
-  using type = T;
-};
-
-// Calls `body` with a TypeTag; dtypes have been checked by check_dtype().
 template <typename Body>
-void dispatch_cuda_dtype(torch::headeronly::ScalarType dtype,
-                         const Body& body) {
-  using torch::headeronly::ScalarType;
-  if (dtype == ScalarType::Float) {
-    body(TypeTag<float>{});
-  } else if (dtype == ScalarType::Half) {
-    body(TypeTag<__half>{});
-  } else {
-    body(TypeTag<__nv_bfloat16>{});
-  }
+void dispatch_dtype(torch::headeronly::ScalarType dtype, const Body& body) {
+  dispatch_types<float, __half, __nv_bfloat16>(dtype, body);
 }
 
 inline bool is_aligned(const void* pointer, size_t bytes) {

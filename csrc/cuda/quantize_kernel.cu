@@ -265,26 +265,17 @@ using Constant = std::integral_constant<int, kValue>;
 // Calls `body` with the bit width and the group size as constants.
 template <typename Body>
 void dispatch_format(const Geometry& geometry, const Body& body) {
-  const auto with_bits = [&](auto group) {
-    if (geometry.bits == 1) {
-      body(Constant<1>{}, group);
-    } else if (geometry.bits == 2) {
-      body(Constant<2>{}, group);
-    } else if (geometry.bits == 4) {
-      body(Constant<4>{}, group);
+  dispatch_bits(geometry.bits, [&](auto width) {
+    if (geometry.group_size == 64) {
+      body(width, Constant<64>{});
+    } else if (geometry.group_size == 128) {
+      body(width, Constant<128>{});
+    } else if (geometry.group_size == 256) {
+      body(width, Constant<256>{});
     } else {
-      body(Constant<8>{}, group);
+      body(width, Constant<512>{});
     }
-  };
-  if (geometry.group_size == 64) {
-    with_bits(Constant<64>{});
-  } else if (geometry.group_size == 128) {
-    with_bits(Constant<128>{});
-  } else if (geometry.group_size == 256) {
-    with_bits(Constant<256>{});
-  } else {
-    with_bits(Constant<512>{});
-  }
+  });
 }
 
 // Calls `body(launch, first_row)` for as many rows at a time as 32-bit
@@ -328,7 +319,7 @@ std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t bits,
   const cudaStream_t stream = current_stream(input.get_device_index());
   auto* code_bytes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   auto* range_words = static_cast<uint32_t*>(ranges.mutable_data_ptr());
-  dispatch_cuda_dtype(input.scalar_type(), [&](auto type) {
+  dispatch_dtype(input.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(input.const_data_ptr());
     dispatch_format(geometry, [&](auto width, auto group) {
@@ -363,7 +354,7 @@ Tensor dequantize(Tensor codes, Tensor ranges, std::vector<int64_t> size,
   const auto* code_bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
   const auto* range_words =
       static_cast<const uint32_t*>(ranges.const_data_ptr());
-  dispatch_cuda_dtype(dtype, [&](auto type) {
+  dispatch_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     T* target = static_cast<T*>(output.mutable_data_ptr());
     dispatch_format(geometry, [&](auto width, auto group) {

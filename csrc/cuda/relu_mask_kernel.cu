@@ -142,7 +142,7 @@ Tensor forward(const Tensor& input, Tensor& output) {
   Tensor mask = empty_mask(input);
   if (input.numel() == 0) return mask;
   const cudaStream_t stream = current_stream(input.get_device_index());
-  dispatch_cuda_dtype(input.scalar_type(), [&](auto type) {
+  dispatch_dtype(input.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(input.const_data_ptr());
     T* target = static_cast<T*>(output.mutable_data_ptr());
@@ -171,7 +171,7 @@ Tensor relu_mask_backward(Tensor grad_output, Tensor mask) {
   Tensor grad_input = torch::stable::empty_like(grad_output);
   if (grad_output.numel() == 0) return grad_input;
   const cudaStream_t stream = current_stream(grad_output.get_device_index());
-  dispatch_cuda_dtype(grad_output.scalar_type(), [&](auto type) {
+  dispatch_dtype(grad_output.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(grad_output.const_data_ptr());
     T* target = static_cast<T*>(grad_input.mutable_data_ptr());
