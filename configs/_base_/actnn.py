@@ -3,8 +3,8 @@
 #
 #   _base_ = ['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
 #             '../_base_/actnn.py']
-#   model = dict(backbone=dict(conv_cfg=_base_.conv_cfg,
-#                              norm_cfg=_base_.norm_cfg))
+#   model = dict(backbone=dict(conv_cfg=_base_.actnn.conv_cfg,
+#                              norm_cfg=_base_.actnn.norm_cfg))
 #
 # The hook converts the layers that no option reaches, so a model is
 # compressed in full even where only the hook is mixed in. A config with
@@ -12,8 +12,12 @@
 # replaces the list it inherits.
 custom_imports = dict(imports=['mmactnn'], allow_failed_imports=False)
 
-conv_cfg = dict(type='QConv2d')
-norm_cfg = dict(type='QBN2d', requires_grad=True)
-act_cfg = dict(type='QReLU')
+# Under a name of their own: many bases have a `norm_cfg`, and two bases must
+# not share a key.
+actnn = dict(
+    conv_cfg=dict(type='QConv2d'),
+    norm_cfg=dict(type='QBN2d', requires_grad=True),
+    act_cfg=dict(type='QReLU'),
+)
 
 custom_hooks = [dict(type='ActNNHook', level='L3')]

@@ -12,9 +12,11 @@ _base_ = [
 ]
 
 # ResNet has no `act_cfg` and RetinaHead passes none on; the hook converts
-# their ReLUs, the max-pool and the two output convolutions of the head.
+# their ReLUs and the two output convolutions of the head.
 model = dict(
-    backbone=dict(conv_cfg=_base_.conv_cfg, norm_cfg=_base_.norm_cfg),
-    neck=dict(conv_cfg=_base_.conv_cfg),
-    bbox_head=dict(conv_cfg=_base_.conv_cfg),
+    backbone=dict(
+        conv_cfg=_base_.actnn.conv_cfg, norm_cfg=_base_.actnn.norm_cfg
+    ),
+    neck=dict(conv_cfg=_base_.actnn.conv_cfg),
+    bbox_head=dict(conv_cfg=_base_.actnn.conv_cfg),
 )

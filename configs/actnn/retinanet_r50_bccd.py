@@ -26,14 +26,16 @@ _base_ = [
 model = dict(
     backbone=dict(
         frozen_stages=-1,
-        conv_cfg=_base_.conv_cfg,
-        norm_cfg=_base_.norm_cfg,
+        conv_cfg=_base_.actnn.conv_cfg,
+        norm_cfg=_base_.actnn.norm_cfg,
         norm_eval=False,
         init_cfg=None,
     ),
-    neck=dict(conv_cfg=_base_.conv_cfg, norm_cfg=_base_.norm_cfg),
+    neck=dict(conv_cfg=_base_.actnn.conv_cfg, norm_cfg=_base_.actnn.norm_cfg),
     bbox_head=dict(
-        num_classes=3, conv_cfg=_base_.conv_cfg, norm_cfg=_base_.norm_cfg
+        num_classes=3,
+        conv_cfg=_base_.actnn.conv_cfg,
+        norm_cfg=_base_.actnn.norm_cfg,
     ),
 )
 

@@ -193,7 +193,7 @@ class TestExternalConfigs:
         )
         monkeypatch.setattr(config_module, 'is_installed', lambda name: True)
         cfg = self.load(tmp_path, 'mmactnn::_base_/actnn.py')
-        assert cfg.conv_cfg.type == 'QConv2d'
+        assert cfg.actnn.conv_cfg.type == 'QConv2d'
         assert cfg.custom_hooks[0].type == 'ActNNHook'
 
     @pytest.mark.parametrize(

@@ -1,0 +1,125 @@
+"""The configs that are shipped."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.utils import import_modules_from_strings
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import mmactnn
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+RECIPES = sorted(
+    path for path in (CONFIGS / 'actnn').glob('*.py') if path.is_file()
+)
+
+
+def load(path):
+    config = Config.fromfile(path)
+    # Pretrained weights are for the runner to load, and are not here.
+    config.model.backbone.init_cfg = None
+    return config
+
+
+def build_model(config):
+    import_modules_from_strings('mmdet.models')
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return MODELS.build(config.model)
+
+
+def test_there_are_recipes():
+    assert {path.stem for path in RECIPES} >= {
+        'retinanet_r50',
+        'retinanet_r50_paper',
+        'retinanet_r50_bccd',
+        'retinanet_r18_digits',
+    }
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
+def test_recipe_builds_with_compressed_layers(path):
+    config = load(path)
+    assert config.custom_hooks[0].type == 'ActNNHook'
+    model = build_model(config)
+    layers = [
+        m for m in model.modules() if isinstance(m, mmactnn.QuantizedLayer)
+    ]
+    # The hook finds what no option reaches and leaves nothing of these.
+    mmactnn.convert_model(model, config.custom_hooks[0].level)
+    names = {type(m).__name__ for m in model.modules()}
+    assert layers
+    assert not names & {'Conv2d', 'BatchNorm2d', 'ReLU'}
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
+def test_exact_twin_is_one_override(path):
+    config = load(path)
+    config.merge_from_dict({'custom_hooks.0.level': 'L0'})
+    model = build_model(config)
+    mmactnn.convert_model(model, config.custom_hooks[0].level)
+    layers = [
+        m for m in model.modules() if isinstance(m, mmactnn.QuantizedLayer)
+    ]
+    assert layers and all(layer.quantizer.exact for layer in layers)
+
+
+def test_official_recipe_is_untouched(tmp_path):
+    stock = tmp_path / 'stock.py'
+    stock.write_text(
+        "_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'"
+    )
+    official = Config.fromfile(stock)
+    ours = Config.fromfile(CONFIGS / 'actnn/retinanet_r50.py')
+    # All that differs is which layers are built, and the hook.
+    for part in ('backbone', 'neck', 'bbox_head'):
+        ours.model[part].pop('conv_cfg')
+    ours.model.backbone.norm_cfg.type = 'BN'
+    assert ours.model.to_dict() == official.model.to_dict()
+    for key in (
+        'train_dataloader',
+        'val_dataloader',
+        'val_evaluator',
+        'optim_wrapper',
+        'param_scheduler',
+        'train_cfg',
+        'auto_scale_lr',
+        'default_hooks',
+    ):
+        assert ours[key] == official[key], key
+
+
+def test_paper_recipe_trains_everything():
+    config = load(CONFIGS / 'actnn/retinanet_r50_paper.py')
+    assert config.train_dataloader.batch_size == 16
+    model = build_model(config)
+    model.train()
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(
+        m.training for m in model.modules() if isinstance(m, _BatchNorm)
+    )
+
+
+def test_base_mixes_into_a_config_with_a_norm_cfg_of_its_own(tmp_path):
+    (tmp_path / 'fcn.py').write_text(
+        f"""_base_ = ['mmseg::_base_/models/fcn_r50-d8.py',
+                      {str(CONFIGS / '_base_/actnn.py')!r}]
+model = dict(backbone=dict(norm_cfg=_base_.actnn.norm_cfg))
+"""
+    )
+    config = Config.fromfile(tmp_path / 'fcn.py')
+    assert config.model.backbone.norm_cfg.type == 'QBN2d'
+    assert config.model.decode_head.norm_cfg.type == 'SyncBN'
+    assert config.custom_hooks[0].type == 'ActNNHook'
+
+
+def test_model_index_names_what_there_is():
+    root = CONFIGS.parent
+    index = yaml.safe_load((root / 'model-index.yml').read_text())
+    named = set()
+    for metafile in index['Import']:
+        models = yaml.safe_load((root / metafile).read_text())['Models']
+        named |= {root / model['Config'] for model in models}
+    assert named == set(RECIPES)
