@@ -35,7 +35,6 @@ _KEEP_NOTHING = (
     nn.Upsample,
     nn.Flatten,
     nn.Unflatten,
-    nn.AdaptiveAvgPool2d,
     nn.ZeroPad2d,
 )
 
