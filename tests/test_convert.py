@@ -47,11 +47,12 @@ class Net(nn.Module):
         )
         self.own = OwnConv(8, 8, 1)
         self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flat = nn.Flatten()
         self.head = nn.Linear(8, 5)
 
     def forward(self, x):
         x = self.own(self.body(self.stem(x)))
-        return self.head(self.pool(x).flatten(1))
+        return self.head(self.flat(self.pool(x)))
 
 
 @pytest.fixture(autouse=True)
@@ -218,8 +219,9 @@ class TestTypes:
 
     def test_other_layers_are_left_with_the_reason(self, net):
         reasons = left(convert_model(net))
-        assert reasons.keys() == {'own', 'pool', 'head'}
-        assert reasons['pool'] == 'keeps nothing'
+        assert reasons.keys() == {'own', 'pool', 'flat', 'head'}
+        assert reasons['pool'] == 'no compressed layer of this type'
+        assert reasons['flat'] == 'keeps nothing'
         assert reasons['head'] == 'no compressed layer of this type'
 
 
@@ -457,7 +459,7 @@ class TestCheckpoints:
 class TestReport:
     def test_text(self, net):
         text = str(convert_model(net, 'L2', exclude=['stem.*'])).splitlines()
-        assert text[0] == ('ActNN level L2: 3 layers compressed, 6 left')
+        assert text[0] == ('ActNN level L2: 3 layers compressed, 7 left')
         assert '     1 Conv2d -> QConv2d (4 bit)' in text
         assert '     1 BatchNorm2d -> QBatchNorm2d (4 bit)' in text
         assert '     1 ReLU -> QReLU (1 bit)' in text
