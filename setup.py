@@ -124,10 +124,20 @@ def extension():
 
 
 def extension_arguments():
-    """Arguments of ``setup()`` that concern the extension."""
+    """Arguments of ``setup()`` that concern the extension.
+
+    Raises:
+        RuntimeError: If there is no torch to build with.
+    """
     if os.getenv('MMACTNN_WITH_OPS') == '0':
         return dict(cmdclass=dict(build_py=BuildPyWithMim))
-    from torch.utils.cpp_extension import BuildExtension
+    try:
+        from torch.utils.cpp_extension import BuildExtension
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f'the kernels of mmactnn are built with torch ({error}); install '
+            'torch >= 2.10 first, or set MMACTNN_WITH_OPS=0 to build none'
+        ) from error
 
     return dict(
         ext_modules=[extension()],
