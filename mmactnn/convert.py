@@ -15,7 +15,7 @@ from .layers import (
     QuantizedLayer,
 )
 from .levels import DEFAULT_LEVEL, get_level
-from .quantizer import LayerQuantizer
+from .quantizer import DEFAULT_GROUP_SIZE, LayerQuantizer, OwnSettings
 from .random import RoundingGenerator
 
 # By full name, so that MMCV and MMEngine need not be imported, nor installed.
@@ -114,7 +114,7 @@ def convert_model(
     level=DEFAULT_LEVEL,
     include=None,
     exclude=(),
-    group_size=256,
+    group_size=DEFAULT_GROUP_SIZE,
     generator=None,
 ):
     """Make the layers of a model keep codes instead of activations.
@@ -122,9 +122,9 @@ def convert_model(
     Works in place by giving modules another class: parameters, buffers,
     hooks, ``state_dict`` keys, optimisers and wrappers such as
     DistributedDataParallel stay valid. Layers that are compressed already
-    take the new level (but keep bits that their constructor fixed), so that
-    the level of a model can be changed at any time; those that the filters
-    leave out stay what they are.
+    take the new level (but keep bits and group size that their constructor
+    fixed, at every level but L0), so that the level of a model can be changed
+    at any time; those that the filters leave out stay what they are.
 
     Args:
         model (nn.Module): The model, with or without a wrapper.
@@ -176,8 +176,11 @@ def convert_model(
             reason = 'excluded' if excluded else 'not included'
             left.append(Left(name, type(module).__name__, reason))
             continue
-        quantizer = _make_quantizer(
-            module, target, level, group_size, generator
+        own = OwnSettings()
+        if isinstance(module, QuantizedLayer):
+            own = module.quantizer.own
+        quantizer = LayerQuantizer.for_level(
+            target, level, group_size, generator, own
         )
         chosen.append((name, module, target, quantizer))
     for used in (include, exclude):
@@ -211,13 +214,6 @@ def _target(module):
         return type(module)
     cls = type(module)
     return CONVERSIONS.get(f'{cls.__module__}.{cls.__qualname__}')
-
-
-def _make_quantizer(module, target, level, group_size, generator):
-    bits, own_bits = target.level_bits(level), False
-    if isinstance(module, QuantizedLayer) and module.quantizer.own_bits:
-        bits, own_bits = module.quantizer.bits, True
-    return LayerQuantizer(bits, group_size, own_bits, generator)
 
 
 def _convert(name, module, target, quantizer):

@@ -1,10 +1,25 @@
 """The settings of one layer."""
 
 import copy
+from typing import NamedTuple
 
 from . import ops
 from .payload import QuantizedTensor
 from .random import default_generator
+
+DEFAULT_GROUP_SIZE = 256
+
+
+class OwnSettings(NamedTuple):
+    """What a layer's own constructor fixed; None follows the model's level.
+
+    Attributes:
+        bits (int, optional): Bits a code.
+        group_size (int, optional): Elements a range.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
 
 
 class LayerQuantizer:
@@ -15,22 +30,52 @@ class LayerQuantizer:
             Valid values are 1, 2, 4 and 8.
         group_size (int, optional): Elements a range. Valid values are 64,
             128, 256 and 512. Defaults to 256.
-        own_bits (bool, optional): Whether the layer's own constructor fixed
-            the bits, so that no level changes them. Defaults to False.
         generator (RoundingGenerator, optional): Source of random bits.
             Defaults to the one that all unconverted layers share.
+        own (OwnSettings, optional): What no level changes but the exact one.
 
     Raises:
         ValueError: If ``bits`` or ``group_size`` is not valid.
     """
 
-    def __init__(self, bits, group_size=256, own_bits=False, generator=None):
+    def __init__(
+        self,
+        bits,
+        group_size=DEFAULT_GROUP_SIZE,
+        generator=None,
+        own=OwnSettings(),  # noqa: B008  (immutable)
+    ):
         ops.check_format(1 if bits is None else bits, group_size)
         self.bits = bits
         self.group_size = group_size
-        self.own_bits = own_bits
         self.generator = generator or default_generator
+        self.own = own
         self.meter = None
+
+    @classmethod
+    def for_level(cls, layer_class, level, group_size, generator, own):
+        """The settings of a layer in a model of some level.
+
+        Args:
+            layer_class (type): Class of the layer, a ``QuantizedLayer``.
+            level (Level): Level of the model.
+            group_size (int): Elements a range, where the layer fixes none.
+            generator (RoundingGenerator, optional): See the class.
+            own (OwnSettings): What the layer's constructor fixed. It goes
+                before the level, unless the level is exact throughout.
+
+        Returns:
+            LayerQuantizer: The settings.
+
+        Raises:
+            ValueError: If bits or group size are not valid.
+        """
+        bits = layer_class.level_bits(level)
+        if own.bits is not None and not level.exact:
+            bits = own.bits
+        if own.group_size is not None:
+            group_size = own.group_size
+        return cls(bits, group_size, generator, own)
 
     @property
     def exact(self):
@@ -65,7 +110,7 @@ class LayerQuantizer:
 
         The layers of a copied model share one generator again, the copy.
         """
-        twin = LayerQuantizer(self.bits, self.group_size, self.own_bits)
+        twin = LayerQuantizer(self.bits, self.group_size, own=self.own)
         if self.generator is not default_generator:
             twin.generator = copy.deepcopy(self.generator, memo)
         return twin

@@ -322,10 +322,23 @@ class TestLevels:
         model = nn.Sequential(
             QConv2d(3, 4, 3, bits=8), QConv2d(4, 4, 3), QBatchNorm2d(4, bits=1)
         )
-        for level, bits in [('L2', 4), ('L0', None), ('L3', 2)]:
+        for level, bits in [
+            ('L2', [8, 4, 1]),
+            ('L1', [8, 4, 1]),
+            ('L0', [None, None, None]),  # exact is exact
+            ('L3', [8, 2, 1]),
+        ]:
             report = convert_model(model, level)
-            assert [m.quantizer.bits for m in model] == [8, bits, 1]
-            assert [c.bits for c in report.converted] == [8, bits, 1]
+            assert [m.quantizer.bits for m in model] == bits
+            assert [c.bits for c in report.converted] == bits
+
+    def test_own_group_size_is_kept(self):
+        model = nn.Sequential(
+            QConv2d(3, 4, 3, group_size=64), QConv2d(4, 4, 3)
+        )
+        assert [m.quantizer.group_size for m in model] == [64, 256]
+        convert_model(model, 'L3', group_size=128)
+        assert [m.quantizer.group_size for m in model] == [64, 128]
 
     def test_models_do_not_share_a_level(self, net):
         other = copy.deepcopy(net)
@@ -479,10 +492,12 @@ class TestReport:
         model = nn.Sequential(
             QConv2d(3, 4, 3, bits=8), QConv2d(4, 4, 3), QConv2d(4, 4, 3)
         )
-        for level, size in [('L3', '2 bit'), ('L0', 'exact')]:
-            text = str(convert_model(model, level))
-            assert '1 QConv2d -> QConv2d (8 bit)' in text
-            assert f'2 QConv2d -> QConv2d ({size})' in text
+        text = str(convert_model(model, 'L3'))
+        assert '1 QConv2d -> QConv2d (8 bit)' in text
+        assert '2 QConv2d -> QConv2d (2 bit)' in text
+        assert '3 QConv2d -> QConv2d (exact)' in str(
+            convert_model(model, 'L0')
+        )
 
 
 class TestOriginalInterface:

@@ -23,7 +23,7 @@ class QReLU(QuantizedLayer, nn.ReLU):
 
     def __init__(self, inplace=False):
         super().__init__(inplace)
-        self._init_quantizer(None, 256)
+        self._init_quantizer(None, None)
 
     @classmethod
     def level_bits(cls, level):

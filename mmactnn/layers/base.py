@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..levels import DEFAULT_LEVEL
-from ..quantizer import LayerQuantizer
+from ..quantizer import DEFAULT_GROUP_SIZE, LayerQuantizer, OwnSettings
 
 
 class QuantizedLayer:
@@ -28,12 +28,19 @@ class QuantizedLayer:
         Args:
             bits (int, optional): Bits a code, whatever the level; None
                 follows the level.
-            group_size (int): Elements a range.
+            group_size (int, optional): Elements a range; None follows the
+                model.
+
+        Raises:
+            ValueError: If bits or group size are not valid.
         """
-        own_bits = bits is not None
-        if not own_bits:
-            bits = self.level_bits(DEFAULT_LEVEL)
-        self.quantizer = LayerQuantizer(bits, group_size, own_bits)
+        self.quantizer = LayerQuantizer.for_level(
+            type(self),
+            DEFAULT_LEVEL,
+            DEFAULT_GROUP_SIZE,
+            generator=None,
+            own=OwnSettings(bits, group_size),
+        )
 
     @classmethod
     def level_bits(cls, level):

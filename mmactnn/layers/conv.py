@@ -17,10 +17,11 @@ class QConv2d(QuantizedLayer, nn.Conv2d):
 
     Args:
         *args: As ``nn.Conv2d``.
-        bits (int, optional): Bits an element of the kept input, whatever the
-            level. Valid values are 1, 2, 4 and 8. Defaults to the level's.
+        bits (int, optional): Bits an element of the kept input at every level
+            but L0. Valid values are 1, 2, 4 and 8. Defaults to the level's.
         group_size (int, optional): Elements that share a range. Valid values
-            are 64, 128, 256 and 512. Defaults to 256.
+            are 64, 128, 256 and 512. Defaults to the model's, which is 256
+            unless the conversion says otherwise.
         **kwargs: As ``nn.Conv2d``.
 
     Examples:
@@ -30,7 +31,7 @@ class QConv2d(QuantizedLayer, nn.Conv2d):
 
     kind = 'conv'
 
-    def __init__(self, *args, bits=None, group_size=256, **kwargs):
+    def __init__(self, *args, bits=None, group_size=None, **kwargs):
         super().__init__(*args, **kwargs)
         self._init_quantizer(bits, group_size)
 

@@ -17,16 +17,17 @@ class QBatchNorm(QuantizedLayer, _BatchNorm):
 
     Args:
         *args: As ``nn.BatchNorm2d``.
-        bits (int, optional): Bits an element of the kept input, whatever the
-            level. Valid values are 1, 2, 4 and 8. Defaults to the level's.
+        bits (int, optional): Bits an element of the kept input at every level
+            but L0. Valid values are 1, 2, 4 and 8. Defaults to the level's.
         group_size (int, optional): Elements that share a range. Valid values
-            are 64, 128, 256 and 512. Defaults to 256.
+            are 64, 128, 256 and 512. Defaults to the model's, which is 256
+            unless the conversion says otherwise.
         **kwargs: As ``nn.BatchNorm2d``.
     """
 
     kind = 'norm'
 
-    def __init__(self, *args, bits=None, group_size=256, **kwargs):
+    def __init__(self, *args, bits=None, group_size=None, **kwargs):
         super().__init__(*args, **kwargs)
         self._init_quantizer(bits, group_size)
 

@@ -97,8 +97,12 @@ class TestExactLevel:
             assert_same_bits(value, expected[key])
 
     def test_bits_of_the_constructor_outlive_the_level(self, device):
-        conv = at_level(make_conv(device, bits=8), 'L0')
+        conv = at_level(make_conv(device, bits=8), 'L2')
         assert conv.quantizer.bits == 8
+
+    def test_exact_level_goes_before_bits_of_the_constructor(self, device):
+        conv = at_level(make_conv(device, bits=8), 'L0')
+        assert conv.quantizer.exact
 
 
 class TestCompressed:
@@ -493,7 +497,7 @@ class TestModule:
         assert twin.quantizer is not conv.quantizer
         assert twin.quantizer.bits == 8
         assert twin.quantizer.group_size == 64
-        assert twin.quantizer.own_bits
+        assert twin.quantizer.own == (8, 64)
         x = make_input(device)
         grad_output = torch.randn_like(twin(x))
         found = gradients(twin, x, grad_output)
@@ -506,7 +510,7 @@ class TestModule:
         with pytest.raises(ValueError, match=f'bits.*got {bits!r}'):
             QConv2d(4, 8, 3, bits=bits)
 
-    @pytest.mark.parametrize('group_size', [0, 100, 1024, None])
+    @pytest.mark.parametrize('group_size', [0, 100, 1024])
     def test_unknown_group_size(self, group_size):
         with pytest.raises(ValueError, match=f'group_size.*{group_size!r}'):
             QConv2d(4, 8, 3, group_size=group_size)
