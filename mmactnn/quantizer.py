@@ -95,6 +95,23 @@ class LayerQuantizer:
             tensor, self.bits, self.group_size, self.generator
         )
 
+    def keep(self, tensor, needed):
+        """Quantise what a backward pass needs of a layer's input.
+
+        Args:
+            tensor (Tensor[N, *]): float32, float16 or bfloat16.
+            needed (bool): Whether it needs anything.
+
+        Returns:
+            tuple[PayloadFormat, tuple[Tensor]]: What goes onto ``ctx`` and
+            what through ``ctx.save_for_backward``; None and () if nothing is
+            needed.
+        """
+        if not needed:
+            return None, ()
+        payload = self.pack(tensor)
+        return payload.format, payload.tensors
+
     def note(self, kept, exact):
         """Report to the meter, if one is attached, what a call keeps.
 

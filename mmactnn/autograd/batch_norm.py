@@ -39,11 +39,9 @@ class _BatchNorm(Function):
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         # With given statistics the output is linear in the input, whose
         # gradient then needs no input.
-        payload, kept = None, ()
-        if needs_weight or (needs_input and batch_stats):
-            payload = quantizer.pack(input)
-            kept = payload.tensors
-        ctx.format = payload and payload.format
+        ctx.format, kept = quantizer.keep(
+            input, needed=needs_weight or (needs_input and batch_stats)
+        )
         ctx.backend, ctx.batch_stats, ctx.eps = backend, batch_stats, eps
         if batch_stats:
             running_mean = running_var = None

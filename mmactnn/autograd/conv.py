@@ -35,11 +35,7 @@ class _Convolution(Function):
             and not x.is_contiguous()
         )
         ctx.bias_dtype = None if bias is None else bias.dtype
-        payload, kept = None, ()
-        if ctx.needs_input_grad[1]:
-            payload = quantizer.pack(x)
-            kept = payload.tensors
-        ctx.format = payload and payload.format
+        ctx.format, kept = quantizer.keep(x, needed=ctx.needs_input_grad[1])
         # The parameter itself, not its copy in the dtype of autocast.
         ctx.save_for_backward(weight, *kept)
         quantizer.note(kept=kept, exact=(x, w))

@@ -67,11 +67,9 @@ class _SyncBatchNorm(Function):
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_(unbiased.to(running_var.dtype), momentum)
         output = F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
-        payload, kept = None, ()
-        if any(ctx.needs_input_grad[:2]):
-            payload = quantizer.pack(input)
-            kept = payload.tensors
-        ctx.format = payload and payload.format
+        ctx.format, kept = quantizer.keep(
+            input, needed=any(ctx.needs_input_grad[:2])
+        )
         ctx.eps, ctx.group = eps, group
         ctx.save_for_backward(weight, mean, var, count, *kept)
         quantizer.note(kept=kept, exact=(input, mean, var, count))
