@@ -102,7 +102,9 @@ def collect():
     )
     devices = [d for d in ('cpu', 'cuda') if extension.has_kernels(d)]
     for op in _OPS:
-        facts[f'mmactnn::{op}'] = ', '.join(devices)
+        facts[f'mmactnn::{op}'] = ', '.join(
+            d for d in devices if extension.has_kernels(d, op)
+        )
     checked = [d for d in devices if d == 'cpu' or torch.cuda.is_available()]
     for device in checked:
         result = self_check(device)

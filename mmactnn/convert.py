@@ -15,7 +15,8 @@ from .layers import (
     QuantizedLayer,
 )
 from .levels import DEFAULT_LEVEL, get_level
-from .quantizer import DEFAULT_GROUP_SIZE, LayerQuantizer, OwnSettings
+from .ops import DEFAULT_GROUP_SIZE
+from .quantizer import LayerQuantizer, OwnSettings
 from .random import RoundingGenerator
 
 # By full name, so that MMCV and MMEngine need not be imported, nor installed.
@@ -272,9 +273,7 @@ class _Filter:
         # A compressed layer still answers to the class it came from.
         classes = {type(module)}
         if isinstance(module, QuantizedLayer):
-            classes.add(
-                module.__dict__.get('_converted_from', module.torch_class())
-            )
+            classes.add(module.plain_class)
         if isinstance(pattern, type):
             return pattern in classes
         return fnmatch.fnmatchcase(name, pattern) or pattern in {

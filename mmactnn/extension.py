@@ -72,16 +72,18 @@ def build_info():
 
 
 @functools.cache
-def has_kernels(device_type):
-    """Whether the ops have kernels for a device.
+def has_kernels(device_type, op='quantize'):
+    """Whether an op has kernels for a device.
 
     Args:
         device_type (str): As in ``torch.device.type``, such as ``'cuda'``.
+        op (str, optional): Name of the op. Defaults to ``'quantize'``, which
+            stands for all: they are built together.
     """
     return (
         load_error() is None
         and torch._C._dispatch_has_kernel_for_dispatch_key(
-            'mmactnn::quantize', _dispatch_key(device_type)
+            f'mmactnn::{op}', _dispatch_key(device_type)
         )
     )
 

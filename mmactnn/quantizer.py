@@ -7,8 +7,6 @@ from . import ops
 from .payload import QuantizedTensor
 from .random import default_generator
 
-DEFAULT_GROUP_SIZE = 256
-
 
 class OwnSettings(NamedTuple):
     """What a layer's own constructor fixed; None follows the model's level.
@@ -41,7 +39,7 @@ class LayerQuantizer:
     def __init__(
         self,
         bits,
-        group_size=DEFAULT_GROUP_SIZE,
+        group_size=ops.DEFAULT_GROUP_SIZE,
         generator=None,
         own=OwnSettings(),  # noqa: B008  (immutable)
     ):

@@ -4,6 +4,7 @@ import torch
 from torch.autograd import Function
 
 from ..payload import QuantizedTensor
+from .channels import channel_shape, dims_but_channels
 from .double_backward import first_order_only
 
 
@@ -92,16 +93,18 @@ class _BatchNorm(Function):
 def _affine_backward(grad_output, weight, running_var, eps, wanted):
     """Gradients of ``(x - mean) * scale + bias`` that do not need x."""
     needs_input, _, needs_bias = wanted
-    shape = [1, -1] + [1] * (grad_output.dim() - 2)
     grad_input = grad_bias = None
     if needs_input:
         scale = torch.rsqrt(running_var + eps)
         if weight is not None:
             scale = scale * weight
-        grad_input = grad_output * scale.view(shape).to(grad_output.dtype)
+        grad_input = grad_output * scale.view(channel_shape(grad_output)).to(
+            grad_output.dtype
+        )
     if needs_bias:
-        dims = [d for d in range(grad_output.dim()) if d != 1]
-        grad_bias = grad_output.sum(dims, dtype=running_var.dtype)
+        grad_bias = grad_output.sum(
+            dims_but_channels(grad_output), dtype=running_var.dtype
+        )
     return grad_input, None, grad_bias
 
 

@@ -7,17 +7,6 @@ from ..payload import QuantizedTensor
 from .double_backward import first_order_only
 
 
-def _in_layout_of(weight, channels_last):
-    """The weight in the layout that makes the gradient's kernel choose it.
-
-    Without the input itself at hand the weight's layout alone tells cuDNN
-    and oneDNN which one to work in.
-    """
-    if channels_last and weight.dim() == 4:
-        return weight.contiguous(memory_format=torch.channels_last)
-    return weight
-
-
 class _Convolution(Function):
     @staticmethod
     def forward(ctx, input, weight, bias, dtype, geometry, quantizer):
@@ -46,7 +35,10 @@ class _Convolution(Function):
     def backward(ctx, grad_output):
         weight, *kept = ctx.saved_tensors
         w = weight if ctx.dtype is None else weight.to(ctx.dtype)
-        w = _in_layout_of(w, ctx.channels_last)
+        if ctx.channels_last:
+            # Without the input itself at hand the weight's layout alone
+            # tells cuDNN and oneDNN which one to work in.
+            w = w.contiguous(memory_format=torch.channels_last)
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         bias_size = None if ctx.bias_dtype is None else [grad_output.shape[1]]
         # Stands for the input where only its shape counts.

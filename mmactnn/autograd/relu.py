@@ -11,18 +11,16 @@ class _ReLU(Function):
     def forward(ctx, input, inplace, quantizer):
         if inplace and ops.layout.is_dense(input):
             mask = ops.relu_mask_(input)
-            output = input
+            seen = output = input
         else:
-            output, mask = ops.relu_mask(input)
-            if inplace:  # gaps in memory: the kernels want none
-                output = input.copy_(output)
+            seen, mask = ops.relu_mask(input)
+            # Gaps in memory: the kernels want none.
+            output = input.copy_(seen) if inplace else seen
         if inplace:
             ctx.mark_dirty(input)
         ctx.save_for_backward(mask)
         # The mask's order is that of the dense tensor the kernel saw.
-        ctx.stride = (
-            output if ops.layout.is_dense(output) else output.contiguous()
-        ).stride()
+        ctx.stride = seen.stride()
         quantizer.note(kept=(mask,), exact=(output,))
         return output
 

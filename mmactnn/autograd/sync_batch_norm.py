@@ -6,11 +6,8 @@ import torch.nn.functional as F
 from torch.autograd import Function
 
 from ..payload import QuantizedTensor
+from .channels import channel_shape, dims_but_channels
 from .double_backward import first_order_only
-
-
-def _channel_shape(tensor):
-    return [1, -1] + [1] * (tensor.dim() - 2)
 
 
 def _global_statistics(input, group):
@@ -28,10 +25,11 @@ def _global_statistics(input, group):
         (Tensor[C]) and count (Tensor[1]).
     """
     channels = input.size(1)
-    dims = [d for d in range(input.dim()) if d != 1]
     local = input.new_zeros(2 * channels + 1, dtype=torch.float32)
     if input.numel():
-        var, mean = torch.var_mean(input.float(), dims, correction=0)
+        var, mean = torch.var_mean(
+            input.float(), dims_but_channels(input), correction=0
+        )
         count = input.numel() // channels
         local = torch.cat([mean, var, mean.new_full((1,), count)])
     parts = [
@@ -81,8 +79,8 @@ class _SyncBatchNorm(Function):
         weight, mean, var, count, *kept = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         nothing = [None] * 6
-        shape = _channel_shape(grad_output)
-        dims = [d for d in range(grad_output.dim()) if d != 1]
+        shape = channel_shape(grad_output)
+        dims = dims_but_channels(grad_output)
         grad_bias = grad_output.sum(dims, dtype=torch.float32)
         if not kept:
             return None, None, grad_bias if needs_bias else None, *nothing

@@ -12,6 +12,7 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from ..convert import convert_model
 from ..layers import QuantizedLayer
 from ..memory import MIB, measure_activations
+from ..ops import DEFAULT_GROUP_SIZE
 from ..random import RoundingGenerator
 from ..registry import HOOKS, LAYER_NAMES, ROOT_HOOKS
 
@@ -64,7 +65,7 @@ class ActNNHook(Hook):
         level='L3',
         include=None,
         exclude=(),
-        group_size=256,
+        group_size=DEFAULT_GROUP_SIZE,
         interval=None,
     ):
         if interval is not None and interval < 1:

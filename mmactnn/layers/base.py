@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from ..levels import DEFAULT_LEVEL
-from ..quantizer import DEFAULT_GROUP_SIZE, LayerQuantizer, OwnSettings
+from ..ops import DEFAULT_GROUP_SIZE
+from ..quantizer import LayerQuantizer, OwnSettings
 
 
 class QuantizedLayer:
@@ -75,10 +76,16 @@ class QuantizedLayer:
             type: The class it has now: the one it was converted from, or the
             torch parent.
         """
-        original = self.__dict__.pop('_converted_from', self.torch_class())
+        original = self.plain_class
+        self.__dict__.pop('_converted_from', None)
         del self.quantizer
         self.__class__ = original
         return original
+
+    @property
+    def plain_class(self):
+        """type: What :meth:`revert_` makes of this layer."""
+        return self.__dict__.get('_converted_from') or self.torch_class()
 
     @classmethod
     def torch_class(cls):

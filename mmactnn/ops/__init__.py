@@ -2,6 +2,7 @@
 
 from . import _fake, layout  # noqa: F401  (registers the fake kernels)
 from .quantize import (
+    DEFAULT_GROUP_SIZE,
     GROUP_SIZES,
     VALID_BITS,
     check_format,
@@ -11,6 +12,7 @@ from .quantize import (
 from .relu import relu_mask, relu_mask_, relu_mask_backward
 
 __all__ = [
+    'DEFAULT_GROUP_SIZE',
     'GROUP_SIZES',
     'VALID_BITS',
     'check_format',

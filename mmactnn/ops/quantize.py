@@ -7,6 +7,7 @@ from .layout import dense_rows
 
 VALID_BITS = (1, 2, 4, 8)
 GROUP_SIZES = (64, 128, 256, 512)
+DEFAULT_GROUP_SIZE = 256
 VALID_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -41,7 +42,7 @@ def check_input(tensor):
     require_kernels(tensor.device)
 
 
-def quantize(input, bits, group_size=256, *, seed, offset=0):
+def quantize(input, bits, group_size=DEFAULT_GROUP_SIZE, *, seed, offset=0):
     """Round a tensor to codes of a few bits, stochastically.
 
     The elements of each sample, in memory order, are cut into groups. A group
@@ -91,7 +92,9 @@ def quantize(input, bits, group_size=256, *, seed, offset=0):
     )
 
 
-def dequantize(codes, ranges, size, stride, dtype, bits, group_size=256):
+def dequantize(
+    codes, ranges, size, stride, dtype, bits, group_size=DEFAULT_GROUP_SIZE
+):
     """Turn codes back into values.
 
     Rows of ``codes`` and ``ranges`` belong to samples: for a range of
