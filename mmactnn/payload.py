@@ -32,16 +32,16 @@ class QuantizedTensor:
     ``ctx``; together they make the payload again.
 
     Args:
+        format (PayloadFormat): Shape, layout, dtype and bits.
         codes (Tensor[N, ceil(M / 8) * bits]): uint8, see
             :func:`mmactnn.ops.quantize`.
         ranges (Tensor[N, ceil(M / group_size), 2]): bfloat16.
-        format (PayloadFormat): Shape, layout, dtype and bits.
     """
 
-    def __init__(self, codes, ranges, format):
+    def __init__(self, format, codes, ranges):
+        self.format = format
         self.codes = codes
         self.ranges = ranges
-        self.format = format
 
     @classmethod
     def pack(cls, tensor, bits, group_size, generator):
@@ -65,13 +65,10 @@ class QuantizedTensor:
         codes, ranges = ops.quantize(
             rows, bits, group_size, seed=seed, offset=offset
         )
-        return cls(
-            codes,
-            ranges,
-            PayloadFormat(
-                rows.shape, rows.stride(), rows.dtype, bits, group_size
-            ),
+        format = PayloadFormat(
+            rows.shape, rows.stride(), rows.dtype, bits, group_size
         )
+        return cls(format, codes, ranges)
 
     @property
     def tensors(self):

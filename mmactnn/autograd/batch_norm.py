@@ -71,7 +71,7 @@ class _BatchNorm(Function):
                 grad_output, weight, running_var, ctx.eps, wanted
             )
             return *grads, *[None] * 6
-        x = QuantizedTensor(*kept, ctx.format).unpack()
+        x = QuantizedTensor(ctx.format, *kept).unpack()
         grads = torch.ops.aten._batch_norm_impl_index_backward(
             ctx.backend,
             x,

@@ -53,7 +53,7 @@ class _Convolution(Function):
         if needs_weight:
             # Before the input's gradient exists: the two are the largest
             # tensors here and need not live together.
-            x = QuantizedTensor(*kept, ctx.format).unpack()
+            x = QuantizedTensor(ctx.format, *kept).unpack()
             _, grad_weight, grad_bias = gradients(x, False, True, needs_bias)
             del x
             grad_weight = grad_weight.to(weight.dtype)

@@ -86,7 +86,7 @@ class _SyncBatchNorm(Function):
             return None, None, grad_bias if needs_bias else None, *nothing
 
         invstd = torch.rsqrt(var + ctx.eps)
-        x_hat = QuantizedTensor(*kept, ctx.format).unpack().float()
+        x_hat = QuantizedTensor(ctx.format, *kept).unpack().float()
         x_hat.sub_(mean.view(shape)).mul_(invstd.view(shape))
         grad_weight = (grad_output * x_hat).sum(dims, dtype=torch.float32)
         grad_input = None
