@@ -3,7 +3,12 @@
 import importlib.util
 
 from .actnn_api import QModule, set_optimization_level
-from .convert import ConversionReport, convert_model, revert_model
+from .convert import (
+    ConversionReport,
+    convert_model,
+    get_precision,
+    revert_model,
+)
 from .layers import (
     QBatchNorm,
     QBatchNorm2d,
@@ -12,8 +17,9 @@ from .layers import (
     QSyncBatchNorm,
     QuantizedLayer,
 )
-from .levels import LEVELS, Level, get_level
+from .levels import LEVELS, Level, Rule, get_level
 from .memory import ActivationMeter, measure_activations
+from .precision import AdaptivePrecision
 from .random import RoundingGenerator, manual_seed
 from .version import __version__
 
@@ -22,6 +28,7 @@ if importlib.util.find_spec('mmengine') is not None:
 
 __all__ = [
     'ActivationMeter',
+    'AdaptivePrecision',
     'ConversionReport',
     'LEVELS',
     'Level',
@@ -33,9 +40,11 @@ __all__ = [
     'QSyncBatchNorm',
     'QuantizedLayer',
     'RoundingGenerator',
+    'Rule',
     '__version__',
     'convert_model',
     'get_level',
+    'get_precision',
     'manual_seed',
     'measure_activations',
     'revert_model',

@@ -16,6 +16,7 @@ from .layers import (
 )
 from .levels import DEFAULT_LEVEL, get_level
 from .ops import DEFAULT_GROUP_SIZE
+from .precision import AdaptivePrecision
 from .quantizer import LayerQuantizer, OwnSettings
 from .random import RoundingGenerator
 
@@ -48,13 +49,15 @@ class Converted:
         name (str): Qualified name in the model.
         source (str): Class it had before.
         target (str): Class it has now.
-        bits (int, optional): Bits an element; None for exact.
+        bits (float, optional): Bits an element; None for exact.
+        adaptive (bool): Whether they are a mean that is shared out.
     """
 
     name: str
     source: str
     target: str
-    bits: int | None
+    bits: float | None
+    adaptive: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +95,10 @@ class ConversionReport:
             f'compressed, {len(self.left)} left'
         ]
         kinds = collections.Counter(
-            (item.source, item.target, item.bits) for item in self.converted
+            (item.source, item.target, _describe(item))
+            for item in self.converted
         )
-        for (source, target, bits), count in sorted(
-            kinds.items(), key=lambda item: item[0][:2]
-        ):
-            size = 'exact' if bits is None else f'{bits} bit'
+        for (source, target, size), count in sorted(kinds.items()):
             lines.append(f'  {count:4d} {source} -> {target} ({size})')
         reasons = collections.defaultdict(list)
         for item in self.left:
@@ -117,6 +118,7 @@ def convert_model(
     exclude=(),
     group_size=DEFAULT_GROUP_SIZE,
     generator=None,
+    num_samples=None,
 ):
     """Make the layers of a model keep codes instead of activations.
 
@@ -129,8 +131,8 @@ def convert_model(
 
     Args:
         model (nn.Module): The model, with or without a wrapper.
-        level (str | Level, optional): Level, see
-            :data:`mmactnn.levels.LEVELS`. Defaults to ``'L3'``.
+        level (str | dict | Level, optional): Level, see
+            :func:`mmactnn.get_level`. Defaults to ``'L3'``.
         include (Sequence[str | type], optional): Convert only what matches
             one of these: a glob pattern of qualified names
             (``'backbone.*'``), the name of a class (``'Conv2d'``) or a class.
@@ -142,14 +144,17 @@ def convert_model(
         generator (RoundingGenerator, optional): Source of random bits for
             the model's layers. Defaults to a new one that follows
             ``torch.manual_seed``.
+        num_samples (int, optional): Size of the dataset, for levels with
+            ``use_gradient``; see :class:`mmactnn.AdaptivePrecision`.
 
     Returns:
         ConversionReport: What was converted, what was left, and why. Prints
         as a summary.
 
     Raises:
-        ValueError: If the level or the group size is unknown, or a pattern
-            matches no layer.
+        ValueError: If the level or the group size is unknown, a pattern
+            matches no layer, or the level follows gradients of samples and
+            ``num_samples`` is not given.
         TypeError: If ``model`` is not a module or a filter neither a string
             nor a class.
     """
@@ -159,6 +164,7 @@ def convert_model(
         )
     level = get_level(level)
     generator = generator or RoundingGenerator()
+    precision = _make_precision(level, num_samples)
     include = None if include is None else _Filter('include', include)
     exclude = _Filter('exclude', exclude)
     chosen, left = [], []
@@ -181,14 +187,20 @@ def convert_model(
         if isinstance(module, QuantizedLayer):
             own = module.quantizer.own
         quantizer = LayerQuantizer.for_level(
-            target, level, group_size, generator, own
+            target, level, group_size, generator, own, name, precision
         )
         chosen.append((name, module, target, quantizer))
     for used in (include, exclude):
         if used is not None:
             used.require_all_used()
+    _require_rules_used(level, [name for name, *_ in chosen])
     # Nothing is left to fail: a call that raises has changed no layer.
+    before = _precisions(model)
     converted = tuple(_convert(*choice) for choice in chosen)
+    for unused in before - _precisions(model):
+        unused.detach()
+    if precision is not None and precision.slots:
+        precision.attach(model)
     return ConversionReport(level.name, converted, tuple(left))
 
 
@@ -202,11 +214,72 @@ def revert_model(model):
         list[str]: Qualified names of the layers that were reverted.
     """
     names = []
+    for precision in _precisions(model):
+        precision.detach()
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
             module.revert_()
             names.append(name)
     return names
+
+
+def get_precision(model):
+    """What shares out the bits of a model.
+
+    Args:
+        model (nn.Module): A model that was converted at an adaptive level.
+
+    Returns:
+        AdaptivePrecision: For :meth:`AdaptivePrecision.set_samples`, for its
+        state, and for the bits in force.
+
+    Raises:
+        ValueError: If the model has none, or its parts have several.
+    """
+    found = _precisions(model)
+    if len(found) != 1:
+        raise ValueError(
+            'expected a model that one call has converted at an adaptive '
+            f'level, got one with {len(found)} of them'
+        )
+    return found.pop()
+
+
+def _precisions(model):
+    """What the layers of a model take their bits from."""
+    return {
+        module.quantizer.slot.precision
+        for module in model.modules()
+        if isinstance(module, QuantizedLayer)
+        and module.quantizer.slot is not None
+    }
+
+
+def _make_precision(level, num_samples):
+    if not level.adaptive:
+        return None
+    if level.use_gradient and num_samples is None:
+        raise ValueError(
+            f'level {level.name} has use_gradient=True and needs num_samples, '
+            'the size of the dataset, got None'
+        )
+    return AdaptivePrecision(num_samples if level.use_gradient else None)
+
+
+def _require_rules_used(level, names):
+    for rule in level.rules:
+        if not any(fnmatch.fnmatchcase(name, rule.pattern) for name in names):
+            raise ValueError(
+                f'rule {rule.pattern!r} of level {level.name} matches no '
+                'layer that is converted'
+            )
+
+
+def _describe(item):
+    if item.bits is None:
+        return 'exact'
+    mean = ' on average' if item.adaptive else ''
+    return f'{item.bits:g} bit{mean}'
 
 
 def _target(module):
@@ -223,7 +296,13 @@ def _convert(name, module, target, quantizer):
         module.quantizer = quantizer
     else:
         target.convert_(module, quantizer)
-    return Converted(name, source, target.__name__, quantizer.bits)
+    return Converted(
+        name,
+        source,
+        target.__name__,
+        quantizer.bits,
+        quantizer.slot is not None,
+    )
 
 
 def _why_unmapped(module):

@@ -7,8 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .layers import QuantizedLayer
-
-MIB = 2**20
+from .units import MIB
 
 
 class ActivationMeter:

@@ -14,14 +14,15 @@ class PayloadFormat(NamedTuple):
         size (torch.Size): Shape of the tensor.
         stride (tuple[int]): Its strides.
         dtype (torch.dtype): Its dtype.
-        bits (int): Bits a code.
+        bits (int, optional): Bits a code; None where each sample has bits of
+            its own.
         group_size (int): Elements a range.
     """
 
     size: torch.Size
     stride: tuple
     dtype: torch.dtype
-    bits: int
+    bits: int | None
     group_size: int
 
 
@@ -33,15 +34,20 @@ class QuantizedTensor:
 
     Args:
         format (PayloadFormat): Shape, layout, dtype and bits.
-        codes (Tensor[N, ceil(M / 8) * bits]): uint8, see
-            :func:`mmactnn.ops.quantize`.
+        codes (Tensor[N, ceil(M / 8) * bits] | Tensor[*]): uint8, see
+            :func:`mmactnn.ops.quantize` and, with bits of their own for the
+            samples, :func:`mmactnn.ops.quantize_rows`.
         ranges (Tensor[N, ceil(M / group_size), 2]): bfloat16.
+        row_bits (Tensor[N], optional): uint8, bits of each sample.
+        row_starts (Tensor[N], optional): int32, where each begins.
     """
 
-    def __init__(self, format, codes, ranges):
+    def __init__(self, format, codes, ranges, row_bits=None, row_starts=None):
         self.format = format
         self.codes = codes
         self.ranges = ranges
+        self.row_bits = row_bits
+        self.row_starts = row_starts
 
     @classmethod
     def pack(cls, tensor, bits, group_size, generator):
@@ -70,15 +76,63 @@ class QuantizedTensor:
         )
         return cls(format, codes, ranges)
 
+    @classmethod
+    def pack_rows(cls, tensor, allot, group_size, generator):
+        """Quantise a tensor with bits of its own for each sample.
+
+        Args:
+            tensor (Tensor[N, *]): float32, float16 or bfloat16.
+            allot (Callable): Maps the tensor, in a layout that can be
+                quantised, to its bits, their exclusive sums and their total;
+                see :func:`mmactnn.ops.split_bits`.
+            group_size (int): Elements a range: 64, 128, 256 or 512.
+            generator (RoundingGenerator): Source of the random bits.
+
+        Returns:
+            QuantizedTensor: The payload.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: As
+                :func:`mmactnn.ops.quantize_rows`.
+        """
+        rows = ops.layout.dense_rows(tensor)
+        row_bits, row_starts, total_bits = allot(rows)
+        seed, offset = generator.next()
+        codes, ranges = ops.quantize_rows(
+            rows,
+            row_bits,
+            row_starts,
+            total_bits,
+            group_size,
+            seed=seed,
+            offset=offset,
+        )
+        format = PayloadFormat(
+            rows.shape, rows.stride(), rows.dtype, None, group_size
+        )
+        return cls(format, codes, ranges, row_bits, row_starts)
+
     @property
     def tensors(self):
-        """tuple[Tensor, Tensor]: What to save for backward."""
-        return self.codes, self.ranges
+        """tuple[Tensor]: What to save for backward."""
+        if self.row_bits is None:
+            return self.codes, self.ranges
+        return self.codes, self.ranges, self.row_bits, self.row_starts
 
     @property
     def nbytes(self):
-        """int: Bytes of codes and ranges."""
-        return self.codes.nbytes + self.ranges.nbytes
+        """int: Bytes of codes, ranges and what belongs to them."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def levels(self):
+        """Tensor[N]: float32, steps of each sample's ranges."""
+        if self.row_bits is None:
+            rows = self.ranges.shape[:1]
+            return self.ranges.new_full(
+                rows, 2**self.format.bits - 1, dtype=torch.float32
+            )
+        return torch.exp2(self.row_bits.float()) - 1
 
     def unpack(self, start=None, stop=None):
         """Dequantise all samples or a range of them.
@@ -91,16 +145,45 @@ class QuantizedTensor:
             Tensor[stop - start, *]: In the original dtype and layout.
         """
         format = self.format
-        codes, ranges, size = self.codes, self.ranges, format.size
-        if start is not None or stop is not None:
-            codes, ranges = codes[start:stop], ranges[start:stop]
-            size = (codes.shape[0], *size[1:])
-        return ops.dequantize(
-            codes,
+        part = slice(start, stop)
+        ranges = self.ranges[part]
+        size = (ranges.shape[0], *format.size[1:])
+        layout = (size, format.stride, format.dtype)
+        if self.row_bits is None:
+            return ops.dequantize(
+                self.codes[part],
+                ranges,
+                *layout,
+                format.bits,
+                format.group_size,
+            )
+        return ops.dequantize_rows(
+            self.codes,
             ranges,
-            size,
-            format.stride,
-            format.dtype,
-            format.bits,
+            self.row_bits[part],
+            self.row_starts[part],
+            *layout,
             format.group_size,
         )
+
+    def chunks(self, max_bytes):
+        """Dequantise piece by piece.
+
+        Args:
+            max_bytes (int, optional): Most bytes of a piece; one sample at
+                least. None for all in one.
+
+        Yields:
+            tuple[slice, Tensor]: Samples and their values.
+        """
+        samples = self.format.size[0]
+        if max_bytes is None or samples == 0:
+            yield slice(None), self.unpack()
+            return
+        sample_bytes = (
+            self.format.size[1:].numel() * self.format.dtype.itemsize
+        )
+        step = max(1, int(max_bytes // max(sample_bytes, 1)))
+        for start in range(0, samples, step):
+            stop = min(start + step, samples)
+            yield slice(start, stop), self.unpack(start, stop)

@@ -3,9 +3,11 @@
 import copy
 from typing import NamedTuple
 
-from . import ops
+from . import ops, sensitivity
+from .allocation import MAX_BITS, MIN_BITS
 from .payload import QuantizedTensor
 from .random import default_generator
+from .units import MIB
 
 
 class OwnSettings(NamedTuple):
@@ -20,17 +22,81 @@ class OwnSettings(NamedTuple):
     group_size: int | None = None
 
 
+class Watch(NamedTuple):
+    """How the backward pass of one call tells what rounding does to it.
+
+    Attributes:
+        slot (Slot): Whom it tells.
+        producer (Slot, optional): Slot of the layer that made the input.
+        collecting (bool): Whether layers report, or samples alone.
+    """
+
+    slot: object
+    producer: object
+    collecting: bool
+
+    def linear(self, payload, grad_output, grad_weight, fan):
+        """Report a layer whose weight's gradient is linear in its input.
+
+        Args:
+            payload (QuantizedTensor): What was kept of the input.
+            grad_output (Tensor[N, *]): Gradient of the output.
+            grad_weight (Tensor[*]): Gradient of the weight.
+            fan (float): See :func:`sensitivity.weight_gradient_variance`.
+        """
+        norms = sensitivity.squared_norms(grad_output)
+        self.slot.observe_norms(norms)
+        if not self.collecting:
+            return
+        cost = sensitivity.weight_gradient_variance(payload, norms, fan)
+        self._report(payload, cost, cost.new_zeros(()), grad_weight)
+
+    def norm(
+        self, payload, grad_output, grad_input, grad_weight, weight, invstd
+    ):
+        """Report a batch normalisation.
+
+        Args:
+            payload (QuantizedTensor): What was kept of the input.
+            grad_output (Tensor[N, C, *]): Gradient of the output.
+            grad_input (Tensor[N, C, *], optional): That of the input; None
+                where it is exact.
+            grad_weight (Tensor[C], optional): That of the weight.
+            weight (Tensor[C], optional): The weight.
+            invstd (Tensor[C]): Inverse standard deviations.
+        """
+        if self.slot.precision.batch_size is not None:
+            self.slot.observe_norms(sensitivity.squared_norms(grad_output))
+        if not self.collecting:
+            return
+        cost, relay = sensitivity.batch_norm_variance(
+            payload, grad_output, grad_input, grad_weight, weight, invstd
+        )
+        self._report(payload, cost, relay, grad_weight)
+
+    def _report(self, payload, cost, relay, grad_weight):
+        power = cost.new_zeros(())
+        if grad_weight is not None:
+            power = grad_weight.float().square().sum()
+        numel = payload.format.size.numel()
+        self.slot.observe(numel, cost, relay, power, self.producer)
+
+
 class LayerQuantizer:
     """How one layer keeps its input, and where it reports what it keeps.
 
     Args:
-        bits (int, optional): Bits a code; None keeps the input exactly.
-            Valid values are 1, 2, 4 and 8.
+        bits (float, optional): Bits a code; None keeps the input exactly.
+            Valid values are 1 to 8; a mean, with ``slot``.
         group_size (int, optional): Elements a range. Valid values are 64,
             128, 256 and 512. Defaults to 256.
         generator (RoundingGenerator, optional): Source of random bits.
             Defaults to the one that all unconverted layers share.
         own (OwnSettings, optional): What no level changes but the exact one.
+        slot (Slot, optional): Shares out the bits, see
+            :class:`mmactnn.AdaptivePrecision`. Defaults to ``bits`` for all.
+        chunk_mib (float, optional): Most MiB (2^20 bytes) that a backward
+            pass decodes at once, where it can. Defaults to all.
 
     Raises:
         ValueError: If ``bits`` or ``group_size`` is not valid.
@@ -42,25 +108,45 @@ class LayerQuantizer:
         group_size=ops.DEFAULT_GROUP_SIZE,
         generator=None,
         own=OwnSettings(),  # noqa: B008  (immutable)
+        slot=None,
+        chunk_mib=None,
     ):
-        ops.check_format(1 if bits is None else bits, group_size)
+        whole = bits is not None and slot is None
+        ops.check_format(bits if whole else 1, group_size)
         self.bits = bits
         self.group_size = group_size
         self.generator = generator or default_generator
         self.own = own
+        self.slot = slot
+        self.chunk_mib = chunk_mib
         self.meter = None
 
     @classmethod
-    def for_level(cls, layer_class, level, group_size, generator, own):
+    def for_level(
+        cls,
+        layer_class,
+        level,
+        group_size,
+        generator,
+        own,
+        name='',
+        precision=None,
+    ):
         """The settings of a layer in a model of some level.
+
+        A rule of the level goes before what the layer's constructor fixed,
+        and that before the level, unless the level is exact throughout.
 
         Args:
             layer_class (type): Class of the layer, a ``QuantizedLayer``.
             level (Level): Level of the model.
             group_size (int): Elements a range, where the layer fixes none.
             generator (RoundingGenerator, optional): See the class.
-            own (OwnSettings): What the layer's constructor fixed. It goes
-                before the level, unless the level is exact throughout.
+            own (OwnSettings): What the layer's constructor fixed.
+            name (str, optional): Qualified name of the layer, for the rules.
+            precision (AdaptivePrecision, optional): Shares out the bits that
+                nothing fixes. Defaults to the level's bits for all, rounded
+                down.
 
         Returns:
             LayerQuantizer: The settings.
@@ -68,12 +154,22 @@ class LayerQuantizer:
         Raises:
             ValueError: If bits or group size are not valid.
         """
-        bits = layer_class.level_bits(level)
-        if own.bits is not None and not level.exact:
+        bits, slot = layer_class.level_bits(level), None
+        rule = level.rule_for(name)
+        if rule is not None:
+            bits = layer_class.rule_bits(rule)
+        elif own.bits is not None and not level.exact:
             bits = own.bits
-        if own.group_size is not None:
-            group_size = own.group_size
-        return cls(bits, group_size, generator, own)
+        elif bits is not None and layer_class.kind != 'mask':
+            if precision is None:
+                bits = int(bits)
+            else:
+                slot = precision.add(name, bits)
+        sizes = (rule and rule.group_size, own.group_size, group_size)
+        group_size = next(size for size in sizes if size is not None)
+        return cls(
+            bits, group_size, generator, own, slot, chunk_mib=level.chunk_mib
+        )
 
     @property
     def exact(self):
@@ -89,8 +185,16 @@ class LayerQuantizer:
         Returns:
             QuantizedTensor: The payload.
         """
+        slot, bits = self.slot, self.bits
+        if slot is not None:
+            bits = slot.bits
+            shares = MIN_BITS < bits < MAX_BITS
+            if shares and tensor.dim() and tensor.shape[0] > 1:
+                return QuantizedTensor.pack_rows(
+                    tensor, slot.row_bits, self.group_size, self.generator
+                )
         return QuantizedTensor.pack(
-            tensor, self.bits, self.group_size, self.generator
+            tensor, int(bits), self.group_size, self.generator
         )
 
     def keep(self, tensor, needed):
@@ -110,6 +214,26 @@ class LayerQuantizer:
         payload = self.pack(tensor)
         return payload.format, payload.tensors
 
+    def watch(self, input):
+        """Prepare the report of a call, if one is wanted.
+
+        Args:
+            input (Tensor[N, *]): The input, whose graph tells which layer
+                made it.
+
+        Returns:
+            Watch, optional: What the backward pass reports to.
+        """
+        if self.slot is None or not self.slot.observes:
+            return None
+        producer = getattr(input.grad_fn, 'slot', None)
+        return Watch(self.slot, producer, self.slot.precision.collecting)
+
+    @property
+    def chunk_bytes(self):
+        """int, optional: ``chunk_mib`` in bytes."""
+        return None if self.chunk_mib is None else int(self.chunk_mib * MIB)
+
     def note(self, kept, exact):
         """Report to the meter, if one is attached, what a call keeps.
 
@@ -123,9 +247,12 @@ class LayerQuantizer:
     def __deepcopy__(self, memo):
         """A copy with a generator of its own, unless it is the shared one.
 
-        The layers of a copied model share one generator again, the copy.
+        The layers of a copied model share one generator again, the copy, and
+        so they do with the precision.
         """
-        twin = LayerQuantizer(self.bits, self.group_size, own=self.own)
+        twin = copy.copy(self)
+        twin.meter = None
+        twin.slot = copy.deepcopy(self.slot, memo)
         if self.generator is not default_generator:
             twin.generator = copy.deepcopy(self.generator, memo)
         return twin

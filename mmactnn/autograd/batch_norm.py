@@ -43,6 +43,7 @@ class _BatchNorm(Function):
         ctx.format, kept = quantizer.keep(
             input, needed=needs_weight or (needs_input and batch_stats)
         )
+        ctx.watch = quantizer.watch(input)
         ctx.backend, ctx.batch_stats, ctx.eps = backend, batch_stats, eps
         if batch_stats:
             running_mean = running_var = None
@@ -71,7 +72,8 @@ class _BatchNorm(Function):
                 grad_output, weight, running_var, ctx.eps, wanted
             )
             return *grads, *[None] * 6
-        x = QuantizedTensor(ctx.format, *kept).unpack()
+        payload = QuantizedTensor(ctx.format, *kept)
+        x = payload.unpack()
         grads = torch.ops.aten._batch_norm_impl_index_backward(
             ctx.backend,
             x,
@@ -87,6 +89,18 @@ class _BatchNorm(Function):
             reserve,
         )
         grads = [grad if want else None for grad, want in zip(grads, wanted)]
+        if ctx.watch is not None:
+            invstd = save_invstd
+            if not ctx.batch_stats:
+                invstd = torch.rsqrt(running_var + ctx.eps)
+            ctx.watch.norm(
+                payload,
+                grad_output,
+                grads[0] if ctx.batch_stats else None,
+                grads[1],
+                weight,
+                invstd,
+            )
         return *grads, *[None] * 6
 
 

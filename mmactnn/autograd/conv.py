@@ -1,5 +1,7 @@
 """Convolution that keeps its input as codes."""
 
+import math
+
 import torch
 from torch.autograd import Function
 
@@ -25,6 +27,9 @@ class _Convolution(Function):
         )
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.format, kept = quantizer.keep(x, needed=ctx.needs_input_grad[1])
+        ctx.chunk_bytes = quantizer.chunk_bytes
+        # Read by the layer that takes the output, from the graph.
+        ctx.slot, ctx.watch = quantizer.slot, quantizer.watch(input)
         # The parameter itself, not its copy in the dtype of autocast.
         ctx.save_for_backward(weight, *kept)
         quantizer.note(kept=kept, exact=(x, w))
@@ -44,19 +49,32 @@ class _Convolution(Function):
         # Stands for the input where only its shape counts.
         shape_only = grad_output.new_empty(1).expand(ctx.size)
 
-        def gradients(x, *wanted):
+        def gradients(x, *wanted, grad=grad_output):
             return torch.ops.aten.convolution_backward(
-                grad_output, x, w, bias_size, *ctx.geometry, wanted
+                grad, x, w, bias_size, *ctx.geometry, wanted
             )
 
         grad_input = grad_weight = grad_bias = None
         if needs_weight:
             # Before the input's gradient exists: the two are the largest
             # tensors here and need not live together.
-            x = QuantizedTensor(ctx.format, *kept).unpack()
-            _, grad_weight, grad_bias = gradients(x, False, True, needs_bias)
+            payload = QuantizedTensor(ctx.format, *kept)
+            for part, x in payload.chunks(ctx.chunk_bytes):
+                _, weight_part, bias_part = gradients(
+                    x, False, True, needs_bias, grad=grad_output[part]
+                )
+                # Sums of parts in the dtype of the parameter.
+                grad_weight = _add(grad_weight, weight_part, weight.dtype)
+                if needs_bias:
+                    grad_bias = _add(grad_bias, bias_part, ctx.bias_dtype)
             del x
-            grad_weight = grad_weight.to(weight.dtype)
+            if ctx.watch is not None:
+                ctx.watch.linear(
+                    payload,
+                    grad_output,
+                    grad_weight,
+                    _fan(ctx.size, grad_output.shape, weight, ctx.geometry),
+                )
         elif needs_bias:
             _, _, grad_bias = gradients(shape_only, False, False, True)
         if needs_bias:
@@ -65,6 +83,20 @@ class _Convolution(Function):
             grad_input, _, _ = gradients(shape_only, True, False, False)
             grad_input = grad_input.to(ctx.input_dtype)
         return grad_input, grad_weight, grad_bias, None, None, None
+
+
+def _add(total, part, dtype):
+    part = part.to(dtype)
+    return part if total is None else total.add_(part)
+
+
+def _fan(input_size, output_size, weight, geometry):
+    """Products of an input and an output gradient, for each of the latter."""
+    transposed = geometry[3]
+    if not transposed:
+        return weight[0].numel()
+    positions = math.prod(input_size[2:]) / max(math.prod(output_size[2:]), 1)
+    return weight.numel() * positions / output_size[1]
 
 
 def convolution(input, weight, bias, geometry, quantizer):

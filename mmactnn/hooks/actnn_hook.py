@@ -9,12 +9,15 @@ from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 
-from ..convert import convert_model
+from ..convert import convert_model, get_precision
 from ..layers import QuantizedLayer
-from ..memory import MIB, measure_activations
+from ..levels import get_level
+from ..memory import measure_activations
 from ..ops import DEFAULT_GROUP_SIZE
 from ..random import RoundingGenerator
 from ..registry import HOOKS, LAYER_NAMES, ROOT_HOOKS
+from ..units import MIB
+from .samples import SampleIndex
 
 _TYPE_NAMES = {name for names in LAYER_NAMES.values() for name in names}
 
@@ -44,8 +47,9 @@ class ActNNHook(Hook):
     nothing waits for the device.
 
     Args:
-        level (str | Level, optional): See :data:`mmactnn.levels.LEVELS`.
+        level (str | dict | Level, optional): See :func:`mmactnn.get_level`.
             Defaults to ``'L3'``. ``'L0'`` is exact training, bit for bit.
+            With ``use_gradient`` the hook tells which samples a batch holds.
         include (list[str], optional): See :func:`mmactnn.convert_model`.
         exclude (list[str], optional): See :func:`mmactnn.convert_model`.
         group_size (int, optional): Elements that share a range. Valid values
@@ -70,12 +74,14 @@ class ActNNHook(Hook):
     ):
         if interval is not None and interval < 1:
             raise ValueError(f'interval must be 1 or more, got {interval}')
-        self.level = level
+        self.level = get_level(level)
         self.include = include
         self.exclude = exclude
         self.group_size = group_size
         self.interval = interval
         self.generator = RoundingGenerator()
+        self._samples = None
+        self._precision = None
         self._converted = False
         self._loaded = None
         self._measured = False
@@ -102,6 +108,8 @@ class ActNNHook(Hook):
         model = _unwrap(runner.model)
         _refuse_efficient_conv_bn_eval(runner, model)
         self.generator.manual_seed(runner.seed, stream=get_rank())
+        if self.level.use_gradient:
+            self._samples = SampleIndex(runner.train_dataloader.dataset)
         report = convert_model(
             model,
             self.level,
@@ -109,7 +117,10 @@ class ActNNHook(Hook):
             self.exclude,
             self.group_size,
             self.generator,
+            num_samples=self._samples and len(self._samples),
         )
+        if any(item.adaptive for item in report.converted):
+            self._precision = get_precision(model)
         named = _named_types(runner.cfg.get('model'))
         if named and not any(
             isinstance(m, QuantizedLayer) for m in model.modules()
@@ -140,11 +151,13 @@ class ActNNHook(Hook):
         """
         if self._loaded is None or runner.iter == 0:
             return  # weights to start from, not a run to go on with
-        if self._loaded['level'] != self._level_name:
+        if self._loaded['level'] != self.level.name:
             runner.logger.warning(
-                f'resuming at level {self._level_name} what was trained at '
+                f'resuming at level {self.level.name} what was trained at '
                 f'{self._loaded["level"]}'
             )
+        elif self._precision is not None:
+            self._precision.load_state_dict(self._loaded['precision'])
         self.generator.manual_seed(self._loaded['seed'], stream=get_rank())
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
@@ -158,6 +171,8 @@ class ActNNHook(Hook):
         # Rounding is a function of seed, rank, iteration and call, so that a
         # resumed run needs no more state than its iteration.
         self.generator.seek(runner.iter << 32)
+        if self._samples is not None:
+            self._precision.set_samples(self._samples.lookup(data_batch))
         if self._measured and not self._is_due(batch_idx):
             return
         self._measured = True
@@ -176,6 +191,8 @@ class ActNNHook(Hook):
             data_batch (dict, optional): The batch.
             outputs (dict, optional): Losses.
         """
+        if self._precision is not None:
+            self._precision.end_pass()
         if self._meter is None:
             return
         self._measuring.close()
@@ -193,6 +210,15 @@ class ActNNHook(Hook):
                 f'train/actnn/{name}', value, resumed=False
             )
 
+    def after_train_epoch(self, runner):
+        """Log how the bits are shared out.
+
+        Args:
+            runner (Runner): The runner.
+        """
+        if self._precision is not None:
+            runner.logger.info(_describe(self._precision.bits))
+
     def before_save_checkpoint(self, runner, checkpoint):
         """Put the state of the rounding into the checkpoint.
 
@@ -201,8 +227,10 @@ class ActNNHook(Hook):
             checkpoint (dict): The checkpoint.
         """
         checkpoint['actnn'] = dict(
-            level=self._level_name, seed=self.generator.seed
+            level=self.level.name, seed=self.generator.seed
         )
+        if self._precision is not None:
+            checkpoint['actnn']['precision'] = self._precision.state_dict()
 
     def after_load_checkpoint(self, runner, checkpoint):
         """Keep the state until it is known whether the run is resumed.
@@ -213,12 +241,13 @@ class ActNNHook(Hook):
         """
         self._loaded = checkpoint.get('actnn')
 
-    @property
-    def _level_name(self):
-        return getattr(self.level, 'name', self.level)
-
     def _is_due(self, batch_idx):
         return self.every_n_inner_iters(batch_idx, self.interval)
+
+
+def _describe(bits):
+    layers = ', '.join(f'{name}: {value:g}' for name, value in bits.items())
+    return f'ActNN bits of the layers: {layers}'
 
 
 def _unwrap(model):

@@ -30,6 +30,11 @@ class QReLU(QuantizedLayer, nn.ReLU):
         """One bit, or None for exact; see the base class."""
         return 1 if level.mask else None
 
+    @classmethod
+    def rule_bits(cls, rule):
+        """One bit, or None for exact; see the base class."""
+        return None if rule.bits is None else 1
+
     def forward(self, input):
         """See ``nn.ReLU``."""
         # torch refuses to overwrite a leaf, and does so before it writes.

@@ -56,6 +56,18 @@ class QuantizedLayer:
         return getattr(level, cls.kind)
 
     @classmethod
+    def rule_bits(cls, rule):
+        """The bits that a rule by name gives this kind of layer.
+
+        Args:
+            rule (Rule): The rule.
+
+        Returns:
+            int, optional: Bits a code; None for exact.
+        """
+        return rule.bits
+
+    @classmethod
     def convert_(cls, module, quantizer):
         """Turn an instance of the torch parent into this class, in place.
 
@@ -112,6 +124,9 @@ class QuantizedLayer:
     def extra_repr(self):
         """As the parent's, with the bits."""
         text = super().extra_repr()
-        bits = self.quantizer.bits
+        quantizer = self.quantizer
+        slot, bits = quantizer.slot, quantizer.bits
+        if slot is not None:
+            bits = f'{slot.bits:g} (adaptive)'
         ours = 'exact' if bits is None else f'bits={bits}'
         return f'{text}, {ours}' if text else ours

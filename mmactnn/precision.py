@@ -1,0 +1,511 @@
+"""Adaptive precision: bits go where they lower the gradient's error most."""
+
+import torch
+import torch.distributed as dist
+
+from . import ops
+from .allocation import allocate_bits
+
+# What a layer reports of one pass, in the order of its numbers.
+_FIELDS = ('cost', 'relay', 'power', 'numel', 'place', 'leader', 'count')
+# How much a new observation counts once there are many.
+_MEMORY = 0.1
+
+
+class AdaptivePrecision:
+    """Shares out the bits of one model among its layers and samples.
+
+    **Layers.** In some passes every layer reports, from its backward pass,
+    what rounding its input to one bit would add to the variance of the
+    model's gradient (:mod:`mmactnn.sensitivity`): to that of its own weight
+    and, for batch normalisation, through the gradient of its input, to those
+    of all layers before it. The reports are averaged over passes and summed
+    over processes; :func:`mmactnn.allocation.allocate_bits` turns them into
+    bits under the budget of the level. A normalisation layer has the bits of
+    the convolution whose output it takes.
+
+    **Samples.** Within a layer, samples share out the layer's bits by their
+    ranges and, with ``num_samples``, by the gradients that they had when
+    they were last seen.
+
+    Nothing waits for the device: samples are allocated on it; reports are
+    copied to the host in the background and used two passes later, so that
+    the same bits hold at the same pass on every process and in every run.
+
+    A pass begins with a forward pass of the model in training mode.
+
+    Args:
+        num_samples (int, optional): Size of the dataset, to follow the
+            gradients of its samples. Defaults to ranges only.
+        interval (int, optional): Passes between two reports; the first come
+            sooner, at passes 1, 2, 4, 8 and so on. Defaults to 100.
+
+    Raises:
+        ValueError: If ``num_samples`` or ``interval`` is not positive.
+    """
+
+    def __init__(self, num_samples=None, interval=100):
+        if num_samples is not None and num_samples < 1:
+            raise ValueError(
+                f'num_samples must be positive, got {num_samples}'
+            )
+        if interval < 1:
+            raise ValueError(f'interval must be 1 or more, got {interval}')
+        self.num_samples = num_samples
+        self.interval = interval
+        self.slots = []
+        self.collecting = False
+        self._handle = None
+        self._passes = 0
+        self._open = False
+        self._place = 0
+        self._averages = {}
+        self._pending = []
+        self._samples = None
+        self._batch = None
+        self._shares = None
+        self._history = None
+        self._scales = None
+
+    def add(self, name, mean_bits):
+        """Make room for one more layer.
+
+        Args:
+            name (str): Qualified name of the layer.
+            mean_bits (float): Its part of the budget: bits an element.
+
+        Returns:
+            Slot: What the layer talks to.
+        """
+        slot = Slot(self, len(self.slots), name, mean_bits)
+        self.slots.append(slot)
+        return slot
+
+    @property
+    def bits(self):
+        """dict[str, float]: Bits an element of each layer, by its name."""
+        return {slot.name: slot.bits for slot in self.slots}
+
+    def attach(self, model):
+        """Follow the passes of a model.
+
+        Args:
+            model (nn.Module): The model whose layers have the slots.
+        """
+        self._handle = model.register_forward_pre_hook(self._on_forward)
+
+    def detach(self):
+        """Follow the model no more."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def set_samples(self, indices):
+        """Say which samples the next pass is about to see.
+
+        Args:
+            indices (Sequence[int] | Tensor[B]): Their places in the dataset,
+                0 to ``num_samples - 1``, in the order of the batch. The
+                batches of all processes are of one size.
+
+        Raises:
+            RuntimeError: If there is no ``num_samples``.
+            ValueError: If an index is out of range.
+        """
+        if self.num_samples is None:
+            raise RuntimeError(
+                'set_samples needs num_samples: convert the model at a level '
+                'with use_gradient=True and num_samples=len(dataset)'
+            )
+        indices = torch.as_tensor(indices, dtype=torch.int64, device='cpu')
+        wrong = (indices < 0) | (indices >= self.num_samples)
+        if wrong.any():
+            raise ValueError(
+                f'sample indices must lie within 0 and {self.num_samples - 1}'
+                f', got {indices[wrong].tolist()}'
+            )
+        self._samples = indices.flatten()
+
+    def begin_pass(self):
+        """Start a pass; called by the model's own forward pass."""
+        self.end_pass()
+        self._open = True
+        self._passes += 1
+        while self._pending and self._pending[0][0] <= self._passes:
+            self._take(self._pending.pop(0)[1].wait())
+        due = self._passes % self.interval == 0
+        early = self._passes < self.interval and _is_power_of_two(self._passes)
+        self.collecting = due or early
+        self._batch, self._samples = self._samples, None
+        self._shares = None
+        for slot in self.slots:
+            slot.reset()
+        self._place = 0
+
+    def end_pass(self):
+        """End a pass after its backward pass.
+
+        The next pass does this too. In distributed training all processes
+        call it alike.
+        """
+        if not self._open:
+            return
+        self._open = False
+        if self._batch is not None:
+            self._remember()
+        if self.collecting:
+            self.collecting = False
+            reports = self._gather_reports()
+            if reports is not None:
+                due = self._passes + 2
+                self._pending.append((due, _HostCopy(reports)))
+
+    def next_place(self):
+        """int: How many calls the backward pass has seen before this one."""
+        self._place += 1
+        return self._place
+
+    def shares(self, device):
+        """What the gradients of the batch's samples were, layer by layer.
+
+        Args:
+            device (torch.device): Where to.
+
+        Returns:
+            Tensor[B, L], optional: float32, about 1; None if nothing is
+            known of the batch.
+        """
+        if self._batch is None:
+            return None
+        if self._shares is None:
+            if self._history is None:
+                self._make_history(device)
+            self._batch = _to_device(self._batch, self._history.device)
+            self._shares = self._history[self._batch].float()
+        return self._shares
+
+    @property
+    def batch_size(self):
+        """int, optional: Samples whose indices are known in this pass."""
+        return None if self._batch is None else len(self._batch)
+
+    def state_dict(self):
+        """What :meth:`load_state_dict` needs to go on from here.
+
+        Call it between passes. It waits for the reports under way.
+
+        Returns:
+            dict: Of numbers and CPU tensors.
+        """
+        return dict(
+            passes=self._passes,
+            bits=self.bits,
+            averages={k: list(v) for k, v in self._averages.items()},
+            pending=[(due, copy.wait()) for due, copy in self._pending],
+            history=None if self._history is None else self._history.cpu(),
+            scales=None if self._scales is None else self._scales.cpu(),
+        )
+
+    def load_state_dict(self, state):
+        """Go on from a saved state.
+
+        Args:
+            state (dict): From :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it is of other layers or another dataset.
+        """
+        if set(state['bits']) != set(self.bits):
+            odd = sorted(set(state['bits']) ^ set(self.bits))
+            raise ValueError(
+                'the saved bits belong to other layers; in one of the two '
+                f'only: {", ".join(odd[:5])}' + (', ...' if odd[5:] else '')
+            )
+        history = state['history']
+        size = None if history is None else history.shape[0]
+        if size is not None and size != self.num_samples:
+            raise ValueError(
+                f'the saved history is of {size} samples, expected '
+                f'{self.num_samples}'
+            )
+        self._open = self.collecting = False
+        self._passes = state['passes']
+        for slot in self.slots:
+            slot.bits = state['bits'][slot.name]
+        self._averages = {k: list(v) for k, v in state['averages'].items()}
+        self._pending = [
+            (due, _HostCopy(reports)) for due, reports in state['pending']
+        ]
+        self._history, self._scales = history, state['scales']
+
+    def _on_forward(self, module, args):
+        if module.training and torch.is_grad_enabled():
+            self.begin_pass()
+
+    def _gather_reports(self):
+        present = [s.report for s in self.slots if s.report is not None]
+        if _world_size() == 1 and not present:
+            return None
+        device = present[0].device if present else self._device()
+        nothing = torch.zeros(len(_FIELDS), device=device)
+        reports = torch.stack(
+            [
+                nothing
+                if slot.report is None
+                else slot.report.to(device, non_blocking=True)
+                for slot in self.slots
+            ]
+        )
+        if _world_size() > 1:
+            dist.all_reduce(reports)
+        return reports
+
+    def _device(self):
+        # NCCL moves nothing that is not on a GPU.
+        if dist.get_backend() == 'nccl':
+            return torch.device('cuda', torch.cuda.current_device())
+        return torch.device('cpu')
+
+    def _take(self, reports):
+        """Average a report into those before and share out the bits."""
+        reports = reports.double()
+        if not reports.isfinite().all():
+            return  # a loss that overflowed; its step is skipped as well
+        reports = [dict(zip(_FIELDS, row)) for row in reports.tolist()]
+        power = sum(report['power'] for report in reports)
+        if power <= 0:
+            return
+        for slot, report in zip(self.slots, reports):
+            count = report['count']
+            if not count:
+                continue
+            seen = (
+                report['cost'] / power,
+                report['relay'] / count,
+                report['power'] / power,
+                report['numel'],
+                report['place'] / count,
+            )
+            if report['leader']:
+                slot.leader = self.slots[round(report['leader'] / count) - 1]
+            *old, times = self._averages.get(slot.name, (*seen, 0))
+            rate = max(1 / (times + 1), _MEMORY)
+            mixed = [a + rate * (b - a) for a, b in zip(old, seen)]
+            self._averages[slot.name] = [*mixed, times + 1]
+        self._allocate()
+
+    def _allocate(self):
+        known = [s for s in self.slots if s.name in self._averages]
+        # Noise in a gradient reaches all layers that the backward pass
+        # visits later. (The order of the forward pass says less: a block
+        # that is checkpointed runs its own in the middle of another's.)
+        known.sort(key=lambda s: (-self._averages[s.name][4], -s.index))
+        units, before, budget = {}, 0.0, 0.0
+        for slot in known:
+            cost, relay, power, numel, *_ = self._averages[slot.name]
+            unit = units.setdefault(_leader(slot).index, [0.0, 0, []])
+            unit[0] += cost + relay * before
+            unit[1] += numel
+            unit[2].append(slot)
+            before += power
+            budget += slot.mean_bits * numel
+        costs, sizes, members = zip(*units.values())
+        for bits, slots in zip(allocate_bits(costs, sizes, budget), members):
+            for slot in slots:
+                slot.bits = bits
+
+    def _make_history(self, device):
+        size = (self.num_samples, len(self.slots))
+        self._history = torch.ones(size, dtype=torch.bfloat16, device=device)
+        self._scales = torch.zeros(len(self.slots), device=device)
+
+    def _remember(self):
+        """Write the gradients of this pass into the history."""
+        norms = [s.norms for s in self.slots if s.norms is not None]
+        if self._history is None:
+            if not norms:
+                return
+            self._make_history(norms[0].device)
+        if norms and self._history.device != norms[0].device:
+            self._history = self._history.to(norms[0].device)
+            self._scales = self._scales.to(norms[0].device)
+        device = self._history.device
+        samples = _to_device(self._batch, device)
+        nothing = torch.full((len(samples),), float('nan'), device=device)
+        seen = torch.stack(
+            [
+                nothing
+                if slot.norms is None
+                else slot.norms.to(device, non_blocking=True)
+                for slot in self.slots
+            ],
+            dim=1,
+        )
+        if _world_size() > 1:
+            samples, seen = _all_gather(samples), _all_gather(seen)
+        # Relative to a running mean: a loss scale, a decaying gradient and
+        # how large a layer's gradients are must not matter.
+        valid = seen.isfinite()
+        count = valid.sum(0)
+        mean = torch.where(valid, seen, 0).sum(0) / count.clamp(min=1)
+        fresh = torch.where(self._scales > 0, _MEMORY, 1.0)
+        updated = self._scales + fresh * (mean - self._scales)
+        self._scales = torch.where(count > 0, updated, self._scales)
+        relative = seen / self._scales.clamp(min=1e-30)
+        # A sample that is there more than once gets the mean, so that the
+        # order of writing does not matter.
+        same = (samples[:, None] == samples[None]).float()
+        weight = same @ valid.float()
+        relative = same @ torch.where(valid, relative, 0) / weight
+        known = self._history[samples]
+        relative = torch.where(weight > 0, relative.to(known.dtype), known)
+        self._history[samples] = relative
+
+    def __getstate__(self):
+        """For copies and pickle: what is under way is fetched first."""
+        state = self.__dict__.copy()
+        state['_pending'] = [
+            (due, _HostCopy(copy.wait())) for due, copy in self._pending
+        ]
+        return state
+
+
+class Slot:
+    """One layer's access to the precision of its model.
+
+    Attributes:
+        name (str): Qualified name of the layer.
+        mean_bits (float): What it adds to the budget, bits an element.
+        bits (float): Bits an element that it has now.
+        leader (Slot, optional): The layer whose bits it follows.
+        report (Tensor[7], optional): float32, what it observed in this pass.
+        norms (Tensor[B], optional): Squared norms of its samples' gradients
+            in this pass.
+    """
+
+    def __init__(self, precision, index, name, mean_bits):
+        self.precision = precision
+        self.index = index
+        self.name = name
+        self.mean_bits = self.bits = mean_bits
+        self.leader = None
+        self.reset()
+
+    def reset(self):
+        """Forget the pass before."""
+        self.report = self.norms = None
+
+    @property
+    def observes(self):
+        """bool: Whether the backward pass of this pass should report."""
+        precision = self.precision
+        return precision.collecting or precision.batch_size is not None
+
+    def __getstate__(self):
+        """For copies and pickle: without what belongs to one pass."""
+        return {**self.__dict__, 'report': None, 'norms': None}
+
+    def row_bits(self, rows, group_size):
+        """Share out the layer's bits among the samples of a tensor.
+
+        Args:
+            rows (Tensor[N, *]): What is about to be quantised.
+            group_size (int): Elements a range.
+
+        Returns:
+            tuple[Tensor, Tensor, int]: Bits and first bit of each sample,
+            and the bits of all, see :func:`mmactnn.ops.split_bits`.
+        """
+        samples = rows.shape[0]
+        spread = ops.row_spread(rows, group_size)
+        if self.precision.batch_size == samples:
+            shares = self.precision.shares(rows.device)
+            shares = shares[:, self.index].to(rows.device, non_blocking=True)
+            spread = spread * shares
+        total = round(self.bits * samples)
+        return *ops.split_bits(spread, total), total
+
+    def observe_norms(self, norms):
+        """Take note of the gradients of the samples.
+
+        Args:
+            norms (Tensor[N]): Their squared norms; ignored unless the
+                batch's indices are known and as many.
+        """
+        if self.precision.batch_size == norms.shape[0]:
+            known = self.norms
+            self.norms = norms if known is None else known + norms
+
+    def observe(self, numel, cost, relay, power, producer):
+        """Report one call from its backward pass.
+
+        Args:
+            numel (int): Elements of the input.
+            cost (Tensor[]): Variance at one bit of the weight's gradient.
+            relay (Tensor[]): Variance at one bit of the gradient of the
+                input, relative to its squared norm.
+            power (Tensor[]): Squared norm of the weight's gradient.
+            producer (Slot, optional): Layer that made the input.
+        """
+        place = self.precision.next_place()
+        leader = 0 if producer is None else producer.index + 1
+        constants = (numel, place, leader, 1)
+        report = torch.stack(
+            [
+                cost,
+                relay,
+                power,
+                *(torch.full_like(cost, value) for value in constants),
+            ]
+        )
+        self.report = report if self.report is None else self.report + report
+
+
+class _HostCopy:
+    """A small tensor on its way to the host."""
+
+    def __init__(self, tensor):
+        self._event = None
+        if tensor.is_cuda:
+            self._host = torch.empty_like(
+                tensor, device='cpu', pin_memory=True
+            )
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = tensor
+
+    def wait(self):
+        """Tensor: The values, on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        return self._host
+
+
+def _leader(slot):
+    return slot if slot.leader is None else slot.leader
+
+
+def _is_power_of_two(value):
+    return value & (value - 1) == 0
+
+
+def _world_size():
+    ready = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if ready else 1
+
+
+def _all_gather(tensor):
+    parts = [torch.empty_like(tensor) for _ in range(_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def _to_device(indices, device):
+    if indices.device == device:
+        return indices
+    if device.type == 'cuda' and not indices.is_cuda:
+        indices = indices.pin_memory()
+    return indices.to(device, non_blocking=True)

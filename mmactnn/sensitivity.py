@@ -1,0 +1,101 @@
+"""What rounding the input of a layer does to the gradients of the model.
+
+All in closed form and on the device. A group of range R that is rounded to b
+bits adds to each of its elements the variance
+``E[f * (1 - f)] * (R / (2 ** b - 1)) ** 2``, with 1/6 for the mean over
+fractions f of a step that are uniform on [0, 1]; below this is called
+``variance at one bit`` with b = 1.
+"""
+
+import torch
+
+from .autograd.channels import dims_but_channels
+
+
+def squared_norms(grad_output):
+    """Squared norm of each sample's gradient.
+
+    Args:
+        grad_output (Tensor[N, *]): Any float dtype.
+
+    Returns:
+        Tensor[N]: float32.
+    """
+    dims = list(range(1, grad_output.dim()))
+    return torch.linalg.vector_norm(
+        grad_output, dim=dims, dtype=torch.float32
+    ).square()
+
+
+def variance_at_one_bit(payload):
+    """Mean variance that rounding to one bit would give each sample.
+
+    Args:
+        payload (QuantizedTensor): For the ranges it was rounded with.
+
+    Returns:
+        Tensor[N]: float32.
+    """
+    steps = payload.ranges[..., 1].float()
+    return steps.square().mean(1) * payload.levels.square() / 6
+
+
+def weight_gradient_variance(payload, grad_norms, fan):
+    """Variance of a weight's gradient that is linear in the kept input.
+
+    ``sum_n v_n * fan * |g_n|^2``: every element of the input meets every
+    gradient that its windows reach (ActNN, arXiv:2104.14129, Sec. 3.2).
+
+    Args:
+        payload (QuantizedTensor): The input.
+        grad_norms (Tensor[N]): From :func:`squared_norms` of the output.
+        fan (float): Products of an input with an output gradient, an element
+            of the output gradient: ``C_in / groups * kernel elements`` of a
+            convolution.
+
+    Returns:
+        Tensor[]: float32, at one bit.
+    """
+    return fan * (variance_at_one_bit(payload) * grad_norms).sum()
+
+
+def batch_norm_variance(
+    payload, grad_output, grad_input, grad_weight, weight, invstd
+):
+    """What rounding the input of a batch normalisation does.
+
+    With x^ the normalised input, its gradient is
+    ``w * s * (dy - mean(dy) - x^ * mean(dy * x^))`` over n elements a
+    channel. Noise of variance v in x^ enters it as such, times
+    ``mean(dy * x^)``, and through that mean, times x^; both add
+    ``w^2 * s^2 * v / n * (dgamma^2 + |dy|^2)`` to its squared norm.
+
+    Args:
+        payload (QuantizedTensor): The input.
+        grad_output (Tensor[N, C, *]): Gradient of the output.
+        grad_input (Tensor[N, C, *], optional): Gradient of the input; None
+            where it is exact, as with given statistics.
+        grad_weight (Tensor[C], optional): Gradient of the weight.
+        weight (Tensor[C], optional): The weight.
+        invstd (Tensor[C]): s.
+
+    Returns:
+        tuple[Tensor, Tensor]: Variance of the weight's gradient, and that of
+        the input's relative to its squared norm; float32, at one bit.
+    """
+    dims = dims_but_channels(grad_output)
+    scale = invstd.float().square()
+    squares = torch.linalg.vector_norm(
+        grad_output, dim=dims, dtype=torch.float32
+    ).square()
+    variance = variance_at_one_bit(payload).mean()
+    own = variance * (scale * squares).sum()
+    if grad_input is None or grad_weight is None:
+        return own, torch.zeros_like(own)
+    count = grad_output.numel() / max(grad_output.shape[1], 1)
+    gain = scale.square()
+    if weight is not None:
+        gain = gain * weight.float().square()
+    added = gain * (grad_weight.float().square() + squares)
+    norm = torch.linalg.vector_norm(grad_input, dtype=torch.float32).square()
+    return own, variance * added.sum() / count / norm.clamp(min=1e-30)
