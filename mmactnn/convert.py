@@ -8,8 +8,17 @@ from torch import nn
 
 from .layers import (
     QBatchNorm,
+    QBatchNorm1d,
     QBatchNorm2d,
+    QBatchNorm3d,
+    QConv1d,
     QConv2d,
+    QConv3d,
+    QConvTranspose1d,
+    QConvTranspose2d,
+    QConvTranspose3d,
+    QGroupNorm,
+    QLinear,
     QReLU,
     QSyncBatchNorm,
     QuantizedLayer,
@@ -23,10 +32,26 @@ from .random import RoundingGenerator
 # By full name, so that MMCV and MMEngine need not be imported, nor installed.
 # Exact types only: a subclass may compute something else.
 CONVERSIONS = {
+    'torch.nn.modules.conv.Conv1d': QConv1d,
     'torch.nn.modules.conv.Conv2d': QConv2d,
+    'torch.nn.modules.conv.Conv3d': QConv3d,
+    'torch.nn.modules.conv.ConvTranspose1d': QConvTranspose1d,
+    'torch.nn.modules.conv.ConvTranspose2d': QConvTranspose2d,
+    'torch.nn.modules.conv.ConvTranspose3d': QConvTranspose3d,
+    'torch.nn.modules.linear.Linear': QLinear,
     'mmcv.cnn.bricks.wrappers.Conv2d': QConv2d,
+    'mmcv.cnn.bricks.wrappers.Conv3d': QConv3d,
+    'mmcv.cnn.bricks.wrappers.ConvTranspose2d': QConvTranspose2d,
+    'mmcv.cnn.bricks.wrappers.ConvTranspose3d': QConvTranspose3d,
+    'mmcv.cnn.bricks.wrappers.Linear': QLinear,
+    'torch.nn.modules.batchnorm.BatchNorm1d': QBatchNorm1d,
     'torch.nn.modules.batchnorm.BatchNorm2d': QBatchNorm2d,
+    'torch.nn.modules.batchnorm.BatchNorm3d': QBatchNorm3d,
+    'torch.nn.modules.normalization.GroupNorm': QGroupNorm,
     'torch.nn.modules.batchnorm.SyncBatchNorm': QSyncBatchNorm,
+    # What type='SyncBN' builds.
+    'mmengine.utils.dl_utils.parrots_wrapper.SyncBatchNorm': QSyncBatchNorm,
+    'mmcv.ops.sync_bn.SyncBatchNorm': QSyncBatchNorm,
     'mmengine.model.utils._BatchNormXd': QBatchNorm,
     'torch.nn.modules.activation.ReLU': QReLU,
 }
@@ -286,6 +311,11 @@ def _target(module):
     """The compressed class for a module, or None."""
     if isinstance(module, QuantizedLayer):
         return type(module)
+    target = _mapped(module)
+    return None if target is None or target.refusal(module) else target
+
+
+def _mapped(module):
     cls = type(module)
     return CONVERSIONS.get(f'{cls.__module__}.{cls.__qualname__}')
 
@@ -306,6 +336,9 @@ def _convert(name, module, target, quantizer):
 
 
 def _why_unmapped(module):
+    target = _mapped(module)
+    if target is not None:
+        return target.refusal(module)
     if isinstance(module, _KEEP_NOTHING):
         return 'keeps nothing'
     for base in type(module).__mro__[1:]:

@@ -12,7 +12,21 @@ from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import Registry
 
-from .layers import QBatchNorm2d, QConv2d, QReLU, QSyncBatchNorm
+from .layers import (
+    QBatchNorm1d,
+    QBatchNorm2d,
+    QBatchNorm3d,
+    QConv1d,
+    QConv2d,
+    QConv3d,
+    QConvTranspose1d,
+    QConvTranspose2d,
+    QConvTranspose3d,
+    QGroupNorm,
+    QLinear,
+    QReLU,
+    QSyncBatchNorm,
+)
 
 MODELS = Registry(
     'model', parent=ROOT_MODELS, scope='mmactnn', locations=['mmactnn.layers']
@@ -23,8 +37,17 @@ HOOKS = Registry(
 
 # Class names first, then the short names in MMCV's manner.
 LAYER_NAMES = {
+    QConv1d: ('QConv1d',),
     QConv2d: ('QConv2d', 'QConv'),
+    QConv3d: ('QConv3d',),
+    QConvTranspose1d: ('QConvTranspose1d',),
+    QConvTranspose2d: ('QConvTranspose2d',),
+    QConvTranspose3d: ('QConvTranspose3d',),
+    QLinear: ('QLinear',),
+    QBatchNorm1d: ('QBatchNorm1d', 'QBN1d'),
     QBatchNorm2d: ('QBatchNorm2d', 'QBN2d', 'QBN'),
+    QBatchNorm3d: ('QBatchNorm3d', 'QBN3d'),
+    QGroupNorm: ('QGroupNorm', 'QGN'),
     QSyncBatchNorm: ('QSyncBatchNorm', 'QSyncBN'),
     QReLU: ('QReLU',),
 }

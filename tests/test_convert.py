@@ -6,7 +6,12 @@ import io
 import pytest
 import torch
 from mmcv.cnn.bricks import wrappers
-from mmengine.model.utils import _BatchNormXd
+from mmengine.model.utils import (
+    _BatchNormXd,
+)
+from mmengine.utils.dl_utils.parrots_wrapper import (
+    SyncBatchNorm as MMEngineSyncBatchNorm,
+)
 from support.layers import assert_same_bits, exact_numerics
 from torch import nn
 
@@ -15,8 +20,17 @@ from mmactnn import (
     LEVELS,
     Level,
     QBatchNorm,
+    QBatchNorm1d,
     QBatchNorm2d,
+    QBatchNorm3d,
+    QConv1d,
     QConv2d,
+    QConv3d,
+    QConvTranspose1d,
+    QConvTranspose2d,
+    QConvTranspose3d,
+    QGroupNorm,
+    QLinear,
     QReLU,
     QSyncBatchNorm,
     QuantizedLayer,
@@ -83,18 +97,19 @@ def left(report):
     return {item.name: item.reason for item in report.left}
 
 
-LAYERS = ['stem.0', 'stem.1', 'stem.2', 'body.0', 'body.1', 'body.2']
+BLOCKS = ['stem.0', 'stem.1', 'stem.2', 'body.0', 'body.1', 'body.2']
+LAYERS = [*BLOCKS, 'head']
 
 
 class TestSwap:
     def test_classes(self, net):
         report = convert_model(net)
         classes = [type(net.get_submodule(name)) for name in LAYERS]
-        assert classes == 2 * [QConv2d, QBatchNorm2d, QReLU]
+        assert classes == 2 * [QConv2d, QBatchNorm2d, QReLU] + [QLinear]
         assert compressed(net) == LAYERS
         assert report.level == 'L3'
         assert [c.name for c in report.converted] == LAYERS
-        assert [c.bits for c in report.converted] == 2 * [2, 2, 1]
+        assert [c.bits for c in report.converted] == 2 * [2, 2, 1] + [2]
         assert report.converted[0].source == 'Conv2d'
         assert report.converted[0].target == 'QConv2d'
 
@@ -177,21 +192,43 @@ class TestSwap:
 
 class TestTypes:
     @pytest.mark.parametrize(
-        ('make', 'target', 'parent'),
+        ('make', 'target', 'size'),
         [
-            (lambda: nn.Conv2d(4, 4, 3), QConv2d, nn.Conv2d),
-            (lambda: wrappers.Conv2d(4, 4, 3), QConv2d, nn.Conv2d),
-            (lambda: nn.BatchNorm2d(4), QBatchNorm2d, nn.BatchNorm2d),
-            (lambda: nn.SyncBatchNorm(4), QSyncBatchNorm, nn.SyncBatchNorm),
-            (lambda: _BatchNormXd(4), QBatchNorm, nn.BatchNorm2d),
-            (lambda: nn.ReLU(), QReLU, nn.ReLU),
+            (lambda: nn.Conv1d(4, 4, 3), QConv1d, (6,)),
+            (lambda: nn.Conv2d(4, 4, 3), QConv2d, (6, 6)),
+            (lambda: nn.Conv3d(4, 4, 3), QConv3d, (6, 6, 6)),
+            (lambda: nn.ConvTranspose1d(4, 4, 3), QConvTranspose1d, (6,)),
+            (lambda: nn.ConvTranspose2d(4, 4, 3), QConvTranspose2d, (6, 6)),
+            (lambda: nn.ConvTranspose3d(4, 4, 3), QConvTranspose3d, 3 * (6,)),
+            (lambda: nn.Linear(4, 4), QLinear, ()),
+            (lambda: wrappers.Conv2d(4, 4, 3), QConv2d, (6, 6)),
+            (lambda: wrappers.Conv3d(4, 4, 3), QConv3d, (6, 6, 6)),
+            (
+                lambda: wrappers.ConvTranspose2d(4, 4, 3),
+                QConvTranspose2d,
+                (6, 6),
+            ),
+            (
+                lambda: wrappers.ConvTranspose3d(4, 4, 3),
+                QConvTranspose3d,
+                (6, 6, 6),
+            ),
+            (lambda: wrappers.Linear(4, 4), QLinear, ()),
+            (lambda: nn.BatchNorm1d(4), QBatchNorm1d, (6,)),
+            (lambda: nn.BatchNorm2d(4), QBatchNorm2d, (6, 6)),
+            (lambda: nn.BatchNorm3d(4), QBatchNorm3d, (6, 6, 6)),
+            (lambda: nn.GroupNorm(2, 4), QGroupNorm, (6, 6)),
+            (lambda: nn.SyncBatchNorm(4), QSyncBatchNorm, (6, 6)),
+            (lambda: MMEngineSyncBatchNorm(4), QSyncBatchNorm, (6, 6)),
+            (lambda: _BatchNormXd(4), QBatchNorm, (6, 6)),
+            (lambda: nn.ReLU(), QReLU, (6, 6)),
         ],
-        ids=['Conv2d', 'mmcv Conv2d', 'BN', 'SyncBN', '_BatchNormXd', 'ReLU'],
     )
-    def test_mapped(self, make, target, parent, device):
+    def test_mapped(self, make, target, size, device):
         model = nn.Sequential(make()).to(device)
         source = type(model[0])
-        x = torch.randn(2, 4, 6, 6, device=device)
+        attributes = set(vars(model[0]))
+        x = torch.randn(2, 4, *size, device=device)
         expected = copy.deepcopy(model)(x.requires_grad_())
         report = convert_model(model)
         assert type(model[0]) is target
@@ -199,6 +236,18 @@ class TestTypes:
         assert_same_bits(model(x), expected)
         revert_model(model)
         assert type(model[0]) is source
+        assert set(vars(model[0])) == attributes
+
+    @pytest.mark.parametrize('make', [wrappers.Linear, wrappers.Conv2d])
+    def test_no_samples(self, make, device):
+        # What MMCV's wrappers are for: heads of images without any object.
+        model = make(4, 3, *(1,) * (make is wrappers.Conv2d)).to(device)
+        convert_model(model)
+        size = (0, 4, 5, 5) if make is wrappers.Conv2d else (0, 4)
+        x = torch.zeros(size, device=device, requires_grad=True)
+        model(x).sum().backward()
+        assert x.grad.shape == size
+        assert not any(p.grad.any() for p in model.parameters())
 
     def test_norm_without_affine_or_statistics(self, device):
         model = nn.Sequential(
@@ -219,10 +268,9 @@ class TestTypes:
 
     def test_other_layers_are_left_with_the_reason(self, net):
         reasons = left(convert_model(net))
-        assert reasons.keys() == {'own', 'pool', 'flat', 'head'}
+        assert reasons.keys() == {'own', 'pool', 'flat'}
         assert reasons['pool'] == 'no compressed layer of this type'
         assert reasons['flat'] == 'keeps nothing'
-        assert reasons['head'] == 'no compressed layer of this type'
 
 
 class TestFilters:
@@ -234,12 +282,13 @@ class TestFilters:
             (['stem.?', 'body.2'], (), LAYERS[:3] + ['body.2']),
             (['Conv2d'], (), ['stem.0', 'body.0']),
             ([nn.ReLU], (), ['stem.2', 'body.2']),
-            (None, [nn.Conv2d], ['stem.1', 'stem.2', 'body.1', 'body.2']),
-            (None, ['stem.*', 'ReLU'], ['body.0', 'body.1']),
+            (None, [nn.Conv2d], [*LAYERS[1:3], *LAYERS[4:]]),
+            (None, ['stem.*', 'ReLU'], ['body.0', 'body.1', 'head']),
             (['body.*'], ['BatchNorm2d'], ['body.0', 'body.2']),
             # Given alone, not in a list.
             ('stem.0', (), ['stem.0']),
-            (None, nn.ReLU, ['stem.0', 'stem.1', 'body.0', 'body.1']),
+            ('head', (), ['head']),
+            (None, nn.ReLU, [n for n in LAYERS if not n.endswith('2')]),
             (['*'], ['*'], []),
             ([], (), []),
         ],
@@ -258,7 +307,7 @@ class TestFilters:
 
     @pytest.mark.parametrize('argument', ['include', 'exclude'])
     @pytest.mark.parametrize(
-        'pattern', ['bakbone.*', 'Stem.*', 'Conv3d', nn.Conv3d, 'own', 'head']
+        'pattern', ['bakbone.*', 'Stem.*', 'Conv3d', nn.Conv3d, 'own', 'pool']
     )
     def test_pattern_that_matches_nothing(self, pattern, argument, net):
         filters = {argument: ['stem.0', pattern]}
@@ -280,10 +329,10 @@ class TestFilters:
     def test_original_class_still_selects(self, net):
         convert_model(net, 'L3')
         convert_model(net, 'L2', include=[nn.Conv2d])
-        bits = [net.get_submodule(n).quantizer.bits for n in LAYERS]
+        bits = [net.get_submodule(n).quantizer.bits for n in BLOCKS]
         assert bits == 2 * [4, 2, 1]
         convert_model(net, 'L0', include=['QBatchNorm2d', 'ReLU'])
-        bits = [net.get_submodule(n).quantizer.bits for n in LAYERS]
+        bits = [net.get_submodule(n).quantizer.bits for n in BLOCKS]
         assert bits == 2 * [4, None, None]
 
 
@@ -472,18 +521,18 @@ class TestCheckpoints:
 class TestReport:
     def test_text(self, net):
         text = str(convert_model(net, 'L2', exclude=['stem.*'])).splitlines()
-        assert text[0] == ('ActNN level L2: 3 layers compressed, 7 left')
+        assert text[0] == ('ActNN level L2: 4 layers compressed, 6 left')
         assert '     1 Conv2d -> QConv2d (4 bit)' in text
         assert '     1 BatchNorm2d -> QBatchNorm2d (4 bit)' in text
         assert '     1 ReLU -> QReLU (1 bit)' in text
         assert any('1 Conv2d left: excluded (stem.0)' in t for t in text)
         assert any('1 OwnConv left: subclass of Conv2d' in t for t in text)
-        assert any('1 Linear left: no compressed' in t for t in text)
+        assert any('left: no compressed layer' in t for t in text)
 
     def test_many_names(self):
-        model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(5)])
+        model = nn.Sequential(*[nn.Bilinear(2, 2, 2) for _ in range(5)])
         text = str(convert_model(model))
-        assert '5 Linear left' in text and '(0, 1, 2, ...)' in text
+        assert '5 Bilinear left' in text and '(0, 1, 2, ...)' in text
 
     def test_exact(self, net):
         assert '2 Conv2d -> QConv2d (exact)' in str(convert_model(net, 'L0'))

@@ -2,6 +2,8 @@
 
 from .batch_norm import batch_norm
 from .conv import convolution
+from .group_norm import group_norm
+from .linear import linear
 from .relu import relu
 
-__all__ = ['batch_norm', 'convolution', 'relu']
+__all__ = ['batch_norm', 'convolution', 'group_norm', 'linear', 'relu']

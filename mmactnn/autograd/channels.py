@@ -1,4 +1,6 @@
-"""Per-channel arithmetic of normalisation layers."""
+"""Which dimension and which memory order the channels have."""
+
+import torch
 
 
 def channel_shape(tensor):
@@ -23,3 +25,25 @@ def dims_but_channels(tensor):
         list[int]: All dimensions but 1.
     """
     return [d for d in range(tensor.dim()) if d != 1]
+
+
+def memory_format(tensor):
+    """The memory format that a tensor is in.
+
+    Args:
+        tensor (Tensor[N, C, *]): Any layout.
+
+    Returns:
+        torch.memory_format: ``contiguous_format``, also for a tensor with
+        gaps, unless all of its memory is channels_last and not contiguous
+        as well.
+    """
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(tensor.dim())
+    if (
+        last is None
+        or tensor.is_contiguous()
+        or not tensor.is_contiguous(memory_format=last)
+    ):
+        return torch.contiguous_format
+    return last

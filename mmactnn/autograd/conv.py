@@ -6,25 +6,20 @@ import torch
 from torch.autograd import Function
 
 from ..payload import QuantizedTensor
+from .autocast import cast, lower_dtype
+from .channels import memory_format
 from .double_backward import first_order_only
 
 
 class _Convolution(Function):
     @staticmethod
     def forward(ctx, input, weight, bias, dtype, geometry, quantizer):
-        x, w, b = (
-            t if t is None or dtype is None else t.to(dtype)
-            for t in (input, weight, bias)
-        )
+        x, w, b = cast(dtype, input, weight, bias)
         output = torch.ops.aten.convolution(x, w, b, *geometry)
 
         ctx.geometry, ctx.dtype = geometry, dtype
         ctx.size, ctx.input_dtype = input.shape, input.dtype
-        ctx.channels_last = (
-            x.dim() == 4
-            and x.is_contiguous(memory_format=torch.channels_last)
-            and not x.is_contiguous()
-        )
+        ctx.memory_format = memory_format(x)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.format, kept = quantizer.keep(x, needed=ctx.needs_input_grad[1])
         ctx.chunk_bytes = quantizer.chunk_bytes
@@ -39,11 +34,11 @@ class _Convolution(Function):
     @first_order_only('QConv')
     def backward(ctx, grad_output):
         weight, *kept = ctx.saved_tensors
-        w = weight if ctx.dtype is None else weight.to(ctx.dtype)
-        if ctx.channels_last:
+        (w,) = cast(ctx.dtype, weight)
+        if ctx.memory_format != torch.contiguous_format:
             # Without the input itself at hand the weight's layout alone
             # tells cuDNN and oneDNN which one to work in.
-            w = w.contiguous(memory_format=torch.channels_last)
+            w = w.contiguous(memory_format=ctx.memory_format)
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         bias_size = None if ctx.bias_dtype is None else [grad_output.shape[1]]
         # Stands for the input where only its shape counts.
@@ -100,7 +95,7 @@ def _fan(input_size, output_size, weight, geometry):
 
 
 def convolution(input, weight, bias, geometry, quantizer):
-    """Convolution whose weight gradient is computed from codes.
+    """Convolution, transposed or not, with the weight's gradient from codes.
 
     The forward pass and the gradient of the input are exact. The gradient of
     the weight is linear in the input, hence unbiased (ActNN,
@@ -109,7 +104,8 @@ def convolution(input, weight, bias, geometry, quantizer):
     Args:
         input (Tensor[N, C, *]): float32, float16 or bfloat16; under autocast
             it is cast to autocast's dtype.
-        weight (Tensor[O, C / groups, *]): Weight.
+        weight (Tensor[O, C / groups, *]): Weight; Tensor[C, O / groups, *]
+            if transposed.
         bias (Tensor[O], optional): Bias.
         geometry (tuple): Stride, padding, dilation (tuples of int),
             transposed (bool), output padding (tuple of int) and groups (int),
@@ -119,9 +115,5 @@ def convolution(input, weight, bias, geometry, quantizer):
     Returns:
         Tensor[N, O, *]: The output.
     """
-    device = input.device.type
-    dtype = None
-    # Autocast leaves float64 alone.
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = lower_dtype(input)
     return _Convolution.apply(input, weight, bias, dtype, geometry, quantizer)

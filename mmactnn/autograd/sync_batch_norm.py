@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.autograd import Function
 
 from ..payload import QuantizedTensor
+from .autocast import cast
 from .channels import channel_shape, dims_but_channels
 from .double_backward import first_order_only
 
@@ -21,14 +22,16 @@ def _global_statistics(input, group):
         group (ProcessGroup): The processes.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor]: float32 mean (Tensor[C]), variance
-        (Tensor[C]) and count (Tensor[1]).
+        tuple[Tensor, Tensor, Tensor]: Mean (Tensor[C]), variance (Tensor[C])
+        and count (Tensor[1]); float32, of a float64 input float64. Zeros if
+        no process has any sample.
     """
     channels = input.size(1)
-    local = input.new_zeros(2 * channels + 1, dtype=torch.float32)
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    local = input.new_zeros(2 * channels + 1, dtype=dtype)
     if input.numel():
         var, mean = torch.var_mean(
-            input.float(), dims_but_channels(input), correction=0
+            input.to(dtype), dims_but_channels(input), correction=0
         )
         count = input.numel() // channels
         local = torch.cat([mean, var, mean.new_full((1,), count)])
@@ -40,9 +43,16 @@ def _global_statistics(input, group):
         [channels, channels, 1], dim=1
     )
     total = counts.sum(0)
-    mean = (means * counts).sum(0) / total
+    shares = counts / total.clamp(min=1)
+    mean = (means * shares).sum(0)
     spread = variances + (means - mean) ** 2
-    return mean, (spread * counts).sum(0) / total, total
+    return mean, (spread * shares).sum(0), total
+
+
+def _update(running, batch, momentum):
+    """Move a running statistic, of any dtype, towards that of the batch."""
+    momentum = momentum.to(running.dtype)
+    running.lerp_(batch.to(running.dtype), momentum)
 
 
 class _SyncBatchNorm(Function):
@@ -61,16 +71,23 @@ class _SyncBatchNorm(Function):
     ):
         mean, var, count = _global_statistics(input, group)
         if running_mean is not None:
-            unbiased = var * (count / (count - 1))
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-        output = F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
-        ctx.format, kept = quantizer.keep(
-            input, needed=any(ctx.needs_input_grad[:2])
-        )
+            # A batch of no samples at all changes nothing, as torch's.
+            momentum = momentum * count.clamp(max=1)
+            _update(running_mean, mean, momentum)
+            _update(running_var, var * (count / (count - 1)), momentum)
+        # The kernels take parameters and statistics of one dtype.
+        w, b = cast(mean.dtype, weight, bias)
+        output = F.batch_norm(input, mean, var, w, b, False, 0.0, eps)
+        needed = any(ctx.needs_input_grad[:2])
+        statistics = (mean, var, count)
+        if quantizer.exact:
+            ctx.format, kept = None, (input,) * needed
+        else:
+            ctx.format, kept = quantizer.keep(input, needed=needed)
+            quantizer.note(kept=kept, exact=(input, *statistics))
+        ctx.watch = quantizer.watch(input)
         ctx.eps, ctx.group = eps, group
-        ctx.save_for_backward(weight, mean, var, count, *kept)
-        quantizer.note(kept=kept, exact=(input, mean, var, count))
+        ctx.save_for_backward(weight, *statistics, *kept)
         return output
 
     @staticmethod
@@ -81,25 +98,34 @@ class _SyncBatchNorm(Function):
         nothing = [None] * 6
         shape = channel_shape(grad_output)
         dims = dims_but_channels(grad_output)
-        grad_bias = grad_output.sum(dims, dtype=torch.float32)
+        dtype = mean.dtype
+        grad_bias = grad_output.sum(dims, dtype=dtype)
         if not kept:
             return None, None, grad_bias if needs_bias else None, *nothing
 
         invstd = torch.rsqrt(var + ctx.eps)
-        x_hat = QuantizedTensor(ctx.format, *kept).unpack().float()
+        if ctx.format is None:
+            x_hat = kept[0].to(dtype, copy=True)
+        else:
+            payload = QuantizedTensor(ctx.format, *kept)
+            x_hat = payload.unpack().to(dtype)
         x_hat.sub_(mean.view(shape)).mul_(invstd.view(shape))
-        grad_weight = (grad_output * x_hat).sum(dims, dtype=torch.float32)
+        grad_weight = (grad_output * x_hat).sum(dims, dtype=dtype)
         grad_input = None
         if needs_input:
             # The sums run over all processes, the gradients of weight and
             # bias over this one: the optimiser's all-reduce adds them up.
             sums = torch.stack([grad_bias, grad_weight])
             dist.all_reduce(sums, group=ctx.group)
-            mean_grad, mean_grad_x_hat = sums / count
+            mean_grad, mean_grad_x_hat = sums / count.clamp(min=1)
             x_hat.mul_(mean_grad_x_hat.view(shape))
             x_hat.add_(mean_grad.view(shape)).sub_(grad_output)
             scale = invstd if weight is None else invstd * weight
             grad_input = x_hat.mul_(-scale.view(shape)).to(grad_output.dtype)
+        if ctx.watch is not None:
+            ctx.watch.norm(
+                payload, grad_output, grad_input, grad_weight, weight, invstd
+            )
         return (
             grad_input,
             grad_weight if needs_weight else None,
@@ -130,7 +156,8 @@ def sync_batch_norm(
         momentum (float): Weight of the batch in the running statistics.
         eps (float): Added to the variance.
         group (ProcessGroup): The processes, over any backend.
-        quantizer (LayerQuantizer): Settings of the layer.
+        quantizer (LayerQuantizer): Settings of the layer; if exact, the input
+            itself is kept.
 
     Returns:
         Tensor[N, C, *]: The output.

@@ -1,5 +1,7 @@
 """What every compressed layer has in common."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -35,8 +37,12 @@ class QuantizedLayer:
         Raises:
             ValueError: If bits or group size are not valid.
         """
-        self.quantizer = LayerQuantizer.for_level(
-            type(self),
+        self.quantizer = self._make_quantizer(bits, group_size)
+
+    @classmethod
+    def _make_quantizer(cls, bits, group_size):
+        return LayerQuantizer.for_level(
+            cls,
             DEFAULT_LEVEL,
             DEFAULT_GROUP_SIZE,
             generator=None,
@@ -68,6 +74,18 @@ class QuantizedLayer:
         return rule.bits
 
     @classmethod
+    def refusal(cls, module):
+        """Why a layer of a type that converts to this one must not.
+
+        Args:
+            module (nn.Module): The layer.
+
+        Returns:
+            str, optional: The reason; None if there is none.
+        """
+        return None
+
+    @classmethod
     def convert_(cls, module, quantizer):
         """Turn an instance of the torch parent into this class, in place.
 
@@ -93,6 +111,53 @@ class QuantizedLayer:
         del self.quantizer
         self.__class__ = original
         return original
+
+    @classmethod
+    def from_float(cls, layer, bits=None, group_size=None):
+        """A compressed layer of a plain one's parameters.
+
+        The two share parameters and buffers; in all else, training mode and
+        hooks included, the new layer starts as a copy.
+
+        Args:
+            layer (nn.Module): A layer of the torch parent's class itself. It
+                stays what it is.
+            bits (int, optional): Bits a code, whatever the level. Defaults to
+                the level's.
+            group_size (int, optional): Elements that share a range. Defaults
+                to the model's.
+
+        Returns:
+            QuantizedLayer: The new layer, of this class.
+
+        Raises:
+            TypeError: If ``layer`` is of another class; a subclass may
+                compute something else.
+            ValueError: If bits or group size are not valid.
+        """
+        parent = cls.torch_class()
+        if type(layer) is not parent:
+            raise TypeError(
+                f'{cls.__name__}.from_float takes a layer of class '
+                f'{parent.__name__} itself, got {type(layer).__name__}'
+            )
+        quantizer = cls._make_quantizer(bits, group_size)
+        twin = _shallow_copy(layer)
+        cls.convert_(twin, quantizer)
+        return twin
+
+    def to_float(self):
+        """A plain layer of this one's parameters.
+
+        The counterpart of :meth:`from_float`; this layer stays what it is.
+
+        Returns:
+            nn.Module: The new layer, of the class that :meth:`revert_` would
+            give this one.
+        """
+        twin = _shallow_copy(self)
+        twin.revert_()
+        return twin
 
     @property
     def plain_class(self):
@@ -130,3 +195,35 @@ class QuantizedLayer:
             bits = f'{slot.bits:g} (adaptive)'
         ours = 'exact' if bits is None else f'bits={bits}'
         return f'{text}, {ours}' if text else ours
+
+
+class CodedLayer(QuantizedLayer):
+    """Mixin of the layers that keep their input as codes.
+
+    Args:
+        *args: As the torch parent.
+        bits (int, optional): Bits an element of the kept input at every level
+            but L0. Valid values are 1, 2, 4 and 8. Defaults to the level's.
+        group_size (int, optional): Elements that share a range. Valid values
+            are 64, 128, 256 and 512. Defaults to the model's, which is 256
+            unless the conversion says otherwise.
+        **kwargs: As the torch parent.
+    """
+
+    def __init__(self, *args, bits=None, group_size=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._init_quantizer(bits, group_size)
+
+
+def _shallow_copy(layer):
+    """A second module that shares what the tables of the first one hold."""
+    twin = layer.__new__(type(layer))
+    # Parameters, buffers and hooks are in dicts and sets: each module has
+    # its own, of the same entries.
+    twin.__dict__.update(
+        {
+            key: copy.copy(value) if isinstance(value, (dict, set)) else value
+            for key, value in vars(layer).items()
+        }
+    )
+    return twin

@@ -4,10 +4,87 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..autograd import convolution
-from .base import QuantizedLayer
+from .base import CodedLayer
 
 
-class QConv2d(QuantizedLayer, nn.Conv2d):
+class _QConv(CodedLayer):
+    """What convolutions of all ranks and directions have in common."""
+
+    kind = 'conv'
+
+    def _keeps_codes(self, input, weight, bias):
+        # An input of a wrong rank is left to torch's layer to refuse.
+        extra_dims = input.dim() - len(self.kernel_size)
+        return (
+            self.training
+            and extra_dims in (1, 2)
+            and self.compresses(input, weight, bias)
+        )
+
+    def _convolve(self, input, weight, bias, padding, output_padding):
+        # As torch: a sample alone is a batch of one.
+        single = input.dim() == len(self.kernel_size) + 1
+        output = convolution(
+            input.unsqueeze(0) if single else input,
+            weight,
+            bias,
+            (
+                self.stride,
+                padding,
+                self.dilation,
+                self.transposed,
+                output_padding,
+                self.groups,
+            ),
+            self.quantizer,
+        )
+        return output.squeeze(0) if single else output
+
+
+class _QForwardConv(_QConv):
+    def _conv_forward(self, input, weight, bias):
+        if not self._keeps_codes(input, weight, bias):
+            return super()._conv_forward(input, weight, bias)
+        padding = self.padding
+        if self.padding_mode != 'zeros':
+            input = F.pad(
+                input,
+                self._reversed_padding_repeated_twice,
+                mode=self.padding_mode,
+            )
+            padding = (0,) * len(self.kernel_size)
+        elif isinstance(padding, str):
+            input, padding = self._resolve_padding(input)
+        return self._convolve(
+            input, weight, bias, padding, self.output_padding
+        )
+
+    def _resolve_padding(self, input):
+        """Padding 'same' or 'valid' as numbers, one odd side padded here."""
+        if self.padding == 'valid':
+            return input, (0,) * len(self.kernel_size)
+        total = [
+            dilation * (size - 1)
+            for dilation, size in zip(self.dilation, self.kernel_size)
+        ]
+        extra = [side for t in reversed(total) for side in (0, t % 2)]
+        if any(extra):
+            input = F.pad(input, extra)
+        return input, tuple(t // 2 for t in total)
+
+
+class QConv1d(_QForwardConv, nn.Conv1d):
+    """``nn.Conv1d`` that keeps its input as codes of a few bits.
+
+    See :class:`QConv2d` for arguments and behaviour.
+
+    Examples:
+        >>> conv = QConv1d(3, 8, 3, padding=1)
+        >>> conv(torch.rand(2, 3, 16)).sum().backward()
+    """
+
+
+class QConv2d(_QForwardConv, nn.Conv2d):
     """``nn.Conv2d`` that keeps its input as codes of a few bits.
 
     The output and the gradient of the input are exact; the gradient of the
@@ -29,52 +106,79 @@ class QConv2d(QuantizedLayer, nn.Conv2d):
         >>> conv(torch.rand(2, 3, 16, 16)).sum().backward()
     """
 
-    kind = 'conv'
 
-    def __init__(self, *args, bits=None, group_size=None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._init_quantizer(bits, group_size)
+class QConv3d(_QForwardConv, nn.Conv3d):
+    """``nn.Conv3d`` that keeps its input as codes of a few bits.
 
-    def _conv_forward(self, input, weight, bias):
-        if not (self.training and self.compresses(input, weight, bias)):
-            return super()._conv_forward(input, weight, bias)
-        padding = self.padding
-        if self.padding_mode != 'zeros':
-            input = F.pad(
-                input,
-                self._reversed_padding_repeated_twice,
-                mode=self.padding_mode,
-            )
-            padding = (0,) * len(self.kernel_size)
-        elif isinstance(padding, str):
-            input, padding = self._resolve_padding(input)
-        # As F.conv2d: a sample alone is a batch of one.
-        single = input.dim() == len(self.kernel_size) + 1
-        output = convolution(
-            input.unsqueeze(0) if single else input,
-            weight,
-            bias,
-            (
-                self.stride,
-                padding,
-                self.dilation,
-                False,
-                (0,) * len(padding),
-                self.groups,
-            ),
-            self.quantizer,
+    See :class:`QConv2d` for arguments and behaviour.
+
+    Examples:
+        >>> conv = QConv3d(3, 8, 3, padding=1)
+        >>> conv(torch.rand(2, 3, 4, 8, 8)).sum().backward()
+    """
+
+
+class _QTransposedConv(_QConv):
+    def forward(self, input, output_size=None):
+        """See ``nn.ConvTranspose2d``.
+
+        Args:
+            input (Tensor[N, C, *]): Or Tensor[C, *], a sample alone.
+            output_size (Sequence[int], optional): Size of the output where
+                the stride leaves a choice, with or without N and C. Defaults
+                to what ``output_padding`` says.
+
+        Returns:
+            Tensor[N, O, *]: The output.
+
+        Raises:
+            ValueError: If there is no output of that size.
+            RuntimeError: As torch's layer, which sees wrong inputs first.
+        """
+        if not self._keeps_codes(input, self.weight, self.bias):
+            return super().forward(input, output_size)
+        output_padding = self._output_padding(
+            input,
+            output_size,
+            self.stride,
+            self.padding,
+            self.kernel_size,
+            len(self.kernel_size),
+            self.dilation,
         )
-        return output.squeeze(0) if single else output
+        return self._convolve(
+            input, self.weight, self.bias, self.padding, output_padding
+        )
 
-    def _resolve_padding(self, input):
-        """Padding 'same' or 'valid' as numbers, one odd side padded here."""
-        if self.padding == 'valid':
-            return input, (0,) * len(self.kernel_size)
-        total = [
-            dilation * (size - 1)
-            for dilation, size in zip(self.dilation, self.kernel_size)
-        ]
-        extra = [side for t in reversed(total) for side in (0, t % 2)]
-        if any(extra):
-            input = F.pad(input, extra)
-        return input, tuple(t // 2 for t in total)
+
+class QConvTranspose1d(_QTransposedConv, nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` that keeps its input as codes of a few bits.
+
+    See :class:`QConv2d` for arguments and behaviour.
+
+    Examples:
+        >>> conv = QConvTranspose1d(8, 3, 2, stride=2)
+        >>> conv(torch.rand(2, 8, 16)).sum().backward()
+    """
+
+
+class QConvTranspose2d(_QTransposedConv, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` that keeps its input as codes of a few bits.
+
+    See :class:`QConv2d` for arguments and behaviour.
+
+    Examples:
+        >>> conv = QConvTranspose2d(8, 3, 2, stride=2)
+        >>> conv(torch.rand(2, 8, 16, 16)).sum().backward()
+    """
+
+
+class QConvTranspose3d(_QTransposedConv, nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` that keeps its input as codes of a few bits.
+
+    See :class:`QConv2d` for arguments and behaviour.
+
+    Examples:
+        >>> conv = QConvTranspose3d(8, 3, 2, stride=2)
+        >>> conv(torch.rand(2, 8, 4, 8, 8)).sum().backward()
+    """

@@ -4,49 +4,24 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd import batch_norm
-from .base import QuantizedLayer
+from .base import CodedLayer
 
 
-class QBatchNorm(QuantizedLayer, _BatchNorm):
-    """Batch normalisation of any rank that keeps its input as codes.
-
-    Forward as torch's. The gradients of weight and bias are unbiased. With
-    running statistics (``norm_eval=True`` in OpenMMLab's backbones) the
-    gradient of the input is exact, and the input is kept, as codes, only for
-    a trainable weight. Without grad and at level L0 it is torch's layer.
-
-    Args:
-        *args: As ``nn.BatchNorm2d``.
-        bits (int, optional): Bits an element of the kept input at every level
-            but L0. Valid values are 1, 2, 4 and 8. Defaults to the level's.
-        group_size (int, optional): Elements that share a range. Valid values
-            are 64, 128, 256 and 512. Defaults to the model's, which is 256
-            unless the conversion says otherwise.
-        **kwargs: As ``nn.BatchNorm2d``.
-    """
+class _QBatchNorm(CodedLayer, _BatchNorm):
+    """Batch normalisation of the rank that ``_check_input_dim`` accepts."""
 
     kind = 'norm'
-
-    def __init__(self, *args, bits=None, group_size=None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._init_quantizer(bits, group_size)
-
-    def _check_input_dim(self, input):
-        """Accept every rank that has channels."""
-        if input.dim() < 2:
-            raise ValueError(
-                f'expected an input of 2 dimensions or more, got {input.dim()}'
-            )
 
     def forward(self, input):
         """See ``nn.BatchNorm2d``."""
         if not self.compresses(input, self.weight, self.bias):
             return super().forward(input)
         self._check_input_dim(input)
-        momentum = self._next_momentum()
         batch_stats = self.training or self.running_mean is None
-        if batch_stats:
-            _check_more_than_one_value(input)
+        if batch_stats and (_has_one_value(input) or self.eps <= 0):
+            # Torch's layer to refuse.
+            return super().forward(input)
+        momentum = self._next_momentum()
         # The buffers are neither read nor written where torch's layer
         # passes None in their place.
         used = not self.training or self.track_running_stats
@@ -72,16 +47,53 @@ class QBatchNorm(QuantizedLayer, _BatchNorm):
         return 0.0 if self.momentum is None else self.momentum
 
 
-def _check_more_than_one_value(input):
-    values = input.numel() // max(input.size(1), 1)
-    if values == 1:
-        raise ValueError(
-            'Expected more than 1 value per channel when '
-            f'training, got input size {input.size()}'
-        )
+def _has_one_value(input):
+    """Whether a channel's statistics are those of a single value."""
+    return input.numel() == input.size(1)
 
 
-class QBatchNorm2d(QBatchNorm, nn.BatchNorm2d, _BatchNorm):
+class QBatchNorm(_QBatchNorm):
+    """Batch normalisation of any rank that keeps its input as codes.
+
+    Forward as torch's. The gradients of weight and bias are unbiased. With
+    running statistics (``norm_eval=True`` in OpenMMLab's backbones) the
+    gradient of the input is exact, and the input is kept, as codes, only for
+    a trainable weight. Without grad and at level L0 it is torch's layer.
+
+    Args:
+        *args: As ``nn.BatchNorm2d``.
+        bits (int, optional): Bits an element of the kept input at every level
+            but L0. Valid values are 1, 2, 4 and 8. Defaults to the level's.
+        group_size (int, optional): Elements that share a range. Valid values
+            are 64, 128, 256 and 512. Defaults to the model's, which is 256
+            unless the conversion says otherwise.
+        **kwargs: As ``nn.BatchNorm2d``.
+    """
+
+    def _check_input_dim(self, input):
+        """Accept every rank that has channels."""
+        if input.dim() < 2:
+            raise ValueError(
+                f'expected an input of 2 dimensions or more, got {input.dim()}'
+            )
+
+
+# Below, ``_BatchNorm`` is named as a direct base once more because MMEngine's
+# ``init_cfg=dict(layer='_BatchNorm')`` looks no further than those.
+
+
+class QBatchNorm1d(_QBatchNorm, nn.BatchNorm1d, _BatchNorm):
+    """``nn.BatchNorm1d`` that keeps its input as codes of a few bits.
+
+    See :class:`QBatchNorm` for arguments and behaviour.
+
+    Examples:
+        >>> norm = QBatchNorm1d(8)
+        >>> norm(torch.randn(2, 8, 4)).sum().backward()
+    """
+
+
+class QBatchNorm2d(_QBatchNorm, nn.BatchNorm2d, _BatchNorm):
     """``nn.BatchNorm2d`` that keeps its input as codes of a few bits.
 
     See :class:`QBatchNorm` for arguments and behaviour.
@@ -91,8 +103,13 @@ class QBatchNorm2d(QBatchNorm, nn.BatchNorm2d, _BatchNorm):
         >>> norm(torch.randn(2, 8, 4, 4)).sum().backward()
     """
 
-    # ``_BatchNorm`` is named as a direct base once more because MMEngine's
-    # ``init_cfg=dict(layer='_BatchNorm')`` looks no further than those.
 
-    def _check_input_dim(self, input):
-        nn.BatchNorm2d._check_input_dim(self, input)
+class QBatchNorm3d(_QBatchNorm, nn.BatchNorm3d, _BatchNorm):
+    """``nn.BatchNorm3d`` that keeps its input as codes of a few bits.
+
+    See :class:`QBatchNorm` for arguments and behaviour.
+
+    Examples:
+        >>> norm = QBatchNorm3d(8)
+        >>> norm(torch.randn(2, 8, 4, 4, 4)).sum().backward()
+    """

@@ -5,15 +5,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd.sync_batch_norm import sync_batch_norm
-from .norm import QBatchNorm
+from .norm import _QBatchNorm
 
 
-class QSyncBatchNorm(QBatchNorm, nn.SyncBatchNorm, _BatchNorm):
+class QSyncBatchNorm(_QBatchNorm, nn.SyncBatchNorm, _BatchNorm):
     """``nn.SyncBatchNorm`` that keeps its input as codes of a few bits.
 
     Works over NCCL and gloo, hence on CPU too, where torch's own layer does
-    not. In one process it is :class:`QBatchNorm`; in eval mode and at level
-    L0 it is ``nn.SyncBatchNorm``.
+    not: level L0 keeps the input itself there. In one process it is
+    :class:`QBatchNorm`; in eval mode, and on CUDA without grad or at level
+    L0, it is ``nn.SyncBatchNorm``.
 
     Args:
         *args: As ``nn.SyncBatchNorm``.
@@ -22,19 +23,40 @@ class QSyncBatchNorm(QBatchNorm, nn.SyncBatchNorm, _BatchNorm):
         **kwargs: As ``nn.SyncBatchNorm``.
     """
 
+    @classmethod
+    def refusal(cls, module):
+        """As the base class: MMCV's layer has a mode that torch's has not."""
+        mode = getattr(module, 'stats_mode', 'default')
+        if mode == 'default':
+            return None
+        return f'stats_mode is {mode!r}, not the default'
+
+    @classmethod
+    def convert_(cls, module, quantizer):
+        """As the base class, from MMCV's layer too."""
+        if not isinstance(module, nn.SyncBatchNorm):
+            module.process_group = module.group
+        super().convert_(module, quantizer)
+
+    def revert_(self):
+        """As the base class, to MMCV's layer too."""
+        original = super().revert_()
+        if not issubclass(original, nn.SyncBatchNorm):
+            del self.process_group
+        return original
+
     def forward(self, input):
         """See ``nn.SyncBatchNorm``."""
-        synchronises = (
-            self.training
-            and dist.is_available()
-            and dist.is_initialized()
-            and dist.get_world_size(self.process_group) > 1
-        )
-        if not synchronises or not self.compresses(
-            input, self.weight, self.bias
-        ):
-            return super().forward(input)
         self._check_input_dim(input)
+        self._check_non_zero_input_channels(input)
+        compresses = self.compresses(input, self.weight, self.bias)
+        if not self._synchronises():
+            if compresses or input.is_cuda:
+                return super().forward(input)
+            # Torch's layer refuses the CPU before it counts processes.
+            return _BatchNorm.forward(self, input)
+        if input.is_cuda and not compresses:
+            return super().forward(input)
         momentum = self._next_momentum()
         tracks = self.track_running_stats
         return sync_batch_norm(
@@ -47,4 +69,12 @@ class QSyncBatchNorm(QBatchNorm, nn.SyncBatchNorm, _BatchNorm):
             self.eps,
             self.process_group,
             self.quantizer,
+        )
+
+    def _synchronises(self):
+        return (
+            self.training
+            and dist.is_available()
+            and dist.is_initialized()
+            and dist.get_world_size(self.process_group) > 1
         )

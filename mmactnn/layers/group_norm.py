@@ -1,0 +1,58 @@
+"""Compressed group normalisation."""
+
+from torch import nn
+
+from ..autograd import group_norm
+from .base import CodedLayer
+
+
+class QGroupNorm(CodedLayer, nn.GroupNorm):
+    """``nn.GroupNorm`` that keeps its input as codes of a few bits.
+
+    Forward as torch's. The gradients of weight and bias are unbiased; that of
+    the input has a bias of second order, see
+    :func:`mmactnn.autograd.group_norm`. In eval mode, without grad and at
+    level L0 it is ``nn.GroupNorm``.
+
+    Args:
+        *args: As ``nn.GroupNorm``; or the number of channels alone, beside
+            ``num_groups`` as a keyword, as MMCV builds norms.
+        bits (int, optional): Bits an element of the kept input at every level
+            but L0. Valid values are 1, 2, 4 and 8. Defaults to the level's.
+        group_size (int, optional): Elements that share a range, which are not
+            those of a group of channels. Valid values are 64, 128, 256 and
+            512. Defaults to the model's, which is 256 unless the conversion
+            says otherwise.
+        **kwargs: As ``nn.GroupNorm``.
+
+    Examples:
+        >>> norm = QGroupNorm(2, 8)
+        >>> norm(torch.randn(2, 8, 4, 4)).sum().backward()
+    """
+
+    kind = 'norm'
+
+    def __init__(self, *args, bits=None, group_size=None, **kwargs):
+        if len(args) == 1 and 'num_groups' in kwargs:
+            # Two values of num_groups to torch, hence never its meaning.
+            kwargs.setdefault('num_channels', args[0])
+            args = args[1:]
+        super().__init__(*args, bits=bits, group_size=group_size, **kwargs)
+
+    def forward(self, input):
+        """See ``nn.GroupNorm``."""
+        weight, bias = self.weight, self.bias
+        keeps_codes = self.training and self.compresses(input, weight, bias)
+        if not keeps_codes or self._is_refused(input):
+            return super().forward(input)
+        return group_norm(
+            input, self.num_groups, weight, bias, self.eps, self.quantizer
+        )
+
+    def _is_refused(self, input):
+        """Whether torch's layer raises for this shape."""
+        return (
+            input.dim() < 2
+            or input.size(1) % self.num_groups != 0
+            or input.numel() == self.num_groups  # one value a group
+        )

@@ -1,0 +1,39 @@
+"""The compressed fully connected layer."""
+
+from torch import nn
+
+from ..autograd import linear
+from .base import CodedLayer
+
+
+class QLinear(CodedLayer, nn.Linear):
+    """``nn.Linear`` that keeps its input as codes of a few bits.
+
+    The output and the gradient of the input are exact; the gradient of the
+    weight is unbiased (ActNN, arXiv:2104.14129). In eval mode, without grad
+    and at level L0 it is ``nn.Linear``; with a frozen weight it keeps no
+    input at all.
+
+    Args:
+        *args: As ``nn.Linear``.
+        bits (int, optional): Bits an element of the kept input at every level
+            but L0. Valid values are 1, 2, 4 and 8. Defaults to the level's
+            for convolutions.
+        group_size (int, optional): Elements that share a range. Valid values
+            are 64, 128, 256 and 512. Defaults to the model's, which is 256
+            unless the conversion says otherwise.
+        **kwargs: As ``nn.Linear``.
+
+    Examples:
+        >>> layer = QLinear(16, 8)
+        >>> layer(torch.rand(2, 5, 16)).sum().backward()
+    """
+
+    kind = 'conv'
+
+    def forward(self, input):
+        """See ``nn.Linear``."""
+        weight, bias = self.weight, self.bias
+        if not (self.training and self.compresses(input, weight, bias)):
+            return super().forward(input)
+        return linear(input, weight, bias, self.quantizer)
