@@ -105,7 +105,11 @@ class _BatchNorm(Function):
 
 
 def _affine_backward(grad_output, weight, running_var, eps, wanted):
-    """Gradients of ``(x - mean) * scale + bias`` that do not need x."""
+    """Gradients of ``(x - mean) * scale + bias`` that do not need x.
+
+    That of the input is not wanted where the statistics are the batch's and
+    ``running_var`` is None.
+    """
     needs_input, _, needs_bias = wanted
     grad_input = grad_bias = None
     if needs_input:
@@ -117,7 +121,8 @@ def _affine_backward(grad_output, weight, running_var, eps, wanted):
         )
     if needs_bias:
         grad_bias = grad_output.sum(
-            dims_but_channels(grad_output), dtype=running_var.dtype
+            dims_but_channels(grad_output),
+            dtype=torch.promote_types(grad_output.dtype, torch.float32),
         )
     return grad_input, None, grad_bias
 

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..autograd import convolution
+from ..autograd.autocast import lower_dtype
 from .base import CodedLayer
 
 
@@ -13,13 +14,11 @@ class _QConv(CodedLayer):
     kind = 'conv'
 
     def _keeps_codes(self, input, weight, bias):
-        # An input of a wrong rank is left to torch's layer to refuse.
-        extra_dims = input.dim() - len(self.kernel_size)
-        return (
-            self.training
-            and extra_dims in (1, 2)
-            and self.compresses(input, weight, bias)
+        # What torch's function checks before any other, it shall refuse.
+        fits = input.dim() - len(self.kernel_size) in (1, 2) and (
+            input.dtype == weight.dtype or lower_dtype(input) is not None
         )
+        return self.training and fits and self.compresses(input, weight, bias)
 
     def _convolve(self, input, weight, bias, padding, output_padding):
         # As torch: a sample alone is a batch of one.

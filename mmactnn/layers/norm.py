@@ -14,7 +14,8 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
 
     def forward(self, input):
         """See ``nn.BatchNorm2d``."""
-        if not self.compresses(input, self.weight, self.bias):
+        compresses = self.compresses(input, self.weight, self.bias)
+        if not compresses or not input.numel():
             return super().forward(input)
         self._check_input_dim(input)
         batch_stats = self.training or self.running_mean is None

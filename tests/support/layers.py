@@ -86,7 +86,7 @@ def at_level(layer, level):
     return layer
 
 
-def gradients(layer, x, grad_output):
+def gradients(layer, x, grad_output, **call):
     """One forward and backward pass of a layer.
 
     Args:
@@ -94,6 +94,7 @@ def gradients(layer, x, grad_output):
         x (Tensor[*]): Input; a copy of the same strides gets a gradient.
         grad_output (Tensor[*] | None): Gradient of the output; None for
             that of the sum.
+        **call: Further arguments of the layer's call.
 
     Returns:
         dict[str, Tensor | None]: ``output``, and the gradients of ``input``
@@ -101,7 +102,7 @@ def gradients(layer, x, grad_output):
     """
     layer.zero_grad()
     x = x.detach().requires_grad_()
-    output = layer(x)
+    output = layer(x, **call)
     if grad_output is None:
         grad_output = torch.ones_like(output)
     output.backward(grad_output)

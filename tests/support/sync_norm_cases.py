@@ -1,10 +1,20 @@
 """What the processes of the tests of QSyncBatchNorm do."""
 
+import copy
+
 import torch
+from mmcv.ops import SyncBatchNorm as MMSyncBatchNorm
+from mmengine.model.utils import convert_sync_batchnorm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmactnn import QSyncBatchNorm, RoundingGenerator, convert_model
+from mmactnn import (
+    QSyncBatchNorm,
+    RoundingGenerator,
+    convert_model,
+    revert_model,
+)
+from support.layers import gradients
 
 CHANNELS = 4
 
@@ -14,7 +24,9 @@ CASES = {
     'unequal': dict(samples=(1, 3)),
     'none on one': dict(samples=(4, 0)),
     'one value on each': dict(samples=(1, 1), size=(1, 1)),
+    'rank 2': dict(samples=(9, 20), size=()),
     'rank 3': dict(samples=(2, 3), size=(17,)),
+    'rank 5': dict(samples=(2, 1), size=(3, 2, 5)),
     'no affine': dict(samples=(1, 3), kwargs=dict(affine=False)),
     'not tracked': dict(
         samples=(1, 3), kwargs=dict(track_running_stats=False)
@@ -23,6 +35,7 @@ CASES = {
     'frozen weight': dict(samples=(1, 3), frozen=('weight',)),
     'only bias': dict(samples=(1, 3), frozen=('weight', 'input')),
     'eval': dict(samples=(1, 3), training=False),
+    'float16': dict(samples=(1, 3), dtype=torch.float16),
     'bfloat16': dict(samples=(1, 3), dtype=torch.bfloat16),
 }
 
@@ -104,11 +117,12 @@ def run_all(rank, device):
         device (str): ``'cpu'`` or ``'cuda'``.
 
     Returns:
-        dict[str, dict]: Results of :func:`run_case` by the case's name, and
-        of :func:`_train` as ``'trained'``.
+        dict[str, dict]: Results of :func:`run_case` by the case's name, at 8
+        bits as ``'coded'`` and at level L0 as ``'exact'``, and those of the
+        other functions here.
     """
     torch.manual_seed(rank)
-    results = {}
+    results = dict(coded={}, exact={})
     for name, case in CASES.items():
         norm = QSyncBatchNorm(
             CHANNELS, bits=8, device=device, **case.get('kwargs', {})
@@ -116,9 +130,60 @@ def run_all(rank, device):
         set_state(norm)
         start = sum(case['samples'][:rank])
         part = slice(start, start + case['samples'][rank])
-        results[name] = run_case(norm, case, part)
+        exact = copy.deepcopy(norm)
+        convert_model(exact, 'L0')
+        results['coded'][name] = run_case(norm, case, part)
+        results['exact'][name] = run_case(exact, case, part)
     results['trained'] = _train(rank, device)
+    results['no samples'] = _no_samples(device)
+    results['without grad'] = _without_grad(rank, device)
+    results['mmengine'] = {
+        implementation: _from_mmengine(rank, implementation)
+        for implementation in ('torch', 'mmcv')
+    }
     return results
+
+
+def _no_samples(device):
+    """Gradient and buffers after a batch of nothing on any process."""
+    norm = QSyncBatchNorm(CHANNELS, device=device)
+    set_state(norm)
+    norm(torch.zeros(0, CHANNELS, 3, 3, device=device)).sum().backward()
+    tensors = dict(norm.named_buffers(), grad=norm.weight.grad)
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def _without_grad(rank, device):
+    """Running mean after a batch that needs no gradient, and its mean."""
+    norm = QSyncBatchNorm(CHANNELS, momentum=1.0, device=device)
+    x = torch.arange(2.0, device=device)[rank].expand(3, CHANNELS, 2, 2)
+    with torch.no_grad():
+        norm(x)
+    return norm.running_mean.cpu()
+
+
+def _from_mmengine(rank, implementation):
+    """A model through MMEngine's conversion, ours, and back.
+
+    Returns:
+        dict: Names of the classes, the running mean after a batch whose
+        values are the rank, and the attributes that the way back leaves.
+    """
+    model = nn.Sequential(nn.BatchNorm2d(CHANNELS, momentum=1.0))
+    model = convert_sync_batchnorm(model, implementation)
+    source, attributes = type(model[0]), set(vars(model[0]))
+    convert_model(model)
+    names = [source.__module__, type(model[0]).__name__]
+    x = torch.full((2, CHANNELS, 3, 3), float(rank), requires_grad=True)
+    model(x).sum().backward()
+    mean = model[0].running_mean
+    revert_model(model)
+    return dict(
+        names=names,
+        mean=mean,
+        reverted=type(model[0]) is source,
+        left=set(vars(model[0])) ^ attributes,
+    )
 
 
 class _Wrapper(DistributedDataParallel):
@@ -147,3 +212,38 @@ def _train(rank, device):
         model(x).square().mean().backward()
         optimizer.step()
     return {n: t.cpu() for n, t in model.module.state_dict().items()}
+
+
+def run_alone(rank, level):
+    """A layer in a group of one process, and batch normalisation.
+
+    Args:
+        rank (int): Of this process.
+        level (str): Level of the layer.
+
+    Returns:
+        list[dict]: Output, gradients and running mean of each.
+    """
+    found = []
+    for norm in (QSyncBatchNorm(CHANNELS), nn.BatchNorm2d(CHANNELS)):
+        if isinstance(norm, QSyncBatchNorm):
+            convert_model(norm, level)
+        torch.manual_seed(0)
+        x = torch.randn(3, CHANNELS, 5, 6)
+        results = gradients(norm, x, torch.randn_like(x))
+        found.append(dict(results, running_mean=norm.running_mean))
+    return found
+
+
+def report_of_mmcv(rank, mode):
+    """What a conversion says of MMCV's layer.
+
+    Args:
+        rank (int): Of this process.
+        mode (str): ``stats_mode`` of the layer.
+
+    Returns:
+        str: The report.
+    """
+    norm = MMSyncBatchNorm(CHANNELS, stats_mode=mode)
+    return str(convert_model(nn.Sequential(norm)))

@@ -11,6 +11,7 @@ from mmcv.cnn import (
     build_activation_layer,
     build_conv_layer,
     build_norm_layer,
+    build_upsample_layer,
 )
 from mmcv.cnn.bricks.norm import infer_abbr
 from mmengine.config import Config
@@ -20,16 +21,43 @@ from mmengine.model import BaseModule
 from mmengine.registry import HOOKS, MODELS, DefaultScope
 from support.tools import ROOT
 
-from mmactnn import QBatchNorm2d, QConv2d, QReLU, QSyncBatchNorm, registry
+from mmactnn import (
+    QBatchNorm1d,
+    QBatchNorm2d,
+    QBatchNorm3d,
+    QConv1d,
+    QConv2d,
+    QConv3d,
+    QConvTranspose1d,
+    QConvTranspose2d,
+    QConvTranspose3d,
+    QGroupNorm,
+    QLinear,
+    QReLU,
+    QSyncBatchNorm,
+    registry,
+)
 from mmactnn.hooks import ActNNHook
 
 SCOPES = [None, 'mmengine', 'mmdet', 'mmseg']
 NAMES = {
+    'QConv1d': QConv1d,
     'QConv2d': QConv2d,
     'QConv': QConv2d,
+    'QConv3d': QConv3d,
+    'QConvTranspose1d': QConvTranspose1d,
+    'QConvTranspose2d': QConvTranspose2d,
+    'QConvTranspose3d': QConvTranspose3d,
+    'QLinear': QLinear,
+    'QBN1d': QBatchNorm1d,
+    'QBatchNorm1d': QBatchNorm1d,
     'QBN2d': QBatchNorm2d,
     'QBN': QBatchNorm2d,
     'QBatchNorm2d': QBatchNorm2d,
+    'QBN3d': QBatchNorm3d,
+    'QBatchNorm3d': QBatchNorm3d,
+    'QGN': QGroupNorm,
+    'QGroupNorm': QGroupNorm,
     'QSyncBN': QSyncBatchNorm,
     'QSyncBatchNorm': QSyncBatchNorm,
     'QReLU': QReLU,
@@ -71,7 +99,9 @@ class TestNames:
         assert conv.bias is None
         assert cfg == dict(type=prefix + 'QConv2d', bits=4)
 
-    @pytest.mark.parametrize('name', ['QBN', 'QBN2d', 'QSyncBN'])
+    @pytest.mark.parametrize(
+        'name', ['QBN', 'QBN1d', 'QBN2d', 'QBN3d', 'QSyncBN']
+    )
     def test_norm(self, name, prefix, scope):
         cfg = dict(type=prefix + name, requires_grad=False, eps=1e-3)
         # The attribute's name decides about the keys of checkpoints.
@@ -80,6 +110,34 @@ class TestNames:
         assert type(norm) is NAMES[name]
         assert norm.eps == 1e-3
         assert not norm.weight.requires_grad
+
+    @pytest.mark.parametrize('name', ['QGN', 'QGroupNorm'])
+    def test_group_norm(self, name, prefix, scope):
+        # MMCV knows the order of nn.GroupNorm's arguments, and no other's.
+        cfg = dict(type=prefix + name, num_groups=2, bits=4, eps=1e-3)
+        attribute, norm = build_norm_layer(cfg, 8, postfix=1)
+        assert attribute == 'gn1'
+        assert type(norm) is QGroupNorm and norm.quantizer.bits == 4
+        assert (norm.num_groups, norm.num_channels) == (2, 8)
+        assert norm.eps == 1e-3
+
+    def test_linear(self, prefix, scope):
+        # As the box heads of MMDetection build their predictors.
+        cfg = dict(type=prefix + 'QLinear', bits=4)
+        cfg.update(in_features=8, out_features=3)
+        linear = MODELS.build(cfg)
+        assert type(linear) is QLinear
+        assert (linear.in_features, linear.quantizer.bits) == (8, 4)
+
+    def test_upsample(self, prefix, scope):
+        cfg = dict(
+            type=prefix + 'QConvTranspose2d',
+            in_channels=8,
+            out_channels=4,
+            kernel_size=2,
+            stride=2,
+        )
+        assert type(build_upsample_layer(cfg)) is QConvTranspose2d
 
     def test_activation(self, prefix, scope):
         cfg = dict(type=prefix + 'QReLU', inplace=True)
@@ -103,9 +161,11 @@ class TestNames:
         module(torch.randn(2, 3, 8, 8)).sum().backward()
         assert module.conv.weight.grad.isfinite().all()
 
-    @pytest.mark.parametrize('cls', [QBatchNorm2d, QSyncBatchNorm])
-    def test_abbreviation(self, cls):
-        assert infer_abbr(cls) == 'bn'
+    def test_abbreviation(self):
+        for cls in set(NAMES.values()):
+            if 'BatchNorm' in cls.__name__:
+                assert infer_abbr(cls) == 'bn'
+        assert infer_abbr(QGroupNorm) == 'gn'
 
     def test_wrong_value_from_a_config(self, scope):
         cfg = dict(type='QConv2d', bits=5)
@@ -122,7 +182,9 @@ class TestInitConfig:
             self.conv = QConv2d(3, 8, 3)
             self.bn = norm(8)
 
-    @pytest.mark.parametrize('norm', [QBatchNorm2d, QSyncBatchNorm])
+    @pytest.mark.parametrize(
+        'norm', [QBatchNorm1d, QBatchNorm2d, QBatchNorm3d, QSyncBatchNorm]
+    )
     def test_layer(self, norm):
         # As in the backbones of MMDetection and MMSegmentation.
         block = self.Block(
@@ -137,6 +199,24 @@ class TestInitConfig:
         assert (block.conv.bias == 0.25).all()
         assert (block.bn.weight == 3.0).all()
         assert (block.bn.bias == 2.0).all()
+
+    @pytest.mark.parametrize(
+        ('make', 'layer'),
+        [
+            (lambda: QConv1d(3, 8, 3), 'Conv1d'),
+            (lambda: QConv3d(3, 8, 3), 'Conv3d'),
+            (lambda: QConvTranspose1d(3, 8, 3), 'ConvTranspose1d'),
+            (lambda: QConvTranspose2d(3, 8, 3), 'ConvTranspose2d'),
+            (lambda: QConvTranspose3d(3, 8, 3), 'ConvTranspose3d'),
+            (lambda: QLinear(3, 8), 'Linear'),
+            (lambda: QGroupNorm(2, 8), 'GroupNorm'),
+        ],
+    )
+    def test_other_layers(self, make, layer):
+        block = BaseModule(dict(type='Constant', layer=layer, val=0.5))
+        block.layer = make()
+        block.init_weights()
+        assert (block.layer.weight == 0.5).all()
 
     def test_same_draws_as_for_plain_layers(self):
         def draw(conv_type, norm_type):
