@@ -14,7 +14,7 @@ class PayloadFormat(NamedTuple):
         size (torch.Size): Shape of the tensor.
         stride (tuple[int]): Its strides.
         dtype (torch.dtype): Its dtype.
-        bits (int, optional): Bits a code; None where each sample has bits of
+        bits (float): Bits a code; their mean where each sample has bits of
             its own.
         group_size (int): Elements a range.
     """
@@ -22,7 +22,7 @@ class PayloadFormat(NamedTuple):
     size: torch.Size
     stride: tuple
     dtype: torch.dtype
-    bits: int | None
+    bits: float
     group_size: int
 
 
@@ -83,7 +83,8 @@ class QuantizedTensor:
         Args:
             tensor (Tensor[N, *]): float32, float16 or bfloat16.
             allot (Callable): Maps the tensor, in a layout that can be
-                quantised, to its bits, their exclusive sums and their total;
+                quantised, and ``group_size`` to the bits of the samples,
+                their exclusive sums and their total;
                 see :func:`mmactnn.ops.split_bits`.
             group_size (int): Elements a range: 64, 128, 256 or 512.
             generator (RoundingGenerator): Source of the random bits.
@@ -96,7 +97,7 @@ class QuantizedTensor:
                 :func:`mmactnn.ops.quantize_rows`.
         """
         rows = ops.layout.dense_rows(tensor)
-        row_bits, row_starts, total_bits = allot(rows)
+        row_bits, row_starts, total_bits = allot(rows, group_size)
         seed, offset = generator.next()
         codes, ranges = ops.quantize_rows(
             rows,
@@ -108,7 +109,11 @@ class QuantizedTensor:
             offset=offset,
         )
         format = PayloadFormat(
-            rows.shape, rows.stride(), rows.dtype, None, group_size
+            rows.shape,
+            rows.stride(),
+            rows.dtype,
+            total_bits / rows.shape[0],
+            group_size,
         )
         return cls(format, codes, ranges, row_bits, row_starts)
 
@@ -123,16 +128,6 @@ class QuantizedTensor:
     def nbytes(self):
         """int: Bytes of codes, ranges and what belongs to them."""
         return sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
-    def levels(self):
-        """Tensor[N]: float32, steps of each sample's ranges."""
-        if self.row_bits is None:
-            rows = self.ranges.shape[:1]
-            return self.ranges.new_full(
-                rows, 2**self.format.bits - 1, dtype=torch.float32
-            )
-        return torch.exp2(self.row_bits.float()) - 1
 
     def unpack(self, start=None, stop=None):
         """Dequantise all samples or a range of them.

@@ -3,8 +3,9 @@
 All in closed form and on the device. A group of range R that is rounded to b
 bits adds to each of its elements the variance
 ``E[f * (1 - f)] * (R / (2 ** b - 1)) ** 2``, with 1/6 for the mean over
-fractions f of a step that are uniform on [0, 1]; below this is called
-``variance at one bit`` with b = 1.
+fractions f of a step that are uniform on [0, 1]. ``At one bit`` means times
+``(2 ** b - 1) ** 2`` for the mean b of the tensor's samples: how its bits are
+shared out among them is part of what is measured.
 """
 
 import torch
@@ -28,7 +29,7 @@ def squared_norms(grad_output):
 
 
 def variance_at_one_bit(payload):
-    """Mean variance that rounding to one bit would give each sample.
+    """Mean variance of each sample's elements, stated at one bit.
 
     Args:
         payload (QuantizedTensor): For the ranges it was rounded with.
@@ -37,7 +38,8 @@ def variance_at_one_bit(payload):
         Tensor[N]: float32.
     """
     steps = payload.ranges[..., 1].float()
-    return steps.square().mean(1) * payload.levels.square() / 6
+    levels = 2**payload.format.bits - 1
+    return steps.square().mean(1) * (levels**2 / 6)
 
 
 def weight_gradient_variance(payload, grad_norms, fan):

@@ -1,0 +1,141 @@
+"""Levels: the table, variations of it, rules by name."""
+
+import pytest
+import torch
+from torch import nn
+
+import mmactnn
+from mmactnn import LEVELS, Level, Rule, convert_model, get_level
+
+
+def small_model():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)
+    )
+
+
+class TestTable:
+    def test_names(self):
+        assert list(LEVELS) == [
+            'L0', 'L1', 'L2', 'L3', 'L3.1', 'L4', 'L5', 'swap',
+        ]  # fmt: skip
+        assert all(LEVELS[name].name == name for name in LEVELS)
+
+    @pytest.mark.parametrize(
+        ('name', 'conv', 'norm', 'mask', 'adaptive'),
+        [
+            ('L0', None, None, False, False),
+            ('L1', 4, None, True, False),
+            ('L2', 4, 4, True, False),
+            ('L3', 2, 2, True, True),
+            ('L3.1', 2, 2, True, True),
+            ('L4', 2, 2, True, True),
+            ('L5', 2, 2, True, True),
+            ('swap', None, None, False, False),
+        ],
+    )
+    def test_bits(self, name, conv, norm, mask, adaptive):
+        level = LEVELS[name]
+        assert (level.conv, level.norm) == (conv, norm)
+        assert (level.mask, level.adaptive) == (mask, adaptive)
+        assert level.exact == (name in ('L0', 'swap'))
+        assert level.swap == (name in ('L4', 'L5', 'swap'))
+        assert level.expandable == (name == 'L5')
+        assert (level.chunk_mib is not None) == (name == 'L3.1')
+
+
+class TestGetLevel:
+    def test_by_name_dict_and_object(self):
+        assert get_level('L2') is LEVELS['L2']
+        assert get_level(dict(base='L2')) == LEVELS['L2']
+        level = Level('mine', conv=3, norm=5, mask=True)
+        assert get_level(level) is level
+
+    def test_a_variation_has_a_name_of_its_own(self):
+        level = get_level(dict(conv=2.5))
+        assert (level.conv, level.norm, level.adaptive) == (2.5, 2, True)
+        assert level.name == 'L3*'
+        assert get_level(dict(conv=2.5, name='mine')).name == 'mine'
+
+    def test_rules(self):
+        level = get_level(
+            dict(
+                base='L2',
+                rules={
+                    'a.*': 8,
+                    'a.b': None,
+                    'c': dict(bits=1, group_size=64),
+                },
+            )
+        )
+        assert level.rule_for('a.x') == Rule('a.*', 8)
+        assert level.rule_for('a.b').bits is None
+        assert level.rule_for('c') == Rule('c', 1, 64)
+        assert level.rule_for('d') is None
+
+    @pytest.mark.parametrize(
+        ('level', 'error', 'message'),
+        [
+            ('L9', ValueError, 'L0, L1, .*L9'),
+            (3, TypeError, 'got int'),
+            (dict(bits=3), ValueError, "got 'bits'"),
+            (dict(base='L7'), ValueError, 'L7'),
+            (dict(conv=9), ValueError, 'got 9'),
+            (dict(norm=0.5), ValueError, 'got 0.5'),
+            (dict(base='L2', conv=2.5), ValueError, 'whole number'),
+            (dict(base='L2', use_gradient=True), ValueError, 'adaptive'),
+            (dict(chunk_mib=0), ValueError, 'positive, got 0'),
+            (dict(rules={'a': 9}), ValueError, "'a'.*got 9"),
+        ],
+    )
+    def test_errors(self, level, error, message):
+        with pytest.raises(error, match=message):
+            get_level(level)
+
+
+class TestConversion:
+    def test_rules_go_by_qualified_name(self):
+        model = small_model()
+        rules = {'0': 8, '1': None, '2': None}
+        convert_model(model, dict(base='L2', rules=rules))
+        bits = [layer.quantizer.bits for layer in model]
+        assert bits == [8, None, None, 4]
+
+    def test_a_rule_goes_before_the_constructor(self):
+        model = nn.Sequential(mmactnn.QConv2d(3, 4, 3, bits=1))
+        convert_model(model, dict(base='L2', rules={'0': 8}))
+        assert model[0].quantizer.bits == 8
+
+    def test_no_rule_touches_an_exact_level(self):
+        model = small_model()
+        convert_model(model, dict(base='L0', rules={'0': 8}))
+        assert all(layer.quantizer.exact for layer in model)
+
+    def test_group_size_of_a_rule(self):
+        model = small_model()
+        rules = {'0': dict(bits=2, group_size=64)}
+        convert_model(model, dict(base='L2', rules=rules), group_size=128)
+        assert model[0].quantizer.group_size == 64
+        assert model[3].quantizer.group_size == 128
+
+    def test_a_rule_that_matches_nothing(self):
+        model = small_model()
+        with pytest.raises(ValueError, match="'nothing'"):
+            convert_model(model, dict(rules={'nothing': 2}))
+        assert type(model[0]) is nn.Conv2d
+
+    def test_use_gradient_needs_the_size_of_the_dataset(self):
+        with pytest.raises(ValueError, match='num_samples'):
+            convert_model(small_model(), dict(use_gradient=True))
+
+    def test_chunks_change_nothing_but_rounding_of_sums(self, device):
+        x = torch.randn(5, 3, 9, 9, device=device)
+        grads = []
+        for chunk_mib in (None, 2 * 3 * 81 * 4 / 2**20):
+            torch.manual_seed(0)
+            model = small_model().to(device)
+            level = dict(base='L2', chunk_mib=chunk_mib)
+            convert_model(model, level, generator=mmactnn.RoundingGenerator(1))
+            model(x).square().sum().backward()
+            grads.append(model[0].weight.grad)
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
