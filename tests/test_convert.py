@@ -8,6 +8,8 @@ import torch
 from mmcv.cnn.bricks import wrappers
 from mmengine.model.utils import (
     _BatchNormXd,
+    convert_sync_batchnorm,
+    revert_sync_batchnorm,
 )
 from mmengine.utils.dl_utils.parrots_wrapper import (
     SyncBatchNorm as MMEngineSyncBatchNorm,
@@ -248,6 +250,17 @@ class TestTypes:
         model(x).sum().backward()
         assert x.grad.shape == size
         assert not any(p.grad.any() for p in model.parameters())
+
+    def test_what_mmengine_takes_off(self):
+        # Its runner does so before any hook; neither keeps our class.
+        model = nn.Sequential(QBatchNorm2d(4), QSyncBatchNorm(4))
+        model = revert_sync_batchnorm(model)
+        convert_model(model)
+        assert [type(m) for m in model] == [QBatchNorm2d, QBatchNorm]
+        model = convert_sync_batchnorm(model, 'torch')
+        assert compressed(model) == []
+        convert_model(model)
+        assert [type(m) for m in model] == 2 * [QSyncBatchNorm]
 
     def test_norm_without_affine_or_statistics(self, device):
         model = nn.Sequential(

@@ -15,6 +15,7 @@ from mmactnn import (
     QBatchNorm,
     QBatchNorm2d,
     QConv2d,
+    QLinear,
     QReLU,
     QSyncBatchNorm,
     QuantizedLayer,
@@ -81,6 +82,7 @@ ALL_LAYERS = {
     'body.0.activate': QReLU,
     'body.1': QConv2d,
     'body.2': QReLU,
+    'head': QLinear,
 }
 
 
@@ -102,9 +104,10 @@ class TestConversion:
             for m in runner.model.modules()
             if isinstance(m, QuantizedLayer)
         ]
-        assert bits == [2, 2, 1, 2, 1]
-        # Two convolutions and a normalisation, and no measuring beside.
-        assert len(packed) == 3 * ITERATIONS
+        assert bits == [2, 2, 1, 2, 1, 2]
+        # Two convolutions, a normalisation and a linear layer, and no
+        # measuring beside.
+        assert len(packed) == 4 * ITERATIONS
         assert len(losses(runner)) == ITERATIONS
 
     def test_report_is_printed_once(self, tmp_path):
@@ -114,8 +117,7 @@ class TestConversion:
         runner.train()
         runner.val()
         text = log(runner)
-        assert text.count('ActNN level L3: 5 layers compressed') == 1
-        assert text.count('1 Linear left') == 1
+        assert text.count('ActNN level L3: 6 layers compressed, 0 left') == 1
 
     def test_options(self, tmp_path):
         hook = dict(

@@ -124,12 +124,6 @@ class TestCompressed:
         for key in found.keys() - {'weight'}:
             assert relative_error(found[key], expected[key]) < FLOAT32_ERROR
 
-    @pytest.mark.parametrize('bits', [1, 2, 4, 8])
-    def test_output_at_any_bits(self, bits, device):
-        conv = make_conv(device, bits)
-        x = make_input(device)
-        assert_same_bits(conv(x), exact_twin(conv)(x))
-
     @pytest.mark.parametrize('layout', LAYOUTS)
     @pytest.mark.parametrize('weight_layout', ['contiguous', 'channels_last'])
     def test_layouts(self, layout, weight_layout, device):
@@ -169,14 +163,6 @@ class TestCompressed:
             relative_error(found['input'], expected['input']) < FLOAT32_ERROR
         )
         assert relative_error(found['weight'], expected['weight']) < 0.03
-
-    @pytest.mark.parametrize('name', ['plain', 'groups', 'same, odd'])
-    def test_no_samples(self, name, device):
-        conv = make_conv(device, **GEOMETRIES[name])
-        x = make_input(device)[:0]
-        expected = gradients(exact_twin(conv), x, None)
-        for key, value in gradients(conv, x, None).items():
-            assert_same_bits(value, expected[key])
 
     def test_one_layer_twice_in_a_graph(self, device):
         # As the heads of a detector, shared by all levels of a pyramid.
@@ -273,21 +259,6 @@ class TestStatistics:
 
 class TestPrecision:
     @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
-    def test_half(self, dtype, device):
-        conv = make_conv(device, bits=8, dtype=dtype, padding=1)
-        x = make_input(device, dtype)
-        grad_output = torch.randn_like(conv(x))
-        twin = exact_twin(conv)
-        expected = gradients(twin, x, grad_output)
-        found = gradients(conv, x, grad_output)
-        assert_same_bits(found['output'], expected['output'])
-        reference = in_float64(conv, x, grad_output)
-        for key, value in found.items():
-            assert value.dtype == dtype
-            limit = 0.03 if key == 'weight' else 0.01
-            assert relative_error(value, reference[key]) < limit
-
-    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize('input_dtype', ['same', 'float32'])
     def test_autocast(self, dtype, input_dtype, device):
         conv = make_conv(device, bits=8, padding=1)
@@ -328,11 +299,6 @@ class TestPrecision:
         kept = [t for t in saved if t is not conv.weight]
         assert {t.dtype for t in kept} <= {torch.uint8, torch.bfloat16}
 
-    def test_float64(self, device):
-        conv = make_conv(device, dtype=torch.float64)
-        with pytest.raises(TypeError, match='torch.float64'):
-            conv(make_input(device, torch.float64))
-
     @pytest.mark.parametrize('bits', [1, 2, 4, 8])
     @pytest.mark.parametrize('value', ['nan', 'inf', '-inf'])
     def test_overflow_reaches_the_gradient(self, bits, value, device):
@@ -346,26 +312,6 @@ class TestPrecision:
 
 
 class TestWhatIsKept:
-    def test_eval_is_the_parent(self, device, monkeypatch):
-        packed = count_packs(monkeypatch)
-        conv = make_conv(device).eval()
-        x = make_input(device)
-        grad_output = torch.randn_like(conv(x))
-        expected = gradients(exact_twin(conv), x, grad_output)
-        for key, value in gradients(conv, x, grad_output).items():
-            assert_same_bits(value, expected[key])
-        assert not packed
-
-    @pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
-    def test_without_grad(self, mode, device, monkeypatch):
-        packed = count_packs(monkeypatch)
-        conv = make_conv(device)
-        x = make_input(device).requires_grad_()
-        with mode():
-            output = conv(x)
-        assert not output.requires_grad and not packed
-        assert_same_bits(output, exact_twin(conv)(x))
-
     def test_codes_only(self, device):
         conv = make_conv(device, bits=2)
         # 4 * 64 elements a sample: whole groups.
@@ -408,13 +354,6 @@ class TestWhatIsKept:
         output.backward(grad_output)
         expected = in_float64(conv, x, grad_output)
         assert relative_error(conv.bias.grad, expected['bias']) < FLOAT32_ERROR
-
-    def test_nothing_needs_a_gradient(self, device, monkeypatch):
-        packed = count_packs(monkeypatch)
-        conv = make_conv(device).requires_grad_(False)
-        with saved_tensors() as saved:
-            output = conv(make_input(device))
-        assert not (saved or packed or output.requires_grad)
 
 
 class TestAutograd:
@@ -460,32 +399,8 @@ class TestAutograd:
         assert relative_error(x.grad, expected['input']) < FLOAT32_ERROR
         assert relative_error(conv.weight.grad, expected['0.weight']) < 0.03
 
-    def test_double_backward(self, device):
-        conv = make_conv(device)
-        x = make_input(device).requires_grad_()
-        grads = torch.autograd.grad(
-            conv(x).square().sum(), (x, *conv.parameters()), create_graph=True
-        )
-        expected = torch.autograd.grad(exact_twin(conv)(x).square().sum(), x)
-        assert relative_error(grads[0], expected[0]) < FLOAT32_ERROR
-        for grad in grads:
-            with pytest.raises(RuntimeError, match='QConv.*twice'):
-                grad.sum().backward(retain_graph=True)
-
 
 class TestModule:
-    def test_same_parameters_as_torch(self, seed):
-        torch.manual_seed(seed)
-        expected = nn.Conv2d(4, 8, 3).state_dict()
-        torch.manual_seed(seed)
-        found = QConv2d(4, 8, 3).state_dict()
-        assert list(found) == list(expected)
-        for key, value in found.items():
-            assert_same_bits(value, expected[key])
-
-    def test_default_bits(self):
-        assert QConv2d(4, 8, 3).quantizer.bits == 2
-
     @pytest.mark.parametrize(
         'duplicate', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
     )
@@ -504,45 +419,6 @@ class TestModule:
         assert conv.weight.grad is None
         expected = in_float64(conv, x, grad_output)
         assert relative_error(found['weight'], expected['weight']) < 0.03
-
-    @pytest.mark.parametrize('bits', [0, 3, 16, -1, 2.5, '2'])
-    def test_unknown_bits(self, bits):
-        with pytest.raises(ValueError, match=f'bits.*got {bits!r}'):
-            QConv2d(4, 8, 3, bits=bits)
-
-    @pytest.mark.parametrize('group_size', [0, 100, 1024])
-    def test_unknown_group_size(self, group_size):
-        with pytest.raises(ValueError, match=f'group_size.*{group_size!r}'):
-            QConv2d(4, 8, 3, group_size=group_size)
-
-    @pytest.mark.parametrize(
-        'kwargs',
-        [
-            dict(groups=3),
-            dict(groups=0),
-            dict(padding='some'),
-            dict(padding='same', stride=2),
-            dict(padding_mode='unknown'),
-            dict(unknown=1),
-        ],
-        ids=str,
-    )
-    def test_errors_of_the_constructor(self, kwargs):
-        def error(cls):
-            with pytest.raises((TypeError, ValueError)) as caught:
-                cls(4, 8, 3, **kwargs)
-            return caught.type, str(caught.value)
-
-        assert error(QConv2d) == error(nn.Conv2d)
-
-    @pytest.mark.parametrize('size', [(3, 5, 9, 9), (4,), (1, 2, 4, 9, 9)])
-    def test_wrong_input(self, size, device):
-        with pytest.raises(RuntimeError):
-            make_conv(device)(torch.randn(size, device=device))
-
-    def test_repr(self):
-        assert 'bits=2' in repr(QConv2d(4, 8, 3))
-        assert 'exact' in repr(at_level(QConv2d(4, 8, 3), 'L0'))
 
 
 def test_float64_raises_under_autocast_too(device):
