@@ -179,4 +179,4 @@ def _container_bytes():
 
 
 def _mib(nbytes):
-    return f'{nbytes / MIB:.1f}'
+    return f'{nbytes / MIB:.2f}'
