@@ -6,6 +6,7 @@ import fnmatch
 
 from torch import nn
 
+from .allocator import require_expandable_segments
 from .layers import (
     QBatchNorm,
     QBatchNorm1d,
@@ -24,6 +25,7 @@ from .layers import (
     QuantizedLayer,
 )
 from .levels import DEFAULT_LEVEL, get_level
+from .offload import HostSwap, attached_swap
 from .ops import DEFAULT_GROUP_SIZE
 from .precision import AdaptivePrecision
 from .quantizer import LayerQuantizer, OwnSettings
@@ -180,6 +182,8 @@ def convert_model(
         ValueError: If the level or the group size is unknown, a pattern
             matches no layer, or the level follows gradients of samples and
             ``num_samples`` is not given.
+        RuntimeError: If the level wants expandable segments of the CUDA
+            allocator, and there are none.
         TypeError: If ``model`` is not a module or a filter neither a string
             nor a class.
     """
@@ -190,6 +194,8 @@ def convert_model(
     level = get_level(level)
     generator = generator or RoundingGenerator()
     precision = _make_precision(level, num_samples)
+    if level.expandable:
+        require_expandable_segments()
     include = None if include is None else _Filter('include', include)
     exclude = _Filter('exclude', exclude)
     chosen, left = [], []
@@ -226,6 +232,7 @@ def convert_model(
         unused.detach()
     if precision is not None and precision.slots:
         precision.attach(model)
+    _swap(model, level)
     return ConversionReport(level.name, converted, tuple(left))
 
 
@@ -241,6 +248,9 @@ def revert_model(model):
     names = []
     for precision in _precisions(model):
         precision.detach()
+    swap = attached_swap(model)
+    if swap is not None:
+        swap.detach()
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
             module.revert_()
@@ -289,6 +299,15 @@ def _make_precision(level, num_samples):
             'the size of the dataset, got None'
         )
     return AdaptivePrecision(num_samples if level.use_gradient else None)
+
+
+def _swap(model, level):
+    """Let a model swap, or no more, as its level says."""
+    before = attached_swap(model)
+    if before is not None:
+        before.detach()
+    if level.swap:
+        HostSwap(model, max_host_mib=level.max_host_mib).attach()
 
 
 def _require_rules_used(level, names):

@@ -51,6 +51,8 @@ class Level:
         chunk_mib (float, optional): Most MiB (2^20 bytes) of input that the
             backward pass of a convolution decodes at once. None decodes all.
         swap (bool): Whether what is kept moves to pinned host memory.
+        max_host_mib (float, optional): Most MiB of host memory to pin.
+            Defaults to 80 % of what is available.
         expandable (bool): Whether the caching allocator must be set to grow
             its segments, against fragmentation.
         rules (tuple[Rule]): Exceptions by name of layer; the last that
@@ -58,8 +60,7 @@ class Level:
 
     Raises:
         ValueError: If the bits do not lie within 1 and 8, are no whole
-            number where nothing is adaptive, or ``chunk_mib`` is not
-            positive.
+            number where nothing is adaptive, or a limit is not positive.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Level:
     use_gradient: bool = False
     chunk_mib: float | None = None
     swap: bool = False
+    max_host_mib: float | None = None
     expandable: bool = False
     rules: tuple = ()
 
@@ -92,10 +94,10 @@ class Level:
             raise ValueError(
                 f'use_gradient needs an adaptive level, {self.name} is not'
             )
-        if self.chunk_mib is not None and self.chunk_mib <= 0:
-            raise ValueError(
-                f'chunk_mib must be positive, got {self.chunk_mib!r}'
-            )
+        for field in ('chunk_mib', 'max_host_mib'):
+            limit = getattr(self, field)
+            if limit is not None and limit <= 0:
+                raise ValueError(f'{field} must be positive, got {limit!r}')
 
     @property
     def exact(self):

@@ -7,6 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .layers import QuantizedLayer
+from .offload import attached_swap
 from .units import MIB
 
 
@@ -22,11 +23,14 @@ class ActivationMeter:
     """
 
     def __init__(self, model):
+        # Its hooks lie over this object's and tell what they see.
+        self._swap = attached_swap(model)
         self._own = {
             tensor.untyped_storage()._cdata
             for tensor in (*model.parameters(), *model.buffers())
         }
         self._saved = _Storages()
+        self._swapped = _Storages()
         self._exact = _Storages()
         self._layers_saved = _Storages()
         self._layers_exact = _Storages()
@@ -39,6 +43,11 @@ class ActivationMeter:
     def saved_bytes(self):
         """int: Bytes kept by all operations of the model."""
         return self._saved.nbytes
+
+    @property
+    def swapped_bytes(self):
+        """int: Those of them that are kept on the host."""
+        return self._swapped.nbytes
 
     @property
     def exact_bytes(self):
@@ -100,10 +109,22 @@ class ActivationMeter:
             self._payloads.add(tensor)
         self._replaced[kept[0].untyped_storage()._cdata] = replaced
 
+    def observe(self, tensor, swapped):
+        """Count a tensor that autograd saves.
+
+        Args:
+            tensor (Tensor): The tensor.
+            swapped (bool): Whether it is moved to the host.
+        """
+        if _in_backward() or self._is_own(tensor):
+            return
+        self._count(tensor)
+        if swapped:
+            self._swapped.add(tensor)
+
     def pack(self, tensor):
         """Hook for every tensor that autograd saves; counts it."""
-        if not (_in_backward() or self._is_own(tensor)):
-            self._count(tensor)
+        self.observe(tensor, swapped=False)
         # Not the tensor itself: an output saved by its own node would own
         # that node, and neither was ever freed without a backward pass.
         return tensor.detach()
@@ -125,6 +146,8 @@ class ActivationMeter:
     def _is_listening(self):
         # Checkpointing puts hooks of its own on top of ours. A layer that
         # keeps nothing would count there otherwise, as no pack() follows.
+        if self._swap is not None and self._swap.is_on_top():
+            return True
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         return hooks is not None and hooks[0] == self.pack
 
@@ -192,9 +215,14 @@ def measure_activations(model):
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
     for layer in layers:
         layer.quantizer.meter = meter
+    swap = attached_swap(model)
+    if swap is not None:
+        swap.observer = meter.observe
     try:
         with saved_tensors_hooks(meter.pack, _identity):
             yield meter
     finally:
+        if swap is not None:
+            swap.observer = None
         for layer in layers:
             layer.quantizer.meter = None

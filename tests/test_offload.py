@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmactnn.offload import HostSwap, attached_swap
-from mmactnn.offload.host_pool import MIB, HostPool, default_max_bytes
+from mmactnn.offload.host_pool import HostPool, default_max_bytes
+from mmactnn.units import MIB
 
 KIB = 2**10
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..units import MIB
 from .engine import SwapEngine
-from .host_pool import MIB, default_max_bytes
+from .host_pool import default_max_bytes
 from .transport import CudaTransport
 
 
