@@ -23,6 +23,7 @@ DTYPES = dict(fp16=torch.float16, bf16=torch.bfloat16)
 
 
 def parse_args(argv=None):
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -115,6 +116,7 @@ def measure(args, level):
 
 
 def main():
+    """Measure every level, print a json line for each."""
     args = parse_args()
     device = torch.device(args.device)
     name = 'cpu'
