@@ -10,6 +10,18 @@ STABLE_TORCH_LIBRARY(mmactnn, m) {
   m.def(
       "dequantize(Tensor codes, Tensor ranges, int[] size, int[] stride, "
       "ScalarType dtype, int bits, int group_size) -> Tensor");
+  m.def(
+      "quantize_rows(Tensor input, Tensor row_bits, Tensor row_starts, "
+      "int total_bits, int group_size, int seed, int offset) "
+      "-> (Tensor codes, Tensor ranges)");
+  m.def(
+      "dequantize_rows(Tensor codes, Tensor ranges, Tensor row_bits, "
+      "Tensor row_starts, int[] size, int[] stride, ScalarType dtype, "
+      "int group_size) -> Tensor");
+  m.def("row_spread(Tensor input, int group_size) -> Tensor");
+  m.def(
+      "split_bits(Tensor sensitivity, int total_bits) "
+      "-> (Tensor row_bits, Tensor row_starts)");
   m.def("relu_mask(Tensor input) -> (Tensor output, Tensor mask)");
   m.def("relu_mask_(Tensor(a!) input) -> Tensor mask");
   m.def("relu_mask_backward(Tensor grad_output, Tensor mask) -> Tensor");

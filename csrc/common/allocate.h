@@ -9,6 +9,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "geometry.h"
@@ -33,9 +34,19 @@ inline torch::stable::Tensor empty_strided(
 }
 
 inline torch::stable::Tensor empty_codes(const torch::stable::Tensor& like,
-                                         const Geometry& geometry) {
-  return torch::stable::new_empty(like, {geometry.rows, geometry.row_bytes()},
-                                  torch::headeronly::ScalarType::Byte);
+                                         const Geometry& geometry,
+                                         int64_t bits) {
+  return torch::stable::new_empty(
+      like, {geometry.rows, geometry.blocks_per_row() * bits},
+      torch::headeronly::ScalarType::Byte);
+}
+
+inline torch::stable::Tensor empty_row_codes(const torch::stable::Tensor& like,
+                                             const Geometry& geometry,
+                                             int64_t total_bits) {
+  return torch::stable::new_empty(
+      like, {total_bits * geometry.padded_blocks_per_row()},
+      torch::headeronly::ScalarType::Byte);
 }
 
 inline torch::stable::Tensor empty_ranges(const torch::stable::Tensor& like,
@@ -43,6 +54,14 @@ inline torch::stable::Tensor empty_ranges(const torch::stable::Tensor& like,
   return torch::stable::new_empty(like,
                                   {geometry.rows, geometry.groups_per_row(), 2},
                                   torch::headeronly::ScalarType::BFloat16);
+}
+
+// Bits and starts of each row, as quantize_rows() takes them.
+inline std::tuple<torch::stable::Tensor, torch::stable::Tensor>
+empty_row_widths(const torch::stable::Tensor& like) {
+  using torch::headeronly::ScalarType;
+  return {torch::stable::new_empty(like, {like.size(0)}, ScalarType::Byte),
+          torch::stable::new_empty(like, {like.size(0)}, ScalarType::Int)};
 }
 
 inline torch::stable::Tensor empty_mask(const torch::stable::Tensor& like) {

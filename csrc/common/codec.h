@@ -22,6 +22,7 @@
 
 namespace mmactnn {
 
+constexpr int kMaxBits = 8;
 constexpr int kBlock = 8;                 // elements that share a Philox call
 constexpr float kRandomScale = 65536.0f;  // 16 random bits an element
 // Smaller steps would make kRandomScale / step overflow.
@@ -34,12 +35,9 @@ enum Special : uint32_t {
   kNaN = 3,
 };
 
-template <int kBits>
-struct CodeTraits {
-  static_assert(kBits == 1 || kBits == 2 || kBits == 4 || kBits == 8,
-                "codes have 1, 2, 4 or 8 bits");
-  static constexpr uint32_t kMaxCode = (1u << kBits) - 1u;
-};
+MMACTNN_HOST_DEVICE constexpr uint32_t max_code_of(int bits) {
+  return (1u << bits) - 1u;
+}
 
 MMACTNN_HOST_DEVICE uint32_t float_bits(float value) {
 #ifdef __CUDA_ARCH__
@@ -115,11 +113,25 @@ struct Range {
   }
 };
 
-// The range of a group from its smallest and largest finite value.
-// `all_finite` is false when it holds a NaN or inf besides; an empty set of
-// finite values is low > high.
-MMACTNN_HOST_DEVICE Range make_range(float low, float high, bool all_finite,
-                                     uint32_t max_code) {
+// The smallest and the largest finite value of a group; low > high if there is
+// none.
+struct Extent {
+  float low;
+  float high;
+  bool all_finite;  // false when it holds a NaN or inf besides
+};
+
+// Elements times squared extent, FLT_MAX at most.
+MMACTNN_HOST_DEVICE float group_spread(Extent extent, int64_t count) {
+  if (extent.low > extent.high) return 0.0f;
+  const float span = add(extent.high, -extent.low);
+  const float spread =
+      multiply(multiply(span, span), static_cast<float>(count));
+  return spread < FLT_MAX ? spread : FLT_MAX;
+}
+
+MMACTNN_HOST_DEVICE Range make_range(Extent extent, uint32_t max_code) {
+  const auto [low, high, all_finite] = extent;
   const float nan = bits_float(0x7FC00000u);
   if (all_finite) {
     // Adding +0 turns -0 into +0: which zero is smaller is nobody's business.

@@ -6,12 +6,17 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "portability.h"
+
 namespace mmactnn {
 
 template <typename T>
 struct TypeTag {
   using type = T;
 };
+
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
 
 // Calls `body` with a TypeTag of the C++ type that stands for a dtype on the
 // device at hand; dtypes have been checked by check_dtype().
@@ -27,17 +32,26 @@ void dispatch_types(torch::headeronly::ScalarType dtype, const Body& body) {
   }
 }
 
-// Calls `body` with an integral_constant; checked by check_bits().
+// Calls `body` with a Constant; for widths from 1 to 8.
 template <typename Body>
-void dispatch_bits(int64_t bits, const Body& body) {
-  if (bits == 1) {
-    body(std::integral_constant<int, 1>{});
-  } else if (bits == 2) {
-    body(std::integral_constant<int, 2>{});
-  } else if (bits == 4) {
-    body(std::integral_constant<int, 4>{});
-  } else {
-    body(std::integral_constant<int, 8>{});
+MMACTNN_HOST_DEVICE void dispatch_bits(int bits, const Body& body) {
+  switch (bits) {
+    case 1:
+      return body(Constant<1>{});
+    case 2:
+      return body(Constant<2>{});
+    case 3:
+      return body(Constant<3>{});
+    case 4:
+      return body(Constant<4>{});
+    case 5:
+      return body(Constant<5>{});
+    case 6:
+      return body(Constant<6>{});
+    case 7:
+      return body(Constant<7>{});
+    default:
+      return body(Constant<8>{});
   }
 }
 

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cfloat>
 #include <cstdint>
 #include <tuple>
 #include <vector>
@@ -13,14 +12,13 @@
 #include "../common/geometry.h"
 #include "../common/philox.h"
 #include "../common/tensor_checks.h"
+#include "group.h"
 #include "number.h"
 
 namespace mmactnn {
 namespace {
 
-constexpr int64_t kMaxGroup = 512;
 constexpr int64_t kMaxGroupBlocks = kMaxGroup / kBlock;
-constexpr int64_t kGrainElements = 32768;
 
 // The 16 random bits of each element of `count` consecutive blocks. Blocks
 // lie side by side in every step, so that the compiler can vectorise it.
@@ -37,137 +35,131 @@ void random_bits(PhiloxStream stream, uint64_t first_block, int64_t count,
   }
 }
 
-Range find_range(const float* values, int64_t count, uint32_t max_code) {
-  float low = FLT_MAX, high = -FLT_MAX, poison = 0.0f;
-  for (int64_t i = 0; i < count; ++i) {
-    low = values[i] < low ? values[i] : low;
-    high = values[i] > high ? values[i] : high;
-    poison += values[i] * 0.0f;  // NaN as soon as one value is not finite
-  }
-  const bool all_finite = !is_nan(poison);
-  if (!all_finite) {
-    low = FLT_MAX;
-    high = -FLT_MAX;
-    for (int64_t i = 0; i < count; ++i) {
-      if (is_finite(values[i])) {
-        low = std::min(low, values[i]);
-        high = std::max(high, values[i]);
-      }
+template <int kBits>
+void pack_codes(const uint8_t* codes, int64_t blocks, uint8_t* packed) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    uint64_t word = 0;
+    for (int i = 0; i < kBlock; ++i) {
+      word |= static_cast<uint64_t>(codes[block * kBlock + i]) << (i * kBits);
+    }
+    for (int byte = 0; byte < kBits; ++byte) {
+      packed[block * kBits + byte] = static_cast<uint8_t>(word >> (8 * byte));
     }
   }
-  return make_range(low, high, all_finite, max_code);
 }
 
 template <int kBits>
-void pack_codes(const uint8_t* codes, int64_t blocks, uint8_t* packed) {
-  constexpr int kPerByte = 8 / kBits;
-  for (int64_t byte = 0; byte < blocks * kBits; ++byte) {
-    uint32_t value = 0;
-    for (int i = 0; i < kPerByte; ++i) {
-      value |= static_cast<uint32_t>(codes[byte * kPerByte + i]) << (i * kBits);
+void unpack_codes(const uint8_t* packed, int64_t blocks, uint8_t* codes) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    uint64_t word = 0;
+    for (int byte = 0; byte < kBits; ++byte) {
+      word |= static_cast<uint64_t>(packed[block * kBits + byte]) << (8 * byte);
     }
-    packed[byte] = static_cast<uint8_t>(value);
+    for (int i = 0; i < kBlock; ++i) {
+      codes[block * kBlock + i] =
+          static_cast<uint8_t>((word >> (i * kBits)) & max_code_of(kBits));
+    }
   }
 }
 
-template <typename T, int kBits>
+template <typename T>
 void quantize_groups(const T* input, uint8_t* codes, uint32_t* ranges,
-                     const Geometry& geometry, PhiloxStream stream,
-                     int64_t begin, int64_t end) {
-  constexpr uint32_t kMaxCode = CodeTraits<kBits>::kMaxCode;
-  const int64_t groups_per_row = geometry.groups_per_row();
+                     const Geometry& geometry, const CodeLayout& layout,
+                     PhiloxStream stream, int64_t begin, int64_t end) {
   float values[kMaxGroup];
   uint16_t random[kMaxGroup];
   uint8_t unpacked[kMaxGroup];
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t row = index / groups_per_row;
-    const int64_t start = (index % groups_per_row) * geometry.group_size;
-    const int64_t count =
-        std::min(geometry.group_size, geometry.row_numel - start);
-    const int64_t blocks = (count + kBlock - 1) / kBlock;
-    const int64_t first_block =
-        row * geometry.blocks_per_row() + start / kBlock;
-    const T* source = input + row * geometry.row_numel + start;
-    for (int64_t i = 0; i < count; ++i) {
-      values[i] = static_cast<float>(source[i]);
-    }
-    const Range range = find_range(values, count, kMaxCode);
+    const Group group = locate(geometry, index);
+    const RowCodes row = layout.row<kAnyBits>(group.row);
+    if (row.bits == 0) continue;
+    const uint32_t max_code = max_code_of(row.bits);
+    const int64_t count = group.count;
+    const int64_t row_block = group.start / kBlock;
+    // All but the last group of a row are whole, and a row is padded by less
+    // than a group.
+    const int64_t stored = std::min<int64_t>(geometry.group_size / kBlock,
+                                             layout.row_blocks - row_block);
+    load_group(input, geometry, group, values);
+    const Range range = make_range(find_extent(values, count), max_code);
     ranges[index] = range.pack();
     if (range.special()) {
       for (int64_t i = 0; i < count; ++i) {
         unpacked[i] =
-            static_cast<uint8_t>(encode_special(values[i], range, kMaxCode));
+            static_cast<uint8_t>(encode_special(values[i], range, max_code));
       }
     } else {
-      random_bits(stream, static_cast<uint64_t>(first_block), blocks, random);
+      const int64_t first_block =
+          group.row * geometry.blocks_per_row() + row_block;
+      random_bits(stream, static_cast<uint64_t>(first_block),
+                  (count + kBlock - 1) / kBlock, random);
       const float scale = encode_scale(range);
       for (int64_t i = 0; i < count; ++i) {
         unpacked[i] = static_cast<uint8_t>(
-            encode(values[i], range, scale, random[i], kMaxCode));
+            encode(values[i], range, scale, random[i], max_code));
       }
     }
-    std::fill(unpacked + count, unpacked + blocks * kBlock, uint8_t{0});
-    pack_codes<kBits>(unpacked, blocks, codes + first_block * kBits);
+    std::fill(unpacked + count, unpacked + stored * kBlock, uint8_t{0});
+    dispatch_bits(row.bits, [&](auto width) {
+      pack_codes<decltype(width)::value>(
+          unpacked, stored, codes + row.begin + row_block * row.bits);
+    });
   }
 }
 
-template <typename T, int kBits>
+template <typename T>
 void dequantize_groups(const uint8_t* codes, const uint32_t* ranges, T* output,
-                       const Geometry& geometry, int64_t begin, int64_t end) {
-  constexpr uint32_t kMaxCode = CodeTraits<kBits>::kMaxCode;
-  constexpr int kPerByte = 8 / kBits;
+                       const Geometry& geometry, const CodeLayout& layout,
+                       int64_t begin, int64_t end) {
   const float largest = Largest<T>::value;
-  const int64_t groups_per_row = geometry.groups_per_row();
+  uint8_t unpacked[kMaxGroup];
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t row = index / groups_per_row;
-    const int64_t start = (index % groups_per_row) * geometry.group_size;
-    const int64_t count =
-        std::min(geometry.group_size, geometry.row_numel - start);
-    const uint8_t* packed =
-        codes + (row * geometry.blocks_per_row() + start / kBlock) * kBits;
-    T* target = output + row * geometry.row_numel + start;
+    const Group group = locate(geometry, index);
+    const RowCodes row = layout.row<kAnyBits>(group.row);
+    if (row.bits == 0) continue;
+    const uint32_t max_code = max_code_of(row.bits);
+    const int64_t blocks = (group.count + kBlock - 1) / kBlock;
+    dispatch_bits(row.bits, [&](auto width) {
+      unpack_codes<decltype(width)::value>(
+          codes + row.begin + group.start / kBlock * row.bits, blocks,
+          unpacked);
+    });
+    T* target = output + group.row * geometry.row_numel + group.start;
     const Range range = Range::unpack(ranges[index]);
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t code =
-          (packed[i / kPerByte] >> ((i % kPerByte) * kBits)) & kMaxCode;
-      const float value = range.special()
-                              ? decode_special(code, range, kMaxCode)
-                              : clamp_finite(decode(code, range), largest);
+    for (int64_t i = 0; i < group.count; ++i) {
+      const float value =
+          range.special() ? decode_special(unpacked[i], range, max_code)
+                          : clamp_finite(decode(unpacked[i], range), largest);
       target[i] = static_cast<T>(value);
     }
   }
 }
 
-std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t bits,
-                                    int64_t group_size, int64_t seed,
-                                    int64_t offset) {
-  const Geometry geometry = quantize_geometry(input, bits, group_size);
-  Tensor codes = empty_codes(input, geometry);
+Tensor quantize_into(const Tensor& input, Tensor& codes,
+                     const Geometry& geometry, const CodeLayout& layout,
+                     int64_t seed, int64_t offset) {
   Tensor ranges = empty_ranges(input, geometry);
   const PhiloxStream stream{static_cast<uint64_t>(seed),
                             static_cast<uint64_t>(offset)};
+  auto* code_bytes = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  auto* range_words = static_cast<uint32_t*>(ranges.mutable_data_ptr());
   dispatch_dtype(input.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(input.const_data_ptr());
-    auto* code_bytes = static_cast<uint8_t*>(codes.mutable_data_ptr());
-    auto* range_words = static_cast<uint32_t*>(ranges.mutable_data_ptr());
-    dispatch_bits(bits, [&](auto width) {
-      torch::stable::parallel_for(
-          0, geometry.groups(), kGrainElements / group_size,
-          [&](int64_t begin, int64_t end) {
-            quantize_groups<T, decltype(width)::value>(
-                source, code_bytes, range_words, geometry, stream, begin, end);
-          });
-    });
+    torch::stable::parallel_for(
+        0, geometry.groups(), kGrainElements / geometry.group_size,
+        [&](int64_t begin, int64_t end) {
+          quantize_groups(source, code_bytes, range_words, geometry, layout,
+                          stream, begin, end);
+        });
   });
-  return {codes, ranges};
+  return ranges;
 }
 
-Tensor dequantize(Tensor codes, Tensor ranges, std::vector<int64_t> size,
-                  std::vector<int64_t> stride, ScalarType dtype, int64_t bits,
-                  int64_t group_size) {
-  const Geometry geometry =
-      dequantize_geometry(codes, ranges, size, bits, group_size);
+Tensor dequantize_from(const Tensor& codes, const Tensor& ranges,
+                       const std::vector<int64_t>& size,
+                       const std::vector<int64_t>& stride, ScalarType dtype,
+                       const Geometry& geometry, const CodeLayout& layout) {
   Tensor output = empty_strided(codes, size, stride, dtype);
   check_dtype("dtype", output);
   check_dense("the output", output);
@@ -177,16 +169,56 @@ Tensor dequantize(Tensor codes, Tensor ranges, std::vector<int64_t> size,
   dispatch_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     T* target = static_cast<T*>(output.mutable_data_ptr());
-    dispatch_bits(bits, [&](auto width) {
-      torch::stable::parallel_for(
-          0, geometry.groups(), kGrainElements / group_size,
-          [&](int64_t begin, int64_t end) {
-            dequantize_groups<T, decltype(width)::value>(
-                code_bytes, range_words, target, geometry, begin, end);
-          });
-    });
+    torch::stable::parallel_for(
+        0, geometry.groups(), kGrainElements / geometry.group_size,
+        [&](int64_t begin, int64_t end) {
+          dequantize_groups(code_bytes, range_words, target, geometry, layout,
+                            begin, end);
+        });
   });
   return output;
+}
+
+std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t bits,
+                                    int64_t group_size, int64_t seed,
+                                    int64_t offset) {
+  const Geometry geometry = input_geometry(input, group_size);
+  check_bits(bits);
+  Tensor codes = empty_codes(input, geometry, bits);
+  Tensor ranges = quantize_into(input, codes, geometry,
+                                uniform_layout(geometry, bits), seed, offset);
+  return {codes, ranges};
+}
+
+std::tuple<Tensor, Tensor> quantize_rows(Tensor input, Tensor row_bits,
+                                         Tensor row_starts, int64_t total_bits,
+                                         int64_t group_size, int64_t seed,
+                                         int64_t offset) {
+  const Geometry geometry = input_geometry(input, group_size);
+  check_total_bits(total_bits, geometry.rows);
+  const CodeLayout layout =
+      checked_row_layout(input, geometry, row_bits, row_starts, total_bits);
+  Tensor codes = empty_row_codes(input, geometry, total_bits);
+  Tensor ranges = quantize_into(input, codes, geometry, layout, seed, offset);
+  return {codes, ranges};
+}
+
+Tensor dequantize(Tensor codes, Tensor ranges, std::vector<int64_t> size,
+                  std::vector<int64_t> stride, ScalarType dtype, int64_t bits,
+                  int64_t group_size) {
+  const Geometry geometry = output_geometry(ranges, size, group_size);
+  return dequantize_from(codes, ranges, size, stride, dtype, geometry,
+                         checked_layout(codes, geometry, bits));
+}
+
+Tensor dequantize_rows(Tensor codes, Tensor ranges, Tensor row_bits,
+                       Tensor row_starts, std::vector<int64_t> size,
+                       std::vector<int64_t> stride, ScalarType dtype,
+                       int64_t group_size) {
+  const Geometry geometry = output_geometry(ranges, size, group_size);
+  return dequantize_from(
+      codes, ranges, size, stride, dtype, geometry,
+      checked_row_layout_of(codes, geometry, row_bits, row_starts));
 }
 
 }  // namespace
@@ -194,5 +226,7 @@ Tensor dequantize(Tensor codes, Tensor ranges, std::vector<int64_t> size,
 
 STABLE_TORCH_LIBRARY_IMPL(mmactnn, CPU, m) {
   m.impl("quantize", TORCH_BOX(&mmactnn::quantize));
+  m.impl("quantize_rows", TORCH_BOX(&mmactnn::quantize_rows));
   m.impl("dequantize", TORCH_BOX(&mmactnn::dequantize));
+  m.impl("dequantize_rows", TORCH_BOX(&mmactnn::dequantize_rows));
 }

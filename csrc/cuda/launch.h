@@ -20,7 +20,6 @@ namespace mmactnn {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
-constexpr int kWarpsPerBlock = kThreads / kWarp;
 // Grid dimension x and 32-bit indices inside of a launch both end here;
 // launchers cut larger tensors into several launches.
 constexpr int64_t kMaxIndex = INT64_C(0x7FFFFFFF);
@@ -38,11 +37,10 @@ inline void check_launch() {
 // Quotients of 32-bit numbers by a multiplication (Granlund and Montgomery,
 // "Division by invariant integers using multiplication", PLDI 1994).
 struct Divider {
-  uint32_t divisor;
   uint32_t magic;
   uint32_t shift;
 
-  explicit Divider(uint32_t d) : divisor(d), magic(0), shift(0) {
+  explicit Divider(uint32_t d) : magic(0), shift(0) {
     while (shift < 32 && (uint64_t{1} << shift) < d) ++shift;
     magic = static_cast<uint32_t>(
         ((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);

@@ -8,172 +8,122 @@
 
 #include "../common/allocate.h"
 #include "../common/codec.h"
+#include "../common/dispatch.h"
 #include "../common/geometry.h"
 #include "../common/philox.h"
 #include "../common/tensor_checks.h"
+#include "group.h"
 #include "launch.h"
 
 namespace mmactnn {
 namespace {
 
-// The unsigned integer that holds the codes of one block of 8 elements.
-template <int kBits>
-using BlockWord = std::conditional_t<
-    kBits == 1, uint8_t,
-    std::conditional_t<kBits == 2, uint16_t,
-                       std::conditional_t<kBits == 4, uint32_t, uint64_t>>>;
+// The smallest unsigned integer of at least `kBytes` bytes.
+template <int kBytes>
+using UnsignedInt = std::conditional_t<
+    kBytes == 1, uint8_t,
+    std::conditional_t<kBytes == 2, uint16_t,
+                       std::conditional_t<kBytes <= 4, uint32_t, uint64_t>>>;
 
-// One launch covers `groups` consecutive groups from the first of a row.
-struct Launch {
-  int64_t row_numel;
-  int64_t row_blocks;
-  uint32_t groups;
-  uint32_t groups_per_row;
-  Divider by_groups_per_row;
-  bool vectorized;  // every full block starts on a 16-byte boundary
-};
+// The largest integer that starts on its own boundary wherever pieces of
+// `kBytes` bytes follow one another.
+template <int kBytes>
+using UnitOf = UnsignedInt<(kBytes & -kBytes)>;
 
-struct Group {
-  uint32_t row;
-  int64_t start;  // its first element within the row
-  int count;      // its elements: group_size, or fewer at the end of a row
-};
-
-template <int kGroup>
-__device__ __forceinline__ Group locate(const Launch& launch, uint32_t index) {
-  const uint32_t row = launch.by_groups_per_row.quotient(index);
-  const int64_t start =
-      static_cast<int64_t>(index - row * launch.groups_per_row) * kGroup;
-  const int64_t left = launch.row_numel - start;
-  return {row, start, left < kGroup ? static_cast<int>(left) : kGroup};
-}
-
-// Reads the 8 elements of a block; those past `count` repeat the first, so
-// that they cannot widen the range.
-template <typename T>
-__device__ __forceinline__ void load_block(const T* source, int count,
-                                           bool vectorized, float* values) {
-  constexpr int kPerWord = 16 / sizeof(T);
-  if (vectorized && count >= kBlock) {
-#pragma unroll
-    for (int w = 0; w < kBlock / kPerWord; ++w) {
-      const auto word = reinterpret_cast<const Vector<T, kPerWord>*>(source)[w];
-#pragma unroll
-      for (int i = 0; i < kPerWord; ++i) {
-        values[w * kPerWord + i] = Number<T>::load(word.item[i]);
-      }
-    }
+// Calls `body` with the width as a Constant: kBits where it is known.
+template <int kBits, typename Body>
+__device__ __forceinline__ void with_width(int bits, const Body& body) {
+  if constexpr (kBits != kAnyBits) {
+    body(Constant<kBits>{});
   } else {
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      values[i] = Number<T>::load(source[i < count ? i : 0]);
-    }
+    dispatch_bits(bits, body);
   }
 }
 
-// The blocks of a group that one thread holds: the more, the less the work
-// that is done once a group and thread costs each element.
-constexpr int kBlocksPerThread = 4;
+// Writes the codes of a block; those from `count` on are 0.
+template <int kBits>
+__device__ __forceinline__ void store_codes(const uint32_t* code, int count,
+                                            uint8_t* target) {
+  using Word = UnsignedInt<kBits>;
+  using Unit = UnitOf<kBits>;
+  Word word = 0;
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) {
+    word |= static_cast<Word>(code[i]) << (i * kBits);
+  }
+  if (count < kBlock) {
+    word &= static_cast<Word>((uint64_t{1} << (max(count, 0) * kBits)) - 1);
+  }
+#pragma unroll
+  for (int byte = 0; byte < kBits; byte += sizeof(Unit)) {
+    *reinterpret_cast<Unit*>(target + byte) =
+        static_cast<Unit>(word >> (8 * byte));
+  }
+}
 
-template <int kGroup>
-constexpr int kLanesPerGroup = kGroup / kBlock / kBlocksPerThread;
-
+// The width is kBits or, with kAnyBits, what the layout says: one kernel of
+// that kind serves the widths that need no speed, and rows of several widths.
 template <typename T, int kBits, int kGroup>
 __global__ void __launch_bounds__(kThreads)
     quantize_kernel(const T* __restrict__ input, uint8_t* __restrict__ codes,
                     uint32_t* __restrict__ ranges, Launch launch,
-                    PhiloxStream stream, uint64_t first_block) {
+                    CodeLayout layout, PhiloxStream stream,
+                    uint64_t first_block) {
   constexpr int kLanes = kLanesPerGroup<kGroup>;
-  constexpr int kBlocks = kBlocksPerThread;
-  constexpr uint32_t kMaxCode = CodeTraits<kBits>::kMaxCode;
 
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
   const uint32_t index = thread / kLanes;
   const int lane = threadIdx.x % kLanes;
-  // Whole warps stay: the reductions below name every lane of the warp.
-  const bool active = index < launch.groups;
-  const Group group = locate<kGroup>(launch, active ? index : 0);
-  const T* source = input + group.row * launch.row_numel + group.start;
+  const bool inside = index < launch.groups;
+  const Group group = locate<kGroup>(launch, inside ? index : 0);
+  const RowCodes row = layout.row<kBits>(group.row);
+  // Whole warps stay: load_group() names every lane of the warp.
+  const bool active = inside && row.bits != 0;
+  Share share;
+  const Extent extent =
+      load_group<kGroup>(input + group.row * launch.row_numel + group.start,
+                         group.count, lane, active, launch.vectorized, share);
+  if (!active) return;
 
-  float values[kBlocks][kBlock];
-  int counts[kBlocks];
-  float low = FLT_MAX, high = -FLT_MAX, poison = 0.0f;
+  const uint32_t max_code = max_code_of(row.bits);
+  const Range range = make_range(extent, max_code);
+  if (lane == 0) ranges[index] = range.pack();
+  const float scale = encode_scale(range);
+  const int64_t group_block = group.start / kBlock;
+  const uint64_t random_block =
+      first_block +
+      static_cast<uint64_t>(group.row * launch.row_blocks + group_block);
+  uint8_t* target = codes + row.begin + group_block * row.bits;
+  // Only rows of several widths are padded, and by less than a group.
+  const int padding =
+      kBits != kAnyBits
+          ? 0
+          : static_cast<int>(layout.row_blocks - launch.row_blocks) * kBlock;
 #pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-    const int begin = (b * kLanes + lane) * kBlock;
-    counts[b] = active ? group.count - begin : 0;
-    if (counts[b] <= 0) continue;
-    load_block(source + begin, counts[b], launch.vectorized, values[b]);
+  for (int b = 0; b < kBlocksPerThread; ++b) {
+    const int count = share.counts[b];
+    if (count + padding <= 0) continue;
+    const int block = b * kLanes + lane;
+    uint32_t code[kBlock] = {};
+    if (count > 0) {
+      if (range.special()) {
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      low = fminf(low, values[b][i]);
-      high = fmaxf(high, values[b][i]);
-      poison = fmaf(values[b][i], 0.0f, poison);  // NaN if one is not finite
-    }
-  }
+        for (int i = 0; i < kBlock; ++i) {
+          code[i] = encode_special(share.values[b][i], range, max_code);
+        }
+      } else {
+        const PhiloxBlock random = philox(stream, random_block + block);
 #pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    low = fminf(low, __shfl_xor_sync(0xFFFFFFFFu, low, step));
-    high = fmaxf(high, __shfl_xor_sync(0xFFFFFFFFu, high, step));
-  }
-  // All lanes of the group must agree; warps with sub-warp groups take the
-  // slow path together when one of their groups needs it.
-  bool all_finite = true;
-  if (__any_sync(0xFFFFFFFFu, is_nan(poison))) {
-    low = FLT_MAX;
-    high = -FLT_MAX;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      if (counts[b] <= 0) continue;
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        if (is_finite(values[b][i])) {
-          low = fminf(low, values[b][i]);
-          high = fmaxf(high, values[b][i]);
+        for (int i = 0; i < kBlock; ++i) {
+          code[i] = encode(share.values[b][i], range, scale, random.bits16(i),
+                           max_code);
         }
       }
     }
-#pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) {
-      low = fminf(low, __shfl_xor_sync(0xFFFFFFFFu, low, step));
-      high = fmaxf(high, __shfl_xor_sync(0xFFFFFFFFu, high, step));
-      poison = add(poison, __shfl_xor_sync(0xFFFFFFFFu, poison, step));
-    }
-    all_finite = !is_nan(poison);
-  }
-  if (!active) return;
-
-  const Range range = make_range(low, high, all_finite, kMaxCode);
-  if (lane == 0) ranges[index] = range.pack();
-  const float scale = encode_scale(range);
-  const int64_t row_block =
-      group.row * launch.row_blocks + group.start / kBlock;
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-    if (counts[b] <= 0) continue;
-    const int64_t block = row_block + b * kLanes + lane;
-    BlockWord<kBits> word = 0;
-    if (range.special()) {
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        const uint32_t code = encode_special(values[b][i], range, kMaxCode);
-        word |= static_cast<BlockWord<kBits>>(code) << (i * kBits);
-      }
-    } else {
-      const PhiloxBlock random =
-          philox(stream, first_block + static_cast<uint64_t>(block));
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        const uint32_t code =
-            encode(values[b][i], range, scale, random.bits16(i), kMaxCode);
-        word |= static_cast<BlockWord<kBits>>(code) << (i * kBits);
-      }
-    }
-    if (counts[b] < kBlock) {  // elements past the end have code 0
-      word &= static_cast<BlockWord<kBits>>(
-          (uint64_t{1} << (counts[b] * kBits)) - 1);
-    }
-    reinterpret_cast<BlockWord<kBits>*>(codes)[block] = word;
+    with_width<kBits>(row.bits, [&](auto width) {
+      constexpr int kWidth = decltype(width)::value;
+      store_codes<kWidth>(code, count, target + block * kWidth);
+    });
   }
 }
 
@@ -198,28 +148,28 @@ __device__ __forceinline__ void store_16_bytes(T* target, const float* values) {
                : "memory");
 }
 
-// kItems elements a thread and step, written as one word of 16 bytes.
-template <typename T, int kBits, int kGroup>
-__global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(const uint8_t* __restrict__ codes,
-                      const uint32_t* __restrict__ ranges,
-                      T* __restrict__ output, Launch launch) {
-  constexpr int kItems = 16 / sizeof(T);
-  constexpr int kLanes = kGroup / kItems < kWarp ? kGroup / kItems : kWarp;
-  constexpr int kSteps = kGroup / kItems / kLanes;
-  constexpr int kWordBits = kItems * kBits;
-  using Word = BlockWord<(kWordBits < 8 ? 1 : kWordBits / 8)>;
-  constexpr uint32_t kMaxCode = CodeTraits<kBits>::kMaxCode;
+// Elements that a thread writes at once, and the threads that share a group.
+template <typename T>
+constexpr int kItemsPerStep = 16 / sizeof(T);
 
-  const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
-  const uint32_t index = thread / kLanes;
-  if (index >= launch.groups) return;
-  const int lane = threadIdx.x % kLanes;
-  const Group group = locate<kGroup>(launch, index);
-  const Range range = Range::unpack(ranges[index]);
-  const uint8_t* source =
-      codes + (group.row * launch.row_blocks + group.start / kBlock) * kBits;
-  T* target = output + group.row * launch.row_numel + group.start;
+template <typename T, int kGroup>
+constexpr int kLanesPerStep = std::min<int>(kGroup / kItemsPerStep<T>, kWarp);
+
+// Decodes what one thread holds of a group: kItems elements a step, written as
+// one word of 16 bytes.
+template <typename T, int kBits, int kGroup>
+__device__ __forceinline__ void decode_group(const uint8_t* source, Range range,
+                                             int count, int lane,
+                                             bool vectorized, T* target) {
+  constexpr int kItems = kItemsPerStep<T>;
+  constexpr int kLanes = kLanesPerStep<T, kGroup>;
+  constexpr int kSteps = kGroup / kItems / kLanes;
+  // The items begin inside of a byte unless they fill whole ones.
+  constexpr int kLeftBits = kItems * kBits % 8;
+  constexpr int kBytes = (kItems * kBits + kLeftBits + 7) / 8;
+  using Unit = std::conditional_t<kLeftBits == 0, UnitOf<kBytes>, UnitOf<1>>;
+  using Word = UnsignedInt<kBytes>;
+  constexpr uint32_t kMaxCode = max_code_of(kBits);
 
   // All reads first: they are small, and their latency is what there is to
   // hide.
@@ -228,15 +178,21 @@ __global__ void __launch_bounds__(kThreads)
   for (int s = 0; s < kSteps; ++s) {
     const int begin = (s * kLanes + lane) * kItems;
     // A word ends inside of its block, and blocks are always whole.
-    if (begin < group.count) {
-      words[s] = *reinterpret_cast<const Word*>(source + begin * kBits / 8);
-      if constexpr (kWordBits < 8) words[s] >>= (begin % kBlock) * kBits;
+    if (begin < count) {
+      words[s] = 0;
+      const uint8_t* bytes = source + begin * kBits / 8;
+#pragma unroll
+      for (int byte = 0; byte < kBytes; byte += sizeof(Unit)) {
+        const Unit unit = *reinterpret_cast<const Unit*>(bytes + byte);
+        words[s] |= static_cast<Word>(unit) << (8 * byte);
+      }
+      if constexpr (kLeftBits != 0) words[s] >>= begin * kBits % 8;
     }
   }
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
     const int begin = (s * kLanes + lane) * kItems;
-    if (begin >= group.count) continue;
+    if (begin >= count) continue;
     float values[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -246,12 +202,12 @@ __global__ void __launch_bounds__(kThreads)
                       ? decode_special(code, range, kMaxCode)
                       : clamp_finite(decode(code, range), Number<T>::kLargest);
     }
-    if (launch.vectorized && begin + kItems <= group.count) {
+    if (vectorized && begin + kItems <= count) {
       store_16_bytes(target + begin, values);
     } else {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
-        if (begin + i < group.count) {
+        if (begin + i < count) {
           target[begin + i] = Number<T>::store(values[i]);
         }
       }
@@ -259,61 +215,55 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <int kValue>
-using Constant = std::integral_constant<int, kValue>;
+// Of kBits, see quantize_kernel().
+template <typename T, int kBits, int kGroup>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(const uint8_t* __restrict__ codes,
+                      const uint32_t* __restrict__ ranges,
+                      T* __restrict__ output, Launch launch,
+                      CodeLayout layout) {
+  constexpr int kLanes = kLanesPerStep<T, kGroup>;
+  const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
+  const uint32_t index = thread / kLanes;
+  if (index >= launch.groups) return;
+  const int lane = threadIdx.x % kLanes;
+  const Group group = locate<kGroup>(launch, index);
+  const RowCodes row = layout.row<kBits>(group.row);
+  if (row.bits == 0) return;
+  const Range range = Range::unpack(ranges[index]);
+  const uint8_t* source = codes + row.begin + group.start / kBlock * row.bits;
+  T* target = output + group.row * launch.row_numel + group.start;
+  with_width<kBits>(row.bits, [&](auto width) {
+    decode_group<T, decltype(width)::value, kGroup>(
+        source, range, group.count, lane, launch.vectorized, target);
+  });
+}
 
-// Calls `body` with the bit width and the group size as constants.
+// Calls `body` with the bit width (kAnyBits for those of the one kernel) and
+// the group size as constants.
 template <typename Body>
-void dispatch_format(const Geometry& geometry, const Body& body) {
-  dispatch_bits(geometry.bits, [&](auto width) {
-    if (geometry.group_size == 64) {
-      body(width, Constant<64>{});
-    } else if (geometry.group_size == 128) {
-      body(width, Constant<128>{});
-    } else if (geometry.group_size == 256) {
-      body(width, Constant<256>{});
+void dispatch_format(const Geometry& geometry, const CodeLayout& layout,
+                     const Body& body) {
+  dispatch_group_size(geometry.group_size, [&](auto group) {
+    if (layout.bits == 1) {
+      body(Constant<1>{}, group);
+    } else if (layout.bits == 2) {
+      body(Constant<2>{}, group);
+    } else if (layout.bits == 4) {
+      body(Constant<4>{}, group);
+    } else if (layout.bits == 8) {
+      body(Constant<8>{}, group);
     } else {
-      body(width, Constant<512>{});
+      body(Constant<kAnyBits>{}, group);
     }
   });
 }
 
-// Calls `body(launch, first_row)` for as many rows at a time as 32-bit
-// indices can count.
-template <typename T, typename Body>
-void for_each_launch(const Geometry& geometry, const T* data,
-                     const Body& body) {
-  const int64_t groups_per_row = geometry.groups_per_row();
-  // kWarp threads serve a group at most.
-  const int64_t max_groups = kMaxIndex / kWarp;
-  STD_TORCH_CHECK(groups_per_row <= max_groups, "a sample may have at most ",
-                  max_groups, " groups of elements, got ", groups_per_row);
-  const int64_t max_rows = max_groups / groups_per_row;
-  for (int64_t row = 0; row < geometry.rows; row += max_rows) {
-    const int64_t rows = std::min(max_rows, geometry.rows - row);
-    const bool vectorized =
-        is_aligned(data, 16) && geometry.row_numel * sizeof(T) % 16 == 0;
-    body(Launch{geometry.row_numel, geometry.blocks_per_row(),
-                static_cast<uint32_t>(rows * groups_per_row),
-                static_cast<uint32_t>(groups_per_row),
-                Divider(static_cast<uint32_t>(groups_per_row)), vectorized},
-         row);
-  }
-}
-
-unsigned int grid_size(uint32_t groups, int lanes) {
-  return static_cast<unsigned int>(
-      (static_cast<int64_t>(groups) * lanes + kThreads - 1) / kThreads);
-}
-
-std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t bits,
-                                    int64_t group_size, int64_t seed,
-                                    int64_t offset) {
-  const Geometry geometry = quantize_geometry(input, bits, group_size);
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  Tensor codes = empty_codes(input, geometry);
+Tensor quantize_into(const Tensor& input, Tensor& codes,
+                     const Geometry& geometry, CodeLayout layout, int64_t seed,
+                     int64_t offset) {
   Tensor ranges = empty_ranges(input, geometry);
-  if (input.numel() == 0) return {codes, ranges};
+  if (input.numel() == 0) return ranges;
   const PhiloxStream random{static_cast<uint64_t>(seed),
                             static_cast<uint64_t>(offset)};
   const cudaStream_t stream = current_stream(input.get_device_index());
@@ -322,29 +272,28 @@ std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t bits,
   dispatch_dtype(input.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(input.const_data_ptr());
-    dispatch_format(geometry, [&](auto width, auto group) {
+    dispatch_format(geometry, layout, [&](auto width, auto group) {
       constexpr int kBits = decltype(width)::value;
       constexpr int kGroup = decltype(group)::value;
       for_each_launch(geometry, source, [&](const Launch& launch, int64_t row) {
-        constexpr int kLanes = kLanesPerGroup<kGroup>;
+        layout.first_row = row;
         quantize_kernel<T, kBits, kGroup>
-            <<<grid_size(launch.groups, kLanes), kThreads, 0, stream>>>(
-                source + row * geometry.row_numel,
-                code_bytes + row * geometry.row_bytes(),
-                range_words + row * geometry.groups_per_row(), launch, random,
-                static_cast<uint64_t>(row * geometry.blocks_per_row()));
+            <<<grid_size(launch.groups, kLanesPerGroup<kGroup>), kThreads, 0,
+               stream>>>(source + row * geometry.row_numel, code_bytes,
+                         range_words + row * geometry.groups_per_row(), launch,
+                         layout, random,
+                         static_cast<uint64_t>(row * launch.row_blocks));
         check_launch();
       });
     });
   });
-  return {codes, ranges};
+  return ranges;
 }
 
-Tensor dequantize(Tensor codes, Tensor ranges, std::vector<int64_t> size,
-                  std::vector<int64_t> stride, ScalarType dtype, int64_t bits,
-                  int64_t group_size) {
-  const Geometry geometry =
-      dequantize_geometry(codes, ranges, size, bits, group_size);
+Tensor dequantize_from(const Tensor& codes, const Tensor& ranges,
+                       const std::vector<int64_t>& size,
+                       const std::vector<int64_t>& stride, ScalarType dtype,
+                       const Geometry& geometry, CodeLayout layout) {
   const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
   Tensor output = empty_strided(codes, size, stride, dtype);
   check_dtype("dtype", output);
@@ -357,17 +306,16 @@ Tensor dequantize(Tensor codes, Tensor ranges, std::vector<int64_t> size,
   dispatch_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     T* target = static_cast<T*>(output.mutable_data_ptr());
-    dispatch_format(geometry, [&](auto width, auto group) {
+    dispatch_format(geometry, layout, [&](auto width, auto group) {
       constexpr int kBits = decltype(width)::value;
       constexpr int kGroup = decltype(group)::value;
       for_each_launch(geometry, target, [&](const Launch& launch, int64_t row) {
-        constexpr int kItems = 16 / sizeof(T);
-        constexpr int kLanes = std::min(kGroup / kItems, kWarp);
+        layout.first_row = row;
         dequantize_kernel<T, kBits, kGroup>
-            <<<grid_size(launch.groups, kLanes), kThreads, 0, stream>>>(
-                code_bytes + row * geometry.row_bytes(),
-                range_words + row * geometry.groups_per_row(),
-                target + row * geometry.row_numel, launch);
+            <<<grid_size(launch.groups, kLanesPerStep<T, kGroup>), kThreads, 0,
+               stream>>>(code_bytes,
+                         range_words + row * geometry.groups_per_row(),
+                         target + row * geometry.row_numel, launch, layout);
         check_launch();
       });
     });
@@ -375,10 +323,56 @@ Tensor dequantize(Tensor codes, Tensor ranges, std::vector<int64_t> size,
   return output;
 }
 
+std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t bits,
+                                    int64_t group_size, int64_t seed,
+                                    int64_t offset) {
+  const Geometry geometry = input_geometry(input, group_size);
+  check_bits(bits);
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  Tensor codes = empty_codes(input, geometry, bits);
+  Tensor ranges = quantize_into(input, codes, geometry,
+                                uniform_layout(geometry, bits), seed, offset);
+  return {codes, ranges};
+}
+
+std::tuple<Tensor, Tensor> quantize_rows(Tensor input, Tensor row_bits,
+                                         Tensor row_starts, int64_t total_bits,
+                                         int64_t group_size, int64_t seed,
+                                         int64_t offset) {
+  const Geometry geometry = input_geometry(input, group_size);
+  check_total_bits(total_bits, geometry.rows);
+  const CodeLayout layout =
+      checked_row_layout(input, geometry, row_bits, row_starts, total_bits);
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  Tensor codes = empty_row_codes(input, geometry, total_bits);
+  Tensor ranges = quantize_into(input, codes, geometry, layout, seed, offset);
+  return {codes, ranges};
+}
+
+Tensor dequantize(Tensor codes, Tensor ranges, std::vector<int64_t> size,
+                  std::vector<int64_t> stride, ScalarType dtype, int64_t bits,
+                  int64_t group_size) {
+  const Geometry geometry = output_geometry(ranges, size, group_size);
+  return dequantize_from(codes, ranges, size, stride, dtype, geometry,
+                         checked_layout(codes, geometry, bits));
+}
+
+Tensor dequantize_rows(Tensor codes, Tensor ranges, Tensor row_bits,
+                       Tensor row_starts, std::vector<int64_t> size,
+                       std::vector<int64_t> stride, ScalarType dtype,
+                       int64_t group_size) {
+  const Geometry geometry = output_geometry(ranges, size, group_size);
+  return dequantize_from(
+      codes, ranges, size, stride, dtype, geometry,
+      checked_row_layout_of(codes, geometry, row_bits, row_starts));
+}
+
 }  // namespace
 }  // namespace mmactnn
 
 STABLE_TORCH_LIBRARY_IMPL(mmactnn, CUDA, m) {
   m.impl("quantize", TORCH_BOX(&mmactnn::quantize));
+  m.impl("quantize_rows", TORCH_BOX(&mmactnn::quantize_rows));
   m.impl("dequantize", TORCH_BOX(&mmactnn::dequantize));
+  m.impl("dequantize_rows", TORCH_BOX(&mmactnn::dequantize_rows));
 }

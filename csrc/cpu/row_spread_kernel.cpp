@@ -1,0 +1,56 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cstdint>
+
+#include "../common/codec.h"
+#include "../common/geometry.h"
+#include "../common/tensor_checks.h"
+#include "group.h"
+#include "number.h"
+
+namespace mmactnn {
+namespace {
+
+template <typename T>
+float spread_of_row(const T* input, const Geometry& geometry, int64_t row) {
+  const int64_t groups_per_row = geometry.groups_per_row();
+  float values[kMaxGroup];
+  double sum = 0.0;
+  for (int64_t g = 0; g < groups_per_row; ++g) {
+    const Group group = locate(geometry, row * groups_per_row + g);
+    load_group(input, geometry, group, values);
+    sum += group_spread(find_extent(values, group.count), group.count);
+  }
+  return static_cast<float>(std::min<double>(sum, FLT_MAX));
+}
+
+Tensor row_spread(Tensor input, int64_t group_size) {
+  const Geometry geometry = input_geometry(input, group_size);
+  Tensor spread =
+      torch::stable::new_empty(input, {geometry.rows}, ScalarType::Float);
+  auto* target = static_cast<float*>(spread.mutable_data_ptr());
+  dispatch_dtype(input.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T* source = static_cast<const T*>(input.const_data_ptr());
+    const int64_t row_numel = std::max<int64_t>(geometry.row_numel, 1);
+    torch::stable::parallel_for(
+        0, geometry.rows, std::max<int64_t>(kGrainElements / row_numel, 1),
+        [&](int64_t begin, int64_t end) {
+          for (int64_t row = begin; row < end; ++row) {
+            target[row] = spread_of_row(source, geometry, row);
+          }
+        });
+  });
+  return spread;
+}
+
+}  // namespace
+}  // namespace mmactnn
+
+STABLE_TORCH_LIBRARY_IMPL(mmactnn, CPU, m) {
+  m.impl("row_spread", TORCH_BOX(&mmactnn::row_spread));
+}

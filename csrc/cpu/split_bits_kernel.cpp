@@ -1,0 +1,71 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <queue>
+#include <tuple>
+#include <vector>
+
+#include "../common/allocate.h"
+#include "../common/bit_gain.h"
+#include "../common/codec.h"
+#include "../common/tensor_checks.h"
+
+namespace mmactnn {
+namespace {
+
+// The next bit that a row could get.
+struct NextBit {
+  uint32_t gain;
+  int bits;  // of the row so far
+  int64_t row;
+
+  // Whether it comes after another. Equal gains go to the row with the fewest
+  // bits, then to the first.
+  bool operator<(const NextBit& other) const {
+    return std::tuple(gain, -bits, -row) <
+           std::tuple(other.gain, -other.bits, -other.row);
+  }
+};
+
+std::tuple<Tensor, Tensor> split_bits(Tensor sensitivity, int64_t total_bits) {
+  check_sensitivity(sensitivity, total_bits);
+  const int64_t rows = sensitivity.size(0);
+  auto [row_bits, row_starts] = empty_row_widths(sensitivity);
+  const auto* values = static_cast<const float*>(sensitivity.const_data_ptr());
+  auto* bits = static_cast<uint8_t*>(row_bits.mutable_data_ptr());
+  auto* starts = static_cast<int32_t*>(row_starts.mutable_data_ptr());
+  std::fill(bits, bits + rows, uint8_t{1});
+
+  std::vector<NextBit> first;
+  first.reserve(rows);
+  for (int64_t row = 0; row < rows; ++row) {
+    first.push_back({gain_key(clamp_sensitivity(values[row]), 1), 1, row});
+  }
+  std::priority_queue<NextBit> queue({}, std::move(first));
+  for (int64_t left = total_bits - rows; left > 0; --left) {
+    const NextBit next = queue.top();
+    queue.pop();
+    const int width = ++bits[next.row];
+    if (width < kMaxBits) {
+      const float value = clamp_sensitivity(values[next.row]);
+      queue.push({gain_key(value, width), width, next.row});
+    }
+  }
+
+  int32_t start = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    starts[row] = start;
+    start += bits[row];
+  }
+  return {row_bits, row_starts};
+}
+
+}  // namespace
+}  // namespace mmactnn
+
+STABLE_TORCH_LIBRARY_IMPL(mmactnn, CPU, m) {
+  m.impl("split_bits", TORCH_BOX(&mmactnn::split_bits));
+}
