@@ -13,9 +13,9 @@ from pathlib import Path
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from support.toy import make_runner
 
 from mmactnn import get_precision
+from support.toy import make_runner
 
 EPOCHS = 5
 KILL_ITERATION = 7  # of 15, in the middle of the third epoch
