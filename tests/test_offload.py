@@ -271,6 +271,14 @@ def test_sizes_and_strides_come_back():
         assert torch.equal(actual.to_dense(), tensor.to_dense())
 
 
+def test_profile():
+    twin, _ = swapping(Chain(3), PromptTransport)
+    with torch.profiler.profile() as profile:
+        gradients(twin, torch.randn(64))
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts['mmactnn: swap out'] == counts['mmactnn: swap in'] == 3
+
+
 def test_small_tensors_and_parameters_stay():
     model = ConvNet()
     twin, swap = swapping(model, min_bytes=4 * 8 * 16 * 16 * 4 + 1)
