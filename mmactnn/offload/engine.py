@@ -1,6 +1,7 @@
 """What is swapped out, and in which order it comes back."""
 
 import collections
+import contextlib
 import threading
 import weakref
 from typing import Any, NamedTuple
@@ -101,7 +102,7 @@ class SwapEngine:
             self.observer(tensor, swapped)
         if not swapped:
             return _Kept(tensor)
-        with self._lock, record_function('mmactnn: swap out'):
+        with self._lock, _range('mmactnn: swap out'):
             self._settle()
             return self._pass.append(tensor, self._payload(tensor))
 
@@ -120,7 +121,7 @@ class SwapEngine:
         packed.version.check()
         if isinstance(packed, _Kept):
             return packed.tensor
-        with self._lock, record_function('mmactnn: swap in'):
+        with self._lock, _range('mmactnn: swap in'):
             self._settle()
             storage = self._bring(packed.payload)
             tensor = packed.view(storage, self.device)
@@ -407,6 +408,13 @@ class _InFlight:
         copy = self._copies.popleft()
         self.nbytes -= copy.nbytes
         return copy
+
+
+def _range(name):
+    """A range in a profiler's trace; without one it costs nothing."""
+    if torch.autograd._profiler_enabled():
+        return record_function(name)
+    return contextlib.nullcontext()
 
 
 def _byte_range(tensor, storage_bytes):

@@ -73,7 +73,7 @@ class CudaTransport:
         """
         # Allocated on the stream that uses it, where its memory may have
         # belonged to a kernel that still runs.
-        data = torch.empty_like(host, device=self.device)
+        data = torch.empty(host.numel(), dtype=torch.uint8, device=self.device)
         self._in.wait_stream(self.current_stream())
         self._in.wait_event(copied)
         with torch.cuda.stream(self._in):

@@ -24,6 +24,8 @@ class LaggingTransport:
         self.allocated = []
         self.copied_out = []
         self.copied_in = []
+        self.stream = 'default'
+        self.shared = []
         self._out = collections.deque()
         self._in = collections.deque()
 
@@ -32,25 +34,29 @@ class LaggingTransport:
         return torch.full((nbytes,), 0xAA, dtype=torch.uint8)
 
     def current_stream(self):
-        return 'current'
+        return self.stream
 
     def copy_out(self, source, host):
         self.copied_out.append(source.numel())
         return self._submit(self._out, source, host, self._in)
 
     def copy_in(self, host, copied):
-        data = torch.full_like(host, 0x55)
+        # Zeros are garbage, too, but no index that is out of bounds.
+        data = torch.zeros_like(host)
         self.copied_in.append(host.numel())
         return data, self._submit(self._in, data, host, [copied])
 
     def wait(self, stream, event):
-        assert stream == 'current'
         event.run()
+        event.waiting.add(stream)
 
     def is_done(self, event):
         if not self.lagging:
             event.run()
         return event.done
+
+    def share(self, tensor, stream):
+        self.shared.append((tensor, stream))
 
     def _submit(self, queue, device_side, host, after):
         event = _Copy(queue is self._out, device_side, host)
@@ -75,6 +81,8 @@ class RefusingTransport(LaggingTransport):
 class _Copy:
     def __init__(self, is_out, device_side, host):
         self.done = False
+        # Streams that have waited for it.
+        self.waiting = set()
         self._is_out = is_out
         self._host = host
         self._ref = StorageWeakRef(device_side.untyped_storage())
