@@ -7,10 +7,16 @@ import fnmatch
 from torch import nn
 
 from .layers import (
+    QAdaptiveAvgPool2d,
+    QAvgPool2d,
     QBatchNorm,
     QBatchNorm2d,
     QConv2d,
+    QDropout,
+    QLeakyReLU,
+    QMaxPool2d,
     QReLU,
+    QReLU6,
     QSyncBatchNorm,
     QuantizedLayer,
 )
@@ -28,6 +34,14 @@ CONVERSIONS = {
     'torch.nn.modules.batchnorm.SyncBatchNorm': QSyncBatchNorm,
     'mmengine.model.utils._BatchNormXd': QBatchNorm,
     'torch.nn.modules.activation.ReLU': QReLU,
+    'torch.nn.modules.activation.ReLU6': QReLU6,
+    'torch.nn.modules.activation.LeakyReLU': QLeakyReLU,
+    'torch.nn.modules.pooling.MaxPool2d': QMaxPool2d,
+    'mmcv.cnn.bricks.wrappers.MaxPool2d': QMaxPool2d,
+    'torch.nn.modules.pooling.AvgPool2d': QAvgPool2d,
+    'torch.nn.modules.pooling.AdaptiveAvgPool2d': QAdaptiveAvgPool2d,
+    'torch.nn.modules.dropout.Dropout': QDropout,
+    'mmcv.cnn.bricks.drop.Dropout': QDropout,
 }
 
 # Layers that keep nothing large for the backward pass.
@@ -37,6 +51,8 @@ _KEEP_NOTHING = (
     nn.Flatten,
     nn.Unflatten,
     nn.ZeroPad2d,
+    # One number a channel of a sample.
+    nn.Dropout2d,
 )
 
 
@@ -48,7 +64,8 @@ class Converted:
         name (str): Qualified name in the model.
         source (str): Class it had before.
         target (str): Class it has now.
-        bits (int, optional): Bits an element; None for exact.
+        bits (int, optional): Bits an element, 0 where nothing is kept; None
+            for exact, which keeps what torch does.
     """
 
     name: str
@@ -168,7 +185,7 @@ def convert_model(
             # Containers hold what is listed by itself.
             if next(module.children(), None) is None:
                 left.append(
-                    Left(name, type(module).__name__, _why_unmapped(module))
+                    Left(name, type(module).__name__, _why_left(module))
                 )
             continue
         excluded = exclude.matches(name, module)
@@ -209,12 +226,20 @@ def revert_model(model):
     return names
 
 
-def _target(module):
-    """The compressed class for a module, or None."""
+def _mapped(module):
+    """The compressed class for a module's class, or None."""
     if isinstance(module, QuantizedLayer):
         return type(module)
     cls = type(module)
     return CONVERSIONS.get(f'{cls.__module__}.{cls.__qualname__}')
+
+
+def _target(module):
+    """The compressed class for a module, or None."""
+    target = _mapped(module)
+    if target is None or target.why_exact(module) is not None:
+        return None
+    return target
 
 
 def _convert(name, module, target, quantizer):
@@ -226,7 +251,10 @@ def _convert(name, module, target, quantizer):
     return Converted(name, source, target.__name__, quantizer.bits)
 
 
-def _why_unmapped(module):
+def _why_left(module):
+    target = _mapped(module)
+    if target is not None:
+        return target.why_exact(module)
     if isinstance(module, _KEEP_NOTHING):
         return 'keeps nothing'
     for base in type(module).__mro__[1:]:

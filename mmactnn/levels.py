@@ -12,8 +12,9 @@ class Level:
         conv (int, optional): Bits an element of a convolution's input. None
             keeps it as torch does.
         norm (int, optional): The same for batch normalisation.
-        mask (bool): Whether ReLU keeps a mask of one bit an element instead
-            of its output. Exact either way.
+        mask (bool): Whether activations, pooling and dropout keep a few bits
+            an element, or nothing, instead of whole tensors. Exact either
+            way.
     """
 
     name: str

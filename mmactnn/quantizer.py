@@ -25,7 +25,8 @@ class LayerQuantizer:
 
     Args:
         bits (int, optional): Bits a code; None keeps the input exactly.
-            Valid values are 1, 2, 4 and 8.
+            Valid values are 1, 2, 4 and 8, and 0 for a layer that keeps no
+            tensor.
         group_size (int, optional): Elements a range. Valid values are 64,
             128, 256 and 512. Defaults to 256.
         generator (RoundingGenerator, optional): Source of random bits.
@@ -43,7 +44,7 @@ class LayerQuantizer:
         generator=None,
         own=OwnSettings(),  # noqa: B008  (immutable)
     ):
-        ops.check_format(1 if bits is None else bits, group_size)
+        ops.check_format(bits or 1, group_size)
         self.bits = bits
         self.group_size = group_size
         self.generator = generator or default_generator
@@ -71,6 +72,9 @@ class LayerQuantizer:
         bits = layer_class.level_bits(level)
         if own.bits is not None and not level.exact:
             bits = own.bits
+        if bits is not None and layer_class.kind != 'mask':
+            # Codes have bits; none at all are for layers without codes.
+            ops.check_format(bits, group_size)
         if own.group_size is not None:
             group_size = own.group_size
         return cls(bits, group_size, generator, own)

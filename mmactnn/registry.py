@@ -12,7 +12,18 @@ from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import Registry
 
-from .layers import QBatchNorm2d, QConv2d, QReLU, QSyncBatchNorm
+from .layers import (
+    QAdaptiveAvgPool2d,
+    QAvgPool2d,
+    QBatchNorm2d,
+    QConv2d,
+    QDropout,
+    QLeakyReLU,
+    QMaxPool2d,
+    QReLU,
+    QReLU6,
+    QSyncBatchNorm,
+)
 
 MODELS = Registry(
     'model', parent=ROOT_MODELS, scope='mmactnn', locations=['mmactnn.layers']
@@ -27,6 +38,12 @@ LAYER_NAMES = {
     QBatchNorm2d: ('QBatchNorm2d', 'QBN2d', 'QBN'),
     QSyncBatchNorm: ('QSyncBatchNorm', 'QSyncBN'),
     QReLU: ('QReLU',),
+    QReLU6: ('QReLU6',),
+    QLeakyReLU: ('QLeakyReLU',),
+    QMaxPool2d: ('QMaxPool2d',),
+    QAvgPool2d: ('QAvgPool2d',),
+    QAdaptiveAvgPool2d: ('QAdaptiveAvgPool2d',),
+    QDropout: ('QDropout',),
 }
 
 for _layer, _names in LAYER_NAMES.items():

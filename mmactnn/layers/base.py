@@ -97,6 +97,18 @@ class QuantizedLayer:
             and issubclass(base, nn.Module)
         )
 
+    @staticmethod
+    def why_exact(module):
+        """Why a layer would keep as much here as its torch parent.
+
+        Args:
+            module (nn.Module): An instance of this class or its parent.
+
+        Returns:
+            str, optional: The reason; None if it keeps less.
+        """
+        return None
+
     def compresses(self, *tensors):
         """Whether this call keeps anything for a backward pass in codes.
 
@@ -113,5 +125,33 @@ class QuantizedLayer:
         """As the parent's, with the bits."""
         text = super().extra_repr()
         bits = self.quantizer.bits
-        ours = 'exact' if bits is None else f'bits={bits}'
+        reason = self.why_exact(self)
+        if reason is not None:
+            ours = f'exact: {reason}'
+        else:
+            ours = 'exact' if bits is None else f'bits={bits}'
         return f'{text}, {ours}' if text else ours
+
+
+class ExactLayer(QuantizedLayer):
+    """Mixin of the layers that keep less and still compute the same.
+
+    What they keep, and not how exactly, depends on the level: as their torch
+    parent at L0, ``kept_bits`` an element at the others.
+
+    Attributes:
+        kept_bits (int): Bits an element of the output; 0 for layers whose
+            backward needs no tensor.
+    """
+
+    kind = 'mask'
+    kept_bits = 0
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._init_quantizer(None, None)
+
+    @classmethod
+    def level_bits(cls, level):
+        """See the base class."""
+        return cls.kept_bits if level.mask else None

@@ -2,7 +2,7 @@
 
 from . import _fake, layout  # noqa: F401  (registers the fake kernels)
 from .dropout import dropout, dropout_
-from .pool import MAX_TAPS, max_pool2d, max_pool2d_backward
+from .pool import MAX_TAPS, as_pair, max_pool2d, max_pool2d_backward
 from .quantize import (
     DEFAULT_GROUP_SIZE,
     GROUP_SIZES,
@@ -18,6 +18,7 @@ __all__ = [
     'GROUP_SIZES',
     'MAX_TAPS',
     'VALID_BITS',
+    'as_pair',
     'check_format',
     'dequantize',
     'dropout',

@@ -70,11 +70,11 @@ def max_pool2d(
     """
     check_input(input)
     format = PoolFormat(
-        _two(kernel_size),
+        as_pair(kernel_size),
         # As in torch, an empty sequence stands for None.
-        _two(kernel_size if stride in (None, (), []) else stride),
-        _two(padding),
-        _two(dilation),
+        as_pair(kernel_size if stride in (None, (), []) else stride),
+        as_pair(padding),
+        as_pair(dilation),
         tuple(input.shape[-2:]),
         suggests_channels_last(input),
     )
@@ -124,8 +124,16 @@ def max_pool2d_backward(grad_output, indices, format):
     )
 
 
-def _two(value):
-    """One number or more as torch reads a pair: one alone counts twice."""
+def as_pair(value):
+    """Two numbers from one or two, as torch reads sizes of windows.
+
+    Args:
+        value (int | Sequence[int]): One number counts twice, also in a
+            sequence; sequences of more than two stay what they are.
+
+    Returns:
+        tuple[int]: The numbers.
+    """
     pair = tuple(_pair(value))
     return pair * 2 if len(pair) == 1 else pair
 

@@ -24,7 +24,13 @@ WINDOWS = {
     '16 taps': dict(kernel_size=4, stride=1, padding=2),
     'one tap': dict(kernel_size=1),
 }
-SHAPES = ((2, 3, 9, 11), (3, 9, 11), (0, 3, 9, 11), (2, 8, 8, 16), (1, 1, 9, 9))
+SHAPES = (
+    (2, 3, 9, 11),
+    (3, 9, 11),
+    (0, 3, 9, 11),
+    (2, 8, 8, 16),
+    (1, 1, 9, 9),
+)
 
 
 def make(shape, dtype, device, channels_last=False):
