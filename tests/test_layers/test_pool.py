@@ -152,8 +152,11 @@ class TestAgainstTorch:
         grad_output = torch.randn_like(theirs(x))
         found = gradients(ours, x, grad_output)
         expected = gradients(theirs, x, grad_output)
-        for key, value in expected.items():
-            assert_same_bits(found[key], value)
+        assert_same_bits(found['output'], expected['output'])
+        if device.type == 'cpu':
+            assert_same_bits(found['input'], expected['input'])
+        else:  # torch's own kernels add in any order there
+            assert_same(found, expected)
 
     @pytest.mark.parametrize('dtype', DTYPES, ids=str)
     def test_max_without_overlap(self, dtype, device):
@@ -262,8 +265,7 @@ class TestParentsPath:
         grad_output = torch.randn_like(pool(x))
         found = gradients(pool, x, grad_output)
         expected = gradients(nn.MaxPool2d(5, stride=2), x, grad_output)
-        assert_same_bits(found['output'], expected['output'])
-        assert_same_bits(found['input'], expected['input'])
+        assert_same(found, expected)
 
     def test_return_indices(self, device):
         pool = QMaxPool2d(2, return_indices=True)

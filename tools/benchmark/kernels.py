@@ -2,10 +2,10 @@
 
     python tools/benchmark/kernels.py [--out kernels.json]
 
-The rate of a kernel is the bytes that must move (input once, codes, ranges
-mask or positions, output once) over the median time; its share is that rate over the
-rate of ``Tensor.copy_`` of the same tensor, read and write both counted.
-GB = 10^9 bytes.
+The rate of a kernel is the bytes that must move (input once, codes, ranges,
+mask or positions, output once) over the median time; its share is that rate
+over the rate of ``Tensor.copy_`` of the same tensor, read and write both
+counted. GB = 10^9 bytes.
 """
 
 import argparse
