@@ -22,7 +22,23 @@ STABLE_TORCH_LIBRARY(mmactnn, m) {
   m.def(
       "split_bits(Tensor sensitivity, int total_bits) "
       "-> (Tensor row_bits, Tensor row_starts)");
-  m.def("relu_mask(Tensor input) -> (Tensor output, Tensor mask)");
-  m.def("relu_mask_(Tensor(a!) input) -> Tensor mask");
-  m.def("relu_mask_backward(Tensor grad_output, Tensor mask) -> Tensor");
+  m.def(
+      "relu_mask(Tensor input, float? max=None, float? slope=None) -> "
+      "(Tensor output, Tensor mask)");
+  m.def(
+      "relu_mask_(Tensor(a!) input, float? max=None, float? slope=None) -> "
+      "Tensor mask");
+  m.def(
+      "relu_mask_backward(Tensor grad_output, Tensor mask, "
+      "float? slope=None) -> Tensor");
+  m.def("dropout(Tensor input, float p, int seed, int offset) -> Tensor");
+  m.def("dropout_(Tensor(a!) input, float p, int seed, int offset) -> ()");
+  m.def(
+      "max_pool2d(Tensor input, int[] kernel_size, int[] stride, "
+      "int[] padding, int[] dilation, int[] output_size, "
+      "bool channels_last) -> (Tensor output, Tensor indices)");
+  m.def(
+      "max_pool2d_backward(Tensor grad_output, Tensor indices, "
+      "int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+      "int[] input_size, bool channels_last) -> Tensor");
 }

@@ -8,6 +8,8 @@ from torch import nn
 
 from .allocator import require_expandable_segments
 from .layers import (
+    QAdaptiveAvgPool2d,
+    QAvgPool2d,
     QBatchNorm,
     QBatchNorm1d,
     QBatchNorm2d,
@@ -18,9 +20,13 @@ from .layers import (
     QConvTranspose1d,
     QConvTranspose2d,
     QConvTranspose3d,
+    QDropout,
     QGroupNorm,
+    QLeakyReLU,
     QLinear,
+    QMaxPool2d,
     QReLU,
+    QReLU6,
     QSyncBatchNorm,
     QuantizedLayer,
 )
@@ -56,6 +62,14 @@ CONVERSIONS = {
     'mmcv.ops.sync_bn.SyncBatchNorm': QSyncBatchNorm,
     'mmengine.model.utils._BatchNormXd': QBatchNorm,
     'torch.nn.modules.activation.ReLU': QReLU,
+    'torch.nn.modules.activation.ReLU6': QReLU6,
+    'torch.nn.modules.activation.LeakyReLU': QLeakyReLU,
+    'torch.nn.modules.pooling.MaxPool2d': QMaxPool2d,
+    'mmcv.cnn.bricks.wrappers.MaxPool2d': QMaxPool2d,
+    'torch.nn.modules.pooling.AvgPool2d': QAvgPool2d,
+    'torch.nn.modules.pooling.AdaptiveAvgPool2d': QAdaptiveAvgPool2d,
+    'torch.nn.modules.dropout.Dropout': QDropout,
+    'mmcv.cnn.bricks.drop.Dropout': QDropout,
 }
 
 # Layers that keep nothing large for the backward pass.
@@ -65,6 +79,8 @@ _KEEP_NOTHING = (
     nn.Flatten,
     nn.Unflatten,
     nn.ZeroPad2d,
+    # One number a channel of a sample.
+    nn.Dropout2d,
 )
 
 
@@ -76,7 +92,8 @@ class Converted:
         name (str): Qualified name in the model.
         source (str): Class it had before.
         target (str): Class it has now.
-        bits (float, optional): Bits an element; None for exact.
+        bits (float, optional): Bits an element, 0 where nothing is kept; None
+            for exact, which keeps what torch does.
         adaptive (bool): Whether they are a mean that is shared out.
     """
 
@@ -205,7 +222,7 @@ def convert_model(
             # Containers hold what is listed by itself.
             if next(module.children(), None) is None:
                 left.append(
-                    Left(name, type(module).__name__, _why_unmapped(module))
+                    Left(name, type(module).__name__, _why_left(module))
                 )
             continue
         excluded = exclude.matches(name, module)
@@ -326,17 +343,20 @@ def _describe(item):
     return f'{item.bits:g} bit{mean}'
 
 
-def _target(module):
-    """The compressed class for a module, or None."""
+def _mapped(module):
+    """The compressed class for a module's class, or None."""
     if isinstance(module, QuantizedLayer):
         return type(module)
-    target = _mapped(module)
-    return None if target is None or target.refusal(module) else target
-
-
-def _mapped(module):
     cls = type(module)
     return CONVERSIONS.get(f'{cls.__module__}.{cls.__qualname__}')
+
+
+def _target(module):
+    """The compressed class for a module, or None."""
+    target = _mapped(module)
+    if target is None or target.why_exact(module) is not None:
+        return None
+    return target
 
 
 def _convert(name, module, target, quantizer):
@@ -354,10 +374,10 @@ def _convert(name, module, target, quantizer):
     )
 
 
-def _why_unmapped(module):
+def _why_left(module):
     target = _mapped(module)
     if target is not None:
-        return target.refusal(module)
+        return target.why_exact(module)
     if isinstance(module, _KEEP_NOTHING):
         return 'keeps nothing'
     for base in type(module).__mro__[1:]:

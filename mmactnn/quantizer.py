@@ -87,7 +87,8 @@ class LayerQuantizer:
 
     Args:
         bits (float, optional): Bits a code; None keeps the input exactly.
-            Valid values are 1 to 8; a mean, with ``slot``.
+            Valid values are 1 to 8, a mean with ``slot``, and 0 for a layer
+            that keeps no tensor.
         group_size (int, optional): Elements a range. Valid values are 64,
             128, 256 and 512. Defaults to 256.
         generator (RoundingGenerator, optional): Source of random bits.
@@ -111,7 +112,7 @@ class LayerQuantizer:
         slot=None,
         chunk_mib=None,
     ):
-        whole = bits is not None and slot is None
+        whole = bits and slot is None
         ops.check_format(bits if whole else 1, group_size)
         self.bits = bits
         self.group_size = group_size
@@ -165,6 +166,9 @@ class LayerQuantizer:
                 bits = int(bits)
             else:
                 slot = precision.add(name, bits)
+        if bits is not None and slot is None and layer_class.kind != 'mask':
+            # Codes have bits; none at all are for layers without codes.
+            ops.check_format(bits, group_size)
         sizes = (rule and rule.group_size, own.group_size, group_size)
         group_size = next(size for size in sizes if size is not None)
         return cls(

@@ -13,6 +13,8 @@ from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import Registry
 
 from .layers import (
+    QAdaptiveAvgPool2d,
+    QAvgPool2d,
     QBatchNorm1d,
     QBatchNorm2d,
     QBatchNorm3d,
@@ -22,9 +24,13 @@ from .layers import (
     QConvTranspose1d,
     QConvTranspose2d,
     QConvTranspose3d,
+    QDropout,
     QGroupNorm,
+    QLeakyReLU,
     QLinear,
+    QMaxPool2d,
     QReLU,
+    QReLU6,
     QSyncBatchNorm,
 )
 
@@ -50,6 +56,12 @@ LAYER_NAMES = {
     QGroupNorm: ('QGroupNorm', 'QGN'),
     QSyncBatchNorm: ('QSyncBatchNorm', 'QSyncBN'),
     QReLU: ('QReLU',),
+    QReLU6: ('QReLU6',),
+    QLeakyReLU: ('QLeakyReLU',),
+    QMaxPool2d: ('QMaxPool2d',),
+    QAvgPool2d: ('QAvgPool2d',),
+    QAdaptiveAvgPool2d: ('QAdaptiveAvgPool2d',),
+    QDropout: ('QDropout',),
 }
 
 for _layer, _names in LAYER_NAMES.items():

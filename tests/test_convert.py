@@ -21,6 +21,8 @@ import mmactnn
 from mmactnn import (
     LEVELS,
     Level,
+    QAdaptiveAvgPool2d,
+    QAvgPool2d,
     QBatchNorm,
     QBatchNorm1d,
     QBatchNorm2d,
@@ -32,8 +34,11 @@ from mmactnn import (
     QConvTranspose2d,
     QConvTranspose3d,
     QGroupNorm,
+    QLeakyReLU,
     QLinear,
+    QMaxPool2d,
     QReLU,
+    QReLU6,
     QSyncBatchNorm,
     QuantizedLayer,
     convert_model,
@@ -224,6 +229,12 @@ class TestTypes:
             (lambda: MMEngineSyncBatchNorm(4), QSyncBatchNorm, (6, 6)),
             (lambda: _BatchNormXd(4), QBatchNorm, (6, 6)),
             (lambda: nn.ReLU(), QReLU, (6, 6)),
+            (lambda: nn.ReLU6(), QReLU6, (6, 6)),
+            (lambda: nn.LeakyReLU(), QLeakyReLU, (6, 6)),
+            (lambda: nn.MaxPool2d(2), QMaxPool2d, (6, 6)),
+            (lambda: wrappers.MaxPool2d(2), QMaxPool2d, (6, 6)),
+            (lambda: nn.AvgPool2d(2), QAvgPool2d, (6, 6)),
+            (lambda: nn.AdaptiveAvgPool2d(2), QAdaptiveAvgPool2d, (6, 6)),
         ],
     )
     def test_mapped(self, make, target, size, device):
@@ -282,8 +293,40 @@ class TestTypes:
     def test_other_layers_are_left_with_the_reason(self, net):
         reasons = left(convert_model(net))
         assert reasons.keys() == {'own', 'pool', 'flat'}
-        assert reasons['pool'] == 'no compressed layer of this type'
+        assert reasons['pool'] == 'keeps nothing'
         assert reasons['flat'] == 'keeps nothing'
+
+    def test_layers_that_would_keep_as_much(self):
+        model = nn.Sequential(
+            nn.MaxPool2d(5),
+            wrappers.MaxPool2d((2, 9)),
+            nn.MaxPool2d(2, return_indices=True),
+            QMaxPool2d(5),
+            nn.AdaptiveAvgPool2d((1, 1)),
+            nn.Dropout2d(),
+        )
+        classes = [type(m) for m in model]
+        report = convert_model(model)
+        assert [type(m) for m in model] == classes
+        assert not report.converted
+        assert [item.reason for item in report.left] == [
+            'window of 25 taps, 16 at most',
+            'window of 18 taps, 16 at most',
+            'returns the indices, which take more than 4 bits',
+            'window of 25 taps, 16 at most',
+            'keeps nothing',
+            'keeps nothing',
+        ]
+        assert 'MaxPool2d left: window of 25 taps' in str(report)
+
+    def test_bits_of_exact_layers(self):
+        model = nn.Sequential(
+            nn.LeakyReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Dropout()
+        )
+        for level, bits in [('L1', [1, 4, 0, 0]), ('L0', 4 * [None])]:
+            report = convert_model(model, level)
+            assert [c.bits for c in report.converted] == bits
+        assert 'AvgPool2d (0 bit)' in str(convert_model(model))
 
 
 class TestFilters:
@@ -422,6 +465,14 @@ class TestLevels:
     def test_neither_name_nor_level(self, level, net):
         with pytest.raises(TypeError, match=type(level).__name__):
             convert_model(net, level)
+
+    @pytest.mark.parametrize('kind', ['conv', 'norm'])
+    def test_codes_of_no_bits(self, kind, net):
+        level = Level('odd', **{'conv': 2, 'norm': 2, kind: 0}, mask=True)
+        with pytest.raises(ValueError, match='bits.*got 0'):
+            convert_model(net, level)
+        with pytest.raises(ValueError, match='bits.*got 0'):
+            QConv2d(3, 4, 3, bits=0)
 
     def test_bits_that_do_not_exist(self, net):
         with pytest.raises(ValueError, match='bits.*got 3'):

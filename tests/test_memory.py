@@ -102,6 +102,31 @@ class Mixed(nn.Module):
         return self.head(x.mean((2, 3))).softmax(-1)
 
 
+class Exact(nn.Module):
+    """Layers that keep less, or nothing, and lose nothing."""
+
+    def __init__(self, inplace=True):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU6(inplace),
+            nn.MaxPool2d(3, stride=2, padding=1),
+            nn.BatchNorm2d(8),
+            nn.LeakyReLU(0.1, inplace),
+            nn.Dropout(0.2, inplace),
+            nn.AvgPool2d(2, ceil_mode=True),
+            nn.Conv2d(8, 8, 3),
+            nn.Dropout2d(0.2),
+            nn.MaxPool2d(5, stride=1),
+            nn.AdaptiveAvgPool2d(2),
+        )
+        self.head = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
 class Frozen(nn.Module):
     """As a detector's backbone: frozen stages, norms in eval mode."""
 
@@ -142,6 +167,8 @@ MODELS = {
     'not in place': functools.partial(Plain, inplace=False),
     'shared': Shared,
     'mixed': Mixed,
+    'exact': Exact,
+    'exact, not in place': functools.partial(Exact, inplace=False),
     'frozen': Frozen,
     'checkpoint': functools.partial(Checkpointed, False),
     'reentrant checkpoint': functools.partial(Checkpointed, True),

@@ -27,6 +27,13 @@ struct Largest<c10::BFloat16> {
   static constexpr float value = 0x1.FEp127f;
 };
 
+// To float and back, as the device's Number.
+template <typename T>
+struct HostNumber {
+  static float load(T x) { return static_cast<float>(x); }
+  static T store(float x) { return static_cast<T>(x); }
+};
+
 template <typename Body>
 void dispatch_dtype(torch::headeronly::ScalarType dtype, const Body& body) {
   dispatch_types<float, c10::Half, c10::BFloat16>(dtype, body);

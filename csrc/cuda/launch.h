@@ -1,5 +1,5 @@
 // What every launcher needs: the current stream, a device guard, launch
-// limits and a division that does not divide.
+// limits and the dtypes as C++ types of the device.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "../common/dispatch.h"
+#include "../common/portability.h"
 #include "stream.h"
 
 namespace mmactnn {
@@ -34,41 +35,21 @@ inline void check_launch() {
                   cudaGetErrorString(error));
 }
 
-// Quotients of 32-bit numbers by a multiplication (Granlund and Montgomery,
-// "Division by invariant integers using multiplication", PLDI 1994).
-struct Divider {
-  uint32_t magic;
-  uint32_t shift;
-
-  explicit Divider(uint32_t d) : magic(0), shift(0) {
-    while (shift < 32 && (uint64_t{1} << shift) < d) ++shift;
-    magic = static_cast<uint32_t>(
-        ((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);
-  }
-
-  __device__ __forceinline__ uint32_t quotient(uint32_t n) const {
-    // n < 2^31, so that the sum cannot overflow.
-    return (__umulhi(n, magic) + n) >> shift;
-  }
-};
-
 template <typename T>
 struct Number;
 
 template <>
 struct Number<float> {
   static constexpr float kLargest = FLT_MAX;
-  static __device__ __forceinline__ float load(float x) { return x; }
-  static __device__ __forceinline__ float store(float x) { return x; }
+  static MMACTNN_HOST_DEVICE float load(float x) { return x; }
+  static MMACTNN_HOST_DEVICE float store(float x) { return x; }
 };
 
 template <>
 struct Number<__half> {
   static constexpr float kLargest = 65504.0f;
-  static __device__ __forceinline__ float load(__half x) {
-    return __half2float(x);
-  }
-  static __device__ __forceinline__ __half store(float x) {
+  static MMACTNN_HOST_DEVICE float load(__half x) { return __half2float(x); }
+  static MMACTNN_HOST_DEVICE __half store(float x) {
     return __float2half_rn(x);
   }
 };
@@ -76,10 +57,10 @@ struct Number<__half> {
 template <>
 struct Number<__nv_bfloat16> {
   static constexpr float kLargest = 0x1.FEp127f;
-  static __device__ __forceinline__ float load(__nv_bfloat16 x) {
+  static MMACTNN_HOST_DEVICE float load(__nv_bfloat16 x) {
     return __bfloat162float(x);
   }
-  static __device__ __forceinline__ __nv_bfloat16 store(float x) {
+  static MMACTNN_HOST_DEVICE __nv_bfloat16 store(float x) {
     return __float2bfloat16_rn(x);
   }
 };

@@ -9,6 +9,7 @@
 #include "../common/allocate.h"
 #include "../common/codec.h"
 #include "../common/dispatch.h"
+#include "../common/divider.h"
 #include "../common/geometry.h"
 #include "../common/philox.h"
 #include "../common/tensor_checks.h"

@@ -2,8 +2,20 @@
 
 from .batch_norm import batch_norm
 from .conv import convolution
+from .dropout import dropout
 from .group_norm import group_norm
 from .linear import linear
+from .pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from .relu import relu
 
-__all__ = ['batch_norm', 'convolution', 'group_norm', 'linear', 'relu']
+__all__ = [
+    'adaptive_avg_pool2d',
+    'avg_pool2d',
+    'batch_norm',
+    'convolution',
+    'dropout',
+    'group_norm',
+    'linear',
+    'max_pool2d',
+    'relu',
+]

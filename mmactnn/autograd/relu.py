@@ -1,46 +1,55 @@
-"""ReLU that keeps one bit an element."""
+"""Rectifiers that keep one bit an element."""
 
 from torch.autograd import Function
 
 from .. import ops
 from .double_backward import first_order_only
+from .in_place import finish, may_overwrite
+from .stand_in import counted
 
 
-class _ReLU(Function):
+class _Rectifier(Function):
     @staticmethod
-    def forward(ctx, input, inplace, quantizer):
-        if inplace and ops.layout.is_dense(input):
-            mask = ops.relu_mask_(input)
-            seen = output = input
+    def forward(ctx, input, inplace, max, slope, quantizer):
+        if may_overwrite(input, inplace):
+            seen, mask = input, ops.relu_mask_(input, max, slope)
         else:
-            seen, mask = ops.relu_mask(input)
-            # Gaps in memory: the kernels want none.
-            output = input.copy_(seen) if inplace else seen
-        if inplace:
-            ctx.mark_dirty(input)
+            seen, mask = ops.relu_mask(input, max, slope)
+        output = finish(ctx, input, seen, inplace)
         ctx.save_for_backward(mask)
         # The mask's order is that of the dense tensor the kernel saw.
-        ctx.stride = seen.stride()
-        quantizer.note(kept=(mask,), exact=(output,))
+        ctx.stride, ctx.slope = seen.stride(), slope
+        if max is not None and inplace:
+            exact = counted(input.shape, input.dtype)  # torch keeps a copy
+        elif max is None and slope is None:
+            exact = output
+        else:
+            exact = input
+        quantizer.note(kept=(mask,), exact=(exact,))
         return output
 
     @staticmethod
-    @first_order_only('QReLU')
+    @first_order_only('A rectifier (QReLU, QReLU6, QLeakyReLU)')
     def backward(ctx, grad_output):
         (mask,) = ctx.saved_tensors
         grad = ops.layout.with_strides(grad_output, ctx.stride)
-        return ops.relu_mask_backward(grad, mask), None, None
+        grad_input = ops.relu_mask_backward(grad, mask, ctx.slope)
+        return grad_input, None, None, None, None
 
 
-def relu(input, inplace, quantizer):
-    """ReLU whose backward needs a mask of one bit an element.
+def relu(input, inplace, quantizer, max=None, slope=None):
+    """A rectifier whose backward needs a mask of one bit an element.
 
     Args:
         input (Tensor[*]): float32, float16 or bfloat16.
         inplace (bool): Whether to overwrite the input.
         quantizer (LayerQuantizer): Settings of the layer.
+        max (float, optional): Cap of the output, 6 for ReLU6. Defaults to
+            none.
+        slope (float, optional): Slope below 0, for LeakyReLU. By default the
+            output is 0 there.
 
     Returns:
         Tensor[*]: The output.
     """
-    return _ReLU.apply(input, inplace, quantizer)
+    return _Rectifier.apply(input, inplace, max, slope, quantizer)

@@ -1,7 +1,7 @@
 """Compressed layers: subclasses of their torch parents."""
 
-from .act import QReLU
-from .base import CodedLayer, QuantizedLayer
+from .act import QLeakyReLU, QReLU, QReLU6
+from .base import CodedLayer, ExactLayer, QuantizedLayer
 from .conv import (
     QConv1d,
     QConv2d,
@@ -10,13 +10,18 @@ from .conv import (
     QConvTranspose2d,
     QConvTranspose3d,
 )
+from .dropout import QDropout
 from .group_norm import QGroupNorm
 from .linear import QLinear
 from .norm import QBatchNorm, QBatchNorm1d, QBatchNorm2d, QBatchNorm3d
+from .pool import QAdaptiveAvgPool2d, QAvgPool2d, QMaxPool2d
 from .sync_norm import QSyncBatchNorm
 
 __all__ = [
     'CodedLayer',
+    'ExactLayer',
+    'QAdaptiveAvgPool2d',
+    'QAvgPool2d',
     'QBatchNorm',
     'QBatchNorm1d',
     'QBatchNorm2d',
@@ -29,7 +34,11 @@ __all__ = [
     'QConvTranspose3d',
     'QGroupNorm',
     'QLinear',
+    'QDropout',
+    'QLeakyReLU',
+    'QMaxPool2d',
     'QReLU',
+    'QReLU6',
     'QSyncBatchNorm',
     'QuantizedLayer',
 ]

@@ -3,10 +3,28 @@
 from torch import nn
 
 from ..autograd import relu
-from .base import QuantizedLayer
+from .base import ExactLayer
 
 
-class QReLU(QuantizedLayer, nn.ReLU):
+class _Rectifier(ExactLayer):
+    """Mixin of the activations that keep a mask of one bit an element."""
+
+    kept_bits = 1
+
+    def forward(self, input):
+        """See the torch parent."""
+        # torch refuses to overwrite a leaf, and does so before it writes.
+        refused = self.inplace and input.is_leaf and input.requires_grad
+        if refused or not (self.training and self.compresses(input)):
+            return super().forward(input)
+        return relu(input, self.inplace, self.quantizer, **self._arguments())
+
+    def _arguments(self):
+        """What :func:`mmactnn.autograd.relu` makes this layer of."""
+        return {}
+
+
+class QReLU(_Rectifier, nn.ReLU):
     """``nn.ReLU`` that keeps a mask of one bit an element. Exact.
 
     In eval mode, without grad and at level L0 it is ``nn.ReLU``.
@@ -19,16 +37,40 @@ class QReLU(QuantizedLayer, nn.ReLU):
         >>> QReLU()(torch.randn(2, requires_grad=True)).sum().backward()
     """
 
-    kind = 'mask'
 
-    def __init__(self, inplace=False):
-        super().__init__(inplace)
-        self._init_quantizer(None, None)
+class QReLU6(_Rectifier, nn.ReLU6):
+    """``nn.ReLU6`` that keeps a mask of one bit an element. Exact.
 
-    @classmethod
-    def level_bits(cls, level):
-        """One bit, or None for exact; see the base class."""
-        return 1 if level.mask else None
+    In eval mode, without grad and at level L0 it is ``nn.ReLU6``. The
+    gradient of NaN passes, as on CUDA in torch; on CPU torch itself lets it
+    pass or not, by the place of the element.
+
+    Args:
+        inplace (bool, optional): Whether to overwrite the input. Defaults to
+            False.
+
+    Examples:
+        >>> QReLU6()(torch.randn(2, requires_grad=True)).sum().backward()
+    """
+
+    def _arguments(self):
+        return dict(max=self.max_val)
+
+
+class QLeakyReLU(_Rectifier, nn.LeakyReLU):
+    """``nn.LeakyReLU`` that keeps a mask of one bit an element. Exact.
+
+    In eval mode, without grad and at level L0 it is ``nn.LeakyReLU``, and
+    with a negative slope in place, which torch cannot differentiate.
+
+    Args:
+        negative_slope (float, optional): Slope below 0. Defaults to 0.01.
+        inplace (bool, optional): Whether to overwrite the input. Defaults to
+            False.
+
+    Examples:
+        >>> QLeakyReLU()(torch.randn(2, requires_grad=True)).sum().backward()
+    """
 
     @classmethod
     def rule_bits(cls, rule):
@@ -36,9 +78,10 @@ class QReLU(QuantizedLayer, nn.ReLU):
         return None if rule.bits is None else 1
 
     def forward(self, input):
-        """See ``nn.ReLU``."""
-        # torch refuses to overwrite a leaf, and does so before it writes.
-        refused = self.inplace and input.is_leaf and input.requires_grad
-        if refused or not (self.training and self.compresses(input)):
-            return super().forward(input)
-        return relu(input, self.inplace, self.quantizer)
+        """See ``nn.LeakyReLU``."""
+        if self.inplace and self.negative_slope < 0:
+            return nn.LeakyReLU.forward(self, input)
+        return super().forward(input)
+
+    def _arguments(self):
+        return dict(slope=self.negative_slope)

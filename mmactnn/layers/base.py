@@ -74,18 +74,6 @@ class QuantizedLayer:
         return rule.bits
 
     @classmethod
-    def refusal(cls, module):
-        """Why a layer of a type that converts to this one must not.
-
-        Args:
-            module (nn.Module): The layer.
-
-        Returns:
-            str, optional: The reason; None if there is none.
-        """
-        return None
-
-    @classmethod
     def convert_(cls, module, quantizer):
         """Turn an instance of the torch parent into this class, in place.
 
@@ -174,6 +162,18 @@ class QuantizedLayer:
             and issubclass(base, nn.Module)
         )
 
+    @staticmethod
+    def why_exact(module):
+        """Why a layer would keep as much here as its torch parent.
+
+        Args:
+            module (nn.Module): An instance of this class or its parent.
+
+        Returns:
+            str, optional: The reason; None if it keeps less.
+        """
+        return None
+
     def compresses(self, *tensors):
         """Whether this call keeps anything for a backward pass in codes.
 
@@ -193,7 +193,11 @@ class QuantizedLayer:
         slot, bits = quantizer.slot, quantizer.bits
         if slot is not None:
             bits = f'{slot.bits:g} (adaptive)'
-        ours = 'exact' if bits is None else f'bits={bits}'
+        reason = self.why_exact(self)
+        if reason is not None:
+            ours = f'exact: {reason}'
+        else:
+            ours = 'exact' if bits is None else f'bits={bits}'
         return f'{text}, {ours}' if text else ours
 
 
@@ -203,7 +207,7 @@ class CodedLayer(QuantizedLayer):
     Args:
         *args: As the torch parent.
         bits (int, optional): Bits an element of the kept input at every level
-            but L0. Valid values are 1, 2, 4 and 8. Defaults to the level's.
+            but L0. Valid values are 1 to 8. Defaults to the level's.
         group_size (int, optional): Elements that share a range. Valid values
             are 64, 128, 256 and 512. Defaults to the model's, which is 256
             unless the conversion says otherwise.
@@ -213,6 +217,35 @@ class CodedLayer(QuantizedLayer):
     def __init__(self, *args, bits=None, group_size=None, **kwargs):
         super().__init__(*args, **kwargs)
         self._init_quantizer(bits, group_size)
+
+
+class ExactLayer(QuantizedLayer):
+    """Mixin of the layers that keep less and still compute the same.
+
+    What they keep, and not how exactly, depends on the level: as their torch
+    parent at L0, ``kept_bits`` an element at the others.
+
+    Attributes:
+        kept_bits (int): Bits an element of the output; 0 for layers whose
+            backward needs no tensor.
+    """
+
+    kind = 'mask'
+    kept_bits = 0
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._init_quantizer(None, None)
+
+    @classmethod
+    def level_bits(cls, level):
+        """See the base class."""
+        return cls.kept_bits if level.mask else None
+
+    @classmethod
+    def rule_bits(cls, rule):
+        """See the base class."""
+        return None if rule.bits is None else cls.kept_bits
 
 
 def _shallow_copy(layer):

@@ -23,8 +23,8 @@ class QSyncBatchNorm(_QBatchNorm, nn.SyncBatchNorm, _BatchNorm):
         **kwargs: As ``nn.SyncBatchNorm``.
     """
 
-    @classmethod
-    def refusal(cls, module):
+    @staticmethod
+    def why_exact(module):
         """As the base class: MMCV's layer has a mode that torch's has not."""
         mode = getattr(module, 'stats_mode', 'default')
         if mode == 'default':

@@ -1,6 +1,8 @@
 """The kernels as functions of tensors, without autograd."""
 
 from . import _fake, layout  # noqa: F401  (registers the fake kernels)
+from .dropout import dropout, dropout_
+from .pool import MAX_TAPS, as_pair, max_pool2d, max_pool2d_backward
 from .quantize import (
     DEFAULT_GROUP_SIZE,
     GROUP_SIZES,
@@ -14,10 +16,16 @@ from .relu import relu_mask, relu_mask_, relu_mask_backward
 __all__ = [
     'DEFAULT_GROUP_SIZE',
     'GROUP_SIZES',
+    'MAX_TAPS',
     'VALID_BITS',
+    'as_pair',
     'check_format',
     'dequantize',
+    'dropout',
+    'dropout_',
     'layout',
+    'max_pool2d',
+    'max_pool2d_backward',
     'quantize',
     'relu_mask',
     'relu_mask_',

@@ -32,6 +32,28 @@ def dense_rows(tensor):
     return tensor.contiguous()
 
 
+def suggests_channels_last(tensor):
+    """Whether torch takes a tensor for channels_last, dense or not.
+
+    Pooling and convolution give their results the layout that the strides of
+    the input suggest (``is_channels_last_strides_2d_s4`` of torch's
+    c10/core/MemoryFormat.h, to which this is equal).
+
+    Args:
+        tensor (Tensor[*]): Any shape and layout.
+    """
+    if tensor.dim() != 4 or tensor.numel() == 0 or tensor.stride(1) == 0:
+        return False
+    expected = 0
+    for d in (1, 3, 2, 0):
+        size, stride = tensor.size(d), tensor.stride(d)
+        # A sample as large as a channel: both layouts, hence contiguous.
+        if stride < expected or (d == 0 and expected == tensor.stride(1)):
+            return False
+        expected = stride * size
+    return True
+
+
 def with_strides(tensor, stride):
     """A tensor of given strides; a copy only if they differ.
 

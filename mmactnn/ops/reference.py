@@ -158,12 +158,118 @@ def dequantize(codes, ranges, size, stride, dtype, bits, group_size):
     return out
 
 
-def relu_mask(input):
+def _memory_order(tensor):
+    """The dimensions of a dense tensor, outermost in memory first."""
+    return sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
+
+
+def _pack_bits(values, bits):
+    """Bytes of unsigned numbers of a few bits, the first in the lowest."""
+    per_byte = 8 // bits
+    padded = torch.nn.functional.pad(values, (0, -values.numel() % per_byte))
+    shifts = torch.arange(per_byte, device=values.device) * bits
+    packed = padded.view(-1, per_byte).long() << shifts
+    return packed.sum(-1).to(torch.uint8)
+
+
+def relu_mask(input, max=None, slope=None):
     """Specification of :func:`mmactnn.ops.relu_mask`."""
-    order = sorted(range(input.dim()), key=lambda d: -input.stride(d))
-    keep = ~(input <= 0)
-    flat = keep.permute(order).reshape(-1)
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
-    shifts = torch.arange(8, device=input.device)
-    mask = (padded.view(-1, 8).long() << shifts).sum(-1).to(torch.uint8)
-    return input.where(keep, 0), mask
+    if slope is None:
+        keep = ~(input <= 0)
+        rest = torch.zeros_like(input)
+    else:
+        keep = input > 0
+        rest = (input.float() * slope).to(input.dtype)
+    if max is not None:
+        keep &= ~(input >= max)
+        rest = rest.where(~(input >= max), max)
+    mask = _pack_bits(keep.permute(_memory_order(input)).reshape(-1), bits=1)
+    return input.where(keep, rest), mask
+
+
+def dropout(input, p, seed, offset=0):
+    """Specification of :func:`mmactnn.ops.dropout`."""
+    threshold = min(round(p * 65536), 65535)
+    blocks = torch.arange(-(-input.numel() // 8), device=input.device)
+    words = philox(blocks, seed, offset)
+    random = torch.stack([words & 0xFFFF, words >> 16], -1).flatten()
+    factor = torch.full(
+        (input.numel(),), 65536 / (65536 - threshold), device=input.device
+    )
+    factor[random[: input.numel()] < threshold] = 0
+    output = torch.empty_like(input)
+    view = output.permute(_memory_order(input))
+    flat = input.permute(_memory_order(input)).flatten().float()
+    view.copy_((flat * factor).view(view.shape))
+    return output
+
+
+def max_pool2d(input, format, output_size):
+    """Specification of :func:`mmactnn.ops.max_pool2d`.
+
+    Args:
+        input (Tensor[N, C, H, W]): float32, float16 or bfloat16.
+        format (PoolFormat): The window.
+        output_size (tuple[int, int]): Height and width of the output.
+
+    Returns:
+        tuple[Tensor, Tensor]: The output and the positions.
+    """
+    maximum = input.new_full((*input.shape[:-2], *output_size), -torch.inf)
+    tap = torch.zeros_like(maximum, dtype=torch.long)
+    found = torch.zeros_like(maximum, dtype=torch.bool)
+    for row, column, index, inside in _taps(format, output_size):
+        value = input[..., row[:, None], column]
+        better = ~found | (value > maximum) | value.isnan()
+        better &= inside.to(input.device)
+        maximum = value.where(better, maximum)
+        tap = tap.masked_fill(better, index)
+        found |= better
+    if format.channels_last:
+        tap = tap.permute(0, 2, 3, 1)
+        maximum = maximum.contiguous(memory_format=torch.channels_last)
+    return maximum, _pack_bits(tap.reshape(-1), bits=4)
+
+
+def _taps(format, output_size):
+    """For every tap: input rows and columns, its index, what is inside."""
+    indices = [torch.arange(size) for size in output_size]
+    for tap_row in range(format.kernel_size[0]):
+        for tap_column in range(format.kernel_size[1]):
+            places, inside = [], []
+            for d, tap in enumerate((tap_row, tap_column)):
+                place = indices[d] * format.stride[d] - format.padding[d]
+                place = place + tap * format.dilation[d]
+                size = format.input_size[d]
+                inside.append((place >= 0) & (place < size))
+                places.append(place.clamp(0, size - 1))
+            index = tap_row * format.kernel_size[1] + tap_column
+            yield *places, index, inside[0][:, None] & inside[1]
+
+
+def max_pool2d_backward(grad_output, indices, format):
+    """Specification of :func:`mmactnn.ops.max_pool2d_backward`.
+
+    In float64, hence equal to the sums of the kernels but for rounding.
+    """
+    output_size = grad_output.shape[-2:]
+    halves = torch.stack([indices & 15, indices >> 4], -1).flatten()
+    shape = grad_output.shape
+    halves = halves[: grad_output.numel()]
+    if format.channels_last:
+        n, c, h, w = shape
+        tap = halves.view(n, h, w, c).permute(0, 3, 1, 2)
+    else:
+        tap = halves.view(shape)
+    grad = grad_output.new_zeros(
+        (*shape[:-2], *format.input_size), dtype=torch.float64
+    )
+    for row, column, index, inside in _taps(format, output_size):
+        chosen = (tap == index) & inside.to(tap.device)
+        place = row[:, None] * format.input_size[1] + column
+        grad.flatten(-2).index_add_(
+            -1,
+            place.flatten().to(tap.device),
+            grad_output.double().where(chosen, 0).flatten(-2),
+        )
+    return grad.to(grad_output.dtype)

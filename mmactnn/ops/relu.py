@@ -1,4 +1,4 @@
-"""ReLU that remembers one bit an element."""
+"""Rectifiers that remember one bit an element: ReLU, ReLU6, LeakyReLU."""
 
 import torch
 
@@ -6,58 +6,69 @@ from .layout import dense
 from .quantize import check_input
 
 
-def relu_mask(input):
-    """ReLU and the mask of the elements that passed.
+def relu_mask(input, max=None, slope=None):
+    """ReLU and the mask of the elements whose gradient passes as it is.
 
     Args:
         input (Tensor[*]): float32, float16 or bfloat16, any dense layout;
             others are copied first.
+        max (float, optional): Cap of the output, 6 for ReLU6. Defaults to
+            none.
+        slope (float, optional): What elements that are not positive are
+            multiplied by, for LeakyReLU. By default they become 0.
 
     Returns:
         tuple[Tensor, Tensor]: The output (Tensor[*], the input's layout) and
         the mask (Tensor[ceil(numel / 8)], uint8): bit i of byte j is 1 where
-        element 8 j + i in memory order is greater than 0 or NaN, as
-        ``torch.relu`` lets NaN pass.
+        element 8 j + i in memory order is greater than 0 and less than
+        ``max``. As in torch it is 1 for NaN, too, but not with a slope.
 
     Raises:
         TypeError: If the dtype is not supported.
-        RuntimeError: If the device has no kernels.
+        RuntimeError: If the device has no kernels, or both ``max`` and
+            ``slope`` are given.
     """
     check_input(input)
-    return torch.ops.mmactnn.relu_mask.default(dense(input))
+    return torch.ops.mmactnn.relu_mask.default(dense(input), max, slope)
 
 
-def relu_mask_(input):
+def relu_mask_(input, max=None, slope=None):
     """The same in place.
 
     Args:
         input (Tensor[*]): float32, float16 or bfloat16, dense; overwritten.
+        max (float, optional): See :func:`relu_mask`.
+        slope (float, optional): See :func:`relu_mask`.
 
     Returns:
         Tensor[ceil(numel / 8)]: uint8, the mask.
 
     Raises:
         TypeError: If the dtype is not supported.
-        RuntimeError: If the device has no kernels, or the tensor is not
-            dense.
+        RuntimeError: If the device has no kernels, the tensor is not dense,
+            or both ``max`` and ``slope`` are given.
     """
     check_input(input)
-    return torch.ops.mmactnn.relu_mask_.default(input)
+    return torch.ops.mmactnn.relu_mask_.default(input, max, slope)
 
 
-def relu_mask_backward(grad_output, mask):
-    """The gradient of ReLU from its mask.
+def relu_mask_backward(grad_output, mask, slope=None):
+    """The gradient of a rectifier from its mask.
 
     Args:
         grad_output (Tensor[*]): In the memory order of the output.
         mask (Tensor[ceil(numel / 8)]): uint8, from :func:`relu_mask`.
+        slope (float, optional): The one given there.
 
     Returns:
-        Tensor[*]: ``grad_output`` where the bit is 1, else 0.
+        Tensor[*]: ``grad_output`` where the bit is 1, else 0 or, with a
+        slope, ``grad_output * slope``.
 
     Raises:
         TypeError: If the dtype is not supported.
         RuntimeError: If the device has no kernels, or the mask does not fit.
     """
     check_input(grad_output)
-    return torch.ops.mmactnn.relu_mask_backward.default(grad_output, mask)
+    return torch.ops.mmactnn.relu_mask_backward.default(
+        grad_output, mask, slope
+    )

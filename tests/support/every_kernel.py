@@ -3,7 +3,8 @@
 compute-sanitizer --tool memcheck python tests/support/every_kernel.py
 
 Every dtype, bit width, group size and way through the kernels: whole and
-ragged groups, rows on and off the 16-byte boundary, NaN and inf, in place.
+ragged groups, rows on and off the 16-byte boundary, NaN and inf, in place;
+every kind of pooling window, in both layouts.
 Results are compared with the CPU's, so that a run that computes nothing
 cannot pass.
 """
@@ -16,6 +17,16 @@ from mmactnn import ops
 
 SHAPES = ((3, 1024), (2, 1000), (3, 515), (5, 7))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+RECTIFIERS = (dict(), dict(max=6.0), dict(slope=0.1))
+# Odd and even numbers of outputs, a warp and less, several planes.
+POOL_SHAPES = ((2, 3, 9, 11), (3, 9, 11), (2, 8, 16, 16), (1, 1, 3, 3))
+WINDOWS = (
+    dict(kernel_size=2),
+    dict(kernel_size=3, stride=2, padding=1),
+    dict(kernel_size=3, stride=2, ceil_mode=True),
+    dict(kernel_size=2, stride=3, padding=1, dilation=2),
+    dict(kernel_size=(3, 1), stride=(1, 2)),
+)
 
 
 def check(actual, expected):
@@ -36,19 +47,39 @@ def run_quantize(x, bits, group_size):
     check(y, ops.dequantize(*expected, *format))
 
 
-def run_relu(x):
-    """ReLU, in place and not, and its backward."""
-    expected, expected_mask = ops.relu_mask(x)
-    output, mask = ops.relu_mask(x.cuda())
+def run_relu(x, arguments):
+    """A rectifier, in place and not, and its backward."""
+    expected, expected_mask = ops.relu_mask(x, **arguments)
+    output, mask = ops.relu_mask(x.cuda(), **arguments)
     check(output, expected)
     check(mask, expected_mask)
+    slope = arguments.get('slope')
     check(
-        ops.relu_mask_backward(x.cuda(), mask),
-        ops.relu_mask_backward(x, expected_mask),
+        ops.relu_mask_backward(x.cuda(), mask, slope),
+        ops.relu_mask_backward(x, expected_mask, slope),
     )
     inplace = x.cuda()
-    check(ops.relu_mask_(inplace), expected_mask)
+    check(ops.relu_mask_(inplace, **arguments), expected_mask)
     check(inplace, expected)
+
+
+def run_dropout(x):
+    """Dropout, in place and not."""
+    expected = ops.dropout(x, 0.3, seed=1)
+    check(ops.dropout(x.cuda(), 0.3, seed=1), expected)
+    check(ops.dropout_(x.cuda(), 0.3, seed=1), expected)
+
+
+def run_max_pool(x, window):
+    """Max pooling and its backward."""
+    expected, expected_indices, format = ops.max_pool2d(x, **window)
+    output, indices, _ = ops.max_pool2d(x.cuda(), **window)
+    check(output, expected)
+    check(indices, expected_indices)
+    check(
+        ops.max_pool2d_backward(output, indices, format),
+        ops.max_pool2d_backward(expected, expected_indices, format),
+    )
 
 
 def main():
@@ -61,14 +92,29 @@ def main():
         if special:
             x[0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
         x = x.to(dtype)
-        run_relu(x)
+        for arguments in RECTIFIERS:
+            run_relu(x, arguments)
+        run_dropout(x)
         for bits, group_size in itertools.product(
             ops.VALID_BITS, ops.GROUP_SIZES
         ):
             run_quantize(x, bits, group_size)
             count += 1
+    pools = 0
+    for shape, dtype, window in itertools.product(
+        POOL_SHAPES, DTYPES, WINDOWS
+    ):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        x[..., :2, :2] = -torch.inf
+        x[..., -1, -1] = torch.nan
+        run_max_pool(x.to(dtype), window)
+        if x.dim() == 4:
+            last = x.to(dtype, memory_format=torch.channels_last)
+            run_max_pool(last, window)
+        pools += 1
     torch.cuda.synchronize()
-    print(f'{count} formats, {len(SHAPES) * len(DTYPES) * 2} masks: ok')
+    masks = len(SHAPES) * len(DTYPES) * 2
+    print(f'{count} formats, {masks} masks, {pools} pools: ok')
 
 
 if __name__ == '__main__':

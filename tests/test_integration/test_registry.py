@@ -13,6 +13,7 @@ from mmcv.cnn import (
     build_norm_layer,
     build_upsample_layer,
 )
+from mmcv.cnn.bricks.drop import build_dropout
 from mmcv.cnn.bricks.norm import infer_abbr
 from mmengine.config import Config
 from mmengine.config import config as config_module
@@ -22,6 +23,8 @@ from mmengine.registry import HOOKS, MODELS, DefaultScope
 from support.tools import ROOT
 
 from mmactnn import (
+    QAdaptiveAvgPool2d,
+    QAvgPool2d,
     QBatchNorm1d,
     QBatchNorm2d,
     QBatchNorm3d,
@@ -31,9 +34,13 @@ from mmactnn import (
     QConvTranspose1d,
     QConvTranspose2d,
     QConvTranspose3d,
+    QDropout,
     QGroupNorm,
+    QLeakyReLU,
     QLinear,
+    QMaxPool2d,
     QReLU,
+    QReLU6,
     QSyncBatchNorm,
     registry,
 )
@@ -61,6 +68,12 @@ NAMES = {
     'QSyncBN': QSyncBatchNorm,
     'QSyncBatchNorm': QSyncBatchNorm,
     'QReLU': QReLU,
+    'QReLU6': QReLU6,
+    'QLeakyReLU': QLeakyReLU,
+    'QMaxPool2d': QMaxPool2d,
+    'QAvgPool2d': QAvgPool2d,
+    'QAdaptiveAvgPool2d': QAdaptiveAvgPool2d,
+    'QDropout': QDropout,
 }
 
 
@@ -139,10 +152,31 @@ class TestNames:
         )
         assert type(build_upsample_layer(cfg)) is QConvTranspose2d
 
-    def test_activation(self, prefix, scope):
-        cfg = dict(type=prefix + 'QReLU', inplace=True)
+    @pytest.mark.parametrize('name', ['QReLU', 'QReLU6', 'QLeakyReLU'])
+    def test_activation(self, name, prefix, scope):
+        cfg = dict(type=prefix + name, inplace=True)
         relu = build_activation_layer(cfg)
-        assert type(relu) is QReLU and relu.inplace
+        assert type(relu) is NAMES[name] and relu.inplace
+
+    def test_leaky_relu_of_a_slope(self, prefix, scope):
+        module = ConvModule(
+            3,
+            8,
+            3,
+            act_cfg=dict(type=prefix + 'QLeakyReLU', negative_slope=0.1),
+        )
+        assert type(module.activate) is QLeakyReLU
+        assert module.activate.negative_slope == 0.1
+
+    def test_dropout(self, prefix, scope):
+        cfg = dict(type=prefix + 'QDropout', p=0.1)
+        dropout = build_dropout(cfg)
+        assert type(dropout) is QDropout and dropout.p == 0.1
+
+    def test_pooling(self, prefix, scope):
+        cfg = dict(type=prefix + 'QMaxPool2d', kernel_size=3, stride=2)
+        pool = MODELS.build(cfg)
+        assert type(pool) is QMaxPool2d and pool.stride == 2
 
     def test_conv_module(self, prefix, scope):
         module = ConvModule(

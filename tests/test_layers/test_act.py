@@ -1,6 +1,7 @@
-"""QReLU against torch's ReLU."""
+"""QReLU, QReLU6 and QLeakyReLU against torch's layers."""
 
 import copy
+import functools
 import math
 import pickle
 
@@ -16,7 +17,7 @@ from support.layers import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmactnn import QReLU
+from mmactnn import QLeakyReLU, QReLU, QReLU6
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = ((), (1,), (7,), (0, 4, 8, 8), (3, 17), (3, 5, 9, 11), (2, 2, 2, 2, 3))
@@ -32,7 +33,8 @@ def special_values(tensor):
 
 
 def make_input(device, size=(3, 5, 9, 11), dtype=torch.float32):
-    return special_values(torch.randn(size, device=device).to(dtype))
+    # Values on both sides of the cap of ReLU6.
+    return special_values(4 * torch.randn(size, device=device).to(dtype))
 
 
 def make_grad(x):
@@ -41,13 +43,40 @@ def make_grad(x):
     return special_values(grad.flatten()).flip(0).view(x.shape)
 
 
-def assert_same(found, expected):
-    # Equal but for the sign of zeros, which torch's devices treat
-    # differently; gradients have to agree in that, too.
-    torch.testing.assert_close(
-        found['output'], expected['output'], rtol=0, atol=0, equal_nan=True
-    )
-    assert_same_bits(found['input'], expected['input'])
+class Pair:
+    """A compressed activation, and torch's of the same arguments."""
+
+    def __init__(self, ours, theirs, **arguments):
+        self.ours = functools.partial(ours, **arguments)
+        self.theirs = functools.partial(theirs, **arguments)
+
+    def assert_same(self, found, expected):
+        # Equal but for the sign of zeros, which torch's devices treat
+        # differently; gradients have to agree in that, too.
+        torch.testing.assert_close(
+            found['output'],
+            expected['output'],
+            rtol=0,
+            atol=0,
+            equal_nan=True,
+        )
+        counts = torch.ones_like(expected['input'], dtype=torch.bool)
+        if self.ours.func is QReLU6:
+            # On CPU torch lets the gradient of NaN pass, or not, by its place.
+            counts = ~expected['output'].isnan()
+        assert_same_bits(found['input'][counts], expected['input'][counts])
+
+
+PAIRS = {
+    'ReLU': Pair(QReLU, nn.ReLU),
+    'ReLU6': Pair(QReLU6, nn.ReLU6),
+    'LeakyReLU': Pair(QLeakyReLU, nn.LeakyReLU, negative_slope=0.1),
+}
+
+
+@pytest.fixture(params=PAIRS)
+def pair(request):
+    return PAIRS[request.param]
 
 
 def gaps(x):
@@ -82,26 +111,26 @@ class TestAgainstTorch:
     @pytest.mark.parametrize('dtype', DTYPES, ids=str)
     @pytest.mark.parametrize('size', SIZES, ids=str)
     @pytest.mark.parametrize('inplace', [False, True])
-    def test_dtypes_and_sizes(self, inplace, size, dtype, device):
+    def test_dtypes_and_sizes(self, inplace, size, dtype, pair, device):
         x = make_input(device, size, dtype)
         grad_output = make_grad(x)
-        expected = through(nn.ReLU(inplace), x, grad_output)
-        found = through(QReLU(inplace), x, grad_output)
-        assert_same(found, expected)
+        expected = through(pair.theirs(inplace=inplace), x, grad_output)
+        found = through(pair.ours(inplace=inplace), x, grad_output)
+        pair.assert_same(found, expected)
 
     @pytest.mark.parametrize('inplace', [False, True])
     @pytest.mark.parametrize('grad_layout', LAYOUTS)
     @pytest.mark.parametrize('layout', LAYOUTS)
-    def test_layouts(self, layout, grad_layout, inplace, device):
+    def test_layouts(self, layout, grad_layout, inplace, pair, device):
         x = LAYOUTS[layout](make_input(device))
         grad_output = LAYOUTS[grad_layout](make_grad(x))
-        expected = through(nn.ReLU(inplace), x, grad_output)
-        found = through(QReLU(inplace), x, grad_output)
-        assert_same(found, expected)
+        expected = through(pair.theirs(inplace=inplace), x, grad_output)
+        found = through(pair.ours(inplace=inplace), x, grad_output)
+        pair.assert_same(found, expected)
         assert found['output'].stride() == expected['output'].stride()
 
     @pytest.mark.parametrize('inplace', [False, True])
-    def test_part_of_a_tensor(self, inplace, device):
+    def test_part_of_a_tensor(self, inplace, pair, device):
         # A view whose base goes on to be used: torch, too, writes through.
         def run(relu):
             leaf = torch.linspace(-2, 2, 96, device=device)
@@ -111,21 +140,23 @@ class TestAgainstTorch:
             (whole.sum() + (output**2).sum()).backward()
             return dict(output=whole.detach(), input=leaf.grad)
 
-        assert_same(run(QReLU(inplace)), run(nn.ReLU(inplace)))
+        pair.assert_same(
+            run(pair.ours(inplace=inplace)), run(pair.theirs(inplace=inplace))
+        )
 
     @pytest.mark.parametrize('inplace', [False, True])
-    def test_exact_level(self, inplace, device):
-        relu = at_level(nn.ReLU(inplace), 'L0')
-        assert type(relu) is QReLU and relu.quantizer.exact
+    def test_exact_level(self, inplace, pair, device):
+        relu = at_level(pair.theirs(inplace=inplace), 'L0')
+        assert type(relu) is pair.ours.func and relu.quantizer.exact
         x = make_input(device)
         grad_output = make_grad(x)
-        expected = through(nn.ReLU(inplace), x, grad_output)
+        expected = through(pair.theirs(inplace=inplace), x, grad_output)
         found = through(relu, x, grad_output)
         assert_same_bits(found['output'], expected['output'])
         assert_same_bits(found['input'], expected['input'])
 
     @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
-    def test_autocast(self, dtype, device):
+    def test_autocast(self, dtype, pair, device):
         x = make_input(device)
         conv = nn.Conv2d(5, 4, 1, device=device)
 
@@ -136,52 +167,54 @@ class TestAgainstTorch:
             output.backward(torch.ones_like(output))
             return dict(output=output.detach(), input=leaf.grad)
 
-        expected = run(nn.ReLU())
+        expected = run(pair.theirs())
         assert expected['output'].dtype == dtype
-        assert_same(run(QReLU()), expected)
+        found = run(pair.ours())
+        assert torch.equal(found['output'], expected['output'])
+        assert_same_bits(found['input'], expected['input'])
 
 
 class TestWhatIsKept:
     @pytest.mark.parametrize('inplace', [False, True])
     @pytest.mark.parametrize('size', [(2, 3, 5, 7), (2, 4, 8, 8)])
-    def test_one_bit_an_element(self, size, inplace, device):
+    def test_one_bit_an_element(self, size, inplace, pair, device):
         x = torch.randn(size, device=device, requires_grad=True) * 1
         with saved_tensors() as saved:
-            QReLU(inplace)(x)
+            pair.ours(inplace=inplace)(x)
         assert [t.dtype for t in saved] == [torch.uint8]
         assert saved[0].nbytes == math.ceil(x.numel() / 8)
 
     @pytest.mark.parametrize('inplace', [False, True])
-    def test_eval_is_the_parent(self, inplace, device):
+    def test_eval_is_the_parent(self, inplace, pair, device):
         x = make_input(device)
-        relu = QReLU(inplace).eval()
+        relu = pair.ours(inplace=inplace).eval()
         grad_output = make_grad(x)
         with saved_tensors() as saved:
             found = through(relu, x, grad_output)
         assert [t.dtype for t in saved] == [torch.float32]
-        expected = through(nn.ReLU(inplace), x, grad_output)
+        expected = through(pair.theirs(inplace=inplace), x, grad_output)
         assert_same_bits(found['output'], expected['output'])
         assert_same_bits(found['input'], expected['input'])
 
-    def test_without_grad(self, device, monkeypatch):
+    def test_without_grad(self, pair, device, monkeypatch):
         packed = count_packs(monkeypatch)
         x = make_input(device)
         with saved_tensors() as saved:
-            output = QReLU()(x)
+            output = pair.ours()(x)
         assert not saved and not packed and not output.requires_grad
         x.requires_grad_()
         with torch.no_grad():
-            assert_same_bits(QReLU()(x), nn.ReLU()(x))
+            assert_same_bits(pair.ours()(x), pair.theirs()(x))
 
     def test_integers(self, device):
         # They never need a gradient.
         x = torch.arange(-3, 4, device=device)
         assert torch.equal(QReLU()(x), torch.relu(x))
 
-    def test_float64(self, device):
+    def test_float64(self, pair, device):
         x = make_input(device, dtype=torch.float64).requires_grad_()
         with pytest.raises(TypeError, match='torch.float64'):
-            QReLU()(x)
+            pair.ours()(x)
 
 
 class TestAutograd:
@@ -205,7 +238,7 @@ class TestAutograd:
 
     @pytest.mark.parametrize('inplace', [False, True])
     @pytest.mark.parametrize('use_reentrant', [False, True])
-    def test_checkpoint(self, use_reentrant, inplace, device):
+    def test_checkpoint(self, use_reentrant, inplace, pair, device):
         def run(relu):
             leaf = torch.linspace(-1, 1, 63, device=device).requires_grad_()
             # Keeps its input, so that its output may be overwritten.
@@ -214,7 +247,8 @@ class TestAutograd:
             (output**2).sum().backward()
             return leaf.grad
 
-        assert_same_bits(run(QReLU(inplace)), run(nn.ReLU(inplace)))
+        found = run(pair.ours(inplace=inplace))
+        assert_same_bits(found, run(pair.theirs(inplace=inplace)))
 
     def test_double_backward(self, device):
         leaf = torch.randn(4, 7, device=device, requires_grad=True)
@@ -225,11 +259,24 @@ class TestAutograd:
         with pytest.raises(RuntimeError, match='QReLU.*twice'):
             grad.sum().backward()
 
-    def test_in_place_on_a_leaf(self, device):
+    def test_in_place_on_a_leaf(self, pair, device):
         leaf = torch.randn(4, 7, device=device, requires_grad=True)
-        for relu in (nn.ReLU(True), QReLU(True)):
+        before = leaf.tolist()
+        for make in (pair.theirs, pair.ours):
             with pytest.raises(RuntimeError, match='leaf Variable'):
-                relu(leaf)
+                make(inplace=True)(leaf)
+            # torch refuses before it writes.
+            assert leaf.tolist() == before
+
+    def test_negative_slope(self, device):
+        pair = Pair(QLeakyReLU, nn.LeakyReLU, negative_slope=-0.5)
+        x = make_input(device)
+        grad_output = make_grad(x)
+        expected = through(pair.theirs(), x, grad_output)
+        pair.assert_same(through(pair.ours(), x, grad_output), expected)
+        for make in (pair.theirs, pair.ours):
+            with pytest.raises(RuntimeError, match='negative slope'):
+                through(make(inplace=True), x, grad_output)
 
     def test_in_place_on_what_another_node_saved(self, device):
         # exp keeps its output: overwriting it must not go unnoticed.
@@ -243,25 +290,19 @@ class TestModule:
     @pytest.mark.parametrize(
         'duplicate', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
     )
-    def test_duplicates(self, duplicate, device):
-        twin = duplicate(QReLU(inplace=True))
-        assert type(twin) is QReLU and twin.inplace
+    def test_duplicates(self, duplicate, pair, device):
+        twin = duplicate(pair.ours(inplace=True))
+        assert type(twin) is pair.ours.func and twin.inplace
         x = torch.randn(4, 7, device=device)
-        expected = gradients(nn.ReLU(), x, torch.ones_like(x))
+        expected = gradients(pair.theirs(), x, torch.ones_like(x))
         twin.inplace = False
         found = gradients(twin, x, torch.ones_like(x))
-        assert_same(found, expected)
+        pair.assert_same(found, expected)
 
-    def test_repr(self):
-        assert 'inplace' in repr(QReLU(inplace=True))
+    def test_repr(self, pair):
+        text = repr(pair.ours(inplace=True))
+        assert 'inplace' in text and 'bits=1' in text
 
-    def test_errors_of_the_constructor(self):
+    def test_errors_of_the_constructor(self, pair):
         with pytest.raises(TypeError, match='unknown'):
-            QReLU(unknown=1)
-
-
-def test_inplace_on_a_leaf_is_refused_before_it_is_written(device):
-    x = torch.tensor([-1.0, 1.0], device=device, requires_grad=True)
-    with pytest.raises(RuntimeError, match='leaf Variable'):
-        QReLU(inplace=True)(x)
-    assert x.tolist() == [-1.0, 1.0]
+            pair.ours(unknown=1)

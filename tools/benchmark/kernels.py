@@ -2,10 +2,10 @@
 
     python tools/benchmark/kernels.py [--out kernels.json]
 
-The rate of a kernel is the bytes that must move (input once, codes, ranges
-or mask, output once) over the median time; its share is that rate over the
-rate of ``Tensor.copy_`` of the same tensor, read and write both counted.
-GB = 10^9 bytes.
+The rate of a kernel is the bytes that must move (input once, codes, ranges,
+mask or positions, output once) over the median time; its share is that rate
+over the rate of ``Tensor.copy_`` of the same tensor, read and write both
+counted. GB = 10^9 bytes.
 """
 
 import argparse
@@ -87,6 +87,16 @@ def measure(shape, dtype, channels_last):
     yield row('relu forward', nbytes, lambda: ops.relu_mask(x))
     yield row('relu forward in place', nbytes, lambda: ops.relu_mask_(y))
     yield row('relu backward', nbytes, lambda: ops.relu_mask_backward(x, mask))
+    nbytes = 2 * x.nbytes
+    yield row('dropout', nbytes, lambda: ops.dropout(x, 0.1, seed=1))
+    pooled, indices, format = ops.max_pool2d(x, 3, 2, 1)
+    nbytes = x.nbytes + pooled.nbytes + indices.nbytes
+    yield row('max pool forward', nbytes, lambda: ops.max_pool2d(x, 3, 2, 1))
+    yield row(
+        'max pool backward',
+        nbytes,
+        lambda: ops.max_pool2d_backward(pooled, indices, format),
+    )
 
 
 def main():

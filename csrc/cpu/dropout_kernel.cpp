@@ -1,0 +1,51 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+
+#include "../common/dropout.h"
+#include "../common/tensor_checks.h"
+#include "blocks.h"
+#include "number.h"
+
+namespace mmactnn {
+namespace {
+
+void apply(const Tensor& input, Tensor& output, const Dropout& dropout) {
+  check_dtype("input", input);
+  check_dense("input", input);
+  dispatch_dtype(input.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    for_each_block(
+        static_cast<const T*>(input.const_data_ptr()),
+        static_cast<T*>(output.mutable_data_ptr()), input.numel(),
+        [&](int64_t block, const T* source, T* target, int64_t count) {
+          const PhiloxBlock random =
+              philox(dropout.stream, static_cast<uint64_t>(block));
+          for (int64_t i = 0; i < count; ++i) {
+            const float factor =
+                dropout.factor(random.bits16(static_cast<int>(i)));
+            target[i] = T(multiply(static_cast<float>(source[i]), factor));
+          }
+        });
+  });
+}
+
+Tensor dropout(Tensor input, double p, int64_t seed, int64_t offset) {
+  Tensor output = torch::stable::empty_like(input);
+  apply(input, output, make_dropout(p, seed, offset));
+  return output;
+}
+
+void dropout_(Tensor input, double p, int64_t seed, int64_t offset) {
+  apply(input, input, make_dropout(p, seed, offset));
+}
+
+}  // namespace
+}  // namespace mmactnn
+
+STABLE_TORCH_LIBRARY_IMPL(mmactnn, CPU, m) {
+  m.impl("dropout", TORCH_BOX(&mmactnn::dropout));
+  m.impl("dropout_", TORCH_BOX(&mmactnn::dropout_));
+}

@@ -1,0 +1,40 @@
+"""Dropout that keeps no mask."""
+
+from torch import nn
+
+from ..autograd import dropout
+from .base import ExactLayer
+
+
+class QDropout(ExactLayer, nn.Dropout):
+    """``nn.Dropout`` that keeps a seed instead of a mask.
+
+    The elements are dropped independently of each other with probability p,
+    rounded to a multiple of 2^-16 but below 1, and the backward pass makes
+    the same choice again. The seed is drawn from torch's default generator of
+    the CPU, also for tensors on the GPU: under ``torch.utils.checkpoint``
+    and after ``torch.manual_seed`` it repeats itself as torch's masks do,
+    but they are not torch's masks.
+
+    In eval mode, with p = 0 or 1 and at level L0 it is ``nn.Dropout``. Unlike
+    the other layers it is not without grad: that is how a reentrant
+    checkpoint runs a block for the first time, and the second run has to drop
+    the same elements.
+
+    Args:
+        p (float, optional): Probability to drop an element. Defaults to 0.5.
+        inplace (bool, optional): Whether to overwrite the input. Defaults to
+            False.
+
+    Examples:
+        >>> QDropout(0.1)(torch.randn(2, requires_grad=True)).sum().backward()
+    """
+
+    def forward(self, input):
+        """See ``nn.Dropout``."""
+        # torch refuses to overwrite a leaf, and does so before it writes.
+        refused = self.inplace and input.is_leaf and self.compresses(input)
+        draws = self.training and 0 < self.p < 1
+        if refused or not draws or self.quantizer.exact:
+            return super().forward(input)
+        return dropout(input, self.p, self.inplace, self.quantizer)

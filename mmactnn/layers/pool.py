@@ -1,0 +1,122 @@
+"""Compressed pooling."""
+
+import math
+
+from torch import nn
+
+from ..autograd import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+from ..ops import MAX_TAPS, as_pair
+from .base import ExactLayer
+
+
+class QMaxPool2d(ExactLayer, nn.MaxPool2d):
+    """``nn.MaxPool2d`` that keeps 4 bits an output. Exact.
+
+    It keeps the position of the maximum inside of its window where torch
+    keeps the input and 64 bits an output. Output and gradient are torch's;
+    where windows overlap, gradients are summed in float32.
+
+    In eval mode, without grad, at level L0, for windows of more than 16 taps
+    and with ``return_indices`` it is ``nn.MaxPool2d``; its ``repr`` and the
+    report of a conversion tell the latter two.
+
+    Args:
+        *args: As ``nn.MaxPool2d``.
+        **kwargs: As ``nn.MaxPool2d``.
+
+    Examples:
+        >>> pool = QMaxPool2d(3, stride=2, padding=1)
+        >>> x = torch.randn(2, 8, 16, 16, requires_grad=True)
+        >>> pool(x).sum().backward()
+    """
+
+    kept_bits = 4
+
+    @staticmethod
+    def why_exact(module):
+        """See the base class."""
+        if module.return_indices:
+            return 'returns the indices, which take more than 4 bits'
+        taps = math.prod(as_pair(module.kernel_size))
+        if taps > MAX_TAPS:
+            return f'window of {taps} taps, {MAX_TAPS} at most'
+        return None
+
+    def forward(self, input):
+        """See ``nn.MaxPool2d``."""
+        if not (self.training and self.compresses(input)) or (
+            self.why_exact(self) is not None
+        ):
+            return super().forward(input)
+        return max_pool2d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.ceil_mode,
+            self.quantizer,
+        )
+
+
+class QAvgPool2d(ExactLayer, nn.AvgPool2d):
+    """``nn.AvgPool2d`` that keeps no tensor. Exact.
+
+    Torch keeps the input, of which the gradient needs nothing but the shape.
+    In eval mode, without grad and at level L0 it is ``nn.AvgPool2d``.
+
+    Args:
+        *args: As ``nn.AvgPool2d``.
+        **kwargs: As ``nn.AvgPool2d``.
+
+    Examples:
+        >>> x = torch.randn(2, 8, 16, 16, requires_grad=True)
+        >>> QAvgPool2d(2)(x).sum().backward()
+    """
+
+    def forward(self, input):
+        """See ``nn.AvgPool2d``."""
+        if not (self.training and self.compresses(input)):
+            return super().forward(input)
+        return avg_pool2d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
+            self.quantizer,
+        )
+
+
+class QAdaptiveAvgPool2d(ExactLayer, nn.AdaptiveAvgPool2d):
+    """``nn.AdaptiveAvgPool2d`` that keeps no tensor. Exact.
+
+    Torch keeps the input, of which the gradient needs nothing but the shape.
+    In eval mode, without grad, at level L0 and for an output of one pixel,
+    which torch computes as a mean and keeps nothing for, it is
+    ``nn.AdaptiveAvgPool2d``.
+
+    Args:
+        *args: As ``nn.AdaptiveAvgPool2d``.
+        **kwargs: As ``nn.AdaptiveAvgPool2d``.
+
+    Examples:
+        >>> x = torch.randn(2, 8, 16, 16, requires_grad=True)
+        >>> QAdaptiveAvgPool2d(4)(x).sum().backward()
+    """
+
+    @staticmethod
+    def why_exact(module):
+        """See the base class."""
+        one_pixel = as_pair(module.output_size) == (1, 1)
+        return 'keeps nothing' if one_pixel else None
+
+    def forward(self, input):
+        """See ``nn.AdaptiveAvgPool2d``."""
+        if not (self.training and self.compresses(input)) or (
+            self.why_exact(self) is not None
+        ):
+            return super().forward(input)
+        return adaptive_avg_pool2d(input, self.output_size, self.quantizer)
