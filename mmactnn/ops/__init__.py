@@ -10,6 +10,7 @@ from .quantize import (
     quantize,
 )
 from .relu import relu_mask, relu_mask_, relu_mask_backward
+from .rows import dequantize_rows, quantize_rows, row_spread, split_bits
 
 __all__ = [
     'DEFAULT_GROUP_SIZE',
@@ -17,9 +18,13 @@ __all__ = [
     'VALID_BITS',
     'check_format',
     'dequantize',
+    'dequantize_rows',
     'layout',
     'quantize',
+    'quantize_rows',
     'relu_mask',
     'relu_mask_',
     'relu_mask_backward',
+    'row_spread',
+    'split_bits',
 ]
