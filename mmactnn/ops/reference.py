@@ -94,7 +94,7 @@ def _make_groups(input, group_size):
 
 
 def _pack(codes, bits):
-    """Bytes (Tensor[N, B * bits]) of the codes of blocks (Tensor[N, B * 8])."""
+    """Bytes (Tensor[N, B * bits]) of codes (Tensor[N, B * 8])."""
     shifts = torch.arange(bits, device=codes.device)
     stream = codes[..., None] >> shifts & 1
     shifts = torch.arange(8, device=codes.device)

@@ -28,6 +28,10 @@ def split_by_heap(sensitivity, total_bits):
     return bits
 
 
+def variance(sensitivity, bits):
+    return sum(c / (2**b - 1) ** 2 for c, b in zip(sensitivity.tolist(), bits))
+
+
 def check(sensitivity, total_bits, device):
     row_bits, row_starts = ops.split_bits(sensitivity.to(device), total_bits)
     assert row_bits.dtype == torch.uint8
@@ -61,18 +65,14 @@ def test_is_the_minimum(device):
         generator = torch.Generator().manual_seed(seed)
         sensitivity = torch.rand(rows, generator=generator) ** 4
         for total in (4, 7, 12, 21, 30):
-            costs = [
-                sum(
-                    c / (2**b - 1) ** 2
-                    for c, b in zip(sensitivity.tolist(), bits)
-                )
-                for bits in (*(c for c in choices if sum(c) == total),)
-            ]
-            bits = check(sensitivity, total, device)
-            cost = sum(
-                c / (2**b - 1) ** 2 for c, b in zip(sensitivity.tolist(), bits)
+            least = min(
+                variance(sensitivity, bits)
+                for bits in choices
+                if sum(bits) == total
             )
-            assert cost == pytest.approx(min(costs), rel=1e-6)
+            bits = check(sensitivity, total, device)
+            cost = variance(sensitivity, bits)
+            assert cost == pytest.approx(least, rel=1e-6)
 
 
 @pytest.mark.parametrize('value', [0.0, 1.0, 1e-45, 3.4e38, math.inf])
