@@ -16,9 +16,17 @@ _STACK = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 _OPS = (
     'quantize',
     'dequantize',
+    'quantize_rows',
+    'dequantize_rows',
+    'row_spread',
+    'split_bits',
     'relu_mask',
     'relu_mask_',
     'relu_mask_backward',
+    'max_pool2d',
+    'max_pool2d_backward',
+    'dropout',
+    'dropout_',
 )
 
 

@@ -56,13 +56,14 @@ inline void check_bits(int64_t bits) {
                   "bits must be an integer from 1 to 8, got ", bits);
 }
 
-// `total_bits` is the sum of one width for each row.
+// `total_bits` is the sum of one width for each row; every such sum fits into
+// 32 bits.
 inline void check_total_bits(int64_t total_bits, int64_t rows) {
   STD_TORCH_CHECK(total_bits >= rows && total_bits <= rows * kMaxBits,
                   "total_bits must be from ", rows, " to ", rows * kMaxBits,
                   " for ", rows, " rows, got ", total_bits);
-  STD_TORCH_CHECK(total_bits <= INT32_MAX, "total_bits must be at most ",
-                  INT32_MAX, ", got ", total_bits);
+  STD_TORCH_CHECK(rows <= INT32_MAX / kMaxBits, "there may be at most ",
+                  INT32_MAX / kMaxBits, " rows, got ", rows);
 }
 
 inline void check_group_size(int64_t group_size) {

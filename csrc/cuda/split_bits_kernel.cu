@@ -1,7 +1,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cfloat>
 #include <cstdint>
 #include <tuple>
 

@@ -12,6 +12,7 @@ from .quantize import (
     quantize,
 )
 from .relu import relu_mask, relu_mask_, relu_mask_backward
+from .rows import dequantize_rows, quantize_rows, row_spread, split_bits
 
 __all__ = [
     'DEFAULT_GROUP_SIZE',
@@ -21,13 +22,17 @@ __all__ = [
     'as_pair',
     'check_format',
     'dequantize',
+    'dequantize_rows',
     'dropout',
     'dropout_',
     'layout',
     'max_pool2d',
     'max_pool2d_backward',
     'quantize',
+    'quantize_rows',
     'relu_mask',
     'relu_mask_',
     'relu_mask_backward',
+    'row_spread',
+    'split_bits',
 ]

@@ -9,24 +9,52 @@ def _ceil_div(a, b):
     return (a + b - 1) // b
 
 
-def _quantize(input, bits, group_size, seed, offset):
-    rows = input.shape[0]
+def _row_numel(input):
+    if isinstance(input.shape[0], int) and input.shape[0] == 0:
+        return 0
     row_numel = 1
     for size in input.shape[1:]:
         row_numel = row_numel * size
-    if isinstance(rows, int) and rows == 0:
-        row_numel = 0
-    codes = input.new_empty(
-        (rows, _ceil_div(row_numel, 8) * bits), dtype=torch.uint8
-    )
-    ranges = input.new_empty(
-        (rows, _ceil_div(row_numel, group_size), 2), dtype=torch.bfloat16
-    )
-    return codes, ranges
+    return row_numel
+
+
+def _empty_ranges(input, group_size):
+    groups = _ceil_div(_row_numel(input), group_size)
+    return input.new_empty((input.shape[0], groups, 2), dtype=torch.bfloat16)
+
+
+def _quantize(input, bits, group_size, seed, offset):
+    row_bytes = _ceil_div(_row_numel(input), 8) * bits
+    codes = input.new_empty((input.shape[0], row_bytes), dtype=torch.uint8)
+    return codes, _empty_ranges(input, group_size)
+
+
+def _quantize_rows(
+    input, row_bits, row_starts, total_bits, group_size, seed, offset
+):
+    # Rows are padded to 8 blocks of 8 elements.
+    row_blocks = _ceil_div(_row_numel(input), 64) * 8
+    codes = input.new_empty((total_bits * row_blocks,), dtype=torch.uint8)
+    return codes, _empty_ranges(input, group_size)
 
 
 def _dequantize(codes, ranges, size, stride, dtype, bits, group_size):
     return codes.new_empty_strided(size, stride, dtype=dtype)
+
+
+def _dequantize_rows(
+    codes, ranges, row_bits, row_starts, size, stride, dtype, group_size
+):
+    return codes.new_empty_strided(size, stride, dtype=dtype)
+
+
+def _row_spread(input, group_size):
+    return input.new_empty((input.shape[0],), dtype=torch.float32)
+
+
+def _split_bits(sensitivity, total_bits):
+    row_bits = torch.empty_like(sensitivity, dtype=torch.uint8)
+    return row_bits, torch.empty_like(sensitivity, dtype=torch.int32)
 
 
 def _empty_mask(input, max=None, slope=None):
@@ -82,6 +110,10 @@ def _max_pool2d_backward(
 if load_error() is None:
     torch.library.register_fake('mmactnn::quantize', _quantize)
     torch.library.register_fake('mmactnn::dequantize', _dequantize)
+    torch.library.register_fake('mmactnn::quantize_rows', _quantize_rows)
+    torch.library.register_fake('mmactnn::dequantize_rows', _dequantize_rows)
+    torch.library.register_fake('mmactnn::row_spread', _row_spread)
+    torch.library.register_fake('mmactnn::split_bits', _split_bits)
     torch.library.register_fake('mmactnn::relu_mask', _relu_mask)
     torch.library.register_fake('mmactnn::relu_mask_', _empty_mask)
     torch.library.register_fake(

@@ -5,24 +5,60 @@ import torch
 from ..extension import require_kernels
 from .layout import dense_rows
 
-VALID_BITS = (1, 2, 4, 8)
+VALID_BITS = tuple(range(1, 9))
 GROUP_SIZES = (64, 128, 256, 512)
 DEFAULT_GROUP_SIZE = 256
 VALID_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_group_size(group_size):
+    """Check the number of elements a range.
+
+    Raises:
+        ValueError: If it is not 64, 128, 256 or 512.
+    """
+    if group_size not in GROUP_SIZES:
+        raise ValueError(
+            f'group_size must be 64, 128, 256 or 512, got {group_size!r}'
+        )
 
 
 def check_format(bits, group_size):
     """Check the format of codes.
 
     Raises:
-        ValueError: If ``bits`` is not 1, 2, 4 or 8, or ``group_size`` not 64,
-            128, 256 or 512.
+        ValueError: If ``bits`` is not an integer from 1 to 8, or
+            ``group_size`` not 64, 128, 256 or 512.
     """
     if bits not in VALID_BITS:
-        raise ValueError(f'bits must be 1, 2, 4 or 8, got {bits!r}')
-    if group_size not in GROUP_SIZES:
+        raise ValueError(f'bits must be an integer from 1 to 8, got {bits!r}')
+    check_group_size(group_size)
+
+
+def check_dtype(dtype):
+    """Check the dtype that codes are to be decoded to.
+
+    Raises:
+        TypeError: If it is not float32, float16 or bfloat16.
+    """
+    if dtype not in VALID_DTYPES:
+        raise TypeError(
+            f'dtype must be float32, float16 or bfloat16, got {dtype}'
+        )
+
+
+def check_rows(tensor):
+    """Check that there are kernels for the samples of a tensor.
+
+    Raises:
+        ValueError: If it has no dimension.
+        TypeError: If the dtype is not float32, float16 or bfloat16.
+        RuntimeError: If the device has no kernels.
+    """
+    check_input(tensor)
+    if tensor.dim() == 0:
         raise ValueError(
-            f'group_size must be 64, 128, 256 or 512, got {group_size!r}'
+            'input must have at least one dimension, got a scalar tensor'
         )
 
 
@@ -62,7 +98,7 @@ def quantize(input, bits, group_size=DEFAULT_GROUP_SIZE, *, seed, offset=0):
         input (Tensor[N, *]): float32, float16 or bfloat16. Contiguous,
             channels_last and other dense layouts with dimension 0 outermost
             are read in place, others are copied first.
-        bits (int): Bits a code. Valid values are 1, 2, 4 and 8.
+        bits (int): Bits a code, from 1 to 8.
         group_size (int, optional): Elements a range. Valid values are 64,
             128, 256 and 512. Defaults to 256.
         seed (int): Key of the random bits, 64 bits.
@@ -71,9 +107,10 @@ def quantize(input, bits, group_size=DEFAULT_GROUP_SIZE, *, seed, offset=0):
 
     Returns:
         tuple[Tensor, Tensor]: ``codes`` (Tensor[N, ceil(M / 8) * bits],
-        uint8) for M elements a sample, the first of 8 elements in the lowest
-        bits; ``ranges`` (Tensor[N, ceil(M / group_size), 2], bfloat16) of
-        low and step.
+        uint8) for M elements a sample: a block of 8 elements takes ``bits``
+        bytes, the first element in the lowest bits of the little-endian word
+        that they make; ``ranges`` (Tensor[N, ceil(M / group_size), 2],
+        bfloat16) of low and step.
 
     Raises:
         ValueError: If ``bits`` or ``group_size`` is not valid, or ``input``
@@ -82,13 +119,9 @@ def quantize(input, bits, group_size=DEFAULT_GROUP_SIZE, *, seed, offset=0):
         RuntimeError: If the device has no kernels.
     """
     check_format(bits, group_size)
-    check_input(input)
-    if input.dim() == 0:
-        raise ValueError(
-            'input must have at least one dimension, got a scalar tensor'
-        )
+    check_rows(input)
     return torch.ops.mmactnn.quantize.default(
-        dense_rows(input), bits, group_size, _as_int64(seed), _as_int64(offset)
+        dense_rows(input), bits, group_size, as_int64(seed), as_int64(offset)
     )
 
 
@@ -107,7 +140,7 @@ def dequantize(
         stride (Sequence[int]): Strides of the result, those of the tensor
             that was quantised.
         dtype (torch.dtype): float32, float16 or bfloat16.
-        bits (int): Bits a code. Valid values are 1, 2, 4 and 8.
+        bits (int): Bits a code, from 1 to 8.
         group_size (int, optional): Elements a range. Defaults to 256.
 
     Returns:
@@ -120,17 +153,14 @@ def dequantize(
             do not belong together.
     """
     check_format(bits, group_size)
-    if dtype not in VALID_DTYPES:
-        raise TypeError(
-            f'dtype must be float32, float16 or bfloat16, got {dtype}'
-        )
+    check_dtype(dtype)
     require_kernels(codes.device)
     return torch.ops.mmactnn.dequantize.default(
         codes, ranges, size, stride, dtype, bits, group_size
     )
 
 
-def _as_int64(value):
+def as_int64(value):
     """The 64 lowest bits of an integer as the op's signed argument."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value

@@ -80,20 +80,44 @@ def _make_range(groups, valid, levels):
     return base, torch.where(special | overflow, nan, step)
 
 
+def _make_groups(input, group_size):
+    """Groups (Tensor[G, S]) of a tensor, and what of them is not padding."""
+    rows, row_numel = input.shape[0], input[:1].numel()
+    order = sorted(range(1, input.dim()), key=lambda d: -input.stride(d))
+    flat = input.permute(0, *order).reshape(rows, row_numel).float()
+    row_groups = -(-row_numel // group_size)
+    padded = flat.new_zeros(rows, row_groups * group_size)
+    padded[:, :row_numel] = flat
+    valid = torch.zeros_like(padded, dtype=torch.bool)
+    valid[:, :row_numel] = True
+    return padded.view(-1, group_size), valid.view(-1, group_size)
+
+
+def _pack(codes, bits):
+    """Bytes (Tensor[N, B * bits]) of codes (Tensor[N, B * 8])."""
+    shifts = torch.arange(bits, device=codes.device)
+    stream = codes[..., None] >> shifts & 1
+    shifts = torch.arange(8, device=codes.device)
+    stream = stream.reshape(codes.shape[0], codes.shape[1] // 8 * bits, 8)
+    return (stream << shifts).sum(-1).to(torch.uint8)
+
+
+def _unpack(packed, bits):
+    """The inverse of :func:`_pack`."""
+    shifts = torch.arange(8, device=packed.device)
+    stream = packed[..., None].long() >> shifts & 1
+    shifts = torch.arange(bits, device=packed.device)
+    stream = stream.reshape(packed.shape[0], packed.shape[1] // bits * 8, bits)
+    return (stream << shifts).sum(-1)
+
+
 def quantize(input, bits, group_size, seed, offset):
     """Specification of :func:`mmactnn.ops.quantize`, same arguments."""
     levels = 2**bits - 1
     rows, row_numel = input.shape[0], input[:1].numel()
-    order = sorted(range(1, input.dim()), key=lambda d: -input.stride(d))
-    flat = input.permute(0, *order).reshape(rows, row_numel).float()
     row_blocks = -(-row_numel // 8)
     row_groups = -(-row_numel // group_size)
-    padded = flat.new_zeros(rows, row_groups * group_size)
-    padded[:, :row_numel] = flat
-    groups = padded.view(-1, group_size)
-    valid = torch.zeros_like(padded, dtype=torch.bool)
-    valid[:, :row_numel] = True
-    valid = valid.view(-1, group_size)
+    groups, valid = _make_groups(input, group_size)
 
     if groups.numel() == 0:
         return (
@@ -107,7 +131,7 @@ def quantize(input, bits, group_size, seed, offset):
     words = philox(blocks, seed, offset)
     random = torch.stack([words & 0xFFFF, words >> 16], -1).view(rows, -1)
     random = torch.nn.functional.pad(
-        random, (0, padded.shape[1] - random.shape[1])
+        random, (0, row_groups * group_size - random.shape[1])
     ).view_as(groups)
     scale = (65536.0 / step_).where(step_ != 0, 0.0)
     fixed = ((groups - low_) * scale + 0.5).nan_to_num(0, 0, 0).to(torch.int32)
@@ -120,12 +144,8 @@ def quantize(input, bits, group_size, seed, offset):
     codes = torch.where(step_.isnan(), special.clamp(max=levels), codes)
 
     codes = (codes * valid).view(rows, -1)[:, : row_blocks * 8]
-    per_byte = 8 // bits
-    codes = codes.reshape(rows, -1, per_byte)
-    shifts = torch.arange(per_byte, device=input.device) * bits
-    packed = (codes << shifts).sum(-1).to(torch.uint8)
     ranges = torch.stack([low, step], -1).view(rows, row_groups, 2)
-    return packed, ranges.to(torch.bfloat16)
+    return _pack(codes, bits), ranges.to(torch.bfloat16)
 
 
 def dequantize(codes, ranges, size, stride, dtype, bits, group_size):
@@ -133,11 +153,8 @@ def dequantize(codes, ranges, size, stride, dtype, bits, group_size):
     out = torch.empty_strided(size, stride, dtype=dtype, device=codes.device)
     if out.numel() == 0:
         return out
-    levels = 2**bits - 1
-    rows, row_numel = size[0], out[:1].numel()
-    shifts = torch.arange(8 // bits, device=codes.device) * bits
-    unpacked = ((codes[..., None].long() >> shifts) & levels).view(rows, -1)
-    unpacked = unpacked[:, :row_numel]
+    row_numel = out[:1].numel()
+    unpacked = _unpack(codes, bits)[:, :row_numel]
     low, step = (
         ranges.float()
         .repeat_interleave(group_size, dim=1)[:, :row_numel]
@@ -156,6 +173,86 @@ def dequantize(codes, ranges, size, stride, dtype, bits, group_size):
     view = out.permute(0, *order)
     view.copy_(value.view(view.shape))
     return out
+
+
+def _row_bytes(row_numel, bits):
+    """Bytes of a row of codes, with and without padding."""
+    blocks = -(-row_numel // 8)
+    return -(-blocks // 8) * 8 * bits, blocks * bits
+
+
+def quantize_rows(
+    input, row_bits, row_starts, total_bits, group_size, seed, offset
+):
+    """Specification of :func:`mmactnn.ops.quantize_rows`, same arguments."""
+    row_numel = input[:1].numel()
+    codes = input.new_zeros(
+        _row_bytes(row_numel, total_bits)[0], dtype=torch.uint8
+    )
+    ranges = quantize(input, 1, group_size, seed, offset)[1]
+    widths = zip(row_bits.tolist(), row_starts.tolist())
+    for n, (bits, start) in enumerate(widths):
+        whole = quantize(input, bits, group_size, seed, offset)
+        first = _row_bytes(row_numel, start)[0]
+        codes[first : first + whole[0].shape[1]] = whole[0][n]
+        ranges[n] = whole[1][n]
+    return codes, ranges
+
+
+def dequantize_rows(
+    codes, ranges, row_bits, row_starts, size, stride, dtype, group_size
+):
+    """Specification of :func:`mmactnn.ops.dequantize_rows`."""
+    out = torch.empty_strided(size, stride, dtype=dtype, device=codes.device)
+    widths = zip(row_bits.tolist(), row_starts.tolist())
+    for n, (bits, start) in enumerate(widths):
+        first = _row_bytes(out[:1].numel(), start)[0]
+        length = _row_bytes(out[:1].numel(), bits)[1]
+        out[n] = dequantize(
+            codes[None, first : first + length],
+            ranges[n : n + 1],
+            (1, *size[1:]),
+            stride,
+            dtype,
+            bits,
+            group_size,
+        )[0]
+    return out
+
+
+def row_spread(input, group_size):
+    """Specification of :func:`mmactnn.ops.row_spread`, but for rounding."""
+    groups, valid = _make_groups(input, group_size)
+    inf, largest = float('inf'), torch.finfo(torch.float32).max
+    if groups.numel() == 0:
+        return input.new_zeros(input.shape[0], dtype=torch.float32)
+    finite = groups.isfinite() & valid
+    span = groups.where(finite, -inf).amax(1) - groups.where(finite, inf).amin(
+        1
+    )
+    span = span.where(finite.any(1), 0.0)
+    spread = (span * span * valid.sum(1)).clamp(max=largest).double()
+    total = spread.view(input.shape[0], -1).sum(1)
+    return total.clamp(max=largest).float()
+
+
+def split_bits(sensitivity, total_bits):
+    """Specification of :func:`mmactnn.ops.split_bits`, same arguments."""
+    rows = sensitivity.shape[0]
+    largest = torch.finfo(torch.float32).max
+    weight = sensitivity.nan_to_num(largest, largest).clamp(min=0.0)
+    factors = [1 / (2**bits - 1) ** 2 for bits in range(1, 9)]
+    unit_gain = torch.tensor(
+        [now - then for now, then in zip(factors, factors[1:])]
+    ).to(sensitivity)
+    # In the order in which equal gains are taken: by bits, then by row.
+    gains = (weight * unit_gain[:, None]).view(-1)
+    order = gains.sort(descending=True, stable=True).indices
+    taken = torch.zeros_like(gains, dtype=torch.int32)
+    taken[order[: total_bits - rows]] = 1
+    row_bits = 1 + taken.view(-1, rows).sum(0)
+    row_starts = row_bits.cumsum(0) - row_bits
+    return row_bits.to(torch.uint8), row_starts.to(torch.int32)
 
 
 def _memory_order(tensor):

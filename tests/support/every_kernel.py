@@ -2,9 +2,9 @@
 
 compute-sanitizer --tool memcheck python tests/support/every_kernel.py
 
-Every dtype, bit width, group size and way through the kernels: whole and
-ragged groups, rows on and off the 16-byte boundary, NaN and inf, in place;
-every kind of pooling window, in both layouts.
+Every dtype, bit width, group size and way through the kernels: one width and
+one for each sample, whole and ragged groups, rows on and off the 16-byte
+boundary, NaN and inf, in place; every kind of pooling window, in both layouts.
 Results are compared with the CPU's, so that a run that computes nothing
 cannot pass.
 """
@@ -45,6 +45,38 @@ def run_quantize(x, bits, group_size):
     format = (x.shape, x.stride(), x.dtype, bits, group_size)
     y = ops.dequantize(codes, ranges, *format)
     check(y, ops.dequantize(*expected, *format))
+
+
+def run_rows(x, group_size):
+    """Split bits by spread, quantise and dequantise samples."""
+    spread = ops.row_spread(x.cuda(), group_size)
+    torch.testing.assert_close(spread.cpu(), ops.row_spread(x, group_size))
+    total = 4 * len(x) + 1
+    widths = ops.split_bits(spread.cpu(), total)
+    for actual, expected in zip(ops.split_bits(spread, total), widths):
+        check(actual, expected)
+    # Every width, in as many calls as that takes.
+    for first in range(1, 9, len(x)):
+        row_bits = (torch.arange(len(x)) + first - 1) % 8 + 1
+        row_starts = (row_bits.cumsum(0) - row_bits).int()
+        run_widths(x, row_bits.byte(), row_starts, group_size)
+
+
+def run_widths(x, row_bits, row_starts, group_size):
+    """Quantise and dequantise samples of given widths."""
+    total = int(row_bits.sum())
+    expected = ops.quantize_rows(
+        x, row_bits, row_starts, total, group_size, seed=1
+    )
+    cuda_widths = (row_bits.cuda(), row_starts.cuda())
+    codes, ranges = ops.quantize_rows(
+        x.cuda(), *cuda_widths, total, group_size, seed=1
+    )
+    check(codes, expected[0])
+    check(ranges, expected[1])
+    format = (x.shape, x.stride(), x.dtype, group_size)
+    y = ops.dequantize_rows(codes, ranges, *cuda_widths, *format)
+    check(y, ops.dequantize_rows(*expected, row_bits, row_starts, *format))
 
 
 def run_relu(x, arguments):
@@ -100,6 +132,8 @@ def main():
         ):
             run_quantize(x, bits, group_size)
             count += 1
+        for group_size in ops.GROUP_SIZES:
+            run_rows(x, group_size)
     pools = 0
     for shape, dtype, window in itertools.product(
         POOL_SHAPES, DTYPES, WINDOWS

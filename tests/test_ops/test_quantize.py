@@ -9,7 +9,7 @@ from mmactnn import ops
 from mmactnn.extension import require_kernels
 from mmactnn.ops import reference
 
-BITS = (1, 2, 4, 8)
+BITS = tuple(range(1, 9))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = (
     (0, 3, 4),  # no samples
@@ -180,6 +180,17 @@ def test_rounding_of_elements_and_draws_is_independent(device):
     assert (noise * again).mean().abs() < 6 / math.sqrt(noise.numel())
 
 
+@pytest.mark.parametrize('bits', BITS)
+def test_codes_are_packed_from_the_lowest_bits_on(bits, device):
+    levels = 2**bits - 1
+    codes = [0, levels, levels // 2, 1, levels, 0, levels // 3, levels]
+    # A range of 0 to levels, and so a step of 1: nothing is rounded.
+    x = torch.tensor([codes], dtype=torch.float32, device=device)
+    packed = ops.quantize(x, bits, seed=1)[0]
+    word = sum(code << (i * bits) for i, code in enumerate(codes))
+    assert packed.tolist() == [list(word.to_bytes(bits, 'little'))]
+
+
 def test_seed_and_offset_decide(device):
     x = make((2, 300), torch.float32, device)
     first = ops.quantize(x, 2, seed=1, offset=2)[0]
@@ -201,7 +212,7 @@ def test_constant_groups(bits, value, device):
         assert (y - x).abs().max() <= abs(value) / 64 + 1e-33
 
 
-@pytest.mark.parametrize('bits', (2, 4, 8))
+@pytest.mark.parametrize('bits', BITS[1:])
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 def test_nan_and_inf_keep_their_places(bits, dtype, device):
     inf, nan = math.inf, math.nan
@@ -281,9 +292,9 @@ def test_sizes(device):
     assert ranges.shape == (3, 4, 2) and ranges.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize('bits', [0, 3, 16, 2.5])
+@pytest.mark.parametrize('bits', [0, 9, 16, 2.5])
 def test_unknown_bits(bits):
-    with pytest.raises(ValueError, match=f'1, 2, 4 or 8, got {bits}'):
+    with pytest.raises(ValueError, match=f'integer from 1 to 8, got {bits}'):
         ops.quantize(torch.zeros(1, 8), bits, seed=0)
 
 

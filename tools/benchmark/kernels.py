@@ -82,6 +82,33 @@ def measure(shape, dtype, channels_last):
         )
         yield row(f'quantize {bits} bit', nbytes, quantize)
         yield row(f'dequantize {bits} bit', nbytes, dequantize)
+    spread = ops.row_spread(x)
+    yield row('row spread', x.nbytes, functools.partial(ops.row_spread, x))
+    total = 2 * len(x)
+    split = functools.partial(ops.split_bits, spread, total)
+    yield row('split bits', 9 * len(x), split)
+    # All of 2 bits, to compare with the kernel of that width, and all widths.
+    plain = torch.full((len(x),), 2, device='cuda')
+    mixed = torch.arange(len(x), device='cuda') % 8 + 1
+    for name, bits in (('2 bit', plain), ('1 to 8 bit', mixed)):
+        total = int(bits.sum())
+        widths = (bits.byte(), (bits.cumsum(0) - bits).int())
+        codes, ranges = ops.quantize_rows(x, *widths, total, seed=1)
+        nbytes = x.nbytes + codes.nbytes + ranges.nbytes
+        quantize = functools.partial(
+            ops.quantize_rows, x, *widths, total, seed=1
+        )
+        dequantize = functools.partial(
+            ops.dequantize_rows,
+            codes,
+            ranges,
+            *widths,
+            x.shape,
+            x.stride(),
+            dtype,
+        )
+        yield row(f'quantize rows of {name}', nbytes, quantize)
+        yield row(f'dequantize rows of {name}', nbytes, dequantize)
     mask = ops.relu_mask(x)[1]
     nbytes = 2 * x.nbytes + mask.nbytes
     yield row('relu forward', nbytes, lambda: ops.relu_mask(x))
