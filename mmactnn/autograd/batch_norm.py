@@ -4,7 +4,7 @@ import torch
 from torch.autograd import Function
 
 from ..payload import QuantizedTensor
-from .channels import channel_shape, dims_but_channels
+from .channels import channel_shape, dims_but_channels, memory_format
 from .double_backward import first_order_only
 
 
@@ -74,6 +74,8 @@ class _BatchNorm(Function):
             return *grads, *[None] * 6
         payload = QuantizedTensor(ctx.format, *kept)
         x = payload.unpack()
+        # As the forward pass has it: cuDNN knows two layouts.
+        x = x.contiguous(memory_format=memory_format(x))
         grads = torch.ops.aten._batch_norm_impl_index_backward(
             ctx.backend,
             x,

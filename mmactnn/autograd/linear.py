@@ -46,7 +46,9 @@ class _Linear(Function):
             del x
             grad_weight = grad_weight.to(weight.dtype)
             if ctx.watch is not None:
-                samples = grad_output.view(ctx.format.size[0], -1)
+                samples = grad_output
+                if grad_output.dim() == 1:
+                    samples = grad_output.unsqueeze(0)
                 ctx.watch.linear(
                     payload, samples, grad_weight, fan=weight.shape[1]
                 )

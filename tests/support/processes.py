@@ -1,4 +1,4 @@
-"""Runs a function in several processes that form a gloo group."""
+"""Runs a function in several processes that form a group."""
 
 import os
 import tempfile
@@ -9,21 +9,27 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_in_processes(function, world_size, *args):
+def run_in_processes(function, world_size, argument):
     """Call a function in every process of a new group.
 
+    They talk through NCCL if they work on GPUs and each can have one of its
+    own, else through gloo.
+
     Args:
-        function (Callable): Takes the rank and args; importable by name, so
-            that it cannot live in a test module.
+        function (Callable): Takes the rank and the argument; importable by
+            name, so that it cannot live in a test module.
         world_size (int): Number of processes.
-        *args: For the function.
+        argument (object): For the function; ``'cuda'`` says that it works on
+            GPUs.
 
     Returns:
         list: What the processes returned, in the order of their ranks.
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(
-            _process, (world_size, folder, function, args), nprocs=world_size
+            _process,
+            (world_size, folder, function, argument),
+            nprocs=world_size,
         )
         return [
             torch.load(_result(folder, rank), weights_only=False)
@@ -31,18 +37,22 @@ def run_in_processes(function, world_size, *args):
         ]
 
 
-def _process(rank, world_size, folder, function, args):
+def _process(rank, world_size, folder, function, argument):
     torch.set_num_threads(1)
+    backend = 'gloo'
+    if argument == 'cuda' and torch.cuda.device_count() >= world_size:
+        torch.cuda.set_device(rank)
+        backend = 'nccl'
     # Does without a port, and without a host name that resolves.
     os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
     dist.init_process_group(
-        'gloo',
+        backend,
         init_method=f'file://{folder}/store',
         rank=rank,
         world_size=world_size,
     )
     try:
-        torch.save(function(rank, *args), _result(folder, rank))
+        torch.save(function(rank, argument), _result(folder, rank))
         dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -268,7 +268,6 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ('options', 'error', 'words'),
         [
-            (dict(level='L8'), ValueError, "'L8'"),
             (dict(group_size=100), ValueError, '100'),
             (dict(include=['neck.*']), ValueError, r"include.*'neck\.\*'"),
         ],
@@ -277,6 +276,10 @@ class TestRefusals:
         runner = make_runner(tmp_path, dict(ACTNN, **options))
         with pytest.raises(error, match=words):
             runner.train()
+
+    def test_bad_level(self):
+        with pytest.raises(ValueError, match="'L8'"):
+            ActNNHook(level='L8')
 
     @pytest.mark.parametrize('interval', [0, -1])
     def test_bad_interval(self, interval):

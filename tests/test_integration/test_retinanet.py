@@ -130,10 +130,7 @@ def test_gradients(device):
     errors = []
     for bits in (2, 4, 8):
         model = stock(device)
-        convert_model(model)
-        for module in model.modules():
-            if isinstance(module, (QConv2d, QBatchNorm2d)):
-                module.quantizer.bits = bits
+        convert_model(model, dict(base='L2', conv=bits, norm=bits))
         found = gradients(model)
         assert found.keys() == exact.keys()
         errors.append(

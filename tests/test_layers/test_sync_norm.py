@@ -170,7 +170,7 @@ def test_class():
     )
 
 
-@pytest.mark.parametrize('bits', [0, 3, 16])
+@pytest.mark.parametrize('bits', [0, 9, 16])
 def test_unknown_bits(bits):
     with pytest.raises(ValueError, match=f'bits.*got {bits}'):
         QSyncBatchNorm(CHANNELS, bits=bits)

@@ -79,10 +79,15 @@ def test_forward_and_backward(name, shape, dtype, channels_last, device):
 
     # Small integers: their sums are exact in every order and dtype.
     grad = torch.randint_like(output, -3, 4)
+    if device.type == 'cuda':
+        # In channels_last torch gives the gradient of a window that holds
+        # -inf alone to a value outside of it.
+        twin = x.detach().contiguous().requires_grad_()
+        expected = F.max_pool2d(twin, **window)
     expected.backward(grad)
     grad_input = ops.max_pool2d_backward(grad, indices, format)
     if x.numel():
-        assert grad_input.stride() == twin.grad.stride()
+        assert grad_input.stride() == x.stride()
     # The sum of nothing is 0, and so is that of two zeros but one sign.
     torch.testing.assert_close(grad_input, twin.grad, rtol=0, atol=0)
     torch.testing.assert_close(
