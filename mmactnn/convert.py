@@ -36,6 +36,7 @@ from .ops import DEFAULT_GROUP_SIZE
 from .precision import AdaptivePrecision
 from .quantizer import LayerQuantizer, OwnSettings
 from .random import RoundingGenerator
+from .units import MIB
 
 # By full name, so that MMCV and MMEngine need not be imported, nor installed.
 # Exact types only: a subclass may compute something else.
@@ -71,6 +72,9 @@ CONVERSIONS = {
     'torch.nn.modules.dropout.Dropout': QDropout,
     'mmcv.cnn.bricks.drop.Dropout': QDropout,
 }
+
+# Smaller codes stay on the device: the call would cost more than it saves.
+_MIN_SWAPPED_CODES = MIB // 4
 
 # Layers that keep nothing large for the backward pass.
 _KEEP_NOTHING = (
@@ -324,7 +328,8 @@ def _swap(model, level):
     if before is not None:
         before.detach()
     if level.swap:
-        HostSwap(model, max_host_mib=level.max_host_mib).attach()
+        min_bytes = MIB if level.exact else _MIN_SWAPPED_CODES
+        HostSwap(model, min_bytes, level.max_host_mib).attach()
 
 
 def _require_rules_used(level, names):

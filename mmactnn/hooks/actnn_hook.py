@@ -39,6 +39,8 @@ class ActNNHook(Hook):
     ``exact_mib``  what torch would have kept
     ``ratio``      the second over the first
     ``layers_ratio``  the same for the compressed layers alone
+    ``host_mib``   how much of it has been swapped to the host, at levels
+                   that do so
     ``peak_mib``   most memory allocated on the GPU so far, in MiB; without
                    a GPU the largest resident size of the process
     ============== =======================================================
@@ -205,6 +207,8 @@ class ActNNHook(Hook):
             layers_ratio=meter.layers_ratio,
             peak_mib=self._peak_mib,
         )
+        if self.level.swap:
+            scalars['host_mib'] = meter.swapped_bytes / MIB
         for name, value in scalars.items():
             runner.message_hub.update_scalar(
                 f'train/actnn/{name}', value, resumed=False

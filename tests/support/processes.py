@@ -39,10 +39,11 @@ def run_in_processes(function, world_size, argument):
 
 def _process(rank, world_size, folder, function, argument):
     torch.set_num_threads(1)
-    backend = 'gloo'
     if argument == 'cuda' and torch.cuda.device_count() >= world_size:
         torch.cuda.set_device(rank)
-        backend = 'nccl'
+        backend = 'cpu:gloo,cuda:nccl'
+    else:
+        backend = 'gloo'
     # Does without a port, and without a host name that resolves.
     os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
     dist.init_process_group(
