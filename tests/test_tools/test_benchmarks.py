@@ -1,0 +1,66 @@
+"""The benchmarks measure what they say, on a model of no size."""
+
+import sys
+import types
+
+import pytest
+import torch
+from support.tools import load_tool
+from torch import nn
+
+
+class Small(nn.Module):
+    """With a parameter of every kind that ResNet-50 has."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU()
+        self.conv2 = nn.Conv2d(8, 8, 3)
+        self.fc = nn.Linear(8, 1000)
+
+    def forward(self, x):
+        x = self.conv2(self.relu(self.bn1(self.conv1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def torchvision(monkeypatch):
+    models = types.SimpleNamespace(resnet50=Small)
+    module = types.SimpleNamespace(models=models)
+    monkeypatch.setitem(sys.modules, 'torchvision', module)
+
+
+def test_levels():
+    tool = load_tool('benchmark/levels.py')
+    args = tool.parse_args(
+        '--device cpu --batch-size 4 --image-size 32 --warmup 1 --steps 1'.split()
+    )
+    rows = {level: tool.measure(args, level) for level in ('exact', 'L3')}
+    kept = {level: row['activations_mib'] for level, row in rows.items()}
+    assert kept['exact'] > 5 * kept['L3'] > 0
+    assert all(row['images_per_s'] > 0 for row in rows.values())
+
+
+def test_gradient_error():
+    tool = load_tool('benchmark/gradient_error.py')
+    args = tool.parse_args(
+        '--device cpu --batch-size 4 --image-size 32 --draws 4'.split()
+    )
+    images, labels = tool.make_batch(args)
+    assert images.shape == (4, 3, 32, 32)
+    exact = tool.gradients(tool.make_model(args), images, labels)
+    assert tool.relative(exact, exact, ('conv', 'gamma')) == 0
+    rows = {
+        case: tool.measure(args, case, exact, images, labels)
+        for case in ('L2', '2 bits, fixed', 'L3, use_gradient')
+    }
+    errors = {case: row['error'] for case, row in rows.items()}
+    assert 0 < 2 * errors['L2'] < errors['2 bits, fixed']
+    assert rows['L2']['mean'] < errors['L2']
+    assert 'bits' not in rows['L2']
+    assert set(rows['L3, use_gradient']['bits']) == {
+        'conv1', 'bn1', 'conv2', 'fc',
+    }  # fmt: skip
+    assert torch.tensor([row['ratio'] for row in rows.values()]).gt(3).all()
