@@ -34,9 +34,8 @@ def torchvision(monkeypatch):
 
 def test_levels():
     tool = load_tool('benchmark/levels.py')
-    args = tool.parse_args(
-        '--device cpu --batch-size 4 --image-size 32 --warmup 1 --steps 1'.split()
-    )
+    options = '--device cpu --batch-size 8 --image-size 96'
+    args = tool.parse_args([*options.split(), '--warmup=1', '--steps=1'])
     rows = {level: tool.measure(args, level) for level in ('exact', 'L3')}
     kept = {level: row['activations_mib'] for level, row in rows.items()}
     assert kept['exact'] > 5 * kept['L3'] > 0
