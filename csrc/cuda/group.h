@@ -8,6 +8,7 @@
 
 #include "../common/codec.h"
 #include "../common/dispatch.h"
+#include "../common/divider.h"
 #include "../common/geometry.h"
 #include "launch.h"
 
