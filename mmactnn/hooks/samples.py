@@ -34,6 +34,11 @@ class SampleIndex:
         Raises:
             RuntimeError: If the samples do not say which they are.
         """
+        if not isinstance(data_batch, dict):
+            raise RuntimeError(
+                "use_gradient needs batches that are dicts with 'data_samples'"
+                f', got {type(data_batch).__name__}'
+            )
         samples = data_batch.get('data_samples')
         if samples is None:
             raise RuntimeError(
@@ -65,6 +70,7 @@ class SampleIndex:
     def _read(self):
         """Places of all samples, without loading an image."""
         places = {key: {} for key in self._KEYS}
+        paths = {}
         start = 0
         for leaf in self._leaves:
             if hasattr(leaf, 'get_data_info'):
@@ -73,6 +79,11 @@ class SampleIndex:
                     for key in self._KEYS:
                         if key in info:
                             places[key].setdefault(info[key], start + i)
+                    # Two datasets may number other images alike; such a
+                    # number tells nothing.
+                    name, path = info.get('img_id'), info.get('img_path')
+                    if paths.setdefault(name, path) != path:
+                        places['img_id'][name] = None
             start += len(leaf)
         return places
 

@@ -161,7 +161,7 @@ def make_runner(
                 }
             )
     cfg = dict(
-        model=dict(type='ToyClassifier', **(model or {})),
+        model=dict(dict(type='ToyClassifier'), **(model or {})),
         work_dir=str(work_dir),
         default_scope='mmengine',
         experiment_name=f'toy{next(_count)}',
