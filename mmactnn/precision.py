@@ -61,6 +61,7 @@ class AdaptivePrecision:
         self._place = 0
         self._averages = {}
         self._pending = []
+        self._again = 0
         self._samples = None
         self._batch = None
         self._shares = None
@@ -135,7 +136,8 @@ class AdaptivePrecision:
             self._take(self._pending.pop(0)[1].wait())
         due = self._passes % self.interval == 0
         early = self._passes < self.interval and _is_power_of_two(self._passes)
-        self.collecting = due or early
+        self.collecting = due or early or self._again > 0
+        self._again = max(self._again - 1, 0)
         self._batch, self._samples = self._samples, None
         self._shares = None
         for slot in self.slots:
@@ -155,10 +157,8 @@ class AdaptivePrecision:
             self._remember()
         if self.collecting:
             self.collecting = False
-            reports = self._gather_reports()
-            if reports is not None:
-                due = self._passes + 2
-                self._pending.append((due, _HostCopy(reports)))
+            reports = _HostCopy(self._gather_reports())
+            self._pending.append((self._passes + 2, reports))
 
     def next_place(self):
         """int: How many calls the backward pass has seen before this one."""
@@ -199,6 +199,7 @@ class AdaptivePrecision:
         """
         return dict(
             passes=self._passes,
+            again=self._again,
             bits=self.bits,
             averages={k: list(v) for k, v in self._averages.items()},
             pending=[(due, copy.wait()) for due, copy in self._pending],
@@ -229,7 +230,7 @@ class AdaptivePrecision:
                 f'{self.num_samples}'
             )
         self._open = self.collecting = False
-        self._passes = state['passes']
+        self._passes, self._again = state['passes'], state['again']
         for slot in self.slots:
             slot.bits = state['bits'][slot.name]
         self._averages = {k: list(v) for k, v in state['averages'].items()}
@@ -244,9 +245,7 @@ class AdaptivePrecision:
 
     def _gather_reports(self):
         present = [s.report for s in self.slots if s.report is not None]
-        if _world_size() == 1 and not present:
-            return None
-        device = present[0].device if present else self._device()
+        device = present[0].device if present else _any_device()
         nothing = torch.zeros(len(_FIELDS), device=device)
         reports = torch.stack(
             [
@@ -260,21 +259,17 @@ class AdaptivePrecision:
             dist.all_reduce(reports)
         return reports
 
-    def _device(self):
-        # NCCL moves nothing that is not on a GPU.
-        if dist.get_backend() == 'nccl':
-            return torch.device('cuda', torch.cuda.current_device())
-        return torch.device('cpu')
-
     def _take(self, reports):
         """Average a report into those before and share out the bits."""
         reports = reports.double()
-        if not reports.isfinite().all():
-            return  # a loss that overflowed; its step is skipped as well
-        reports = [dict(zip(_FIELDS, row)) for row in reports.tolist()]
-        power = sum(report['power'] for report in reports)
-        if power <= 0:
+        power = reports[:, _FIELDS.index('power')].sum().item()
+        if not reports.isfinite().all() or power <= 0:
+            # A loss that overflowed, or a pass that had no backward pass or
+            # one through frozen layers. Two passes in a row, lest the one
+            # of many is always of that kind, as in adversarial training.
+            self._again = 2
             return
+        reports = [dict(zip(_FIELDS, row)) for row in reports.tolist()]
         for slot, report in zip(self.slots, reports):
             count = report['count']
             if not count:
@@ -482,6 +477,14 @@ class _HostCopy:
             self._event.synchronize()
             self._event = None
         return self._host
+
+
+def _any_device():
+    """Where processes without reports of their own take part."""
+    # NCCL moves nothing that is not on a GPU.
+    if _world_size() > 1 and dist.get_backend() == 'nccl':
+        return torch.device('cuda', torch.cuda.current_device())
+    return torch.device('cpu')
 
 
 def _leader(slot):

@@ -84,6 +84,17 @@ class TestLayers:
         train(net, range(4), device)
         assert get_precision(net)._averages
 
+    @pytest.mark.parametrize('period', [2, 3])
+    def test_passes_without_gradients_are_made_up_for(self, period, device):
+        # As a generator, whose images the other step only looks at.
+        net = make_net().to(device)
+        for step in range(60):
+            loss = net(batch(step, device=device)).square().mean()
+            if step % period == 0:
+                loss.backward()
+        times = [v[-1] for v in get_precision(net)._averages.values()]
+        assert min(times) >= 5
+
     def test_error_falls_at_equal_memory(self, device):
         errors, saved = {}, {}
         fixed, adaptive = 'L2', dict(conv=4, norm=4)

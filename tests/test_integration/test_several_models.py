@@ -128,7 +128,7 @@ class TestDistillation:
             assert_same_bits(parameter, before[name])
         # It has learnt nothing of its own bits.
         assert set(get_precision(teacher).bits.values()) == {2}
-        assert get_precision(teacher).state_dict()['pending'] == []
+        assert get_precision(teacher).state_dict()['averages'] == {}
 
         packed = count_packs(monkeypatch)
         teacher(batch(0, device=device))
