@@ -2,7 +2,9 @@
 
 import heapq
 
-MIN_BITS, MAX_BITS = 1, 8
+from .ops import VALID_BITS
+
+MIN_BITS, MAX_BITS = VALID_BITS[0], VALID_BITS[-1]
 
 
 def allocate_bits(costs, sizes, budget):

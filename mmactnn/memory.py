@@ -24,7 +24,7 @@ class ActivationMeter:
 
     def __init__(self, model):
         # Its hooks lie over this object's and tell what they see.
-        self._swap = attached_swap(model)
+        self.swap = attached_swap(model)
         self._own = {
             tensor.untyped_storage()._cdata
             for tensor in (*model.parameters(), *model.buffers())
@@ -146,7 +146,7 @@ class ActivationMeter:
     def _is_listening(self):
         # Checkpointing puts hooks of its own on top of ours. A layer that
         # keeps nothing would count there otherwise, as no pack() follows.
-        if self._swap is not None and self._swap.is_on_top():
+        if self.swap is not None and self.swap.is_on_top():
             return True
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         return hooks is not None and hooks[0] == self.pack
@@ -215,7 +215,7 @@ def measure_activations(model):
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
     for layer in layers:
         layer.quantizer.meter = meter
-    swap = attached_swap(model)
+    swap = meter.swap
     if swap is not None:
         swap.observer = meter.observe
     try:

@@ -25,6 +25,12 @@ class PayloadFormat(NamedTuple):
     bits: float
     group_size: int
 
+    @classmethod
+    def of(cls, tensor, bits, group_size):
+        """The format of a tensor that is quantised as it lies in memory."""
+        layout = tensor.shape, tensor.stride(), tensor.dtype
+        return cls(*layout, bits, group_size)
+
 
 class QuantizedTensor:
     """A tensor as codes of a few bits.
@@ -55,7 +61,7 @@ class QuantizedTensor:
 
         Args:
             tensor (Tensor[N, *]): float32, float16 or bfloat16.
-            bits (int): Bits a code. Valid values are 1, 2, 4 and 8.
+            bits (int): Bits a code. Valid values are 1 to 8.
             group_size (int): Elements a range: 64, 128, 256 or 512.
             generator (RoundingGenerator): Source of the random bits.
 
@@ -71,9 +77,7 @@ class QuantizedTensor:
         codes, ranges = ops.quantize(
             rows, bits, group_size, seed=seed, offset=offset
         )
-        format = PayloadFormat(
-            rows.shape, rows.stride(), rows.dtype, bits, group_size
-        )
+        format = PayloadFormat.of(rows, bits, group_size)
         return cls(format, codes, ranges)
 
     @classmethod
@@ -108,13 +112,8 @@ class QuantizedTensor:
             seed=seed,
             offset=offset,
         )
-        format = PayloadFormat(
-            rows.shape,
-            rows.stride(),
-            rows.dtype,
-            total_bits / rows.shape[0],
-            group_size,
-        )
+        mean_bits = total_bits / rows.shape[0]
+        format = PayloadFormat.of(rows, mean_bits, group_size)
         return cls(format, codes, ranges, row_bits, row_starts)
 
     @property

@@ -94,7 +94,7 @@ class QConv2d(_QForwardConv, nn.Conv2d):
     Args:
         *args: As ``nn.Conv2d``.
         bits (int, optional): Bits an element of the kept input at every level
-            but L0. Valid values are 1, 2, 4 and 8. Defaults to the level's.
+            but L0. Valid values are 1 to 8. Defaults to the level's.
         group_size (int, optional): Elements that share a range. Valid values
             are 64, 128, 256 and 512. Defaults to the model's, which is 256
             unless the conversion says otherwise.

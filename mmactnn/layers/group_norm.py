@@ -18,7 +18,7 @@ class QGroupNorm(CodedLayer, nn.GroupNorm):
         *args: As ``nn.GroupNorm``; or the number of channels alone, beside
             ``num_groups`` as a keyword, as MMCV builds norms.
         bits (int, optional): Bits an element of the kept input at every level
-            but L0. Valid values are 1, 2, 4 and 8. Defaults to the level's.
+            but L0. Valid values are 1 to 8. Defaults to the level's.
         group_size (int, optional): Elements that share a range, which are not
             those of a group of channels. Valid values are 64, 128, 256 and
             512. Defaults to the model's, which is 256 unless the conversion

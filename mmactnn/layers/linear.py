@@ -17,7 +17,7 @@ class QLinear(CodedLayer, nn.Linear):
     Args:
         *args: As ``nn.Linear``.
         bits (int, optional): Bits an element of the kept input at every level
-            but L0. Valid values are 1, 2, 4 and 8. Defaults to the level's
+            but L0. Valid values are 1 to 8. Defaults to the level's
             for convolutions.
         group_size (int, optional): Elements that share a range. Valid values
             are 64, 128, 256 and 512. Defaults to the model's, which is 256

@@ -23,8 +23,8 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 
 from mmactnn.offload import HostSwap
+from mmactnn.units import MIB
 
-MIB = 2**20
 MODES = ('exact', 'save_on_cpu', 'HostSwap')
 
 
