@@ -415,7 +415,9 @@ class TestSeparation:
 
 
 def test_all_processes_agree(device):
-    first, second = run_in_processes(train_distributed, 2, device.type)
+    first, second = run_in_processes(
+        train_distributed, 2, device.type, device.type
+    )
     assert first['bits'] == second['bits']
     assert len(set(first['bits'].values())) > 1
     torch.testing.assert_close(first['history'], second['history'])

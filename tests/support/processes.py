@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_in_processes(function, world_size, argument):
+def run_in_processes(function, world_size, argument, device='cpu'):
     """Call a function in every process of a new group.
 
     They talk through NCCL if they work on GPUs and each can have one of its
@@ -19,8 +19,9 @@ def run_in_processes(function, world_size, argument):
         function (Callable): Takes the rank and the argument; importable by
             name, so that it cannot live in a test module.
         world_size (int): Number of processes.
-        argument (object): For the function; ``'cuda'`` says that it works on
-            GPUs.
+        argument (object): For the function.
+        device (str, optional): ``'cuda'`` if it works on GPUs. Defaults to
+            ``'cpu'``.
 
     Returns:
         list: What the processes returned, in the order of their ranks.
@@ -28,7 +29,7 @@ def run_in_processes(function, world_size, argument):
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(
             _process,
-            (world_size, folder, function, argument),
+            (world_size, folder, function, argument, device),
             nprocs=world_size,
         )
         return [
@@ -37,9 +38,9 @@ def run_in_processes(function, world_size, argument):
         ]
 
 
-def _process(rank, world_size, folder, function, argument):
+def _process(rank, world_size, folder, function, argument, device):
     torch.set_num_threads(1)
-    if argument == 'cuda' and torch.cuda.device_count() >= world_size:
+    if device == 'cuda' and torch.cuda.device_count() >= world_size:
         torch.cuda.set_device(rank)
         backend = 'cpu:gloo,cuda:nccl'
     else:

@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import torch.distributed as dist
 from mmcv.ops import SyncBatchNorm as MMSyncBatchNorm
 from mmengine.model.utils import convert_sync_batchnorm
 from torch import nn
@@ -14,6 +15,7 @@ from mmactnn import (
     convert_model,
     revert_model,
 )
+from mmactnn.autograd.sync_batch_norm import sync_batch_norm
 from support.layers import gradients
 
 CHANNELS = 4
@@ -214,24 +216,71 @@ def _train(rank, device):
     return {n: t.cpu() for n, t in model.module.state_dict().items()}
 
 
-def run_alone(rank, level):
+def run_alone(rank, argument):
     """A layer in a group of one process, and batch normalisation.
 
     Args:
         rank (int): Of this process.
-        level (str): Level of the layer.
+        argument (tuple[str, str]): Level of the layer, and the device.
 
     Returns:
         list[dict]: Output, gradients and running mean of each.
     """
+    level, device = argument
     found = []
     for norm in (QSyncBatchNorm(CHANNELS), nn.BatchNorm2d(CHANNELS)):
         if isinstance(norm, QSyncBatchNorm):
             convert_model(norm, level)
         torch.manual_seed(0)
-        x = torch.randn(3, CHANNELS, 5, 6)
+        x = torch.randn(3, CHANNELS, 5, 6).to(device)
+        norm.to(device)
         results = gradients(norm, x, torch.randn_like(x))
-        found.append(dict(results, running_mean=norm.running_mean))
+        results['running_mean'] = norm.running_mean
+        found.append({n: t.cpu() for n, t in results.items()})
+    return found
+
+
+def run_collectives(rank, device):
+    """What several processes do, by one, and batch normalisation in float64.
+
+    A layer that is alone leaves the collectives out.
+
+    Args:
+        rank (int): Of this process.
+        device (str): ``'cpu'`` or ``'cuda'``.
+
+    Returns:
+        list[dict]: Output, gradients and running mean of each.
+    """
+    norms = [
+        QSyncBatchNorm(CHANNELS, bits=8).to(device),
+        nn.BatchNorm2d(CHANNELS, dtype=torch.float64),
+    ]
+    torch.manual_seed(0)
+    x, grad_output = torch.randn(2, 3, CHANNELS, 5, 6)
+    found = []
+    for norm in norms:
+        set_state(norm)
+        running = norm.running_mean, norm.running_var
+        input = x.to(norm.weight, copy=True).requires_grad_()
+        if isinstance(norm, QSyncBatchNorm):
+            output = sync_batch_norm(
+                input,
+                norm.weight,
+                norm.bias,
+                *running,
+                norm.momentum,
+                norm.eps,
+                dist.group.WORLD,
+                norm.quantizer,
+            )
+        else:
+            output = norm(input)
+        output.backward(grad_output.to(output))
+        tensors = dict(output=output.detach(), input=input.grad)
+        tensors.update(weight=norm.weight.grad, bias=norm.bias.grad)
+        tensors.update(running_mean=running[0], running_var=running[1])
+        found.append({n: t.cpu() for n, t in tensors.items()})
     return found
 
 

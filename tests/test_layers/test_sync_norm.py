@@ -19,6 +19,7 @@ from support.sync_norm_cases import (
     run_all,
     run_alone,
     run_case,
+    run_collectives,
     set_state,
 )
 from torch import nn
@@ -28,7 +29,7 @@ from mmactnn import QSyncBatchNorm
 
 # One start of the processes serves all tests of a device.
 in_two_processes = functools.cache(
-    lambda device: run_in_processes(run_all, 2, device)
+    lambda device: run_in_processes(run_all, 2, device, device)
 )
 
 
@@ -128,11 +129,22 @@ def test_from_mmengine(implementation, module, device):
 
 
 @pytest.mark.parametrize('level', ['L0', 'L3'])
-def test_one_process_in_a_group(level):
-    found, expected = run_in_processes(run_alone, 1, level)[0]
+def test_one_process_in_a_group(level, device):
+    argument = level, device.type
+    found, expected = run_in_processes(run_alone, 1, argument, device.type)[0]
     for key, value in found.items():
         if level == 'L0' or key in ('output', 'running_mean'):
             assert_same_bits(value, expected[key])
+
+
+def test_collectives_of_one_process(device):
+    ((found, expected),) = run_in_processes(
+        run_collectives, 1, device.type, device.type
+    )
+    assert found.keys() == expected.keys() and found
+    for key, value in found.items():
+        limit = 0.02 if key in ('input', 'weight') else FLOAT32_ERROR
+        assert relative_error(value, expected[key]) < limit
 
 
 @pytest.mark.parametrize('mode', ['default', 'N'])
