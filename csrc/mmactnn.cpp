@@ -31,6 +31,38 @@ STABLE_TORCH_LIBRARY(mmactnn, m) {
   m.def(
       "relu_mask_backward(Tensor grad_output, Tensor mask, "
       "float? slope=None) -> Tensor");
+  m.def(
+      "channel_stats(Tensor input, float eps, float momentum, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var) -> "
+      "(Tensor mean, Tensor var, Tensor invstd)");
+  m.def(
+      "norm_act(Tensor input, Tensor? residual, Tensor mean, Tensor invstd, "
+      "Tensor? weight, Tensor? bias, bool relu, int bits, int act_bits, "
+      "int group_size, int seed, int offset) -> (Tensor output, "
+      "Tensor codes, Tensor ranges, Tensor act_codes, Tensor act_ranges)");
+  m.def(
+      "norm_act_(Tensor(a!) input, Tensor? residual, Tensor mean, "
+      "Tensor invstd, Tensor? weight, Tensor? bias, bool relu, int bits, "
+      "int act_bits, int group_size, int seed, int offset) -> "
+      "(Tensor codes, Tensor ranges, Tensor act_codes, Tensor act_ranges)");
+  m.def(
+      "norm_grad_sums(Tensor grad_output, Tensor codes, Tensor ranges, "
+      "int bits, int group_size, bool relu) -> Tensor sums");
+  m.def(
+      "norm_add_grad_sums(Tensor grad_output, Tensor codes, Tensor ranges, "
+      "Tensor act_codes, int bits, int act_bits, int group_size) -> "
+      "(Tensor grad, Tensor sums)");
+  m.def(
+      "norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges, "
+      "Tensor scale, Tensor means, int bits, int group_size, bool relu) -> "
+      "Tensor");
+  m.def(
+      "dequantize_split(Tensor codes, Tensor ranges, Tensor? weight, "
+      "Tensor? bias, int[] size, int[] stride, ScalarType dtype, int bits, "
+      "int group_size) -> Tensor");
+  m.def(
+      "dequantize_zeroed(Tensor codes, Tensor ranges, int[] size, "
+      "int[] stride, ScalarType dtype, int bits, int group_size) -> Tensor");
   m.def("dropout(Tensor input, float p, int seed, int offset) -> Tensor");
   m.def("dropout_(Tensor(a!) input, float p, int seed, int offset) -> ()");
   m.def(

@@ -175,6 +175,246 @@ def dequantize(codes, ranges, size, stride, dtype, bits, group_size):
     return out
 
 
+def _random16(rows, row_numel, group_size, seed, offset, device):
+    """16 random bits (Tensor[G, S]) for each element of the groups."""
+    row_blocks = -(-row_numel // 8)
+    row_groups = -(-row_numel // group_size)
+    blocks = torch.arange(rows * row_blocks, device=device)
+    words = philox(blocks, seed, offset)
+    random = torch.stack([words & 0xFFFF, words >> 16], -1).view(rows, -1)
+    missing = row_groups * group_size - random.shape[1]
+    random = torch.nn.functional.pad(random, (0, missing))
+    return random.view(-1, group_size)
+
+
+def _encode_kind(groups, kind, levels, random):
+    """Codes of the elements of a kind, and its range: (0, 0) of none.
+
+    Special codes may be larger than ``levels``.
+    """
+    low, step = _make_range(groups, kind, levels)
+    none = ~kind.any(1)
+    low, step = low.where(~none, 0.0), step.where(~none, 0.0)
+    low_, step_ = low[:, None], step[:, None]
+    scale = (65536.0 / step_).where(step_ != 0, 0.0)
+    fixed = ((groups - low_) * scale + 0.5).nan_to_num(0, 0, 0).to(torch.int32)
+    codes = ((fixed + random) >> 16).clamp(max=levels)
+    special = torch.zeros_like(codes)
+    special[groups == float('inf')] = _POSITIVE_INF
+    special[groups == -float('inf')] = _NEGATIVE_INF
+    special[groups.isnan() | low_.isnan()] = _NAN
+    return torch.where(step_.isnan(), special, codes), low, step
+
+
+def _split_codes(value, positive, bits, group_size, seed, offset):
+    """Split codes of ``value`` (Tensor[N, *]), see rectified_codec.h."""
+    rows, row_numel = value.shape[0], value[:1].numel()
+    levels = 2 ** (bits - 1) - 1
+    groups, valid = _make_groups(value, group_size)
+    kinds = _make_groups(positive, group_size)[0] != 0
+    random = _random16(rows, row_numel, group_size, seed, offset, value.device)
+    codes, ranges = torch.zeros_like(random), []
+    for sign, kind in enumerate([valid & ~kinds, valid & kinds]):
+        code, low, step = _encode_kind(groups, kind, levels, random)
+        code = code.clamp(max=levels) + (sign << (bits - 1))
+        codes = torch.where(kind, code, codes)
+        ranges += [low, step]
+    row_blocks = -(-row_numel // 8)
+    codes = codes.view(rows, -1)[:, : row_blocks * 8]
+    ranges = torch.stack(ranges, -1).view(rows, -1, 4)
+    return _pack(codes, bits), ranges.to(torch.bfloat16)
+
+
+def _zeroed_codes(value, bits, group_size, seed, offset):
+    """Zeroed codes of a rectifier's output, see rectified_codec.h."""
+    rows, row_numel = value.shape[0], value[:1].numel()
+    levels = 2**bits - 2
+    groups, valid = _make_groups(value, group_size)
+    kind = valid & ~(groups <= 0)
+    random = _random16(rows, row_numel, group_size, seed, offset, value.device)
+    codes, low, step = _encode_kind(groups, kind, levels, random)
+    nan = step.isnan()[:, None] & (codes == _NAN)
+    codes = torch.where(kind, codes.where(~nan, 2) + 1, 0)
+    row_blocks = -(-row_numel // 8)
+    codes = codes.view(rows, -1)[:, : row_blocks * 8]
+    ranges = torch.stack([low, step], -1).view(rows, -1, 2)
+    return _pack(codes, bits), ranges.to(torch.bfloat16)
+
+
+def _per_element(tensor, out):
+    """A row of numbers a sample, in memory order, as ``out`` lies."""
+    order = sorted(range(1, out.dim()), key=lambda d: -out.stride(d))
+    shape = out.permute(0, *order).shape
+    inverse = [0] + [order.index(d) + 1 for d in range(1, out.dim())]
+    return tensor.reshape(shape).permute(inverse)
+
+
+def _decode_split(codes, ranges, out, bits, group_size):
+    """Values (float32, shaped and laid out as ``out``) and their kinds."""
+    row_numel = out[:1].numel()
+    unpacked = _unpack(codes, bits)[:, :row_numel]
+    positive = unpacked >> (bits - 1) == 1
+    code = unpacked & (2 ** (bits - 1) - 1)
+    ranges = ranges.float().repeat_interleave(group_size, 1)[:, :row_numel]
+    low = torch.where(positive, ranges[..., 2], ranges[..., 0])
+    step = torch.where(positive, ranges[..., 3], ranges[..., 1])
+    value = code * step + low
+    nan, inf = float('nan'), float('inf')
+    special = torch.where(code == _POSITIVE_INF, inf, nan)
+    special = torch.where(code == _NEGATIVE_INF, -inf, special)
+    if bits == 2:
+        special = torch.full_like(low, nan)
+    special = torch.where(code == 0, low, special)
+    value = torch.where(step.isnan(), special, value)
+    return _per_element(value, out), _per_element(positive, out)
+
+
+def _decode_plain(codes, ranges, out, bits, group_size):
+    layout = out.shape, out.stride(), torch.float32
+    return dequantize(codes, ranges, *layout, bits, group_size)
+
+
+def _channels(vector, out):
+    """A number a channel, to be broadcast over ``out``."""
+    return vector.view(-1, *[1] * (out.dim() - 2))
+
+
+def _strided_like(values, out):
+    return torch.empty_like(out).copy_(values)
+
+
+def channel_stats(input, eps, momentum, running_mean, running_var):
+    """Specification of :func:`mmactnn.ops.channel_stats`."""
+    dims = [d for d in range(input.dim()) if d != 1]
+    var, mean = torch.var_mean(input.double(), dims, correction=0)
+    count = input.numel() // input.shape[1]
+    if running_mean is not None:
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        unbiased = var * count / (count - 1)
+        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    invstd = (var + eps).rsqrt()
+    return mean.float(), var.float(), invstd.float()
+
+
+def norm_act(
+    input,
+    residual,
+    mean,
+    invstd,
+    weight,
+    bias,
+    relu,
+    bits,
+    act_bits,
+    group_size,
+    seed,
+    offset,
+):
+    """Specification of :func:`mmactnn.ops.norm_act`, same arguments."""
+    normal = (input.float() - _channels(mean, input)) * _channels(
+        invstd, input
+    )
+    total = normal
+    if weight is not None:
+        total = total * _channels(weight, input)
+    if bias is not None:
+        total = total + _channels(bias, input)
+    if residual is not None:
+        total = total + residual.float()
+    output = _strided_like(total.to(input.dtype), input)
+    normal = _strided_like(normal, input.float())
+    if relu:
+        output = output.where(~(output <= 0), 0.0)
+    output = _strided_like(output, input)
+    act = (
+        input.new_empty(0, dtype=torch.uint8),
+        input.new_empty(0, dtype=torch.bfloat16),
+    )
+    if relu and residual is None:
+        positive = _strided_like(~(output <= 0), input.to(torch.bool))
+        codes = _split_codes(normal, positive, bits, group_size, seed, offset)
+    else:
+        codes = quantize(normal, bits, group_size, seed, offset)
+    if residual is not None:
+        # A stream of its own: the highest bit of the counter is set.
+        act = _zeroed_codes(
+            output, act_bits, group_size, seed, offset ^ (1 << 63)
+        )
+    return output, *codes, *act
+
+
+def norm_grad_sums(grad_output, codes, ranges, bits, group_size, relu):
+    """Specification of :func:`mmactnn.ops.norm_grad_sums`."""
+    decode = _decode_split if relu else _decode_plain
+    normal = decode(codes, ranges, grad_output, bits, group_size)
+    grad = grad_output.double()
+    if relu:
+        normal, positive = normal
+        grad = grad.where(positive, 0.0)
+    dims = [d for d in range(grad.dim()) if d != 1]
+    sums = [grad.sum(dims), (grad * normal).sum(dims)]
+    return torch.stack(sums).float()
+
+
+def norm_add_grad_sums(
+    grad_output, codes, ranges, act_codes, bits, act_bits, group_size
+):
+    """Specification of :func:`mmactnn.ops.norm_add_grad_sums`."""
+    row_numel = grad_output[:1].numel()
+    positive = _unpack(act_codes, act_bits)[:, :row_numel] != 0
+    positive = _per_element(positive, grad_output)
+    grad = _strided_like(grad_output.where(positive, 0.0), grad_output)
+    sums = norm_grad_sums(grad, codes, ranges, bits, group_size, False)
+    return grad, sums
+
+
+def norm_grad_input(
+    grad_output, codes, ranges, scale, means, bits, group_size, relu
+):
+    """Specification of :func:`mmactnn.ops.norm_grad_input`."""
+    decode = _decode_split if relu else _decode_plain
+    normal = decode(codes, ranges, grad_output, bits, group_size)
+    grad = grad_output.float()
+    if relu:
+        normal, positive = normal
+        grad = grad.where(positive, 0.0)
+    shifted = grad - _channels(means[0], grad)
+    shifted = shifted - normal * _channels(means[1], grad)
+    result = shifted * _channels(scale, grad)
+    return _strided_like(result.to(grad_output.dtype), grad_output)
+
+
+def dequantize_split(
+    codes, ranges, weight, bias, size, stride, dtype, bits, group_size
+):
+    """Specification of :func:`mmactnn.ops.dequantize_split`."""
+    out = torch.empty_strided(size, stride, dtype=dtype, device=codes.device)
+    normal, positive = _decode_split(codes, ranges, out, bits, group_size)
+    if weight is not None:
+        normal = normal * _channels(weight, out)
+    if bias is not None:
+        normal = normal + _channels(bias, out)
+    largest = torch.finfo(dtype).max
+    value = normal.clamp(-largest, largest).where(normal.isfinite(), normal)
+    return out.copy_(value.where(positive, 0.0))
+
+
+def dequantize_zeroed(codes, ranges, size, stride, dtype, bits, group_size):
+    """Specification of :func:`mmactnn.ops.dequantize_zeroed`."""
+    out = torch.empty_strided(size, stride, dtype=dtype, device=codes.device)
+    row_numel = out[:1].numel()
+    unpacked = _unpack(codes, bits)[:, :row_numel]
+    ranges = ranges.float().repeat_interleave(group_size, 1)[:, :row_numel]
+    low, step = ranges.unbind(-1)
+    code = unpacked - 1
+    largest = torch.finfo(dtype).max
+    value = (code * step + low).clamp(-largest, largest)
+    special = torch.where(code == 1, float('inf'), float('nan'))
+    special = torch.where(code == 0, low, special)
+    value = torch.where(step.isnan(), special, value)
+    return out.copy_(_per_element(value.where(unpacked != 0, 0.0), out))
+
+
 def _row_bytes(row_numel, bits):
     """Bytes of a row of codes, with and without padding."""
     blocks = -(-row_numel // 8)
