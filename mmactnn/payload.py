@@ -17,6 +17,7 @@ class PayloadFormat(NamedTuple):
         bits (float): Bits a code; their mean where each sample has bits of
             its own.
         group_size (int): Elements a range.
+        kind (str): Of its codes: ``'plain'``, ``'split'`` or ``'zeroed'``.
     """
 
     size: torch.Size
@@ -24,19 +25,89 @@ class PayloadFormat(NamedTuple):
     dtype: torch.dtype
     bits: float
     group_size: int
+    kind: str = 'plain'
 
     @classmethod
-    def of(cls, tensor, bits, group_size):
+    def of(cls, tensor, bits, group_size, kind='plain'):
         """The format of a tensor that is quantised as it lies in memory."""
         layout = tensor.shape, tensor.stride(), tensor.dtype
-        return cls(*layout, bits, group_size)
+        return cls(*layout, bits, group_size, kind)
+
+    def payload(self, *tensors):
+        """The payload of this format and of saved tensors.
+
+        Args:
+            *tensors (Tensor, optional): Its ``tensors``.
+
+        Returns:
+            Payload: The payload.
+        """
+        return _PAYLOADS[self.kind](self, *tensors)
 
 
-class QuantizedTensor:
-    """A tensor as codes of a few bits.
+class Payload:
+    """A tensor as codes, however these look.
 
     Its tensors go through ``ctx.save_for_backward``, its format stays on
-    ``ctx``; together they make the payload again.
+    ``ctx``; :meth:`PayloadFormat.payload` makes one of both again.
+
+    Attributes:
+        format (PayloadFormat): Shape, layout, dtype and bits.
+        tensors (tuple[Tensor | None]): What to save for backward.
+        rectified (bool): Whether the tensor is a rectifier's output.
+        slot (Slot, optional): What its bits come from.
+    """
+
+    rectified = False
+    slot = None
+
+    @property
+    def nbytes(self):
+        """int: Bytes of codes, ranges and what belongs to them."""
+        return sum(t.nbytes for t in self.tensors if t is not None)
+
+    def unpack(self, start=None, stop=None):
+        """Dequantise all samples or a range of them.
+
+        Args:
+            start (int, optional): First sample. Defaults to 0.
+            stop (int, optional): One past the last sample. Defaults to all.
+
+        Returns:
+            Tensor[stop - start, *]: In the original dtype and layout.
+        """
+        raise NotImplementedError
+
+    def chunks(self, max_bytes):
+        """Dequantise piece by piece.
+
+        Args:
+            max_bytes (int, optional): Most bytes of a piece; one sample at
+                least. None for all in one.
+
+        Yields:
+            tuple[slice, Tensor]: Samples and their values.
+        """
+        samples = self.format.size[0]
+        if max_bytes is None or samples == 0:
+            yield slice(None), self.unpack()
+            return
+        sample_bytes = (
+            self.format.size[1:].numel() * self.format.dtype.itemsize
+        )
+        step = max(1, int(max_bytes // max(sample_bytes, 1)))
+        for start in range(0, samples, step):
+            stop = min(start + step, samples)
+            yield slice(start, stop), self.unpack(start, stop)
+
+    def _layout(self, samples):
+        """Size, strides and dtype of so many samples."""
+        format = self.format
+        return (samples, *format.size[1:]), format.stride, format.dtype
+
+
+class QuantizedTensor(Payload):
+    """A tensor as codes of its values.
 
     Args:
         format (PayloadFormat): Shape, layout, dtype and bits.
@@ -123,26 +194,12 @@ class QuantizedTensor:
             return self.codes, self.ranges
         return self.codes, self.ranges, self.row_bits, self.row_starts
 
-    @property
-    def nbytes(self):
-        """int: Bytes of codes, ranges and what belongs to them."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
     def unpack(self, start=None, stop=None):
-        """Dequantise all samples or a range of them.
-
-        Args:
-            start (int, optional): First sample. Defaults to 0.
-            stop (int, optional): One past the last sample. Defaults to all.
-
-        Returns:
-            Tensor[stop - start, *]: In the original dtype and layout.
-        """
+        """See the base class."""
         format = self.format
         part = slice(start, stop)
         ranges = self.ranges[part]
-        size = (ranges.shape[0], *format.size[1:])
-        layout = (size, format.stride, format.dtype)
+        layout = self._layout(ranges.shape[0])
         if self.row_bits is None:
             return ops.dequantize(
                 self.codes[part],
@@ -160,24 +217,117 @@ class QuantizedTensor:
             format.group_size,
         )
 
-    def chunks(self, max_bytes):
-        """Dequantise piece by piece.
 
-        Args:
-            max_bytes (int, optional): Most bytes of a piece; one sample at
-                least. None for all in one.
+class SplitTensor(Payload):
+    """A rectified normalised tensor, by the codes of what was normalised.
 
-        Yields:
-            tuple[slice, Tensor]: Samples and their values.
-        """
-        samples = self.format.size[0]
-        if max_bytes is None or samples == 0:
-            yield slice(None), self.unpack()
-            return
-        sample_bytes = (
-            self.format.size[1:].numel() * self.format.dtype.itemsize
+    Args:
+        format (PayloadFormat): Shape, layout, dtype and bits.
+        codes (Tensor[N, ceil(M / 8) * bits]): uint8, split codes; see
+            :func:`mmactnn.ops.norm_act`.
+        ranges (Tensor[N, ceil(M / group_size), 4]): bfloat16.
+        weight (Tensor[C], optional): float32, what the normalised value was
+            scaled with ...
+        bias (Tensor[C], optional): float32, ... and shifted by.
+    """
+
+    rectified = True
+
+    def __init__(self, format, codes, ranges, weight=None, bias=None):
+        self.format = format
+        self.codes = codes
+        self.ranges = ranges
+        self.weight = weight
+        self.bias = bias
+
+    @property
+    def tensors(self):
+        """tuple[Tensor | None]: What to save for backward."""
+        return self.codes, self.ranges, self.weight, self.bias
+
+    def unpack(self, start=None, stop=None):
+        """See the base class."""
+        part = slice(start, stop)
+        ranges = self.ranges[part]
+        return ops.dequantize_split(
+            self.codes[part],
+            ranges,
+            self.weight,
+            self.bias,
+            *self._layout(ranges.shape[0]),
+            self.format.bits,
+            self.format.group_size,
         )
-        step = max(1, int(max_bytes // max(sample_bytes, 1)))
-        for start in range(0, samples, step):
-            stop = min(start + step, samples)
-            yield slice(start, stop), self.unpack(start, stop)
+
+
+class ZeroedTensor(Payload):
+    """A rectifier's output, by codes of which 0 is exactly zero.
+
+    Args:
+        format (PayloadFormat): Shape, layout, dtype and bits.
+        codes (Tensor[N, ceil(M / 8) * bits]): uint8, zeroed codes; see
+            :func:`mmactnn.ops.norm_act`.
+        ranges (Tensor[N, ceil(M / group_size), 2]): bfloat16.
+    """
+
+    rectified = True
+
+    def __init__(self, format, codes, ranges):
+        self.format = format
+        self.codes = codes
+        self.ranges = ranges
+
+    @property
+    def tensors(self):
+        """tuple[Tensor]: What to save for backward."""
+        return self.codes, self.ranges
+
+    def unpack(self, start=None, stop=None):
+        """See the base class."""
+        part = slice(start, stop)
+        ranges = self.ranges[part]
+        return ops.dequantize_zeroed(
+            self.codes[part],
+            ranges,
+            *self._layout(ranges.shape[0]),
+            self.format.bits,
+            self.format.group_size,
+        )
+
+
+_PAYLOADS = dict(
+    plain=QuantizedTensor, split=SplitTensor, zeroed=ZeroedTensor
+)
+
+
+class _Shared(NamedTuple):
+    payload: Payload
+    version: int
+
+
+def share(tensor, payload):
+    """Let the layers that read a tensor find its payload.
+
+    Args:
+        tensor (Tensor[N, *]): What the payload stands for. That of a leaf is
+            not shared: a leaf may be read in many passes, all of which would
+            round alike.
+        payload (Payload): Its payload.
+    """
+    if tensor.grad_fn is not None:
+        tensor._mmactnn_shared = _Shared(payload, tensor._version)
+
+
+def shared_payload(tensor):
+    """The payload of a tensor, if a layer has one already.
+
+    Args:
+        tensor (Tensor[*]): What a layer reads.
+
+    Returns:
+        Payload, optional: None also if the tensor was modified since.
+    """
+    shared = getattr(tensor, '_mmactnn_shared', None)
+    if shared is None or shared.version != tensor._version:
+        return None
+    return shared.payload

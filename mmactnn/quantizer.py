@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from . import ops, sensitivity
 from .allocation import MAX_BITS, MIN_BITS
-from .payload import QuantizedTensor
+from .payload import QuantizedTensor, share, shared_payload
 from .random import default_generator
 from .units import MIB
 
@@ -29,11 +29,14 @@ class Watch(NamedTuple):
         slot (Slot): Whom it tells.
         producer (Slot, optional): Slot of the layer that made the input.
         collecting (bool): Whether layers report, or samples alone.
+        adds_elements (bool): Whether the call keeps a payload of its own,
+            not one that another call has counted.
     """
 
     slot: object
     producer: object
     collecting: bool
+    adds_elements: bool = True
 
     def linear(self, payload, grad_output, grad_weight, fan):
         """Report a layer whose weight's gradient is linear in its input.
@@ -78,8 +81,16 @@ class Watch(NamedTuple):
         power = cost.new_zeros(())
         if grad_weight is not None:
             power = grad_weight.float().square().sum()
-        numel = payload.format.size.numel()
+        numel = payload.format.size.numel() * self.adds_elements
         self.slot.observe(numel, cost, relay, power, self.producer)
+
+
+def _watch(slot, input, adds_elements=True):
+    if slot is None or not slot.observes:
+        return None
+    producer = getattr(input.grad_fn, 'slot', None)
+    collecting = slot.precision.collecting
+    return Watch(slot, producer, collecting, adds_elements)
 
 
 class LayerQuantizer:
@@ -218,6 +229,38 @@ class LayerQuantizer:
         payload = self.pack(tensor)
         return payload.format, payload.tensors
 
+    def keep_shared(self, input, tensor, needed):
+        """As :meth:`keep`, by the payload that another layer has.
+
+        Fits what is linear in the kept tensor, and the layers that take the
+        same one: each of their gradients is unbiased.
+
+        Args:
+            input (Tensor[N, *]): The layer's input.
+            tensor (Tensor[N, *]): What is to be kept: the input, or a cast or
+                padded one.
+            needed (bool): Whether the backward pass needs anything.
+
+        Returns:
+            tuple[PayloadFormat, tuple[Tensor], Watch]: The first two as
+            :meth:`keep`, and what :meth:`watch` returns, for the layer that
+            has chosen the bits.
+        """
+        if not needed:
+            return None, (), None
+        payload, first = shared_payload(input), False
+        if (
+            payload is None
+            or payload.format.size != tensor.shape
+            or payload.format.dtype != tensor.dtype
+        ):
+            payload, first = self.pack(tensor), True
+            payload.slot = self.slot
+            if tensor is input:
+                share(input, payload)
+        watch = _watch(payload.slot, input, adds_elements=first)
+        return payload.format, payload.tensors, watch
+
     def watch(self, input):
         """Prepare the report of a call, if one is wanted.
 
@@ -228,10 +271,7 @@ class LayerQuantizer:
         Returns:
             Watch, optional: What the backward pass reports to.
         """
-        if self.slot is None or not self.slot.observes:
-            return None
-        producer = getattr(input.grad_fn, 'slot', None)
-        return Watch(self.slot, producer, self.slot.precision.collecting)
+        return _watch(self.slot, input)
 
     @property
     def chunk_bytes(self):

@@ -3,7 +3,6 @@
 import torch
 from torch.autograd import Function
 
-from ..payload import QuantizedTensor
 from .channels import channel_shape, dims_but_channels, memory_format
 from .double_backward import first_order_only
 
@@ -72,7 +71,7 @@ class _BatchNorm(Function):
                 grad_output, weight, running_var, ctx.eps, wanted
             )
             return *grads, *[None] * 6
-        payload = QuantizedTensor(ctx.format, *kept)
+        payload = ctx.format.payload(*kept)
         x = payload.unpack()
         # As the forward pass has it: cuDNN knows two layouts.
         x = x.contiguous(memory_format=memory_format(x))

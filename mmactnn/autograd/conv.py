@@ -5,7 +5,6 @@ import math
 import torch
 from torch.autograd import Function
 
-from ..payload import QuantizedTensor
 from .autocast import cast, lower_dtype
 from .channels import memory_format
 from .double_backward import first_order_only
@@ -21,10 +20,12 @@ class _Convolution(Function):
         ctx.size, ctx.input_dtype = input.shape, input.dtype
         ctx.memory_format = memory_format(x)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.format, kept = quantizer.keep(x, needed=ctx.needs_input_grad[1])
+        ctx.format, kept, ctx.watch = quantizer.keep_shared(
+            input, x, needed=ctx.needs_input_grad[1]
+        )
         ctx.chunk_bytes = quantizer.chunk_bytes
         # Read by the layer that takes the output, from the graph.
-        ctx.slot, ctx.watch = quantizer.slot, quantizer.watch(input)
+        ctx.slot = quantizer.slot
         # The parameter itself, not its copy in the dtype of autocast.
         ctx.save_for_backward(weight, *kept)
         quantizer.note(kept=kept, exact=(x, w))
@@ -53,7 +54,7 @@ class _Convolution(Function):
         if needs_weight:
             # Before the input's gradient exists: the two are the largest
             # tensors here and need not live together.
-            payload = QuantizedTensor(ctx.format, *kept)
+            payload = ctx.format.payload(*kept)
             for part, x in payload.chunks(ctx.chunk_bytes):
                 _, weight_part, bias_part = gradients(
                     x, False, True, needs_bias, grad=grad_output[part]

@@ -5,7 +5,6 @@ import math
 import torch
 from torch.autograd import Function
 
-from ..payload import QuantizedTensor
 from .autocast import cast, full_dtype
 from .channels import dims_but_channels, memory_format
 from .double_backward import first_order_only
@@ -48,7 +47,7 @@ class _GroupNorm(Function):
                 dims_but_channels(grad_output), dtype=mean.dtype
             )
             return None, None, grad_bias.to(ctx.bias_dtype), *nothing
-        payload = QuantizedTensor(ctx.format, *kept)
+        payload = ctx.format.payload(*kept)
         x = payload.unpack()
         input_dtype = x.dtype
         x, w = cast(ctx.dtype, x, weight)

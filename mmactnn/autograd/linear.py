@@ -3,7 +3,6 @@
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from ..payload import QuantizedTensor
 from .autocast import cast, lower_dtype
 from .double_backward import first_order_only
 
@@ -18,10 +17,9 @@ class _Linear(Function):
         ctx.dtype, ctx.input_dtype = dtype, input.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         # Rows of the payload are samples: a vector is one.
-        ctx.format, kept = quantizer.keep(
-            x.unsqueeze(0) if x.dim() == 1 else x, needed=needs_weight
+        ctx.format, kept, ctx.watch = quantizer.keep_shared(
+            input, x.unsqueeze(0) if x.dim() == 1 else x, needed=needs_weight
         )
-        ctx.watch = quantizer.watch(input)
         # The parameter itself, not its copy in the dtype of autocast.
         ctx.save_for_backward(weight, *kept)
         quantizer.note(
@@ -40,7 +38,7 @@ class _Linear(Function):
         if needs_weight:
             # Before the input's gradient exists: the two are the largest
             # tensors here and need not live together.
-            payload = QuantizedTensor(ctx.format, *kept)
+            payload = ctx.format.payload(*kept)
             x = payload.unpack()
             grad_weight = rows.t() @ x.reshape(-1, weight.shape[1])
             del x

@@ -5,7 +5,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from ..payload import QuantizedTensor
 from .autocast import cast
 from .channels import channel_shape, dims_but_channels
 from .double_backward import first_order_only
@@ -107,7 +106,7 @@ class _SyncBatchNorm(Function):
         if ctx.format is None:
             x_hat = kept[0].to(dtype, copy=True)
         else:
-            payload = QuantizedTensor(ctx.format, *kept)
+            payload = ctx.format.payload(*kept)
             x_hat = payload.unpack().to(dtype)
         x_hat.sub_(mean.view(shape)).mul_(invstd.view(shape))
         grad_weight = (grad_output * x_hat).sum(dims, dtype=dtype)
