@@ -7,6 +7,7 @@ import fnmatch
 from torch import nn
 
 from .allocator import require_expandable_segments
+from .fusion import find_fusions, remove_fusions
 from .layers import (
     QAdaptiveAvgPool2d,
     QAvgPool2d,
@@ -124,6 +125,21 @@ class Left:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fused:
+    """A block whose normalisation, addition and ReLU run as one.
+
+    Attributes:
+        name (str): Qualified name in the model.
+        source (str): Its class.
+        norms (int): How many normalisations it has that are fused.
+    """
+
+    name: str
+    source: str
+    norms: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ConversionReport:
     """What a conversion did.
 
@@ -131,11 +147,13 @@ class ConversionReport:
         level (str): Name of the level.
         converted (tuple[Converted]): Layers that are compressed now.
         left (tuple[Left]): Layers that are not, with the reason.
+        fused (tuple[Fused]): Blocks that run fused.
     """
 
     level: str
     converted: tuple
     left: tuple
+    fused: tuple = ()
 
     def __str__(self):
         lines = [
@@ -148,6 +166,14 @@ class ConversionReport:
         )
         for (source, target, size), count in sorted(kinds.items()):
             lines.append(f'  {count:4d} {source} -> {target} ({size})')
+        blocks = collections.Counter()
+        for item in self.fused:
+            blocks[item.source] += 1
+        for source, count in sorted(blocks.items()):
+            lines.append(
+                f'  {count:4d} {source} fused: normalisation and ReLU share a '
+                'payload'
+            )
         reasons = collections.defaultdict(list)
         for item in self.left:
             reasons[item.source, item.reason].append(item.name)
@@ -235,26 +261,49 @@ def convert_model(
             reason = 'excluded' if excluded else 'not included'
             left.append(Left(name, type(module).__name__, reason))
             continue
-        own = OwnSettings()
-        if isinstance(module, QuantizedLayer):
-            own = module.quantizer.own
-        quantizer = LayerQuantizer.for_level(
-            target, level, group_size, generator, own, name, precision
-        )
-        chosen.append((name, module, target, quantizer))
+        chosen.append((name, module, target))
     for used in (include, exclude):
         if used is not None:
             used.require_all_used()
     _require_rules_used(level, [name for name, *_ in chosen])
+    fusions = _find_fusions(model, level, chosen)
+    fused = {norm for fusion in fusions.values() for norm in fusion.norms}
+    quantizers = []
+    for name, module, target in chosen:
+        own = OwnSettings()
+        if isinstance(module, QuantizedLayer):
+            own = module.quantizer.own
+        quantizers.append(
+            LayerQuantizer.for_level(
+                target,
+                level,
+                group_size,
+                generator,
+                own,
+                name,
+                precision,
+                module in fused,
+            )
+        )
     # Nothing is left to fail: a call that raises has changed no layer.
     before = _precisions(model)
-    converted = tuple(_convert(*choice) for choice in chosen)
+    remove_fusions(model)
+    converted = tuple(
+        _convert(*choice, quantizer)
+        for choice, quantizer in zip(chosen, quantizers)
+    )
+    for fusion in fusions.values():
+        fusion.install()
     for unused in before - _precisions(model):
         unused.detach()
     if precision is not None and precision.slots:
         precision.attach(model)
     _swap(model, level)
-    return ConversionReport(level.name, converted, tuple(left))
+    blocks = tuple(
+        Fused(name, type(fusion.module).__name__, len(fusion.norms))
+        for name, fusion in fusions.items()
+    )
+    return ConversionReport(level.name, converted, tuple(left), blocks)
 
 
 def revert_model(model):
@@ -272,6 +321,7 @@ def revert_model(model):
     swap = attached_swap(model)
     if swap is not None:
         swap.detach()
+    remove_fusions(model)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
             module.revert_()
@@ -320,6 +370,27 @@ def _make_precision(level, num_samples):
             'the size of the dataset, got None'
         )
     return AdaptivePrecision(num_samples if level.use_gradient else None)
+
+
+def _find_fusions(model, level, chosen):
+    """By name, the blocks of a model that a level fuses.
+
+    Layers that the filters leave out take part as they are.
+    """
+    targets = {
+        module: type(module)
+        for module in model.modules()
+        if isinstance(module, QuantizedLayer)
+        and (module.quantizer.fused_bits or module.kind == 'mask')
+        and not module.quantizer.exact
+    }
+    fuses = level.fuse and level.norm is not None and level.mask
+    for name, module, target in chosen:
+        targets.pop(module, None)
+        rule = level.rule_for(name)
+        if fuses and not (rule is not None and rule.bits is None):
+            targets[module] = target
+    return find_fusions(model, targets)
 
 
 def _swap(model, level):

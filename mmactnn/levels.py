@@ -43,6 +43,12 @@ class Level:
         norm (float, optional): The same for normalisation layers.
         mask (bool): Whether activations, pooling and dropout keep masks,
             positions, shapes or seeds instead of tensors. Exact either way.
+        fuse (bool): Whether normalisation, addition and ReLU of known blocks
+            run as one and share a payload (:mod:`mmactnn.fusion`). Their bits
+            are those of ``norm`` and ``conv``, rounded down, and
+            ``rectified``.
+        rectified (int): Bits an element of what a fused ReLU makes of a
+            normalised value, the sign included: 2 to 8.
         adaptive (bool): Whether bits are shared out by what they are worth:
             among layers, and among the samples of each layer.
         use_gradient (bool): Whether the shares of samples follow their
@@ -67,6 +73,8 @@ class Level:
     conv: float | None
     norm: float | None
     mask: bool
+    fuse: bool = True
+    rectified: int = 4
     adaptive: bool = False
     use_gradient: bool = False
     chunk_mib: float | None = None
@@ -90,6 +98,11 @@ class Level:
                     f'{field} bits of level {self.name} must be a whole '
                     f'number unless the level is adaptive, got {bits!r}'
                 )
+        if self.rectified not in range(2, 9):
+            raise ValueError(
+                f'rectified bits of level {self.name} must be a whole number '
+                f'from 2 to 8, got {self.rectified!r}'
+            )
         if self.use_gradient and not self.adaptive:
             raise ValueError(
                 f'use_gradient needs an adaptive level, {self.name} is not'
@@ -121,7 +134,7 @@ class Level:
         return None
 
 
-_L3 = Level('L3', conv=2, norm=2, mask=True, adaptive=True)
+_L3 = Level('L3', conv=2, norm=2, mask=True, rectified=3, adaptive=True)
 
 LEVELS = {
     level.name: level

@@ -295,9 +295,7 @@ class ZeroedTensor(Payload):
         )
 
 
-_PAYLOADS = dict(
-    plain=QuantizedTensor, split=SplitTensor, zeroed=ZeroedTensor
-)
+_PAYLOADS = dict(plain=QuantizedTensor, split=SplitTensor, zeroed=ZeroedTensor)
 
 
 class _Shared(NamedTuple):

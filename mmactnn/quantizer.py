@@ -22,6 +22,31 @@ class OwnSettings(NamedTuple):
     group_size: int | None = None
 
 
+class FusedBits(NamedTuple):
+    """Bits of the payloads of a normalisation that is fused.
+
+    Attributes:
+        plain (int): Of the normalised value, before an addition or alone.
+        split (int): Of the normalised value, where it is rectified.
+        zeroed (int): Of a rectified sum.
+    """
+
+    plain: int
+    split: int
+    zeroed: int
+
+    @classmethod
+    def of_level(cls, level):
+        """The bits that a level gives."""
+        zeroed = int(level.norm if level.conv is None else level.conv)
+        return cls(int(level.norm), level.rectified, max(2, zeroed))
+
+    @classmethod
+    def of_layer(cls, bits):
+        """The bits of a layer that has bits of its own."""
+        return cls(bits, min(bits + 1, 8), max(2, bits))
+
+
 class Watch(NamedTuple):
     """How the backward pass of one call tells what rounding does to it.
 
@@ -109,6 +134,10 @@ class LayerQuantizer:
             :class:`mmactnn.AdaptivePrecision`. Defaults to ``bits`` for all.
         chunk_mib (float, optional): Most MiB (2^20 bytes) that a backward
             pass decodes at once, where it can. Defaults to all.
+        strict (bool, optional): Whether somebody chose the bits for this very
+            layer, so that a payload of fewer bits will not do. Defaults to
+            False.
+        fused_bits (FusedBits, optional): For a normalisation that is fused.
 
     Raises:
         ValueError: If ``bits`` or ``group_size`` is not valid.
@@ -122,6 +151,8 @@ class LayerQuantizer:
         own=OwnSettings(),  # noqa: B008  (immutable)
         slot=None,
         chunk_mib=None,
+        strict=False,
+        fused_bits=None,
     ):
         whole = bits and slot is None
         ops.check_format(bits if whole else 1, group_size)
@@ -131,6 +162,8 @@ class LayerQuantizer:
         self.own = own
         self.slot = slot
         self.chunk_mib = chunk_mib
+        self.strict = strict
+        self.fused_bits = fused_bits
         self.meter = None
 
     @classmethod
@@ -143,6 +176,7 @@ class LayerQuantizer:
         own,
         name='',
         precision=None,
+        fused=False,
     ):
         """The settings of a layer in a model of some level.
 
@@ -159,6 +193,8 @@ class LayerQuantizer:
             precision (AdaptivePrecision, optional): Shares out the bits that
                 nothing fixes. Defaults to the level's bits for all, rounded
                 down.
+            fused (bool, optional): Whether the layer is a normalisation that
+                is fused; those share out no bits. Defaults to False.
 
         Returns:
             LayerQuantizer: The settings.
@@ -173,7 +209,7 @@ class LayerQuantizer:
         elif own.bits is not None and not level.exact:
             bits = own.bits
         elif bits is not None and layer_class.kind != 'mask':
-            if precision is None:
+            if precision is None or fused:
                 bits = int(bits)
             else:
                 slot = precision.add(name, bits)
@@ -182,8 +218,25 @@ class LayerQuantizer:
             ops.check_format(bits, group_size)
         sizes = (rule and rule.group_size, own.group_size, group_size)
         group_size = next(size for size in sizes if size is not None)
+        strict = bits is not None and (
+            rule is not None or own.bits is not None
+        )
+        fused_bits = None
+        if fused and bits is not None:
+            fused_bits = (
+                FusedBits.of_layer(bits)
+                if strict
+                else FusedBits.of_level(level)
+            )
         return cls(
-            bits, group_size, generator, own, slot, chunk_mib=level.chunk_mib
+            bits,
+            group_size,
+            generator,
+            own,
+            slot,
+            level.chunk_mib,
+            strict,
+            fused_bits,
         )
 
     @property
@@ -253,6 +306,7 @@ class LayerQuantizer:
             payload is None
             or payload.format.size != tensor.shape
             or payload.format.dtype != tensor.dtype
+            or (self.strict and payload.format.bits < self.bits)
         ):
             payload, first = self.pack(tensor), True
             payload.slot = self.slot

@@ -10,7 +10,7 @@ from .channels import channel_shape, dims_but_channels
 from .double_backward import first_order_only
 
 
-def _global_statistics(input, group):
+def global_statistics(input, group):
     """Mean, biased variance and number of values of each channel.
 
     Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for
@@ -48,10 +48,22 @@ def _global_statistics(input, group):
     return mean, (spread * shares).sum(0), total
 
 
-def _update(running, batch, momentum):
-    """Move a running statistic, of any dtype, towards that of the batch."""
-    momentum = momentum.to(running.dtype)
-    running.lerp_(batch.to(running.dtype), momentum)
+def update_running(running, mean, var, count, momentum):
+    """Move running statistics towards those of a batch.
+
+    Args:
+        running (tuple[Tensor[C], Tensor[C]]): Mean and variance, of any
+            dtype, updated in place.
+        mean (Tensor[C]): Mean of the batch.
+        var (Tensor[C]): Biased variance of the batch.
+        count (Tensor[1]): Its values a channel. A batch of no samples at all
+            changes nothing, as torch's.
+        momentum (float): Weight of the batch.
+    """
+    momentum = momentum * count.clamp(max=1)
+    for statistic, batch in zip(running, (mean, var * (count / (count - 1)))):
+        dtype = statistic.dtype
+        statistic.lerp_(batch.to(dtype), momentum.to(dtype))
 
 
 class _SyncBatchNorm(Function):
@@ -68,12 +80,10 @@ class _SyncBatchNorm(Function):
         group,
         quantizer,
     ):
-        mean, var, count = _global_statistics(input, group)
+        mean, var, count = global_statistics(input, group)
         if running_mean is not None:
-            # A batch of no samples at all changes nothing, as torch's.
-            momentum = momentum * count.clamp(max=1)
-            _update(running_mean, mean, momentum)
-            _update(running_var, var * (count / (count - 1)), momentum)
+            running = running_mean, running_var
+            update_running(running, mean, var, count, momentum)
         # The kernels take parameters and statistics of one dtype.
         w, b = cast(mean.dtype, weight, bias)
         output = F.batch_norm(input, mean, var, w, b, False, 0.0, eps)

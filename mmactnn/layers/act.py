@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..autograd import relu
+from ..payload import shared_payload
 from .base import ExactLayer
 
 
@@ -36,6 +37,14 @@ class QReLU(_Rectifier, nn.ReLU):
     Examples:
         >>> QReLU()(torch.randn(2, requires_grad=True)).sum().backward()
     """
+
+    def forward(self, input):
+        """See ``nn.ReLU``."""
+        if self.compresses(input):
+            payload = shared_payload(input)
+            if payload is not None and payload.rectified:
+                return input  # ReLU of ReLU
+        return super().forward(input)
 
 
 class QReLU6(_Rectifier, nn.ReLU6):

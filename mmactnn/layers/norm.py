@@ -3,22 +3,87 @@
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..autograd import batch_norm
+from ..autograd import Statistics, batch_norm, norm_act
+from ..ops.quantize import VALID_DTYPES
 from .base import CodedLayer
 
 
 class _QBatchNorm(CodedLayer, _BatchNorm):
-    """Batch normalisation of the rank that ``_check_input_dim`` accepts."""
+    """Batch normalisation of the rank that ``_check_input_dim`` accepts.
+
+    Attributes:
+        rectifies (bool): Whether the output is to be rectified where that can
+            be fused; see :mod:`mmactnn.fusion`.
+    """
 
     kind = 'norm'
+    rectifies = False
+
+    def fuses(self, input, residual=None):
+        """Whether :meth:`norm_act` can take a call.
+
+        Args:
+            input (Tensor[*]): Input of the layer.
+            residual (Tensor[*], optional): What is added to its output.
+        """
+        if self.quantizer.fused_bits is None or not self.compresses(
+            input, self.weight, self.bias, residual
+        ):
+            return False
+        same = residual is None or (
+            residual.shape == input.shape
+            and residual.dtype == input.dtype
+            and residual.device == input.device
+        )
+        fits = input.numel() > 0 and input.dtype in VALID_DTYPES
+        # What torch's layer refuses is left to it.
+        valid = not self._uses_batch_stats() or (
+            self.eps > 0
+            and (self._group() is not None or not _has_one_value(input))
+        )
+        return same and fits and valid
+
+    def norm_act(self, input, relu, residual=None):
+        """Normalise, add and rectify as one.
+
+        Args:
+            input (Tensor[N, C, *]): Input of the layer; see :meth:`fuses`.
+            relu (bool): Whether to rectify.
+            residual (Tensor[N, C, *], optional): What is added before.
+
+        Returns:
+            Tensor[N, C, *]: The output.
+        """
+        self._check_input_dim(input)
+        momentum = self._next_momentum()
+        used = not self.training or self.track_running_stats
+        statistics = Statistics(
+            self.running_mean if used else None,
+            self.running_var if used else None,
+            self._uses_batch_stats(),
+            momentum,
+            self.eps,
+            self._group(),
+        )
+        return norm_act(
+            input,
+            residual,
+            self.weight,
+            self.bias,
+            statistics,
+            relu,
+            self.quantizer,
+        )
 
     def forward(self, input):
         """See ``nn.BatchNorm2d``."""
+        if self.fuses(input):
+            return self.norm_act(input, relu=self.rectifies)
         compresses = self.compresses(input, self.weight, self.bias)
         if not compresses or not input.numel():
             return super().forward(input)
         self._check_input_dim(input)
-        batch_stats = self.training or self.running_mean is None
+        batch_stats = self._uses_batch_stats()
         if batch_stats and (_has_one_value(input) or self.eps <= 0):
             # Torch's layer to refuse.
             return super().forward(input)
@@ -37,6 +102,13 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
             self.eps,
             self.quantizer,
         )
+
+    def _uses_batch_stats(self):
+        return self.training or self.running_mean is None
+
+    def _group(self):
+        """The processes that share statistics, if they do."""
+        return None
 
     def _next_momentum(self):
         """The weight of this batch; counts it if the layer tracks."""

@@ -49,6 +49,8 @@ class QSyncBatchNorm(_QBatchNorm, nn.SyncBatchNorm, _BatchNorm):
         """See ``nn.SyncBatchNorm``."""
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
+        if self.fuses(input):
+            return self.norm_act(input, relu=self.rectifies)
         compresses = self.compresses(input, self.weight, self.bias)
         if not self._synchronises():
             if compresses or input.is_cuda:
@@ -70,6 +72,11 @@ class QSyncBatchNorm(_QBatchNorm, nn.SyncBatchNorm, _BatchNorm):
             self.process_group,
             self.quantizer,
         )
+
+    def _group(self):
+        if not self._synchronises():
+            return None
+        return self.process_group or dist.group.WORLD
 
     def _synchronises(self):
         return (

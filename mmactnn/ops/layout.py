@@ -32,6 +32,24 @@ def dense_rows(tensor):
     return tensor.contiguous()
 
 
+def dense_channels(tensor):
+    """A dense tensor that is contiguous or channels_last.
+
+    Args:
+        tensor (Tensor[N, C, *]): Any layout.
+
+    Returns:
+        Tensor[N, C, *]: The tensor itself, or a contiguous copy.
+    """
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if tensor.is_contiguous() or (
+        tensor.dim() in last
+        and tensor.is_contiguous(memory_format=last[tensor.dim()])
+    ):
+        return tensor
+    return tensor.contiguous()
+
+
 def suggests_channels_last(tensor):
     """Whether torch takes a tensor for channels_last, dense or not.
 
