@@ -72,25 +72,36 @@ class FusedPairs:
 
     def __call__(self, *args, **kwargs):
         """See the module's own ``forward``."""
-        with self._rectifying():
-            return type(self.module).forward(self.module, *args, **kwargs)
+        with self._fusing():
+            return self._unfused(*args, **kwargs)
+
+    def _unfused(self, *args, **kwargs):
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     @contextlib.contextmanager
-    def _rectifying(self):
-        norms = [
-            getattr(self.module, norm)
-            for norm, relu in self.pairs
-            if not _hooked(
-                getattr(self.module, norm), getattr(self.module, relu)
-            )
-        ]
-        for norm in norms:
-            norm.rectifies = True
+    def _fusing(self):
+        """Let the normalisations take part, but where somebody looks."""
+        norms = self._taking_part() if self.is_active else {}
+        for norm, relu in norms.items():
+            norm.fusing = 'norm' if relu is None else 'norm and ReLU'
         try:
             yield
         finally:
             for norm in norms:
-                norm.rectifies = False
+                norm.fusing = None
+
+    @property
+    def is_active(self):
+        """bool: Whether the module is being trained."""
+        return self.module.training and torch.is_grad_enabled()
+
+    def _taking_part(self):
+        """Normalisations of this pass, with their ReLUs."""
+        pairs = (
+            (getattr(self.module, norm), getattr(self.module, relu))
+            for norm, relu in self.pairs
+        )
+        return {n: r for n, r in pairs if not _hooked(n, r)}
 
 
 class FusedConvModule(FusedPairs):
@@ -100,7 +111,7 @@ class FusedConvModule(FusedPairs):
         """See ``ConvModule``."""
         if activate:
             return super().__call__(x, activate, norm)
-        return type(self.module).forward(self.module, x, activate, norm)
+        return self._unfused(x, activate, norm)
 
 
 class FusedResidual(FusedPairs):
@@ -115,44 +126,49 @@ class FusedResidual(FusedPairs):
     def __init__(self, module, convs, norms):
         super().__init__(module, [(norm, 'relu') for norm in norms[:-1]])
         self.convs = tuple(convs)
-        self.all_norms = tuple(norms)
+        self.last_norm = norms[-1]
 
     @property
     def norms(self):
         """list[nn.Module]: All normalisations that are fused."""
-        block = self.module
-        found = [getattr(block, norm) for norm in self.all_norms]
-        if block.downsample is not None:
-            found += [
-                module
-                for module in block.downsample.modules()
-                if isinstance(module, nn.modules.batchnorm._BatchNorm)
-            ]
-        return found
+        last = getattr(self.module, self.last_norm)
+        return [*super().norms, last, *self._shortcut_norms()]
 
     def keep(self, is_norm, is_relu):
         """See the base class."""
-        whole = is_relu(self.module.relu) and all(map(is_norm, self.norms))
-        if whole:
+        if is_relu(self.module.relu) and all(map(is_norm, self.norms)):
             return self
         return FusedPairs(self.module, self.pairs).keep(is_norm, is_relu)
 
     def __call__(self, x):
         """See the block's own ``forward``."""
         block = self.module
-        norm = getattr(block, self.all_norms[-1])
-        if not torch.is_grad_enabled() or _hooked(norm, block.relu):
+        last_norm = getattr(block, self.last_norm)
+        if not self.is_active or _hooked(last_norm, block.relu):
             return super().__call__(x)
-        out = x
-        with self._rectifying():
-            for conv, inner in zip(self.convs, self.all_norms[:-1]):
-                out = getattr(block, inner)(getattr(block, conv)(out))
-                out = block.relu(out)
-        out = getattr(block, self.convs[-1])(out)
-        shortcut = x if block.downsample is None else block.downsample(x)
-        if norm.fuses(out, shortcut):
-            return norm.norm_act(out, relu=True, residual=shortcut)
-        return block.relu(norm(out) + shortcut)
+        convs = [getattr(block, conv) for conv in self.convs]
+        with self._fusing():
+            out = x
+            for conv, norm in zip(convs, super().norms):
+                out = block.relu(norm(conv(out)))
+            out = convs[-1](out)
+            shortcut = x if block.downsample is None else block.downsample(x)
+        if last_norm.fuses(out, shortcut):
+            return last_norm.norm_act(out, relu=True, residual=shortcut)
+        return block.relu(last_norm(out) + shortcut)
+
+    def _shortcut_norms(self):
+        shortcut = self.module.downsample
+        modules = () if shortcut is None else shortcut.modules()
+        return [
+            module
+            for module in modules
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
+
+    def _taking_part(self):
+        alone = dict.fromkeys(self._shortcut_norms())
+        return {**alone, **super()._taking_part()}
 
 
 def find_fusions(model, targets):

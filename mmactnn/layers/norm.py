@@ -12,12 +12,14 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
     """Batch normalisation of the rank that ``_check_input_dim`` accepts.
 
     Attributes:
-        rectifies (bool): Whether the output is to be rectified where that can
-            be fused; see :mod:`mmactnn.fusion`.
+        fusing (str, optional): What :meth:`forward` does where it can:
+            ``'norm'``, which is then kept in the space of the normalised
+            value, or ``'norm and ReLU'``. Set for the time of a call by
+            :mod:`mmactnn.fusion`.
     """
 
     kind = 'norm'
-    rectifies = False
+    fusing = None
 
     def fuses(self, input, residual=None):
         """Whether :meth:`norm_act` can take a call.
@@ -44,12 +46,12 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         return same and fits and valid
 
     def norm_act(self, input, relu, residual=None):
-        """Normalise, add and rectify as one.
+        """Normalise, maybe add and rectify, as one.
 
         Args:
             input (Tensor[N, C, *]): Input of the layer; see :meth:`fuses`.
             relu (bool): Whether to rectify.
-            residual (Tensor[N, C, *], optional): What is added before.
+            residual (Tensor[N, C, *], optional): What is added before that.
 
         Returns:
             Tensor[N, C, *]: The output.
@@ -77,8 +79,8 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
 
     def forward(self, input):
         """See ``nn.BatchNorm2d``."""
-        if self.fuses(input):
-            return self.norm_act(input, relu=self.rectifies)
+        if self.fusing is not None and self.fuses(input):
+            return self.norm_act(input, relu=self.fusing == 'norm and ReLU')
         compresses = self.compresses(input, self.weight, self.bias)
         if not compresses or not input.numel():
             return super().forward(input)

@@ -49,8 +49,8 @@ class QSyncBatchNorm(_QBatchNorm, nn.SyncBatchNorm, _BatchNorm):
         """See ``nn.SyncBatchNorm``."""
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
-        if self.fuses(input):
-            return self.norm_act(input, relu=self.rectifies)
+        if self.fusing is not None and self.fuses(input):
+            return self.norm_act(input, relu=self.fusing == 'norm and ReLU')
         compresses = self.compresses(input, self.weight, self.bias)
         if not self._synchronises():
             if compresses or input.is_cuda:
