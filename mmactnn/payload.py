@@ -301,6 +301,7 @@ _PAYLOADS = dict(plain=QuantizedTensor, split=SplitTensor, zeroed=ZeroedTensor)
 class _Shared(NamedTuple):
     payload: Payload
     version: int
+    hooks: tuple | None
 
 
 def share(tensor, payload):
@@ -313,7 +314,9 @@ def share(tensor, payload):
         payload (Payload): Its payload.
     """
     if tensor.grad_fn is not None:
-        tensor._mmactnn_shared = _Shared(payload, tensor._version)
+        tensor._mmactnn_shared = _Shared(
+            payload, tensor._version, _saving_hooks()
+        )
 
 
 def shared_payload(tensor):
@@ -323,9 +326,20 @@ def shared_payload(tensor):
         tensor (Tensor[*]): What a layer reads.
 
     Returns:
-        Payload, optional: None also if the tensor was modified since.
+        Payload, optional: None also if the tensor was modified since, and in
+        a checkpointed block for what was made outside of it: the second
+        forward pass of the block would not find it.
     """
     shared = getattr(tensor, '_mmactnn_shared', None)
-    if shared is None or shared.version != tensor._version:
+    if (
+        shared is None
+        or shared.version != tensor._version
+        or shared.hooks != _saving_hooks()
+    ):
         return None
     return shared.payload
+
+
+def _saving_hooks():
+    """What tensors that are saved now go through."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)

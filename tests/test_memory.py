@@ -242,7 +242,7 @@ def test_codes_by_closed_form(device):
     # 4 * 8 * 32 * 32 elements: whole groups of 256.
     numel = 4 * 8 * 32 * 32
     model = block(8).to(device)
-    convert_model(model, dict(base='L2', conv=2, norm=2))
+    convert_model(model, dict(base='L2', conv=2, norm=2, fuse=False))
     x = torch.randn(4, 8, 32, 32, device=device)
     meter = measure(model, lambda m: m(x))
     codes = numel * 2 / 8 + numel / 256 * 4
