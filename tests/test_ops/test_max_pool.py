@@ -81,8 +81,10 @@ def test_forward_and_backward(name, shape, dtype, channels_last, device):
     grad = torch.randint_like(output, -3, 4)
     if device.type == 'cuda':
         # In channels_last torch gives the gradient of a window that holds
-        # -inf alone to a value outside of it.
-        twin = x.detach().contiguous().requires_grad_()
+        # -inf alone to a value outside of it. (One channel is both layouts,
+        # unless it is cloned.)
+        twin = x.detach().clone(memory_format=torch.contiguous_format)
+        twin.requires_grad_()
         expected = F.max_pool2d(twin, **window)
     expected.backward(grad)
     grad_input = ops.max_pool2d_backward(grad, indices, format)
