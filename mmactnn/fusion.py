@@ -148,11 +148,14 @@ class FusedResidual(FusedPairs):
             return super().__call__(x)
         convs = [getattr(block, conv) for conv in self.convs]
         with self._fusing():
+            # First, though the block's own forward pass has it last: the
+            # backward pass then comes to it when the other branch's gradients
+            # are gone.
+            shortcut = x if block.downsample is None else block.downsample(x)
             out = x
             for conv, norm in zip(convs, super().norms):
                 out = block.relu(norm(conv(out)))
             out = convs[-1](out)
-            shortcut = x if block.downsample is None else block.downsample(x)
         if last_norm.fuses(out, shortcut):
             return last_norm.norm_act(out, relu=True, residual=shortcut)
         return block.relu(last_norm(out) + shortcut)
