@@ -1,0 +1,10 @@
+#include "norm_act.h"
+
+namespace mmactnn {
+
+void norm_act_relu(const Tensor& input, Tensor& target,
+                   const NormActArguments& arguments, NormActOutputs& outputs) {
+  launch_norm_act<NormAct::kRelu>(input, nullptr, target, arguments, outputs);
+}
+
+}  // namespace mmactnn
