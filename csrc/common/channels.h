@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "geometry.h"
 #include "rectified_codec.h"
@@ -78,15 +79,14 @@ inline void check_same_device(const char* name, const Tensor& tensor,
 inline void check_per_channel(const char* name, const Tensor& tensor,
                               const Channels& channels, const Tensor& like,
                               bool pair = false) {
-  const bool shape = pair ? tensor.dim() == 2 && tensor.size(0) == 2 &&
-                                tensor.size(1) == channels.count
-                          : tensor.dim() == 1 &&
-                                tensor.size(0) == channels.count;
-  STD_TORCH_CHECK(
-      tensor.scalar_type() == ScalarType::Float && shape &&
-          tensor.is_contiguous(),
-      name, " must be a contiguous float32 tensor of shape [",
-      pair ? "2, " : "", channels.count, "]");
+  const bool shape =
+      pair ? tensor.dim() == 2 && tensor.size(0) == 2 &&
+                 tensor.size(1) == channels.count
+           : tensor.dim() == 1 && tensor.size(0) == channels.count;
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && shape &&
+                      tensor.is_contiguous(),
+                  name, " must be a contiguous float32 tensor of shape [",
+                  pair ? "2, " : "", channels.count, "]");
   check_same_device(name, tensor, like);
 }
 
@@ -99,16 +99,15 @@ inline Geometry code_geometry(const char* name, const Tensor& codes,
   STD_TORCH_CHECK(bits >= min_bits && bits <= kMaxBits, "the bits of ", name,
                   " must be an integer from ", min_bits, " to 8, got ", bits);
   check_group_size(group_size);
-  const Geometry geometry{channels.rows,
-                          channels.rows == 0 ? 0 : channels.row_numel(),
-                          group_size};
+  const Geometry geometry{
+      channels.rows, channels.rows == 0 ? 0 : channels.row_numel(), group_size};
   const int64_t row_bytes = geometry.blocks_per_row() * bits;
-  STD_TORCH_CHECK(
-      codes.scalar_type() == ScalarType::Byte && codes.is_contiguous() &&
-          codes.dim() == 2 && codes.size(0) == geometry.rows &&
-          codes.size(1) == row_bytes,
-      name, " must be a contiguous uint8 tensor of shape [", geometry.rows,
-      ", ", row_bytes, "] for this size and bits");
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte &&
+                      codes.is_contiguous() && codes.dim() == 2 &&
+                      codes.size(0) == geometry.rows &&
+                      codes.size(1) == row_bytes,
+                  name, " must be a contiguous uint8 tensor of shape [",
+                  geometry.rows, ", ", row_bytes, "] for this size and bits");
   check_same_device(name, codes, like);
   return geometry;
 }
@@ -117,14 +116,14 @@ inline Geometry code_geometry(const char* name, const Tensor& codes,
 inline void check_code_ranges(const Tensor& ranges, const Geometry& geometry,
                               bool split, const Tensor& like) {
   const int64_t width = split ? 4 : 2;
-  STD_TORCH_CHECK(
-      ranges.scalar_type() == ScalarType::BFloat16 && ranges.is_contiguous() &&
-          ranges.dim() == 3 && ranges.size(0) == geometry.rows &&
-          ranges.size(1) == geometry.groups_per_row() &&
-          ranges.size(2) == width,
-      "ranges must be a contiguous bfloat16 tensor of shape [", geometry.rows,
-      ", ", geometry.groups_per_row(), ", ", width,
-      "] for this size and group_size");
+  STD_TORCH_CHECK(ranges.scalar_type() == ScalarType::BFloat16 &&
+                      ranges.is_contiguous() && ranges.dim() == 3 &&
+                      ranges.size(0) == geometry.rows &&
+                      ranges.size(1) == geometry.groups_per_row() &&
+                      ranges.size(2) == width,
+                  "ranges must be a contiguous bfloat16 tensor of shape [",
+                  geometry.rows, ", ", geometry.groups_per_row(), ", ", width,
+                  "] for this size and group_size");
   check_same_device("ranges", ranges, like);
 }
 

@@ -1,6 +1,9 @@
 // Arithmetic of a fused normalisation that host and device share.
 #pragma once
 
+#include <cmath>
+#include <cstdint>
+
 #include "codec.h"
 #include "portability.h"
 
@@ -29,7 +32,8 @@ MMACTNN_HOST_DEVICE uint32_t code_at(const uint8_t* row, int64_t element,
   const int64_t first = element * bits;
   const int shift = static_cast<int>(first & 7);
   uint32_t word = row[first >> 3];
-  if (shift + bits > 8) word |= static_cast<uint32_t>(row[(first >> 3) + 1]) << 8;
+  if (shift + bits > 8)
+    word |= static_cast<uint32_t>(row[(first >> 3) + 1]) << 8;
   return (word >> shift) & max_code_of(bits);
 }
 

@@ -21,7 +21,9 @@ constexpr int64_t kMaxPieces = INT64_C(1) << 30;
 
 // Pieces whose loads a thread issues together: 64 bytes of them.
 template <typename T, int kItems>
-constexpr int kUnroll = kItems == 1 ? 4 : sizeof(T) == 4 ? 2 : 4;
+constexpr int kUnroll = kItems == 1      ? 4
+                        : sizeof(T) == 4 ? 2
+                                         : 4;
 
 struct Splits {
   uint32_t count;
@@ -42,8 +44,7 @@ inline Splits make_splits(int64_t total, int64_t step, int64_t across,
   int processors = 0;
   const cudaError_t error = cudaDeviceGetAttribute(
       &processors, cudaDevAttrMultiProcessorCount, device);
-  STD_TORCH_CHECK(error == cudaSuccess,
-                  "mmactnn: ", cudaGetErrorString(error));
+  STD_TORCH_CHECK(error == cudaSuccess, "mmactnn: ", cudaGetErrorString(error));
   const int64_t steps = (total + step - 1) / step;
   const int64_t wanted =
       (int64_t{kGridBlocksPerProcessor} * processors + across - 1) / across;
@@ -66,12 +67,11 @@ struct PieceIndex {
 __device__ __forceinline__ PieceIndex first_piece(const Splits& splits,
                                                   Divider by_pieces) {
   const int64_t begin = splits.begin();
-  const uint32_t row =
-      begin <= kMaxIndex
-          ? by_pieces.quotient(static_cast<uint32_t>(begin))
-          : static_cast<uint32_t>(begin / by_pieces.divisor);
-  return {row, static_cast<uint32_t>(
-                   begin - static_cast<int64_t>(row) * by_pieces.divisor)};
+  const uint32_t row = begin <= kMaxIndex
+                           ? by_pieces.quotient(static_cast<uint32_t>(begin))
+                           : static_cast<uint32_t>(begin / by_pieces.divisor);
+  return {row, static_cast<uint32_t>(begin - static_cast<int64_t>(row) *
+                                                 by_pieces.divisor)};
 }
 
 __device__ __forceinline__ PieceIndex advance(PieceIndex from, uint32_t local,

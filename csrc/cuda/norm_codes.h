@@ -152,8 +152,7 @@ struct NormPiece {
         const uint32_t whole = code(i, bits);
         const Range range =
             kSplit && split_positive(whole, bits) ? second : first;
-        const uint32_t value =
-            kSplit ? split_value_code(whole, bits) : whole;
+        const uint32_t value = kSplit ? split_value_code(whole, bits) : whole;
         const uint32_t max_code =
             kSplit ? max_split_code(bits) : max_code_of(bits);
         normal[i] = range.special() ? decode_special(value, range, max_code)
@@ -198,9 +197,9 @@ struct NormPiece {
       passed[i] =
           positive(i, bits, act_bits) ? grads[i] : Number<T>::store(0.0f);
     }
-    store_items<T, kItems>(grad + row * payload.row_numel +
-                               static_cast<int64_t>(piece) * kItems,
-                           passed);
+    store_items<T, kItems>(
+        grad + row * payload.row_numel + static_cast<int64_t>(piece) * kItems,
+        passed);
   }
 };
 

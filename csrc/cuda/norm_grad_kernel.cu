@@ -163,8 +163,8 @@ struct ChannelFactors {
   float mean_product;
 };
 
-__device__ __forceinline__ ChannelFactors load_factors(
-    const NormVectors& vectors, int64_t channel) {
+__device__ __forceinline__ ChannelFactors
+load_factors(const NormVectors& vectors, int64_t channel) {
   return {vectors.scale[channel], vectors.means[channel],
           vectors.means[vectors.channels + channel]};
 }
@@ -278,10 +278,9 @@ struct Call {
 Call make_call(const Tensor& grad_output, const NormArguments& arguments) {
   const Channels& channels = arguments.channels;
   const Geometry& geometry = arguments.geometry;
-  STD_TORCH_CHECK(geometry.rows <= kMaxIndex &&
-                      channels.row_numel() <= kMaxIndex,
-                  "there may be at most ", kMaxIndex,
-                  " samples and elements a sample");
+  STD_TORCH_CHECK(
+      geometry.rows <= kMaxIndex && channels.row_numel() <= kMaxIndex,
+      "there may be at most ", kMaxIndex, " samples and elements a sample");
   const auto* codes =
       static_cast<const uint8_t*>(arguments.codes->const_data_ptr());
   const auto* act_codes =
@@ -349,12 +348,11 @@ Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
       constexpr int kBits = decltype(width)::value;
       constexpr int kItems = decltype(items)::value;
       const auto launch = [&](const Splits& splits, const auto& kernel) {
-        Tensor partial =
-            splits.count == 1
-                ? sums
-                : torch::stable::new_empty(
-                      sums, {int64_t{splits.count}, 2, channels},
-                      ScalarType::Float);
+        Tensor partial = splits.count == 1
+                             ? sums
+                             : torch::stable::new_empty(
+                                   sums, {int64_t{splits.count}, 2, channels},
+                                   ScalarType::Float);
         auto* target = static_cast<float*>(partial.mutable_data_ptr());
         kernel(target);
         check_launch();
@@ -374,7 +372,8 @@ Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
                   source, passed, target, call.payload, columns);
         });
       } else {
-        const Planes planes = make_planes<T, kItems>(call.channels, call.device);
+        const Planes planes =
+            make_planes<T, kItems>(call.channels, call.device);
         launch(planes.splits, [&](float* target) {
           plane_sums_kernel<T, kBits, kCodes, kItems>
               <<<planes.grid(channels), kThreads, 0, call.stream>>>(
