@@ -1,7 +1,9 @@
 """The kernels as functions of tensors, without autograd."""
 
 from . import _fake, layout  # noqa: F401  (registers the fake kernels)
+from .channel_stats import channel_stats
 from .dropout import dropout, dropout_
+from .norm_grad import norm_add_grad_sums, norm_grad_input, norm_grad_sums
 from .pool import MAX_TAPS, as_pair, max_pool2d, max_pool2d_backward
 from .quantize import (
     DEFAULT_GROUP_SIZE,
@@ -20,6 +22,7 @@ __all__ = [
     'MAX_TAPS',
     'VALID_BITS',
     'as_pair',
+    'channel_stats',
     'check_format',
     'dequantize',
     'dequantize_rows',
@@ -28,6 +31,9 @@ __all__ = [
     'layout',
     'max_pool2d',
     'max_pool2d_backward',
+    'norm_add_grad_sums',
+    'norm_grad_input',
+    'norm_grad_sums',
     'quantize',
     'quantize_rows',
     'relu_mask',

@@ -107,6 +107,32 @@ def _max_pool2d_backward(
     return _empty_pooled(grad_output, input_size, channels_last)
 
 
+def _channel_stats(input, eps, momentum, running_mean, running_var):
+    def empty():
+        return input.new_empty((input.shape[1],), dtype=torch.float32)
+
+    return empty(), empty(), empty()
+
+
+def _norm_grad_sums(grad_output, codes, ranges, bits, group_size, relu):
+    return grad_output.new_empty(
+        (2, grad_output.shape[1]), dtype=torch.float32
+    )
+
+
+def _norm_add_grad_sums(
+    grad_output, codes, ranges, act_codes, bits, act_bits, group_size
+):
+    sums = _norm_grad_sums(grad_output, codes, ranges, bits, group_size, False)
+    return torch.empty_like(grad_output), sums
+
+
+def _norm_grad_input(
+    grad_output, codes, ranges, scale, means, bits, group_size, relu
+):
+    return torch.empty_like(grad_output)
+
+
 if load_error() is None:
     torch.library.register_fake('mmactnn::quantize', _quantize)
     torch.library.register_fake('mmactnn::dequantize', _dequantize)
@@ -125,3 +151,9 @@ if load_error() is None:
     torch.library.register_fake(
         'mmactnn::max_pool2d_backward', _max_pool2d_backward
     )
+    torch.library.register_fake('mmactnn::channel_stats', _channel_stats)
+    torch.library.register_fake('mmactnn::norm_grad_sums', _norm_grad_sums)
+    torch.library.register_fake(
+        'mmactnn::norm_add_grad_sums', _norm_add_grad_sums
+    )
+    torch.library.register_fake('mmactnn::norm_grad_input', _norm_grad_input)
