@@ -17,6 +17,10 @@
 namespace mmactnn {
 namespace {
 
+// Pieces whose loads a thread issues together.
+template <typename T, int kItems>
+constexpr int kPiecesAtOnce = kItems == kBlock && sizeof(T) == 4 ? 2 : 4;
+
 // Each thread sums differences from the first element that it reads, and
 // their squares, so that a mean far from zero costs no accuracy. Threads and
 // then splits are merged about a common mean.
@@ -67,7 +71,7 @@ template <typename T, int kItems>
 __global__ void __launch_bounds__(kThreads)
     plane_stats_kernel(const T* __restrict__ input, Partials partials,
                        int64_t row_numel, Planes planes) {
-  constexpr int kAtOnce = kUnroll<T, kItems>;
+  constexpr int kAtOnce = kPiecesAtOnce<T, kItems>;
   const PlaneCursor<kItems> cursor(planes);
   const uint32_t pieces = planes.splits.pieces();
   const auto address = [&](const PlanePiece& place) {
@@ -128,7 +132,7 @@ template <typename T, int kItems>
 __global__ void __launch_bounds__(kThreads)
     column_stats_kernel(const T* __restrict__ input, Partials partials,
                         Columns columns) {
-  constexpr int kAtOnce = kUnroll<T, kItems>;
+  constexpr int kAtOnce = kPiecesAtOnce<T, kItems>;
   const ColumnCursor cursor(columns);
   const uint32_t pixels = columns.splits.pieces();
   // Rows have no gaps: pixels count through all of them.
@@ -270,11 +274,13 @@ Tensor reduce(const Tensor& input, const Channels& channels, int device,
   const auto launch = [&](auto items) {
     constexpr int kItems = decltype(items)::value;
     if (channels.last) {
-      const Columns columns = make_columns<T, kItems>(channels, device);
+      const Columns columns =
+          make_columns<kItems>(channels, kPiecesAtOnce<T, kItems>, device);
       column_stats_kernel<T, kItems><<<columns.grid(), kThreads, 0, stream>>>(
           source, make_partials(columns.splits), columns);
     } else {
-      const Planes planes = make_planes<T, kItems>(channels, device);
+      const Planes planes =
+          make_planes<kItems>(channels, kPiecesAtOnce<T, kItems>, device);
       plane_stats_kernel<T, kItems>
           <<<planes.grid(channels.count), kThreads, 0, stream>>>(
               source, make_partials(planes.splits), channels.row_numel(),

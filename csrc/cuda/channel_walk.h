@@ -19,12 +19,6 @@ constexpr int kGridBlocksPerProcessor = 16;
 // is still an index that a Divider takes.
 constexpr int64_t kMaxPieces = INT64_C(1) << 30;
 
-// Pieces whose loads a thread issues together: 64 bytes of them.
-template <typename T, int kItems>
-constexpr int kUnroll = kItems == 1      ? 4
-                        : sizeof(T) == 4 ? 2
-                                         : 4;
-
 struct Splits {
   uint32_t count;
   int64_t size;   // pieces of each split but the last
@@ -93,8 +87,9 @@ struct Planes {
   }
 };
 
-template <typename T, int kItems>
-Planes make_planes(const Channels& channels, int device) {
+// `at_once` is the number of pieces whose loads a thread issues together.
+template <int kItems>
+Planes make_planes(const Channels& channels, int at_once, int device) {
   const int64_t plane = channels.plane;
   const int64_t pieces = plane % kItems == 0
                              ? plane / kItems
@@ -102,9 +97,8 @@ Planes make_planes(const Channels& channels, int device) {
   STD_TORCH_CHECK(pieces <= kMaxPieces && channels.count <= kMaxIndex,
                   "a channel of ", plane, " elements a sample is too large");
   return {plane,
-          make_splits(channels.rows * pieces,
-                      int64_t{kThreads} * kUnroll<T, kItems>, channels.count,
-                      device),
+          make_splits(channels.rows * pieces, int64_t{kThreads} * at_once,
+                      channels.count, device),
           Divider(static_cast<uint32_t>(pieces))};
 }
 
@@ -161,8 +155,8 @@ struct Columns {
   }
 };
 
-template <typename T, int kItems>
-Columns make_columns(const Channels& channels, int device) {
+template <int kItems>
+Columns make_columns(const Channels& channels, int at_once, int device) {
   const int64_t total = channels.count / kItems;
   const int64_t across = (total + kWarp - 1) / kWarp;
   const int64_t columns = (total + across - 1) / across;
@@ -173,7 +167,7 @@ Columns make_columns(const Channels& channels, int device) {
   return {static_cast<uint32_t>(total),
           static_cast<uint32_t>(columns),
           static_cast<uint32_t>(pixels),
-          make_splits(channels.channel_numel(), pixels * kUnroll<T, kItems>,
+          make_splits(channels.channel_numel(), pixels * at_once,
                       (total + columns - 1) / columns, device),
           Divider(static_cast<uint32_t>(columns)),
           Divider(static_cast<uint32_t>(channels.plane))};

@@ -68,6 +68,70 @@ __device__ __forceinline__ float decode_fused(uint32_t code, Range range) {
   return __fmaf_rn(static_cast<float>(code), range.step, range.low);
 }
 
+// kItems numbers as they lie in memory. A block is kept in whole registers
+// until its numbers are used, two of a 16-bit dtype in each.
+template <typename T, int kItems>
+struct Packed {
+  T item[1];
+
+  __device__ __forceinline__ void load(const T* source) { item[0] = source[0]; }
+  __device__ __forceinline__ float value(int) const {
+    return Number<T>::load(item[0]);
+  }
+  template <typename Keep>
+  __device__ __forceinline__ void store(T* target, const Keep& keep) const {
+    target[0] = keep(0) ? item[0] : Number<T>::store(0.0f);
+  }
+};
+
+template <typename T>
+struct Packed<T, kBlock> {
+  static constexpr int kWords = kBlock * sizeof(T) / 16;
+  static constexpr int kPerRegister = 4 / sizeof(T);
+  using Word = Vector<uint32_t, 4>;
+
+  Word word[kWords];
+
+  __device__ __forceinline__ void load(const T* source) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      word[w] = reinterpret_cast<const Word*>(source)[w];
+    }
+  }
+  __device__ __forceinline__ float value(int i) const {
+    const int r = i / kPerRegister;
+    const uint32_t bits = word[r / 4].item[r % 4];
+    if constexpr (std::is_same_v<T, float>) {
+      return bits_float(bits);
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      return bits_float(i % 2 == 0 ? bits << 16 : bits & 0xFFFF0000u);
+    } else {
+      const __half2 pair = *reinterpret_cast<const __half2*>(&bits);
+      return i % 2 == 0 ? __low2float(pair) : __high2float(pair);
+    }
+  }
+  // Writes the numbers for which `keep(i)`, and 0 for the others.
+  template <typename Keep>
+  __device__ __forceinline__ void store(T* target, const Keep& keep) const {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      Word kept;
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        uint32_t mask = 0;
+#pragma unroll
+        for (int k = 0; k < kPerRegister; ++k) {
+          const uint32_t item =
+              kPerRegister == 1 ? 0xFFFFFFFFu : 0xFFFFu << (16 * k);
+          mask |= keep((w * 4 + r) * kPerRegister + k) ? item : 0u;
+        }
+        kept.item[r] = word[w].item[r] & mask;
+      }
+      reinterpret_cast<Word*>(target)[w] = kept;
+    }
+  }
+};
+
 // What a thread reads of kItems elements: a block where kItems is 8, else one
 // element that may lie anywhere.
 template <typename T, int kBits, NormCodes kCodes, int kItems>
@@ -76,7 +140,7 @@ struct NormPiece {
   static constexpr bool kMask = kCodes == NormCodes::kMask;
   using Ranges = std::conditional_t<kSplit, uint64_t, uint32_t>;
 
-  T grads[kItems];
+  Packed<T, kItems> grads;
   CodeWord<kBits> codes;
   CodeWord<kBits> act_codes;
   Ranges ranges;
@@ -92,7 +156,7 @@ struct NormPiece {
     if constexpr (kItems == kBlock) {
       block = piece;
       const int64_t index = row_block + block;
-      load_block<T, true>(grad_output + index * kBlock, kBlock, grads);
+      grads.load(grad_output + index * kBlock);
       codes = load_codes<kBits>(payload.codes + index * bits, bits);
       if constexpr (kMask) {
         act_codes =
@@ -100,7 +164,7 @@ struct NormPiece {
       }
     } else {
       block = piece / kBlock;
-      grads[0] = grad_output[row * payload.row_numel + piece];
+      grads.load(grad_output + row * payload.row_numel + piece);
       codes = code_at(payload.codes + row_block * bits, piece, bits);
       if constexpr (kMask) {
         act_codes =
@@ -143,7 +207,7 @@ struct NormPiece {
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const float value = Number<T>::load(grads[i]);
+      const float value = grads.value(i);
       grad[i] = positive(i, bits, act_bits) ? value : 0.0f;
     }
     if (special) {
@@ -191,15 +255,9 @@ struct NormPiece {
                                                uint32_t piece) const {
     const int bits = kBits == kAnyBits ? payload.bits : kBits;
     const int act_bits = kBits == kAnyBits ? payload.act_bits : kBits;
-    T passed[kItems];
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      passed[i] =
-          positive(i, bits, act_bits) ? grads[i] : Number<T>::store(0.0f);
-    }
-    store_items<T, kItems>(
+    grads.store(
         grad + row * payload.row_numel + static_cast<int64_t>(piece) * kItems,
-        passed);
+        [&](int i) { return positive(i, bits, act_bits); });
   }
 };
 

@@ -18,15 +18,23 @@
 namespace mmactnn {
 namespace {
 
+// Pieces whose loads a thread issues together.
+template <int kItems>
+constexpr int kPiecesAtOnce = kItems == kBlock ? 2 : 4;
+
+// Thread blocks of a multiprocessor that registers must suffice for.
+template <int kBits, int kWanted>
+constexpr int kResident = kBits == kAnyBits ? kWanted - 1 : kWanted;
+
 // Sums of the gradients that pass and of their products with the normalised
 // input, [splits, 2, C]; `grad`, of NormCodes::kMask, takes those gradients.
 template <typename T, int kBits, NormCodes kCodes, int kItems>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
     plane_sums_kernel(const T* __restrict__ grad_output, T* __restrict__ grad,
                       float* __restrict__ sums, NormPayload payload,
                       Planes planes) {
   using Piece = NormPiece<T, kBits, kCodes, kItems>;
-  constexpr int kAtOnce = kUnroll<T, kItems>;
+  constexpr int kAtOnce = kPiecesAtOnce<kItems>;
   const PlaneCursor<kItems> cursor(planes);
   const uint32_t pieces = planes.splits.pieces();
   float sum = 0.0f, product = 0.0f;
@@ -76,12 +84,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int kBits, NormCodes kCodes, int kItems>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
     column_sums_kernel(const T* __restrict__ grad_output, T* __restrict__ grad,
                        float* __restrict__ sums, NormPayload payload,
                        Columns columns) {
   using Piece = NormPiece<T, kBits, kCodes, kItems>;
-  constexpr int kAtOnce = kUnroll<T, kItems>;
+  constexpr int kAtOnce = kPiecesAtOnce<kItems>;
   const ColumnCursor cursor(columns);
   const uint32_t pixels = cursor.active ? columns.splits.pieces() : 0;
   // Sums, then products.
@@ -172,13 +180,13 @@ load_factors(const NormVectors& vectors, int64_t channel) {
 // Channel after channel, by pieces in memory order. Of the channels of a
 // piece of more than one element, at least 8 elements each lie in a row.
 template <typename T, int kBits, NormCodes kCodes, int kItems>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
     plane_grad_kernel(const T* __restrict__ grad_output,
                       T* __restrict__ grad_input, NormPayload payload,
                       NormVectors vectors, uint32_t pieces, Divider by_row,
                       Divider by_plane) {
   using Piece = NormPiece<T, kBits, kCodes, kItems>;
-  constexpr int kAtOnce = kUnroll<T, kItems>;
+  constexpr int kAtOnce = kPiecesAtOnce<kItems>;
   Piece piece[kAtOnce];
   PieceIndex place[kAtOnce];
   ChannelFactors first[kAtOnce], second[kAtOnce];
@@ -223,12 +231,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int kBits, NormCodes kCodes, int kItems>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident<kBits, 3>)
     column_grad_kernel(const T* __restrict__ grad_output,
                        T* __restrict__ grad_input, NormPayload payload,
                        NormVectors vectors, Columns columns) {
   using Piece = NormPiece<T, kBits, kCodes, kItems>;
-  constexpr int kAtOnce = kUnroll<T, kItems>;
+  constexpr int kAtOnce = kPiecesAtOnce<kItems>;
   const ColumnCursor cursor(columns);
   if (!cursor.active) return;
   ChannelFactors factors[kItems];
@@ -364,16 +372,16 @@ Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
         check_launch();
       };
       if (call.channels.last) {
-        const Columns columns =
-            make_columns<T, kItems>(call.channels, call.device);
+        const Columns columns = make_columns<kItems>(
+            call.channels, kPiecesAtOnce<kItems>, call.device);
         launch(columns.splits, [&](float* target) {
           column_sums_kernel<T, kBits, kCodes, kItems>
               <<<columns.grid(), kThreads, 0, call.stream>>>(
                   source, passed, target, call.payload, columns);
         });
       } else {
-        const Planes planes =
-            make_planes<T, kItems>(call.channels, call.device);
+        const Planes planes = make_planes<kItems>(
+            call.channels, kPiecesAtOnce<kItems>, call.device);
         launch(planes.splits, [&](float* target) {
           plane_sums_kernel<T, kBits, kCodes, kItems>
               <<<planes.grid(channels), kThreads, 0, call.stream>>>(
@@ -397,8 +405,8 @@ void grad_input(const Tensor& grad_output, const NormArguments& arguments,
       constexpr int kBits = decltype(width)::value;
       constexpr int kItems = decltype(items)::value;
       if (call.channels.last) {
-        const Columns columns =
-            make_columns<T, kItems>(call.channels, call.device);
+        const Columns columns = make_columns<kItems>(
+            call.channels, kPiecesAtOnce<kItems>, call.device);
         column_grad_kernel<T, kBits, kCodes, kItems>
             <<<columns.grid(), kThreads, 0, call.stream>>>(
                 source, target, call.payload, vectors, columns);
@@ -411,7 +419,7 @@ void grad_input(const Tensor& grad_output, const NormArguments& arguments,
       for (int64_t row = 0; row < call.channels.rows; row += max_rows) {
         const int64_t pieces =
             std::min(max_rows, call.channels.rows - row) * row_pieces;
-        constexpr int64_t kStep = int64_t{kThreads} * kUnroll<T, kItems>;
+        constexpr int64_t kStep = int64_t{kThreads} * kPiecesAtOnce<kItems>;
         NormPayload payload = call.payload;
         const int64_t blocks = row * payload.row_blocks;
         payload.codes += blocks * payload.bits;
