@@ -1,7 +1,10 @@
 """The kernels as functions of tensors, without autograd."""
 
 from . import _fake, layout  # noqa: F401  (registers the fake kernels)
+from .channel_stats import channel_stats
 from .dropout import dropout, dropout_
+from .norm_act import norm_act, norm_act_
+from .norm_grad import norm_add_grad_sums, norm_grad_input, norm_grad_sums
 from .pool import MAX_TAPS, as_pair, max_pool2d, max_pool2d_backward
 from .quantize import (
     DEFAULT_GROUP_SIZE,
@@ -11,6 +14,7 @@ from .quantize import (
     dequantize,
     quantize,
 )
+from .rectified import dequantize_split, dequantize_zeroed
 from .relu import relu_mask, relu_mask_, relu_mask_backward
 from .rows import dequantize_rows, quantize_rows, row_spread, split_bits
 
@@ -20,14 +24,22 @@ __all__ = [
     'MAX_TAPS',
     'VALID_BITS',
     'as_pair',
+    'channel_stats',
     'check_format',
     'dequantize',
     'dequantize_rows',
+    'dequantize_split',
+    'dequantize_zeroed',
     'dropout',
     'dropout_',
     'layout',
     'max_pool2d',
     'max_pool2d_backward',
+    'norm_act',
+    'norm_act_',
+    'norm_add_grad_sums',
+    'norm_grad_input',
+    'norm_grad_sums',
     'quantize',
     'quantize_rows',
     'relu_mask',

@@ -107,6 +107,65 @@ def _max_pool2d_backward(
     return _empty_pooled(grad_output, input_size, channels_last)
 
 
+def _channel_stats(input, eps, momentum, running_mean, running_var):
+    def empty():
+        return input.new_empty((input.shape[1],), dtype=torch.float32)
+
+    return empty(), empty(), empty()
+
+
+def _norm_grad_sums(grad_output, codes, ranges, bits, group_size, relu):
+    return grad_output.new_empty(
+        (2, grad_output.shape[1]), dtype=torch.float32
+    )
+
+
+def _norm_add_grad_sums(
+    grad_output, codes, ranges, act_codes, bits, act_bits, group_size
+):
+    sums = _norm_grad_sums(grad_output, codes, ranges, bits, group_size, False)
+    return torch.empty_like(grad_output), sums
+
+
+def _norm_grad_input(
+    grad_output, codes, ranges, scale, means, bits, group_size, relu
+):
+    return torch.empty_like(grad_output)
+
+
+def _norm_act_(
+    input,
+    residual,
+    mean,
+    invstd,
+    weight,
+    bias,
+    relu,
+    bits,
+    act_bits,
+    group_size,
+    seed,
+    offset,
+):
+    codes, ranges = _quantize(input, bits, group_size, seed, offset)
+    if relu and residual is None:
+        ranges = ranges.new_empty((*ranges.shape[:2], 4))
+    if residual is None:
+        return codes, ranges, codes.new_empty(0), ranges.new_empty(0)
+    act = _quantize(input, act_bits, group_size, seed, offset)
+    return codes, ranges, *act
+
+
+def _norm_act(input, *args):
+    return torch.empty_like(input), *_norm_act_(input, *args)
+
+
+def _dequantize_split(
+    codes, ranges, weight, bias, size, stride, dtype, bits, group_size
+):
+    return codes.new_empty_strided(size, stride, dtype=dtype)
+
+
 if load_error() is None:
     torch.library.register_fake('mmactnn::quantize', _quantize)
     torch.library.register_fake('mmactnn::dequantize', _dequantize)
@@ -125,3 +184,13 @@ if load_error() is None:
     torch.library.register_fake(
         'mmactnn::max_pool2d_backward', _max_pool2d_backward
     )
+    torch.library.register_fake('mmactnn::channel_stats', _channel_stats)
+    torch.library.register_fake('mmactnn::norm_grad_sums', _norm_grad_sums)
+    torch.library.register_fake(
+        'mmactnn::norm_add_grad_sums', _norm_add_grad_sums
+    )
+    torch.library.register_fake('mmactnn::norm_grad_input', _norm_grad_input)
+    torch.library.register_fake('mmactnn::norm_act', _norm_act)
+    torch.library.register_fake('mmactnn::norm_act_', _norm_act_)
+    torch.library.register_fake('mmactnn::dequantize_split', _dequantize_split)
+    torch.library.register_fake('mmactnn::dequantize_zeroed', _dequantize)

@@ -33,20 +33,21 @@ def dense_rows(tensor):
 
 
 def dense_channels(tensor):
-    """A dense tensor that is contiguous or channels_last.
+    """A tensor [N, C, *] whose channels lie as the kernels expect them.
+
+    Contiguous and dense channels_last tensors pass without a copy; of other
+    layouts that look like channels_last the copy is so, too.
 
     Args:
-        tensor (Tensor[N, C, *]): Any layout.
-
-    Returns:
-        Tensor[N, C, *]: The tensor itself, or a contiguous copy.
+        tensor (Tensor[N, C, *]): Of 2 to 5 dimensions, any layout.
     """
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}
-    if tensor.is_contiguous() or (
-        tensor.dim() in last
-        and tensor.is_contiguous(memory_format=last[tensor.dim()])
-    ):
+    if tensor.is_contiguous():
         return tensor
+    inner = tensor.movedim(1, -1)
+    if inner.is_contiguous():
+        return tensor
+    if suggests_channels_last(tensor):
+        return inner.contiguous().movedim(-1, 1)
     return tensor.contiguous()
 
 

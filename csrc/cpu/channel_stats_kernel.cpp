@@ -1,0 +1,118 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../common/channels.h"
+#include "../common/norm.h"
+#include "../common/stats_checks.h"
+#include "group.h"
+#include "number.h"
+
+namespace mmactnn {
+namespace {
+
+// Sums of the differences from each channel's first element, and of their
+// squares.
+struct ShiftedSums {
+  std::vector<double> shift;
+  std::vector<double> sum;
+  std::vector<double> squares;
+
+  explicit ShiftedSums(int64_t channels)
+      : shift(channels), sum(channels), squares(channels) {}
+
+  void add(int64_t channel, double value) {
+    const double distance = value - shift[channel];
+    sum[channel] += distance;
+    squares[channel] += distance * distance;
+  }
+};
+
+// Of the channels from `begin` to `end`; each is summed by one thread, in
+// memory order.
+template <typename T>
+void sum_channels(const T* input, const Channels& channels, int64_t begin,
+                  int64_t end, ShiftedSums& sums) {
+  const int64_t step = channels.last ? 1 : channels.plane;
+  for (int64_t c = begin; c < end; ++c) {
+    sums.shift[c] = static_cast<float>(input[c * step]);
+  }
+  for (int64_t row = 0; row < channels.rows; ++row) {
+    const T* source = input + row * channels.row_numel();
+    if (channels.last) {
+      for (int64_t pixel = 0; pixel < channels.plane; ++pixel) {
+        for (int64_t c = begin; c < end; ++c) {
+          sums.add(c, static_cast<float>(source[pixel * channels.count + c]));
+        }
+      }
+    } else {
+      for (int64_t c = begin; c < end; ++c) {
+        for (int64_t pixel = 0; pixel < channels.plane; ++pixel) {
+          sums.add(c, static_cast<float>(source[c * channels.plane + pixel]));
+        }
+      }
+    }
+  }
+}
+
+void update(const std::optional<Tensor>& running, int64_t channel, double batch,
+            double momentum) {
+  if (!running.has_value()) return;
+  dispatch_dtype(running->scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    T& value = static_cast<T*>(running->mutable_data_ptr())[channel];
+    value = static_cast<T>(static_cast<float>(
+        update_running(static_cast<float>(value), batch, momentum)));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> channel_stats(
+    Tensor input, double eps, double momentum,
+    std::optional<Tensor> running_mean, std::optional<Tensor> running_var) {
+  const Channels channels = check_stats(input, running_mean, running_var);
+  const auto make = [&] {
+    return torch::stable::new_empty(input, {channels.count}, ScalarType::Float);
+  };
+  Tensor mean = make(), var = make(), invstd = make();
+  const double count = static_cast<double>(channels.channel_numel());
+  ShiftedSums sums(channels.count);
+  if (input.numel() != 0) {
+    dispatch_dtype(input.scalar_type(), [&](auto type) {
+      using T = typename decltype(type)::type;
+      const T* source = static_cast<const T*>(input.const_data_ptr());
+      torch::stable::parallel_for(
+          0, channels.count,
+          std::max<int64_t>(kGrainElements / channels.channel_numel(), 1),
+          [&](int64_t begin, int64_t end) {
+            sum_channels(source, channels, begin, end, sums);
+          });
+    });
+  }
+  for (int64_t c = 0; c < channels.count; ++c) {
+    double centre = 0.0, squares = 0.0;
+    if (input.numel() != 0) {
+      const double distance = sums.sum[c] / count;
+      centre = sums.shift[c] + distance;
+      squares = sums.squares[c] - sums.sum[c] * distance;
+      update(running_mean, c, centre, momentum);
+      update(running_var, c, squares / (count - 1.0), momentum);
+    }
+    const ChannelStats stats = finish_stats(centre, squares, count, eps);
+    static_cast<float*>(mean.mutable_data_ptr())[c] = stats.mean;
+    static_cast<float*>(var.mutable_data_ptr())[c] = stats.var;
+    static_cast<float*>(invstd.mutable_data_ptr())[c] = stats.invstd;
+  }
+  return {mean, var, invstd};
+}
+
+}  // namespace
+}  // namespace mmactnn
+
+STABLE_TORCH_LIBRARY_IMPL(mmactnn, CPU, m) {
+  m.impl("channel_stats", TORCH_BOX(&mmactnn::channel_stats));
+}

@@ -1,0 +1,351 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include "../common/channels.h"
+#include "../common/dispatch.h"
+#include "../common/norm.h"
+#include "../common/stats_checks.h"
+#include "block.h"
+#include "blocks.h"
+#include "channel_walk.h"
+#include "launch.h"
+
+namespace mmactnn {
+namespace {
+
+// Pieces whose loads a thread issues together.
+template <typename T, int kItems>
+constexpr int kPiecesAtOnce = kItems == kBlock && sizeof(T) == 4 ? 2 : 4;
+
+// Each thread sums differences from the first element that it reads, and
+// their squares, so that a mean far from zero costs no accuracy. Threads and
+// then splits are merged about a common mean.
+struct Moments {
+  float mean;
+  float squares;  // of the differences from the mean
+};
+
+// Of the sums of `count` differences from `shift` and of their squares.
+__device__ __forceinline__ Moments make_moments(float count, float shift,
+                                                float sum, float squares) {
+  if (count == 0.0f) return {0.0f, 0.0f};
+  const float mean = sum / count;
+  return {shift + mean, squares - sum * mean};
+}
+
+// What the squares become about another mean.
+__device__ __forceinline__ float squares_about(float mean, float count,
+                                               Moments moments) {
+  const float distance = moments.mean - mean;
+  return fmaf(count * distance, distance, moments.squares);
+}
+
+// [splits, 3, C]: counts, means, squares.
+struct Partials {
+  float* data;
+  int64_t channels;
+
+  __device__ __forceinline__ float& at(uint32_t split, int which,
+                                       int64_t channel) const {
+    return data[(int64_t{3} * split + which) * channels + channel];
+  }
+};
+
+template <typename T, int kItems>
+__device__ __forceinline__ void load_items(const T* source, float* values) {
+  if constexpr (kItems == kBlock) {
+    T items[kBlock];
+    load_block<T, true>(source, kBlock, items);
+#pragma unroll
+    for (int j = 0; j < kBlock; ++j) values[j] = Number<T>::load(items[j]);
+  } else {
+    values[0] = Number<T>::load(source[0]);
+  }
+}
+
+template <typename T, int kItems>
+__global__ void __launch_bounds__(kThreads)
+    plane_stats_kernel(const T* __restrict__ input, Partials partials,
+                       int64_t row_numel, Planes planes) {
+  constexpr int kAtOnce = kPiecesAtOnce<T, kItems>;
+  const PlaneCursor<kItems> cursor(planes);
+  const uint32_t pieces = planes.splits.pieces();
+  const auto address = [&](const PlanePiece& place) {
+    return input + place.row * row_numel +
+           static_cast<int64_t>(place.piece) * kItems;
+  };
+  float shift = 0.0f;
+  if (threadIdx.x < pieces) {
+    const PlanePiece place = cursor.at(threadIdx.x);
+    if (place.end > 0) shift = Number<T>::load(address(place)[place.begin]);
+  }
+  float sum = 0.0f, squares = 0.0f;
+  int count = 0;
+  for (uint32_t i = threadIdx.x; i < pieces; i += kThreads * kAtOnce) {
+    float values[kAtOnce][kItems];
+    PlanePiece place[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const uint32_t local = i + u * kThreads;
+      place[u] = cursor.at(local);
+      if (local >= pieces) place[u].end = 0;
+      if (place[u].end > 0) {
+        load_items<T, kItems>(address(place[u]), values[u]);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (place[u].end <= 0) continue;
+      count += place[u].end - place[u].begin;
+      const bool whole = place[u].begin == 0 && place[u].end == kItems;
+      if (!whole) {
+#pragma unroll
+        for (int j = 0; j < kItems; ++j) {
+          if (!place[u].holds(j)) values[u][j] = shift;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kItems; ++j) {
+        const float distance = values[u][j] - shift;
+        sum += distance;
+        squares = fmaf(distance, distance, squares);
+      }
+    }
+  }
+  const float own_count = static_cast<float>(count);
+  const Moments own = make_moments(own_count, shift, sum, squares);
+  const float total = block_sum(own_count);
+  const float mean = block_sum(own_count * own.mean) / fmaxf(total, 1.0f);
+  const float merged = block_sum(squares_about(mean, own_count, own));
+  if (threadIdx.x == 0) {
+    partials.at(blockIdx.y, 0, blockIdx.x) = total;
+    partials.at(blockIdx.y, 1, blockIdx.x) = mean;
+    partials.at(blockIdx.y, 2, blockIdx.x) = merged;
+  }
+}
+
+template <typename T, int kItems>
+__global__ void __launch_bounds__(kThreads)
+    column_stats_kernel(const T* __restrict__ input, Partials partials,
+                        Columns columns) {
+  constexpr int kAtOnce = kPiecesAtOnce<T, kItems>;
+  const ColumnCursor cursor(columns);
+  const uint32_t pixels = columns.splits.pieces();
+  // Rows have no gaps: pixels count through all of them.
+  const T* source =
+      input + ((columns.splits.begin() + cursor.pixel) * columns.total +
+               cursor.column) *
+                  kItems;
+  const int64_t step = int64_t{columns.pixels} * columns.total * kItems;
+  float shift[kItems] = {}, sum[kItems] = {}, squares[kItems] = {};
+  float count = 0.0f;
+  if (cursor.active && cursor.pixel < pixels) {
+    load_items<T, kItems>(source, shift);
+    count =
+        static_cast<float>((pixels - 1 - cursor.pixel) / columns.pixels + 1);
+    for (uint32_t i = cursor.pixel; i < pixels; i += columns.pixels * kAtOnce) {
+      float values[kAtOnce][kItems];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        if (i + u * columns.pixels < pixels) {
+          load_items<T, kItems>(source + u * step, values[u]);
+        }
+      }
+      source += kAtOnce * step;
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        if (i + u * columns.pixels >= pixels) continue;
+#pragma unroll
+        for (int j = 0; j < kItems; ++j) {
+          const float distance = values[u][j] - shift[j];
+          sum[j] += distance;
+          squares[j] = fmaf(distance, distance, squares[j]);
+        }
+      }
+    }
+  }
+  __shared__ float counts[kThreads];
+  __shared__ Moments moments[kItems][kThreads];
+  counts[threadIdx.x] = count;
+#pragma unroll
+  for (int j = 0; j < kItems; ++j) {
+    moments[j][threadIdx.x] = make_moments(count, shift[j], sum[j], squares[j]);
+  }
+  __syncthreads();
+  const uint32_t outputs = columns.columns * kItems;
+  for (uint32_t o = threadIdx.x; o < outputs; o += kThreads) {
+    const uint32_t j = columns.by_columns.quotient(o);
+    const uint32_t lane = o - j * columns.columns;
+    const uint32_t column = blockIdx.x * columns.columns + lane;
+    if (column >= columns.total) continue;
+    float mean = 0.0f, merged = 0.0f;
+    for (uint32_t p = 0; p < columns.pixels; ++p) {
+      const uint32_t thread = p * columns.columns + lane;
+      mean = fmaf(counts[thread], moments[j][thread].mean, mean);
+    }
+    const float total = static_cast<float>(pixels);
+    mean /= total;
+    for (uint32_t p = 0; p < columns.pixels; ++p) {
+      const uint32_t thread = p * columns.columns + lane;
+      merged += squares_about(mean, counts[thread], moments[j][thread]);
+    }
+    const int64_t channel = int64_t{column} * kItems + j;
+    partials.at(blockIdx.y, 0, channel) = total;
+    partials.at(blockIdx.y, 1, channel) = mean;
+    partials.at(blockIdx.y, 2, channel) = merged;
+  }
+}
+
+struct Outputs {
+  float* mean;
+  float* var;
+  float* invstd;
+};
+
+// As their dtype; null if there are none.
+template <typename R>
+struct Running {
+  R* mean;
+  R* var;
+  double momentum;
+};
+
+// Merges the splits of 8 channels a thread block.
+template <typename R>
+__global__ void __launch_bounds__(kThreads)
+    finish_stats_kernel(Partials partials, uint32_t splits, Outputs outputs,
+                        Running<R> running, double eps) {
+  const int64_t channel =
+      int64_t{blockIdx.x} * kFinishColumns + threadIdx.x % kFinishColumns;
+  const bool inside = channel < partials.channels;
+  const uint32_t first = threadIdx.x / kFinishColumns;
+  double count = 0.0, sum = 0.0, squares = 0.0;
+  if (inside) {
+#pragma unroll 4
+    for (uint32_t s = first; s < splits; s += kWarp) {
+      const double own = partials.at(s, 0, channel);
+      count += own;
+      sum += own * partials.at(s, 1, channel);
+    }
+  }
+  count = column_sum(count);
+  const double mean = column_sum(sum) / count;
+  if (inside) {
+#pragma unroll 4
+    for (uint32_t s = first; s < splits; s += kWarp) {
+      const double distance = partials.at(s, 1, channel) - mean;
+      squares += partials.at(s, 2, channel) +
+                 partials.at(s, 0, channel) * distance * distance;
+    }
+  }
+  squares = column_sum(squares);
+  if (!inside || threadIdx.x >= kFinishColumns) return;
+  const ChannelStats stats = finish_stats(mean, squares, count, eps);
+  outputs.mean[channel] = stats.mean;
+  outputs.var[channel] = stats.var;
+  outputs.invstd[channel] = stats.invstd;
+  if (running.mean == nullptr) return;
+  const auto update = [&](R& value, double batch) {
+    value = Number<R>::store(static_cast<float>(
+        update_running(Number<R>::load(value), batch, running.momentum)));
+  };
+  update(running.mean[channel], mean);
+  update(running.var[channel], squares / (count - 1.0));
+}
+
+template <typename T>
+Tensor reduce(const Tensor& input, const Channels& channels, int device,
+              cudaStream_t stream) {
+  const T* source = static_cast<const T*>(input.const_data_ptr());
+  const bool blocks = channels.row_numel() % kBlock == 0 &&
+                      is_aligned(source, 16) &&
+                      (!channels.last || channels.count % kBlock == 0);
+  std::optional<Tensor> workspace;
+  const auto make_partials = [&](const Splits& splits) {
+    workspace = torch::stable::new_empty(
+        input, {int64_t{splits.count}, 3, channels.count}, ScalarType::Float);
+    return Partials{static_cast<float*>(workspace->mutable_data_ptr()),
+                    channels.count};
+  };
+  const auto launch = [&](auto items) {
+    constexpr int kItems = decltype(items)::value;
+    if (channels.last) {
+      const Columns columns =
+          make_columns<kItems>(channels, kPiecesAtOnce<T, kItems>, device);
+      column_stats_kernel<T, kItems><<<columns.grid(), kThreads, 0, stream>>>(
+          source, make_partials(columns.splits), columns);
+    } else {
+      const Planes planes =
+          make_planes<kItems>(channels, kPiecesAtOnce<T, kItems>, device);
+      plane_stats_kernel<T, kItems>
+          <<<planes.grid(channels.count), kThreads, 0, stream>>>(
+              source, make_partials(planes.splits), channels.row_numel(),
+              planes);
+    }
+    check_launch();
+  };
+  if (blocks) {
+    launch(Constant<kBlock>{});
+  } else {
+    launch(Constant<1>{});
+  }
+  return *workspace;
+}
+
+std::tuple<Tensor, Tensor, Tensor> channel_stats(
+    Tensor input, double eps, double momentum,
+    std::optional<Tensor> running_mean, std::optional<Tensor> running_var) {
+  const Channels channels = check_stats(input, running_mean, running_var);
+  const int device = input.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const auto make = [&] {
+    return torch::stable::new_empty(input, {channels.count}, ScalarType::Float);
+  };
+  Tensor mean = make(), var = make(), invstd = make();
+  if (channels.count == 0) return {mean, var, invstd};
+  if (input.numel() == 0) {
+    torch::stable::zero_(mean);
+    torch::stable::zero_(var);
+    torch::stable::fill_(invstd, finish_stats(0.0, 0.0, 0.0, eps).invstd);
+    return {mean, var, invstd};
+  }
+  const cudaStream_t stream = current_stream(device);
+  Tensor workspace = mean;
+  dispatch_dtype(input.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    workspace = reduce<T>(input, channels, device, stream);
+  });
+  const Partials partials{static_cast<float*>(workspace.mutable_data_ptr()),
+                          channels.count};
+  const Outputs outputs{static_cast<float*>(mean.mutable_data_ptr()),
+                        static_cast<float*>(var.mutable_data_ptr()),
+                        static_cast<float*>(invstd.mutable_data_ptr())};
+  const ScalarType dtype = running_mean.has_value()
+                               ? running_mean->scalar_type()
+                               : ScalarType::Float;
+  dispatch_dtype(dtype, [&](auto type) {
+    using R = typename decltype(type)::type;
+    const auto pointer = [](const std::optional<Tensor>& tensor) {
+      return tensor.has_value() ? static_cast<R*>(tensor->mutable_data_ptr())
+                                : nullptr;
+    };
+    finish_stats_kernel<R>
+        <<<finish_grid(channels.count), kThreads, 0, stream>>>(
+            partials, static_cast<uint32_t>(workspace.size(0)), outputs,
+            Running<R>{pointer(running_mean), pointer(running_var), momentum},
+            eps);
+    check_launch();
+  });
+  return {mean, var, invstd};
+}
+
+}  // namespace
+}  // namespace mmactnn
+
+STABLE_TORCH_LIBRARY_IMPL(mmactnn, CUDA, m) {
+  m.impl("channel_stats", TORCH_BOX(&mmactnn::channel_stats));
+}

@@ -1,0 +1,495 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <tuple>
+
+#include "../common/channels.h"
+#include "../common/codec.h"
+#include "../common/dispatch.h"
+#include "../common/geometry.h"
+#include "../common/norm.h"
+#include "../common/norm_checks.h"
+#include "block.h"
+#include "channel_walk.h"
+#include "launch.h"
+#include "norm_codes.h"
+
+namespace mmactnn {
+namespace {
+
+// Pieces whose loads a thread issues together.
+template <int kItems>
+constexpr int kPiecesAtOnce = kItems == kBlock ? 2 : 4;
+
+// Thread blocks of a multiprocessor that registers must suffice for.
+template <int kBits, int kWanted>
+constexpr int kResident = kBits == kAnyBits ? kWanted - 1 : kWanted;
+
+// Sums of the gradients that pass and of their products with the normalised
+// input, [splits, 2, C]; `grad`, of NormCodes::kMask, takes those gradients.
+template <typename T, int kBits, NormCodes kCodes, int kItems>
+__global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
+    plane_sums_kernel(const T* __restrict__ grad_output, T* __restrict__ grad,
+                      float* __restrict__ sums, NormPayload payload,
+                      Planes planes) {
+  using Piece = NormPiece<T, kBits, kCodes, kItems>;
+  constexpr int kAtOnce = kPiecesAtOnce<kItems>;
+  const PlaneCursor<kItems> cursor(planes);
+  const uint32_t pieces = planes.splits.pieces();
+  float sum = 0.0f, product = 0.0f;
+  for (uint32_t i = threadIdx.x; i < pieces; i += kThreads * kAtOnce) {
+    Piece piece[kAtOnce];
+    PlanePiece place[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const uint32_t local = i + u * kThreads;
+      place[u] = cursor.at(local);
+      if (local >= pieces) place[u].end = 0;
+      if (place[u].end > 0) {
+        piece[u].load(payload, grad_output, place[u].row, place[u].piece);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (place[u].end <= 0) continue;
+      float passed[kItems], normal[kItems];
+      piece[u].template decode<true>(payload, passed, normal);
+      if (place[u].begin != 0 || place[u].end != kItems) {
+#pragma unroll
+        for (int j = 0; j < kItems; ++j) {
+          if (!place[u].holds(j)) passed[j] = normal[j] = 0.0f;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kItems; ++j) {
+        sum += passed[j];
+        product = fmaf(passed[j], normal[j], product);
+      }
+      if constexpr (kCodes == NormCodes::kMask) {
+        // A piece is written by the channel that its first element is of.
+        if (place[u].begin == 0) {
+          piece[u].store_passed(payload, grad, place[u].row, place[u].piece);
+        }
+      }
+    }
+  }
+  sum = block_sum(sum);
+  product = block_sum(product);
+  if (threadIdx.x == 0) {
+    float* target = sums + int64_t{2} * blockIdx.y * gridDim.x + blockIdx.x;
+    target[0] = sum;
+    target[gridDim.x] = product;
+  }
+}
+
+template <typename T, int kBits, NormCodes kCodes, int kItems>
+__global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
+    column_sums_kernel(const T* __restrict__ grad_output, T* __restrict__ grad,
+                       float* __restrict__ sums, NormPayload payload,
+                       Columns columns) {
+  using Piece = NormPiece<T, kBits, kCodes, kItems>;
+  constexpr int kAtOnce = kPiecesAtOnce<kItems>;
+  const ColumnCursor cursor(columns);
+  const uint32_t pixels = cursor.active ? columns.splits.pieces() : 0;
+  // Sums, then products.
+  float total[2 * kItems] = {};
+  for (uint32_t i = cursor.pixel; i < pixels; i += columns.pixels * kAtOnce) {
+    Piece piece[kAtOnce];
+    PieceIndex place[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const uint32_t local = i + u * columns.pixels;
+      if (local >= pixels) continue;
+      place[u] = cursor.at(local);
+      piece[u].load(payload, grad_output, place[u].row, place[u].piece);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (i + u * columns.pixels >= pixels) continue;
+      float passed[kItems], normal[kItems];
+      piece[u].template decode<true>(payload, passed, normal);
+#pragma unroll
+      for (int j = 0; j < kItems; ++j) {
+        total[j] += passed[j];
+        total[kItems + j] = fmaf(passed[j], normal[j], total[kItems + j]);
+      }
+      if constexpr (kCodes == NormCodes::kMask) {
+        piece[u].store_passed(payload, grad, place[u].row, place[u].piece);
+      }
+    }
+  }
+  __shared__ float shared[2 * kItems][kThreads];
+#pragma unroll
+  for (int j = 0; j < 2 * kItems; ++j) shared[j][threadIdx.x] = total[j];
+  __syncthreads();
+  // [2, C] numbers: kItems of `columns` side by side, twice.
+  const uint32_t outputs = columns.columns * 2 * kItems;
+  for (uint32_t o = threadIdx.x; o < outputs; o += kThreads) {
+    const uint32_t j = columns.by_columns.quotient(o);
+    const uint32_t lane = o - j * columns.columns;
+    const uint32_t column = blockIdx.x * columns.columns + lane;
+    if (column >= columns.total) continue;
+    float result = 0.0f;
+    for (uint32_t p = 0; p < columns.pixels; ++p) {
+      result += shared[j][p * columns.columns + lane];
+    }
+    const int64_t channels = static_cast<int64_t>(columns.total) * kItems;
+    sums[(int64_t{2} * blockIdx.y + j / kItems) * channels +
+         int64_t{column} * kItems + j % kItems] = result;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    finish_sums_kernel(const float* __restrict__ partial,
+                       float* __restrict__ sums, uint32_t splits,
+                       int64_t width) {
+  const int64_t column =
+      int64_t{blockIdx.x} * kFinishColumns + threadIdx.x % kFinishColumns;
+  double sum = 0.0;
+  if (column < width) {
+#pragma unroll 4
+    for (uint32_t s = threadIdx.x / kFinishColumns; s < splits; s += kWarp) {
+      sum += partial[s * width + column];
+    }
+  }
+  sum = column_sum(sum);
+  if (threadIdx.x < kFinishColumns && column < width) {
+    sums[column] = static_cast<float>(sum);
+  }
+}
+
+struct NormVectors {
+  const float* scale;
+  const float* means;  // of the gradient, then of its product
+  int64_t channels;
+};
+
+struct ChannelFactors {
+  float scale;
+  float mean_grad;
+  float mean_product;
+};
+
+__device__ __forceinline__ ChannelFactors
+load_factors(const NormVectors& vectors, int64_t channel) {
+  return {vectors.scale[channel], vectors.means[channel],
+          vectors.means[vectors.channels + channel]};
+}
+
+// Channel after channel, by pieces in memory order. Of the channels of a
+// piece of more than one element, at least 8 elements each lie in a row.
+template <typename T, int kBits, NormCodes kCodes, int kItems>
+__global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
+    plane_grad_kernel(const T* __restrict__ grad_output,
+                      T* __restrict__ grad_input, NormPayload payload,
+                      NormVectors vectors, uint32_t pieces, Divider by_row,
+                      Divider by_plane) {
+  using Piece = NormPiece<T, kBits, kCodes, kItems>;
+  constexpr int kAtOnce = kPiecesAtOnce<kItems>;
+  Piece piece[kAtOnce];
+  PieceIndex place[kAtOnce];
+  ChannelFactors first[kAtOnce], second[kAtOnce];
+  int split[kAtOnce];  // elements of the first channel
+  const uint32_t begin = blockIdx.x * (kThreads * kAtOnce) + threadIdx.x;
+#pragma unroll
+  for (int u = 0; u < kAtOnce; ++u) {
+    const uint32_t index = begin + u * kThreads;
+    if (index >= pieces) continue;
+    place[u] = advance({0, 0}, index, by_row);
+    piece[u].load(payload, grad_output, place[u].row, place[u].piece);
+    // A row has less than 2^31 elements, see the launcher.
+    const uint32_t element = place[u].piece * kItems;
+    const uint32_t channel = by_plane.quotient(element);
+    first[u] = load_factors(vectors, channel);
+    split[u] = static_cast<int>((channel + 1) * by_plane.divisor - element);
+    if (split[u] < kItems) second[u] = load_factors(vectors, channel + 1);
+  }
+#pragma unroll
+  for (int u = 0; u < kAtOnce; ++u) {
+    if (begin + u * kThreads >= pieces) continue;
+    float passed[kItems], normal[kItems];
+    piece[u].template decode<false>(payload, passed, normal);
+    T result[kItems];
+    const auto compute = [&](const auto& factors) {
+#pragma unroll
+      for (int j = 0; j < kItems; ++j) {
+        const ChannelFactors& f = factors(j);
+        result[j] = Number<T>::store(norm_grad(
+            passed[j], normal[j], f.mean_grad, f.mean_product, f.scale));
+      }
+    };
+    if (split[u] >= kItems) {
+      compute([&](int) { return first[u]; });
+    } else {
+      compute([&](int j) { return j < split[u] ? first[u] : second[u]; });
+    }
+    store_items<T, kItems>(grad_input + place[u].row * payload.row_numel +
+                               static_cast<int64_t>(place[u].piece) * kItems,
+                           result);
+  }
+}
+
+template <typename T, int kBits, NormCodes kCodes, int kItems>
+__global__ void __launch_bounds__(kThreads, kResident<kBits, 3>)
+    column_grad_kernel(const T* __restrict__ grad_output,
+                       T* __restrict__ grad_input, NormPayload payload,
+                       NormVectors vectors, Columns columns) {
+  using Piece = NormPiece<T, kBits, kCodes, kItems>;
+  constexpr int kAtOnce = kPiecesAtOnce<kItems>;
+  const ColumnCursor cursor(columns);
+  if (!cursor.active) return;
+  ChannelFactors factors[kItems];
+#pragma unroll
+  for (int j = 0; j < kItems; ++j) {
+    factors[j] = load_factors(vectors, int64_t{cursor.column} * kItems + j);
+  }
+  const uint32_t pixels = columns.splits.pieces();
+  for (uint32_t i = cursor.pixel; i < pixels; i += columns.pixels * kAtOnce) {
+    Piece piece[kAtOnce];
+    PieceIndex place[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const uint32_t local = i + u * columns.pixels;
+      if (local >= pixels) continue;
+      place[u] = cursor.at(local);
+      piece[u].load(payload, grad_output, place[u].row, place[u].piece);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (i + u * columns.pixels >= pixels) continue;
+      float passed[kItems], normal[kItems];
+      piece[u].template decode<false>(payload, passed, normal);
+      T result[kItems];
+#pragma unroll
+      for (int j = 0; j < kItems; ++j) {
+        result[j] = Number<T>::store(
+            norm_grad(passed[j], normal[j], factors[j].mean_grad,
+                      factors[j].mean_product, factors[j].scale));
+      }
+      store_items<T, kItems>(grad_input + place[u].row * payload.row_numel +
+                                 static_cast<int64_t>(place[u].piece) * kItems,
+                             result);
+    }
+  }
+}
+
+// What a launcher knows of a checked call.
+struct Call {
+  Channels channels;
+  NormPayload payload;
+  int device;
+  cudaStream_t stream;
+  bool blocks;  // all blocks of codes are aligned, and so are the gradients'
+};
+
+Call make_call(const Tensor& grad_output, const NormArguments& arguments) {
+  const Channels& channels = arguments.channels;
+  const Geometry& geometry = arguments.geometry;
+  STD_TORCH_CHECK(
+      geometry.rows <= kMaxIndex && channels.row_numel() <= kMaxIndex,
+      "there may be at most ", kMaxIndex, " samples and elements a sample");
+  const auto* codes =
+      static_cast<const uint8_t*>(arguments.codes->const_data_ptr());
+  const auto* act_codes =
+      arguments.act_codes == nullptr
+          ? nullptr
+          : static_cast<const uint8_t*>(arguments.act_codes->const_data_ptr());
+  int group_shift = 0;
+  while (kBlock << group_shift < geometry.group_size) ++group_shift;
+  const NormPayload payload{
+      codes,
+      act_codes,
+      static_cast<const uint8_t*>(arguments.ranges->const_data_ptr()),
+      channels.row_numel(),
+      static_cast<uint32_t>(geometry.blocks_per_row()),
+      static_cast<uint32_t>(geometry.groups_per_row()),
+      group_shift,
+      static_cast<int>(arguments.bits),
+      static_cast<int>(arguments.act_bits)};
+  const bool blocks = channels.row_numel() % kBlock == 0 &&
+                      (channels.last ? channels.count % kBlock == 0
+                                     : channels.plane >= kBlock) &&
+                      is_aligned(grad_output.const_data_ptr(), 16) &&
+                      is_aligned(codes, 4) && is_aligned(act_codes, 4);
+  const int device = grad_output.get_device_index();
+  return {channels, payload, device, current_stream(device), blocks};
+}
+
+// Calls `body` with the width of the codes and the elements of a piece as
+// constants.
+template <typename Body>
+void dispatch_pieces(const Call& call, const Body& body) {
+  const int bits = call.payload.bits;
+  const bool same = bits == call.payload.act_bits;
+  if (!call.blocks) {
+    body(Constant<kAnyBits>{}, Constant<1>{});
+  } else if (same && bits == 2) {
+    body(Constant<2>{}, Constant<kBlock>{});
+  } else if (same && bits == 3) {
+    body(Constant<3>{}, Constant<kBlock>{});
+  } else if (same && bits == 4) {
+    body(Constant<4>{}, Constant<kBlock>{});
+  } else {
+    body(Constant<kAnyBits>{}, Constant<kBlock>{});
+  }
+}
+
+// `grad` is of NormCodes::kMask only.
+template <NormCodes kCodes>
+Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
+                 Tensor* grad) {
+  const int64_t channels = arguments.channels.count;
+  if (grad_output.numel() == 0) {
+    return torch::stable::new_zeros(grad_output, {2, channels},
+                                    ScalarType::Float);
+  }
+  Tensor sums =
+      torch::stable::new_empty(grad_output, {2, channels}, ScalarType::Float);
+  const Call call = make_call(grad_output, arguments);
+  dispatch_dtype(grad_output.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T* source = static_cast<const T*>(grad_output.const_data_ptr());
+    T* passed =
+        grad == nullptr ? nullptr : static_cast<T*>(grad->mutable_data_ptr());
+    dispatch_pieces(call, [&](auto width, auto items) {
+      constexpr int kBits = decltype(width)::value;
+      constexpr int kItems = decltype(items)::value;
+      const auto launch = [&](const Splits& splits, const auto& kernel) {
+        Tensor partial = splits.count == 1
+                             ? sums
+                             : torch::stable::new_empty(
+                                   sums, {int64_t{splits.count}, 2, channels},
+                                   ScalarType::Float);
+        auto* target = static_cast<float*>(partial.mutable_data_ptr());
+        kernel(target);
+        check_launch();
+        if (splits.count == 1) return;
+        finish_sums_kernel<<<finish_grid(2 * channels), kThreads, 0,
+                             call.stream>>>(
+            target, static_cast<float*>(sums.mutable_data_ptr()), splits.count,
+            2 * channels);
+        check_launch();
+      };
+      if (call.channels.last) {
+        const Columns columns = make_columns<kItems>(
+            call.channels, kPiecesAtOnce<kItems>, call.device);
+        launch(columns.splits, [&](float* target) {
+          column_sums_kernel<T, kBits, kCodes, kItems>
+              <<<columns.grid(), kThreads, 0, call.stream>>>(
+                  source, passed, target, call.payload, columns);
+        });
+      } else {
+        const Planes planes = make_planes<kItems>(
+            call.channels, kPiecesAtOnce<kItems>, call.device);
+        launch(planes.splits, [&](float* target) {
+          plane_sums_kernel<T, kBits, kCodes, kItems>
+              <<<planes.grid(channels), kThreads, 0, call.stream>>>(
+                  source, passed, target, call.payload, planes);
+        });
+      }
+    });
+  });
+  return sums;
+}
+
+template <NormCodes kCodes>
+void grad_input(const Tensor& grad_output, const NormArguments& arguments,
+                const NormVectors& vectors, const Tensor& output) {
+  const Call call = make_call(grad_output, arguments);
+  dispatch_dtype(grad_output.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T* source = static_cast<const T*>(grad_output.const_data_ptr());
+    T* target = static_cast<T*>(output.mutable_data_ptr());
+    dispatch_pieces(call, [&](auto width, auto items) {
+      constexpr int kBits = decltype(width)::value;
+      constexpr int kItems = decltype(items)::value;
+      if (call.channels.last) {
+        const Columns columns = make_columns<kItems>(
+            call.channels, kPiecesAtOnce<kItems>, call.device);
+        column_grad_kernel<T, kBits, kCodes, kItems>
+            <<<columns.grid(), kThreads, 0, call.stream>>>(
+                source, target, call.payload, vectors, columns);
+        check_launch();
+        return;
+      }
+      // Rows at a time that 32-bit indices can count.
+      const int64_t row_pieces = call.channels.row_numel() / kItems;
+      const int64_t max_rows = kMaxIndex / row_pieces;
+      for (int64_t row = 0; row < call.channels.rows; row += max_rows) {
+        const int64_t pieces =
+            std::min(max_rows, call.channels.rows - row) * row_pieces;
+        constexpr int64_t kStep = int64_t{kThreads} * kPiecesAtOnce<kItems>;
+        NormPayload payload = call.payload;
+        const int64_t blocks = row * payload.row_blocks;
+        payload.codes += blocks * payload.bits;
+        payload.ranges += row * payload.row_groups * sizeof(uint32_t) *
+                          (kCodes == NormCodes::kSplit ? 2 : 1);
+        plane_grad_kernel<T, kBits, kCodes, kItems>
+            <<<static_cast<unsigned int>((pieces + kStep - 1) / kStep),
+               kThreads, 0, call.stream>>>(
+                source + row * payload.row_numel,
+                target + row * payload.row_numel, payload, vectors,
+                static_cast<uint32_t>(pieces),
+                Divider(static_cast<uint32_t>(row_pieces)),
+                Divider(static_cast<uint32_t>(call.channels.plane)));
+        check_launch();
+      }
+    });
+  });
+}
+
+Tensor norm_grad_sums(Tensor grad_output, Tensor codes, Tensor ranges,
+                      int64_t bits, int64_t group_size, bool relu) {
+  const NormArguments arguments =
+      check_norm_codes(grad_output, codes, ranges, bits, group_size, relu);
+  const torch::stable::accelerator::DeviceGuard guard(
+      grad_output.get_device_index());
+  return relu ? grad_sums<NormCodes::kSplit>(grad_output, arguments, nullptr)
+              : grad_sums<NormCodes::kPlain>(grad_output, arguments, nullptr);
+}
+
+std::tuple<Tensor, Tensor> norm_add_grad_sums(Tensor grad_output, Tensor codes,
+                                              Tensor ranges, Tensor act_codes,
+                                              int64_t bits, int64_t act_bits,
+                                              int64_t group_size) {
+  NormArguments arguments =
+      check_norm_codes(grad_output, codes, ranges, bits, group_size, false);
+  check_act_codes(grad_output, act_codes, act_bits, group_size, arguments);
+  const torch::stable::accelerator::DeviceGuard guard(
+      grad_output.get_device_index());
+  Tensor grad = torch::stable::empty_like(grad_output);
+  Tensor sums = grad_sums<NormCodes::kMask>(grad_output, arguments, &grad);
+  return {grad, sums};
+}
+
+Tensor norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges,
+                       Tensor scale, Tensor means, int64_t bits,
+                       int64_t group_size, bool relu) {
+  const NormArguments arguments =
+      check_norm_codes(grad_output, codes, ranges, bits, group_size, relu);
+  check_per_channel("scale", scale, arguments.channels, grad_output);
+  check_per_channel("means", means, arguments.channels, grad_output, true);
+  const torch::stable::accelerator::DeviceGuard guard(
+      grad_output.get_device_index());
+  Tensor output = torch::stable::empty_like(grad_output);
+  if (output.numel() == 0) return output;
+  const NormVectors vectors{static_cast<const float*>(scale.const_data_ptr()),
+                            static_cast<const float*>(means.const_data_ptr()),
+                            arguments.channels.count};
+  if (relu) {
+    grad_input<NormCodes::kSplit>(grad_output, arguments, vectors, output);
+  } else {
+    grad_input<NormCodes::kPlain>(grad_output, arguments, vectors, output);
+  }
+  return output;
+}
+
+}  // namespace
+}  // namespace mmactnn
+
+STABLE_TORCH_LIBRARY_IMPL(mmactnn, CUDA, m) {
+  m.impl("norm_grad_sums", TORCH_BOX(&mmactnn::norm_grad_sums));
+  m.impl("norm_add_grad_sums", TORCH_BOX(&mmactnn::norm_add_grad_sums));
+  m.impl("norm_grad_input", TORCH_BOX(&mmactnn::norm_grad_input));
+}

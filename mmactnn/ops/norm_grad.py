@@ -1,0 +1,143 @@
+"""Gradients of a fused normalisation, from its codes."""
+
+import torch
+
+from .channel_stats import check_channels, check_vector
+from .quantize import check_format
+
+# What a rectifier is told from takes a bit of its own.
+MIN_RECTIFIED_BITS = 2
+
+
+def check_rectified_bits(bits, name='bits'):
+    """Check the width of split or zeroed codes.
+
+    Raises:
+        ValueError: If it is not an integer from 2 to 8.
+    """
+    if bits not in range(MIN_RECTIFIED_BITS, 9):
+        raise ValueError(
+            f'{name} must be an integer from {MIN_RECTIFIED_BITS} to 8 where '
+            f'there is a rectifier, got {bits!r}'
+        )
+
+
+def _check(grad_output, bits, group_size, relu):
+    check_format(bits, group_size)
+    if relu:
+        check_rectified_bits(bits)
+    check_channels(grad_output, 'grad_output')
+
+
+def norm_grad_sums(grad_output, codes, ranges, bits, group_size, relu):
+    """Sums over the channels of a normalisation's gradient.
+
+    The sums that the gradients of bias, weight and input of a batch norm are
+    made from, for :func:`norm_grad_input`. They are accurate to float32, in
+    an order that is fixed on a device.
+
+    Args:
+        grad_output (Tensor[N, C, *]): float32, float16 or bfloat16, of 2 to 5
+            dimensions, and of the strides of the normalised input, which are
+            those of a contiguous or channels_last tensor.
+        codes (Tensor[N, ceil(M / 8) * bits]): uint8, from
+            :func:`mmactnn.ops.norm_act` for M elements a sample; plain codes
+            of the normalised input or, with ``relu``, split codes.
+        ranges (Tensor[N, ceil(M / group_size), 2]): bfloat16; with ``relu``
+            the last dimension is 4.
+        bits (int): Bits a code, from 1 to 8, with ``relu`` from 2.
+        group_size (int): Elements a range: 64, 128, 256 or 512.
+        relu (bool): Whether a ReLU follows, whose mask the codes hold.
+
+    Returns:
+        Tensor[2, C]: float32, the sums over the elements of each channel of
+        the gradients that pass the ReLU, and of their products with the
+        normalised input.
+
+    Raises:
+        ValueError: If ``bits`` or ``group_size`` is not valid, or
+            ``grad_output`` has not 2 to 5 dimensions.
+        TypeError: If the dtype is not supported.
+        RuntimeError: If the device has no kernels, the layout is another, or
+            codes, ranges and gradient do not belong together.
+    """
+    _check(grad_output, bits, group_size, relu)
+    return torch.ops.mmactnn.norm_grad_sums.default(
+        grad_output, codes, ranges, bits, group_size, relu
+    )
+
+
+def norm_add_grad_sums(
+    grad_output, codes, ranges, act_codes, bits, act_bits, group_size
+):
+    """The same for a ReLU after a residual sum, and the gradient before it.
+
+    Args:
+        grad_output (Tensor[N, C, *]): As in :func:`norm_grad_sums`.
+        codes (Tensor[N, ceil(M / 8) * bits]): uint8, plain codes of the
+            normalised input.
+        ranges (Tensor[N, ceil(M / group_size), 2]): bfloat16.
+        act_codes (Tensor[N, ceil(M / 8) * act_bits]): uint8, zeroed codes of
+            the output of the ReLU: the gradient passes where the code is
+            not 0.
+        bits (int): Bits a code of ``codes``, from 1 to 8.
+        act_bits (int): Bits a code of ``act_codes``, from 2 to 8.
+        group_size (int): Elements a range: 64, 128, 256 or 512.
+
+    Returns:
+        tuple[Tensor, Tensor]: The gradient of the sum before the ReLU
+        (Tensor[N, C, *], dtype and strides of ``grad_output``), which is that
+        of the residual, too; and the sums of :func:`norm_grad_sums`.
+
+    Raises:
+        ValueError: If a width or ``group_size`` is not valid, or
+            ``grad_output`` has not 2 to 5 dimensions.
+        TypeError: If the dtype is not supported.
+        RuntimeError: As in :func:`norm_grad_sums`.
+    """
+    _check(grad_output, bits, group_size, relu=False)
+    check_rectified_bits(act_bits, 'act_bits')
+    return torch.ops.mmactnn.norm_add_grad_sums.default(
+        grad_output, codes, ranges, act_codes, bits, act_bits, group_size
+    )
+
+
+def norm_grad_input(
+    grad_output, codes, ranges, scale, means, bits, group_size, relu
+):
+    """The gradient of a normalisation's input.
+
+    ``(g - means[0] - normal * means[1]) * scale`` for the gradients g that
+    pass the ReLU, 0 for the others, and the normalised input that the codes
+    stand for; each operation is rounded to float32.
+
+    Args:
+        grad_output (Tensor[N, C, *]): As in :func:`norm_grad_sums`; after a
+            residual sum the gradient that :func:`norm_add_grad_sums` returned.
+        codes (Tensor[N, ceil(M / 8) * bits]): As there.
+        ranges (Tensor[N, ceil(M / group_size), 2]): As there.
+        scale (Tensor[C]): float32, contiguous: the weight over the standard
+            deviation.
+        means (Tensor[2, C]): float32, contiguous: the sums over the number of
+            elements of a channel; 0 where the statistics are constants.
+        bits (int): Bits a code, from 1 to 8, with ``relu`` from 2.
+        group_size (int): Elements a range: 64, 128, 256 or 512.
+        relu (bool): Whether the codes are split ones.
+
+    Returns:
+        Tensor[N, C, *]: Of the dtype and the strides of ``grad_output``.
+
+    Raises:
+        ValueError: If ``bits`` or ``group_size`` is not valid, ``scale`` or
+            ``means`` of another shape, or ``grad_output`` has not 2 to 5
+            dimensions.
+        TypeError: If the dtype is not supported.
+        RuntimeError: As in :func:`norm_grad_sums`.
+    """
+    _check(grad_output, bits, group_size, relu)
+    channels = grad_output.shape[1]
+    check_vector(scale, (channels,), 'scale')
+    check_vector(means, (2, channels), 'means')
+    return torch.ops.mmactnn.norm_grad_input.default(
+        grad_output, codes, ranges, scale, means, bits, group_size, relu
+    )
