@@ -1,0 +1,289 @@
+"""Fused normalisation and decoding of rectified values."""
+
+import math
+
+import pytest
+import torch
+from support.layers import assert_same_bits
+
+from mmactnn import ops
+from mmactnn.ops import reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = (
+    (3, 8, 16, 16),
+    (2, 5, 7, 7),
+    (2, 16, 5, 7),
+    (3, 3),
+    (2, 6, 11),
+    (1, 4, 3, 5, 7),
+    (2, 1, 9, 1),
+    (0, 4, 3, 3),
+)
+# relu, residual, bits, bits of the output
+MODES = {
+    'plain': (False, False, 2, 0),
+    'plain, 5 bits': (False, False, 5, 0),
+    'plain, 1 bit': (False, False, 1, 0),
+    'relu, 2 bits': (True, False, 2, 0),
+    'relu': (True, False, 3, 0),
+    'relu, 4 bits': (True, False, 4, 0),
+    'relu, 8 bits': (True, False, 8, 0),
+    'add': (True, True, 2, 2),
+    'add, 3 bits': (True, True, 3, 3),
+    'add, 4 bits': (True, True, 4, 4),
+    'add, 1 and 7 bits': (True, True, 1, 7),
+}
+
+
+def make(shape, dtype, channels_last, special=False, device='cpu'):
+    x = torch.randn(shape) * 2 + 0.5
+    residual = torch.randn(shape)
+    if special and x.numel():
+        flat = x.view(-1)
+        flat[0], flat[-1] = math.nan, math.inf
+        flat[flat.numel() // 2] = -math.inf
+    x, residual = x.to(dtype), residual.to(dtype)
+    if channels_last:
+        x, residual = (
+            t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, residual)
+        )
+    channels = shape[1]
+    mean, bias = torch.randn(2, channels)
+    invstd, weight = torch.rand(2, channels) + 0.5
+    weight[0] = -weight[0]
+    if channels > 1:
+        weight[1] = 0.0  # as where a residual branch starts
+    return [t.to(device) for t in (x, residual, mean, invstd, weight, bias)]
+
+
+def run(op, tensors, mode, group_size=64, seed=5, offset=9, affine=True):
+    relu, adds, bits, act_bits = MODES[mode]
+    x, residual, mean, invstd, weight, bias = tensors
+    return op(
+        x,
+        residual if adds else None,
+        mean,
+        invstd,
+        weight if affine else None,
+        bias if affine else None,
+        relu,
+        bits,
+        act_bits,
+        group_size,
+        seed=seed,
+        offset=offset,
+    )
+
+
+def specified(tensors, mode, **kwargs):
+    def op(*args, seed, offset):
+        return reference.norm_act(*args, seed, offset)
+
+    return run(op, [t.cpu() for t in tensors], mode, **kwargs)
+
+
+def assert_as_specified(found, expected):
+    assert len(found) == len(expected)
+    for actual, wanted in zip(found, expected):
+        if wanted.numel():
+            assert actual.stride() == wanted.stride()
+        # Which zero, and which NaN, is nobody's business.
+        actual, wanted = actual.cpu(), wanted
+        if actual.is_floating_point():
+            actual, wanted = actual + 0.0, wanted + 0.0
+        assert_same_bits(actual, wanted)
+
+
+@pytest.mark.parametrize('special', [False, True])
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('mode', MODES)
+def test_as_specified(mode, shape, dtype, channels_last, special, device):
+    tensors = make(shape, dtype, channels_last, special, device)
+    expected = specified(tensors, mode)
+    assert_as_specified(run(ops.norm_act, tensors, mode), expected)
+    x = tensors[0].clone()
+    found = run(ops.norm_act_, [x, *tensors[1:]], mode)
+    assert_as_specified((x, *found), expected)
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('mode', [m for m in MODES if 'plain' not in m])
+def test_decodes_as_specified(mode, shape, dtype, channels_last, device):
+    _, adds, bits, act_bits = MODES[mode]
+    for special in (False, True):
+        tensors = make(shape, dtype, channels_last, special, device)
+        x, weight, bias = tensors[0], *tensors[4:]
+        _, *payload = run(ops.norm_act, tensors, mode)
+        layout = x.shape, x.stride(), dtype
+        if adds:
+            arguments = (*payload[2:], *layout, act_bits, 64)
+            name = 'dequantize_zeroed'
+        else:
+            arguments = (*payload[:2], weight, bias, *layout, bits, 64)
+            name = 'dequantize_split'
+        found = getattr(ops, name)(*arguments)
+        on_cpu = [
+            a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments
+        ]
+        expected = getattr(reference, name)(*on_cpu)
+        assert found.dtype == dtype
+        if x.numel():
+            assert found.stride() == x.stride()
+        assert_same_bits(found.cpu() + 0.0, expected + 0.0)
+
+
+@pytest.mark.parametrize('group_size', ops.GROUP_SIZES)
+@pytest.mark.parametrize('mode', ['plain', 'relu', 'add'])
+def test_group_sizes(mode, group_size, device):
+    tensors = make((2, 16, 9, 13), torch.float32, False, device=device)
+    found = run(ops.norm_act, tensors, mode, group_size)
+    assert_as_specified(found, specified(tensors, mode, group_size=group_size))
+
+
+@pytest.mark.parametrize('mode', ['plain', 'relu', 'add'])
+def test_without_weight_and_bias(mode, device):
+    tensors = make((2, 4, 8, 8), torch.float32, False, device=device)
+    found = run(ops.norm_act, tensors, mode, affine=False)
+    assert_as_specified(found, specified(tensors, mode, affine=False))
+
+
+@pytest.mark.parametrize('mode', ['relu', 'add'])
+def test_zeros_are_exact(mode, device):
+    tensors = make((4, 8, 16, 16), torch.float32, False, device=device)
+    tensors[4].abs_().add_(0.1)
+    output, codes, ranges, act_codes, act_ranges = run(
+        ops.norm_act, tensors, mode, 256
+    )
+    layout = output.shape, output.stride(), output.dtype
+    if mode == 'add':
+        value = ops.dequantize_zeroed(act_codes, act_ranges, *layout, 2, 256)
+    else:
+        value = ops.dequantize_split(
+            codes, ranges, *tensors[4:], *layout, 3, 256
+        )
+    assert not value[output == 0].any()
+    # The lowest of the others' range may be rounded to a hair below 0.
+    assert (value[output > 0] > -0.05).all()
+
+
+@pytest.mark.parametrize('mode', ['relu', 'add'])
+def test_unbiased(mode, device):
+    tensors = make((2, 4, 16, 16), torch.float32, False, device=device)
+    draws, total, squares = 400, 0.0, 0.0
+    for seed in range(draws):
+        output, codes, ranges, act_codes, act_ranges = run(
+            ops.norm_act, tensors, mode, 256, seed=seed
+        )
+        layout = output.shape, output.stride(), output.dtype
+        if mode == 'add':
+            value = ops.dequantize_zeroed(
+                act_codes, act_ranges, *layout, 2, 256
+            )
+        else:
+            value = ops.dequantize_split(
+                codes, ranges, *tensors[4:], *layout, 3, 256
+            )
+        error = (value - output).double()
+        total, squares = total + error, squares + error.square()
+    mean = (total / draws).square().sum()
+    single = (squares / draws).sum()
+    assert float(mean) < 1.5 * float(single) / draws
+    assert float(single) > 0
+
+
+def test_wrong_arguments(device):
+    x, residual, mean, invstd, weight, bias = make(
+        (2, 4, 8, 8), torch.float32, False, device=device
+    )
+
+    def call(op=ops.norm_act, **changes):
+        arguments = dict(
+            input=x,
+            residual=None,
+            mean=mean,
+            invstd=invstd,
+            weight=weight,
+            bias=bias,
+            relu=True,
+            bits=3,
+            act_bits=0,
+            seed=1,
+        )
+        return op(**{**arguments, **changes})
+
+    with pytest.raises(ValueError, match='from 2 to 8, got 1'):
+        call(bits=1)
+    with pytest.raises(ValueError, match='from 1 to 8, got 9'):
+        call(bits=9)
+    with pytest.raises(ValueError, match='act_bits .* got 0'):
+        call(residual=residual)
+    with pytest.raises(ValueError, match='relu is True'):
+        call(residual=residual, relu=False, act_bits=2)
+    with pytest.raises(ValueError, match='shape'):
+        call(residual=residual[:1], act_bits=2)
+    with pytest.raises(ValueError, match='two dimensions'):
+        call(input=x[0, 0, 0])
+    with pytest.raises(TypeError, match='float64'):
+        call(input=x.double())
+    with pytest.raises(RuntimeError, match='mean'):
+        call(mean=mean[:2])
+    with pytest.raises(RuntimeError, match='weight'):
+        call(weight=weight.double())
+    with pytest.raises(ValueError, match='overwritten'):
+        call(ops.norm_act_, input=x.transpose(2, 3))
+    _, codes, ranges, *_ = call()
+    layout = x.shape, x.stride(), x.dtype
+    with pytest.raises(ValueError, match='from 2 to 8, got 1'):
+        ops.dequantize_split(codes, ranges, weight, bias, *layout, 1)
+    with pytest.raises(RuntimeError, match='codes'):
+        ops.dequantize_split(codes, ranges, weight, bias, *layout, 4)
+    with pytest.raises(RuntimeError, match='ranges'):
+        ops.dequantize_zeroed(codes, ranges, *layout, 3)
+
+
+@pytest.mark.parametrize('mode', ['plain', 'relu', 'add'])
+def test_opcheck(mode, device):
+    tensors = make((2, 4, 8, 8), torch.float32, False, device=device)
+    relu, adds, bits, act_bits = MODES[mode]
+    x, residual, mean, invstd, weight, bias = tensors
+    arguments = (
+        residual if adds else None,
+        mean,
+        invstd,
+        weight,
+        bias,
+        relu,
+        bits,
+        act_bits,
+        64,
+        1,
+        2,
+    )
+    checks = ('test_schema', 'test_faketensor')
+    torch.library.opcheck(
+        torch.ops.mmactnn.norm_act.default, (x, *arguments), test_utils=checks
+    )
+    torch.library.opcheck(
+        torch.ops.mmactnn.norm_act_.default,
+        (x.clone(), *arguments),
+        test_utils=checks,
+    )
+    _, *payload = torch.ops.mmactnn.norm_act.default(x, *arguments)
+    layout = x.shape, x.stride(), x.dtype
+    if mode == 'relu':
+        torch.library.opcheck(
+            torch.ops.mmactnn.dequantize_split.default,
+            (*payload[:2], weight, bias, *layout, bits, 64),
+            test_utils=checks,
+        )
+    elif mode == 'add':
+        torch.library.opcheck(
+            torch.ops.mmactnn.dequantize_zeroed.default,
+            (*payload[2:], *layout, act_bits, 64),
+            test_utils=checks,
+        )
