@@ -44,6 +44,15 @@ __device__ __forceinline__ float squares_about(float mean, float count,
   return fmaf(count * distance, distance, moments.squares);
 }
 
+// Squares about a mean that is only roughly right, about the right one: `drift`
+// is the sum of all differences from the rough one.
+__device__ __forceinline__ Moments move_to_mean(float count, float rough,
+                                                float drift, float squares) {
+  if (count == 0.0f) return {0.0f, 0.0f};
+  const float distance = drift / count;
+  return {rough + distance, fmaf(-drift, distance, squares)};
+}
+
 // [splits, 3, C]: counts, means, squares.
 struct Partials {
   float* data;
@@ -119,12 +128,14 @@ __global__ void __launch_bounds__(kThreads)
   const float own_count = static_cast<float>(count);
   const Moments own = make_moments(own_count, shift, sum, squares);
   const float total = block_sum(own_count);
-  const float mean = block_sum(own_count * own.mean) / fmaxf(total, 1.0f);
-  const float merged = block_sum(squares_about(mean, own_count, own));
+  const float rough = block_sum(own_count * own.mean) / fmaxf(total, 1.0f);
+  const float drift = block_sum(own_count * (own.mean - rough));
+  const float squares_of_all = block_sum(squares_about(rough, own_count, own));
+  const Moments merged = move_to_mean(total, rough, drift, squares_of_all);
   if (threadIdx.x == 0) {
     partials.at(blockIdx.y, 0, blockIdx.x) = total;
-    partials.at(blockIdx.y, 1, blockIdx.x) = mean;
-    partials.at(blockIdx.y, 2, blockIdx.x) = merged;
+    partials.at(blockIdx.y, 1, blockIdx.x) = merged.mean;
+    partials.at(blockIdx.y, 2, blockIdx.x) = merged.squares;
   }
 }
 
@@ -182,21 +193,24 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t lane = o - j * columns.columns;
     const uint32_t column = blockIdx.x * columns.columns + lane;
     if (column >= columns.total) continue;
-    float mean = 0.0f, merged = 0.0f;
+    float rough = 0.0f, drift = 0.0f, squares_of_all = 0.0f;
     for (uint32_t p = 0; p < columns.pixels; ++p) {
       const uint32_t thread = p * columns.columns + lane;
-      mean = fmaf(counts[thread], moments[j][thread].mean, mean);
+      rough = fmaf(counts[thread], moments[j][thread].mean, rough);
     }
     const float total = static_cast<float>(pixels);
-    mean /= total;
+    rough /= total;
     for (uint32_t p = 0; p < columns.pixels; ++p) {
       const uint32_t thread = p * columns.columns + lane;
-      merged += squares_about(mean, counts[thread], moments[j][thread]);
+      const Moments own = moments[j][thread];
+      drift = fmaf(counts[thread], own.mean - rough, drift);
+      squares_of_all += squares_about(rough, counts[thread], own);
     }
+    const Moments merged = move_to_mean(total, rough, drift, squares_of_all);
     const int64_t channel = int64_t{column} * kItems + j;
     partials.at(blockIdx.y, 0, channel) = total;
-    partials.at(blockIdx.y, 1, channel) = mean;
-    partials.at(blockIdx.y, 2, channel) = merged;
+    partials.at(blockIdx.y, 1, channel) = merged.mean;
+    partials.at(blockIdx.y, 2, channel) = merged.squares;
   }
 }
 

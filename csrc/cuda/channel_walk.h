@@ -19,6 +19,18 @@ constexpr int kGridBlocksPerProcessor = 16;
 // is still an index that a Divider takes.
 constexpr int64_t kMaxPieces = INT64_C(1) << 30;
 
+// Elements within a row are counted in 31 bits and blocks in 32.
+inline void check_indexable(const Channels& channels) {
+  STD_TORCH_CHECK(channels.row_numel() <= kMaxIndex,
+                  "a sample may have at most ", kMaxIndex, " elements, got ",
+                  channels.row_numel());
+  constexpr int64_t kMaxBlocks = INT64_C(0xFFFFFFFF);
+  const int64_t row_blocks = (channels.row_numel() + kBlock - 1) / kBlock;
+  STD_TORCH_CHECK(channels.rows <= kMaxBlocks / row_blocks,
+                  "there may be at most ", kMaxBlocks / row_blocks,
+                  " samples of this size, got ", channels.rows);
+}
+
 struct Splits {
   uint32_t count;
   int64_t size;   // pieces of each split but the last
@@ -78,7 +90,7 @@ __device__ __forceinline__ PieceIndex advance(PieceIndex from, uint32_t local,
 // Channel after channel: a thread block takes one channel, blockIdx.x. A piece
 // may hold elements of its neighbours, too.
 struct Planes {
-  int64_t plane;
+  uint32_t plane;
   Splits splits;
   Divider by_pieces;  // pieces that can hold elements of a channel of a row
 
@@ -90,13 +102,14 @@ struct Planes {
 // `at_once` is the number of pieces whose loads a thread issues together.
 template <int kItems>
 Planes make_planes(const Channels& channels, int at_once, int device) {
+  check_indexable(channels);
   const int64_t plane = channels.plane;
   const int64_t pieces = plane % kItems == 0
                              ? plane / kItems
                              : (plane + 2 * (kItems - 1)) / kItems;
-  STD_TORCH_CHECK(pieces <= kMaxPieces && channels.count <= kMaxIndex,
-                  "a channel of ", plane, " elements a sample is too large");
-  return {plane,
+  STD_TORCH_CHECK(pieces <= kMaxPieces, "a channel may have at most ",
+                  kMaxPieces, " elements a sample, got ", plane);
+  return {static_cast<uint32_t>(plane),
           make_splits(channels.rows * pieces, int64_t{kThreads} * at_once,
                       channels.count, device),
           Divider(static_cast<uint32_t>(pieces))};
@@ -116,8 +129,8 @@ struct PlanePiece {
 
 template <int kItems>
 struct PlaneCursor {
-  int64_t plane_begin;
-  int64_t plane_end;
+  uint32_t plane_begin;
+  uint32_t plane_end;
   uint32_t first;  // piece of the row that the channel begins in
   PieceIndex start;
   Divider by_pieces;
@@ -125,18 +138,16 @@ struct PlaneCursor {
   explicit __device__ __forceinline__ PlaneCursor(const Planes& planes)
       : plane_begin(blockIdx.x * planes.plane),
         plane_end(plane_begin + planes.plane),
-        first(static_cast<uint32_t>(plane_begin / kItems)),
+        first(plane_begin / kItems),
         start(first_piece(planes.splits, planes.by_pieces)),
         by_pieces(planes.by_pieces) {}
 
   __device__ __forceinline__ PlanePiece at(uint32_t local) const {
     const PieceIndex index = advance(start, local, by_pieces);
     const uint32_t piece = first + index.piece;
-    const int64_t element = static_cast<int64_t>(piece) * kItems;
-    const int64_t before = plane_begin - element;
-    const int64_t left = plane_end - element;
-    return {index.row, piece, before > 0 ? static_cast<int>(before) : 0,
-            left < kItems ? static_cast<int>(left) : kItems};
+    const int before = static_cast<int>(plane_begin - piece * kItems);
+    const int left = static_cast<int>(plane_end - piece * kItems);
+    return {index.row, piece, max(before, 0), min(left, kItems)};
   }
 };
 
@@ -157,13 +168,13 @@ struct Columns {
 
 template <int kItems>
 Columns make_columns(const Channels& channels, int at_once, int device) {
+  check_indexable(channels);
   const int64_t total = channels.count / kItems;
   const int64_t across = (total + kWarp - 1) / kWarp;
   const int64_t columns = (total + across - 1) / across;
   const int64_t pixels = kThreads / columns;
-  STD_TORCH_CHECK(channels.plane <= kMaxPieces && total <= kMaxIndex,
-                  "a channel of ", channels.plane,
-                  " elements a sample is too large");
+  STD_TORCH_CHECK(channels.plane <= kMaxPieces, "a channel may have at most ",
+                  kMaxPieces, " elements a sample, got ", channels.plane);
   return {static_cast<uint32_t>(total),
           static_cast<uint32_t>(columns),
           static_cast<uint32_t>(pixels),

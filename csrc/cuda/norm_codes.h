@@ -36,6 +36,17 @@ struct NormPayload {
   int act_bits;
 };
 
+// Where a piece of a row is.
+template <int kItems, typename T>
+__device__ __forceinline__ T* piece_of(const NormPayload& payload, T* data,
+                                       uint32_t row, uint32_t piece) {
+  if constexpr (kItems == kBlock) {
+    return data + int64_t{row * payload.row_blocks + piece} * kBlock;
+  } else {
+    return data + row * payload.row_numel + piece;
+  }
+}
+
 template <int kBits>
 using CodeWord =
     std::conditional_t<kBits == kAnyBits, uint64_t,
@@ -151,19 +162,18 @@ struct NormPiece {
                                        uint32_t piece) {
     const int bits = kBits == kAnyBits ? payload.bits : kBits;
     const int act_bits = kBits == kAnyBits ? payload.act_bits : kBits;
-    const int64_t row_block = static_cast<int64_t>(row) * payload.row_blocks;
-    uint32_t block;
+    uint32_t block = piece;
     if constexpr (kItems == kBlock) {
-      block = piece;
-      const int64_t index = row_block + block;
-      grads.load(grad_output + index * kBlock);
-      codes = load_codes<kBits>(payload.codes + index * bits, bits);
+      const uint32_t index = row * payload.row_blocks + block;
+      grads.load(grad_output + int64_t{index} * kBlock);
+      codes = load_codes<kBits>(payload.codes + int64_t{index} * bits, bits);
       if constexpr (kMask) {
-        act_codes =
-            load_codes<kBits>(payload.act_codes + index * act_bits, act_bits);
+        act_codes = load_codes<kBits>(
+            payload.act_codes + int64_t{index} * act_bits, act_bits);
       }
     } else {
       block = piece / kBlock;
+      const int64_t row_block = int64_t{row} * payload.row_blocks;
       grads.load(grad_output + row * payload.row_numel + piece);
       codes = code_at(payload.codes + row_block * bits, piece, bits);
       if constexpr (kMask) {
@@ -171,8 +181,8 @@ struct NormPiece {
             code_at(payload.act_codes + row_block * act_bits, piece, act_bits);
       }
     }
-    const int64_t group = static_cast<int64_t>(row) * payload.row_groups +
-                          (block >> payload.group_shift);
+    const uint32_t group =
+        row * payload.row_groups + (block >> payload.group_shift);
     ranges = reinterpret_cast<const Ranges*>(payload.ranges)[group];
   }
 
@@ -190,12 +200,14 @@ struct NormPiece {
     return true;
   }
 
-  // The gradients that pass the rectifier, 0 for the others, and the
-  // normalised input. With kPassed that of the others may be any finite
-  // number, unless it would make a product with 0 NaN.
-  template <bool kPassed>
-  __device__ __forceinline__ void decode(const NormPayload& payload,
-                                         float* grad, float* normal) const {
+  // Calls `body(i, passed, grad, normal)` with every element: whether its
+  // gradient passes the rectifier, the gradient and the normalised input. With
+  // kPassed the latter may be any number where the gradient does not pass. In
+  // a group with NaN or inf what does not pass is given as a 0 that does, so
+  // that products with it are what they are in reference.py.
+  template <bool kPassed, typename Body>
+  __device__ __forceinline__ void for_each(const NormPayload& payload,
+                                           const Body& body) const {
     const int bits = kBits == kAnyBits ? payload.bits : kBits;
     const int act_bits = kBits == kAnyBits ? payload.act_bits : kBits;
     const Range first = Range::unpack(static_cast<uint32_t>(ranges));
@@ -204,11 +216,6 @@ struct NormPiece {
     if constexpr (kSplit) {
       second = Range::unpack(static_cast<uint32_t>(ranges >> 32));
       special |= second.special();
-    }
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const float value = grads.value(i);
-      grad[i] = positive(i, bits, act_bits) ? value : 0.0f;
     }
     if (special) {
 #pragma unroll
@@ -219,8 +226,9 @@ struct NormPiece {
         const uint32_t value = kSplit ? split_value_code(whole, bits) : whole;
         const uint32_t max_code =
             kSplit ? max_split_code(bits) : max_code_of(bits);
-        normal[i] = range.special() ? decode_special(value, range, max_code)
-                                    : decode_fused(value, range);
+        body(i, true, positive(i, bits, act_bits) ? grads.value(i) : 0.0f,
+             range.special() ? decode_special(value, range, max_code)
+                             : decode_fused(value, range));
       }
     } else if constexpr (kSplit && kBits == 2) {
       // One bit a value: four numbers, of which the bits choose.
@@ -228,25 +236,35 @@ struct NormPiece {
       const float high[2] = {decode_fused(1, first), decode_fused(1, second)};
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
-        const bool upper = (codes >> (2 * i) & 1u) != 0u;
+        const bool upper = (codes & 1u << (2 * i)) != 0u;
+        const bool passed = (codes & 2u << (2 * i)) != 0u;
         const float of_passed = upper ? high[1] : low[1];
-        normal[i] = kPassed || positive(i, bits, act_bits)
-                        ? of_passed
-                        : (upper ? high[0] : low[0]);
+        body(i, passed, grads.value(i),
+             kPassed || passed ? of_passed : (upper ? high[0] : low[0]));
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
+        const bool passed = positive(i, bits, act_bits);
+        const uint32_t whole = code(i, bits);
         if constexpr (kSplit) {
-          const Range range =
-              kPassed || positive(i, bits, act_bits) ? second : first;
-          normal[i] =
-              decode_fused(split_value_code(code(i, bits), bits), range);
+          const Range range = kPassed || passed ? second : first;
+          body(i, passed, grads.value(i),
+               decode_fused(split_value_code(whole, bits), range));
         } else {
-          normal[i] = decode_fused(code(i, bits), first);
+          body(i, passed, grads.value(i), decode_fused(whole, first));
         }
       }
     }
+  }
+
+  // The gradients that pass, 0 for the others, and the normalised input.
+  __device__ __forceinline__ void decode(const NormPayload& payload,
+                                         float* grad, float* normal) const {
+    for_each<false>(payload, [&](int i, bool passed, float value, float x) {
+      grad[i] = passed ? value : 0.0f;
+      normal[i] = x;
+    });
   }
 
   // Writes the gradients that pass the rectifier.
@@ -255,9 +273,8 @@ struct NormPiece {
                                                uint32_t piece) const {
     const int bits = kBits == kAnyBits ? payload.bits : kBits;
     const int act_bits = kBits == kAnyBits ? payload.act_bits : kBits;
-    grads.store(
-        grad + row * payload.row_numel + static_cast<int64_t>(piece) * kItems,
-        [&](int i) { return positive(i, bits, act_bits); });
+    grads.store(piece_of<kItems>(payload, grad, row, piece),
+                [&](int i) { return positive(i, bits, act_bits); });
   }
 };
 

@@ -53,19 +53,14 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       if (place[u].end <= 0) continue;
-      float passed[kItems], normal[kItems];
-      piece[u].template decode<true>(payload, passed, normal);
-      if (place[u].begin != 0 || place[u].end != kItems) {
-#pragma unroll
-        for (int j = 0; j < kItems; ++j) {
-          if (!place[u].holds(j)) passed[j] = normal[j] = 0.0f;
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kItems; ++j) {
-        sum += passed[j];
-        product = fmaf(passed[j], normal[j], product);
-      }
+      const bool whole = place[u].begin == 0 && place[u].end == kItems;
+      piece[u].template for_each<true>(
+          payload, [&](int j, bool passed, float value, float normal) {
+            if (passed && (whole || place[u].holds(j))) {
+              sum += value;
+              product = fmaf(value, normal, product);
+            }
+          });
       if constexpr (kCodes == NormCodes::kMask) {
         // A piece is written by the channel that its first element is of.
         if (place[u].begin == 0) {
@@ -107,13 +102,13 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       if (i + u * columns.pixels >= pixels) continue;
-      float passed[kItems], normal[kItems];
-      piece[u].template decode<true>(payload, passed, normal);
-#pragma unroll
-      for (int j = 0; j < kItems; ++j) {
-        total[j] += passed[j];
-        total[kItems + j] = fmaf(passed[j], normal[j], total[kItems + j]);
-      }
+      piece[u].template for_each<true>(
+          payload, [&](int j, bool passed, float value, float normal) {
+            if (passed) {
+              total[j] += value;
+              total[kItems + j] = fmaf(value, normal, total[kItems + j]);
+            }
+          });
       if constexpr (kCodes == NormCodes::kMask) {
         piece[u].store_passed(payload, grad, place[u].row, place[u].piece);
       }
@@ -209,12 +204,12 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
   for (int u = 0; u < kAtOnce; ++u) {
     if (begin + u * kThreads >= pieces) continue;
     float passed[kItems], normal[kItems];
-    piece[u].template decode<false>(payload, passed, normal);
+    piece[u].decode(payload, passed, normal);
     T result[kItems];
     const auto compute = [&](const auto& factors) {
 #pragma unroll
       for (int j = 0; j < kItems; ++j) {
-        const ChannelFactors& f = factors(j);
+        const ChannelFactors f = factors(j);
         result[j] = Number<T>::store(norm_grad(
             passed[j], normal[j], f.mean_grad, f.mean_product, f.scale));
       }
@@ -224,9 +219,9 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
     } else {
       compute([&](int j) { return j < split[u] ? first[u] : second[u]; });
     }
-    store_items<T, kItems>(grad_input + place[u].row * payload.row_numel +
-                               static_cast<int64_t>(place[u].piece) * kItems,
-                           result);
+    store_items<T, kItems>(
+        piece_of<kItems>(payload, grad_input, place[u].row, place[u].piece),
+        result);
   }
 }
 
@@ -259,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 3>)
     for (int u = 0; u < kAtOnce; ++u) {
       if (i + u * columns.pixels >= pixels) continue;
       float passed[kItems], normal[kItems];
-      piece[u].template decode<false>(payload, passed, normal);
+      piece[u].decode(payload, passed, normal);
       T result[kItems];
 #pragma unroll
       for (int j = 0; j < kItems; ++j) {
@@ -267,9 +262,9 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 3>)
             norm_grad(passed[j], normal[j], factors[j].mean_grad,
                       factors[j].mean_product, factors[j].scale));
       }
-      store_items<T, kItems>(grad_input + place[u].row * payload.row_numel +
-                                 static_cast<int64_t>(place[u].piece) * kItems,
-                             result);
+      store_items<T, kItems>(
+          piece_of<kItems>(payload, grad_input, place[u].row, place[u].piece),
+          result);
     }
   }
 }
@@ -286,9 +281,7 @@ struct Call {
 Call make_call(const Tensor& grad_output, const NormArguments& arguments) {
   const Channels& channels = arguments.channels;
   const Geometry& geometry = arguments.geometry;
-  STD_TORCH_CHECK(
-      geometry.rows <= kMaxIndex && channels.row_numel() <= kMaxIndex,
-      "there may be at most ", kMaxIndex, " samples and elements a sample");
+  check_indexable(channels);
   const auto* codes =
       static_cast<const uint8_t*>(arguments.codes->const_data_ptr());
   const auto* act_codes =

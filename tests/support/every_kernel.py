@@ -4,7 +4,8 @@ compute-sanitizer --tool memcheck python tests/support/every_kernel.py
 
 Every dtype, bit width, group size and way through the kernels: one width and
 one for each sample, whole and ragged groups, rows on and off the 16-byte
-boundary, NaN and inf, in place; every kind of pooling window, in both layouts.
+boundary, NaN and inf, in place; every kind of pooling window, in both layouts;
+channels in every place of the blocks of codes.
 Results are compared with the CPU's, so that a run that computes nothing
 cannot pass.
 """
@@ -20,6 +21,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RECTIFIERS = (dict(), dict(max=6.0), dict(slope=0.1))
 # Odd and even numbers of outputs, a warp and less, several planes.
 POOL_SHAPES = ((2, 3, 9, 11), (3, 9, 11), (2, 8, 16, 16), (1, 1, 3, 3))
+# All aligned, planes off the blocks, rows off them, no plane.
+NORM_SHAPES = ((3, 16, 8, 8), (3, 8, 7, 7), (2, 5, 7, 9), (6, 40))
 WINDOWS = (
     dict(kernel_size=2),
     dict(kernel_size=3, stride=2, padding=1),
@@ -114,6 +117,85 @@ def run_max_pool(x, window):
     )
 
 
+def run_channel_stats(x):
+    """Statistics of channels."""
+    running = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+    cuda_running = [value.cuda() for value in running]
+    expected = ops.channel_stats(x, 1e-5, 0.1, *running)
+    actual = ops.channel_stats(x.cuda(), 1e-5, 0.1, *cuda_running)
+    for one, other in zip((*actual, *cuda_running), (*expected, *running)):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-5, atol=1e-6)
+
+
+def check_sums(actual, expected):
+    """Compare sums on the GPU with the CPU's, but for rounding."""
+    torch.testing.assert_close(
+        actual.cpu(), expected, rtol=1e-4, atol=1e-3, equal_nan=True
+    )
+
+
+def run_norm_grad(x, bits, relu):
+    """Gradients of a normalisation, from random payloads."""
+    grad = x.nan_to_num(0, 0, 0)
+    format = dict(bits=bits, group_size=64)
+    codes, ranges = ops.quantize(x, **format, seed=1)
+    if relu:
+        # Any codes are split codes, too, of one range a kind.
+        ranges = torch.cat([ranges, ranges], -1)
+    scale = torch.linspace(-1, 1, x.shape[1])
+    vectors = scale, torch.stack([scale / 4, scale / 8])
+    payload = grad, codes, ranges
+    cuda_payload = [tensor.cuda() for tensor in payload]
+    expected = ops.norm_grad_sums(*payload, **format, relu=relu)
+    check_sums(
+        ops.norm_grad_sums(*cuda_payload, **format, relu=relu), expected
+    )
+    check(
+        ops.norm_grad_input(
+            *cuda_payload,
+            *(vector.cuda() for vector in vectors),
+            **format,
+            relu=relu,
+        ),
+        ops.norm_grad_input(*payload, *vectors, **format, relu=relu),
+    )
+    if relu:
+        return
+    for act_bits in {max(bits, 2), 5}:
+        act_codes = ops.quantize(x, act_bits, 64, seed=2)[0]
+        expected = ops.norm_add_grad_sums(
+            *payload, act_codes, bits, act_bits, 64
+        )
+        actual = ops.norm_add_grad_sums(
+            *cuda_payload, act_codes.cuda(), bits, act_bits, 64
+        )
+        check(actual[0], expected[0])
+        check_sums(actual[1], expected[1])
+
+
+def run_norms():
+    """Everything of a fused normalisation; returns how many payloads."""
+    count = 0
+    for shape, dtype, last in itertools.product(
+        NORM_SHAPES, DTYPES, (False, True)
+    ):
+        if last and len(shape) != 4:
+            continue
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(shape, generator=generator).to(dtype)
+        if last:
+            x = x.to(memory_format=torch.channels_last)
+        run_channel_stats(x)
+        for bits in ops.VALID_BITS:
+            for relu in (False, True) if bits > 1 else (False,):
+                run_norm_grad(x, bits, relu)
+                special = x.clone()
+                special[0, :3, ...] = torch.inf
+                run_norm_grad(special, bits, relu)
+                count += 2
+    return count
+
+
 def main():
     """Run everything and count it."""
     count = 0
@@ -146,9 +228,10 @@ def main():
             last = x.to(dtype, memory_format=torch.channels_last)
             run_max_pool(last, window)
         pools += 1
+    norms = run_norms()
     torch.cuda.synchronize()
     masks = len(SHAPES) * len(DTYPES) * 2
-    print(f'{count} formats, {masks} masks, {pools} pools: ok')
+    print(f'{count} formats, {masks} masks, {pools} pools, {norms} norms: ok')
 
 
 if __name__ == '__main__':

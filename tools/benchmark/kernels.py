@@ -109,6 +109,35 @@ def measure(shape, dtype, channels_last):
         )
         yield row(f'quantize rows of {name}', nbytes, quantize)
         yield row(f'dequantize rows of {name}', nbytes, dequantize)
+    running = [torch.zeros(x.shape[1], device='cuda') for _ in range(2)]
+    stats = functools.partial(ops.channel_stats, x, 1e-5, 0.1, *running)
+    yield row('channel stats', x.nbytes, stats)
+    vector = torch.ones(x.shape[1], device='cuda')
+    vectors = vector, torch.stack([vector, vector])
+    for bits in (2, 3, 4):
+        codes, ranges = ops.quantize(x, bits, seed=1)
+        # Any codes are split codes, too: here of one range for both kinds.
+        split_ranges = torch.cat([ranges, ranges], -1)
+        for name, relu, pair in (
+            ('norm', False, ranges),
+            ('norm relu', True, split_ranges),
+        ):
+            format = dict(bits=bits, group_size=256, relu=relu)
+            nbytes = x.nbytes + codes.nbytes + pair.nbytes
+            sums = functools.partial(
+                ops.norm_grad_sums, x, codes, pair, **format
+            )
+            yield row(f'{name} grad sums {bits} bit', nbytes, sums)
+            grad_input = functools.partial(
+                ops.norm_grad_input, x, codes, pair, *vectors, **format
+            )
+            name = f'{name} grad input {bits} bit'
+            yield row(name, nbytes + x.nbytes, grad_input)
+        nbytes = 2 * x.nbytes + 2 * codes.nbytes + ranges.nbytes
+        add_sums = functools.partial(
+            ops.norm_add_grad_sums, x, codes, ranges, codes, bits, bits, 256
+        )
+        yield row(f'norm add relu grad sums {bits} bit', nbytes, add_sums)
     mask = ops.relu_mask(x)[1]
     nbytes = 2 * x.nbytes + mask.nbytes
     yield row('relu forward', nbytes, lambda: ops.relu_mask(x))
