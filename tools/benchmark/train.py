@@ -17,6 +17,8 @@ a run that is started again measures only what is missing. Without a GPU
 
 import argparse
 import dataclasses
+import signal
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -344,4 +346,6 @@ def describe(trial):
 
 
 if __name__ == '__main__':
+    # An exception, upon which the process of the measurement is ended, too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     main()

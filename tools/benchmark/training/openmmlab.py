@@ -175,7 +175,8 @@ def _make_detection(config, classes, shape, generator):
     if padded.get('pad_mask'):
         instances.masks = _box_masks(instances.bboxes, height, width)
     if padded.get('pad_seg'):
-        sample.gt_sem_seg = _label_map(classes, shape, generator)
+        labels = _label_map(classes, shape, generator)
+        sample.gt_sem_seg = PixelData(sem_seg=labels)
     sample.gt_instances = instances
     return sample
 
@@ -184,7 +185,8 @@ def _make_segmentation(config, classes, shape, generator):
     from mmseg.structures import SegDataSample
 
     sample = SegDataSample(metainfo=shape)
-    sample.gt_sem_seg = _label_map(classes, shape, generator)
+    labels = _label_map(classes, shape, generator)
+    sample.gt_sem_seg = PixelData(data=labels)
     return sample
 
 
@@ -214,7 +216,7 @@ def _box_masks(boxes, height, width):
 
 def _label_map(classes, shape, generator):
     size = (1, *shape['img_shape'])
-    return PixelData(data=torch.randint(classes, size, generator=generator))
+    return torch.randint(classes, size, generator=generator)
 
 
 def _uniform(size, generator):
