@@ -32,16 +32,6 @@ def torchvision(monkeypatch):
     monkeypatch.setitem(sys.modules, 'torchvision', module)
 
 
-def test_levels():
-    tool = load_tool('benchmark/levels.py')
-    options = '--device cpu --batch-size 8 --image-size 96'
-    args = tool.parse_args([*options.split(), '--warmup=1', '--steps=1'])
-    rows = {level: tool.measure(args, level) for level in ('exact', 'L3')}
-    kept = {level: row['activations_mib'] for level, row in rows.items()}
-    assert kept['exact'] > 5 * kept['L3'] > 0
-    assert all(row['images_per_s'] > 0 for row in rows.values())
-
-
 def test_gradient_error():
     tool = load_tool('benchmark/gradient_error.py')
     args = tool.parse_args(
