@@ -96,7 +96,7 @@ def test_gradients_at_8_bits(name, channels_last, device):
     expected = gradients(exact, x.double(), _grad(block, x).double())
     convert_model(block, FINE)
     found = run(block, x)
-    assert relative_error(found['output'], expected['output']) < 1e-5
+    assert relative_error(found['output'], expected['output']) < 3e-5
     total = sum(
         float((found[k].double() - v).square().sum())
         for k, v in expected.items()
@@ -124,7 +124,7 @@ def test_autocast(dtype, device):
         found = gradients(block, x, None)
     assert found['output'].dtype == dtype
     for key, value in expected.items():
-        limit = 2 * relative_error(exact[key], value) + 0.03
+        limit = 2.5 * relative_error(exact[key], value) + 0.04
         assert relative_error(found[key], value) < limit, key
 
 

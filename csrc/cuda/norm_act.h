@@ -158,6 +158,15 @@ __device__ __forceinline__ void norm_act_share(
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) total[i] = add(total[i], added[i]);
     }
+    if (count < kBlock) {
+      // What is past the end must not widen the range.
+#pragma unroll
+      for (int i = 1; i < kBlock; ++i) {
+        if (i < count) continue;
+        share.normal[b][i] = share.normal[b][0];
+        total[i] = total[0];
+      }
+    }
     if constexpr (kMode != NormAct::kPlain) {
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {

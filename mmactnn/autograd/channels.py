@@ -47,3 +47,23 @@ def memory_format(tensor):
     ):
         return torch.contiguous_format
     return last
+
+
+def as_memory_format(tensor, format):
+    """A tensor in a memory format, which its strides tell as well.
+
+    The weight of a 1x1 convolution is contiguous and channels_last at once;
+    of its strides alone torch then thinks the former, and works in it.
+
+    Args:
+        tensor (Tensor[N, C, *]): Any layout.
+        format (torch.memory_format): The format.
+
+    Returns:
+        Tensor[N, C, *]: The same values, in the same memory where possible.
+    """
+    tensor = tensor.contiguous(memory_format=format)
+    shape_only = torch.empty(
+        tensor.shape, device='meta', memory_format=format
+    )
+    return tensor.as_strided(tensor.shape, shape_only.stride())

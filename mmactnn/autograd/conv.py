@@ -6,7 +6,7 @@ import torch
 from torch.autograd import Function
 
 from .autocast import cast, lower_dtype
-from .channels import memory_format
+from .channels import as_memory_format, memory_format
 from .double_backward import first_order_only
 
 
@@ -39,7 +39,7 @@ class _Convolution(Function):
         if ctx.memory_format != torch.contiguous_format:
             # Without the input itself at hand the weight's layout alone
             # tells cuDNN and oneDNN which one to work in.
-            w = w.contiguous(memory_format=ctx.memory_format)
+            w = as_memory_format(w, ctx.memory_format)
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         bias_size = None if ctx.bias_dtype is None else [grad_output.shape[1]]
         # Stands for the input where only its shape counts.

@@ -181,7 +181,8 @@ def _random16(rows, row_numel, group_size, seed, offset, device):
     row_groups = -(-row_numel // group_size)
     blocks = torch.arange(rows * row_blocks, device=device)
     words = philox(blocks, seed, offset)
-    random = torch.stack([words & 0xFFFF, words >> 16], -1).view(rows, -1)
+    random = torch.stack([words & 0xFFFF, words >> 16], -1)
+    random = random.view(rows, row_blocks * 8)
     missing = row_groups * group_size - random.shape[1]
     random = torch.nn.functional.pad(random, (0, missing))
     return random.view(-1, group_size)
@@ -220,8 +221,9 @@ def _split_codes(value, positive, bits, group_size, seed, offset):
         codes = torch.where(kind, code, codes)
         ranges += [low, step]
     row_blocks = -(-row_numel // 8)
-    codes = codes.view(rows, -1)[:, : row_blocks * 8]
-    ranges = torch.stack(ranges, -1).view(rows, -1, 4)
+    row_groups = -(-row_numel // group_size)
+    codes = codes.view(rows, row_groups * group_size)[:, : row_blocks * 8]
+    ranges = torch.stack(ranges, -1).view(rows, row_groups, 4)
     return _pack(codes, bits), ranges.to(torch.bfloat16)
 
 
@@ -236,8 +238,9 @@ def _zeroed_codes(value, bits, group_size, seed, offset):
     nan = step.isnan()[:, None] & (codes == _NAN)
     codes = torch.where(kind, codes.where(~nan, 2) + 1, 0)
     row_blocks = -(-row_numel // 8)
-    codes = codes.view(rows, -1)[:, : row_blocks * 8]
-    ranges = torch.stack([low, step], -1).view(rows, -1, 2)
+    row_groups = -(-row_numel // group_size)
+    codes = codes.view(rows, row_groups * group_size)[:, : row_blocks * 8]
+    ranges = torch.stack([low, step], -1).view(rows, row_groups, 2)
     return _pack(codes, bits), ranges.to(torch.bfloat16)
 
 

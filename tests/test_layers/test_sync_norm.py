@@ -58,6 +58,9 @@ def test_as_one_process(name, kept, device):
             if expected[key][step] is None:
                 assert parts == [None, None]
                 continue
+            # Torch's own layer gives a part of no samples no gradient.
+            empty = make_data(case)[0][0][:0]
+            parts = [empty if p is None else p for p in parts]
             assert [len(p) for p in parts] == list(case['samples'])
             assert {p.dtype for p in parts} == {make_data(case)[0][0].dtype}
             # Only gradients in training mode see the codes of 8 bits.
