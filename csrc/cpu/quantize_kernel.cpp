@@ -12,55 +12,12 @@
 #include "../common/geometry.h"
 #include "../common/philox.h"
 #include "../common/tensor_checks.h"
+#include "codes.h"
 #include "group.h"
 #include "number.h"
 
 namespace mmactnn {
 namespace {
-
-constexpr int64_t kMaxGroupBlocks = kMaxGroup / kBlock;
-
-// The 16 random bits of each element of `count` consecutive blocks. Blocks
-// lie side by side in every step, so that the compiler can vectorise it.
-void random_bits(PhiloxStream stream, uint64_t first_block, int64_t count,
-                 uint16_t* random) {
-  PhiloxBlock blocks[kMaxGroupBlocks];
-  for (int64_t b = 0; b < count; ++b) {
-    blocks[b] = philox(stream, first_block + static_cast<uint64_t>(b));
-  }
-  for (int64_t b = 0; b < count; ++b) {
-    for (int i = 0; i < kBlock; ++i) {
-      random[b * kBlock + i] = static_cast<uint16_t>(blocks[b].bits16(i));
-    }
-  }
-}
-
-template <int kBits>
-void pack_codes(const uint8_t* codes, int64_t blocks, uint8_t* packed) {
-  for (int64_t block = 0; block < blocks; ++block) {
-    uint64_t word = 0;
-    for (int i = 0; i < kBlock; ++i) {
-      word |= static_cast<uint64_t>(codes[block * kBlock + i]) << (i * kBits);
-    }
-    for (int byte = 0; byte < kBits; ++byte) {
-      packed[block * kBits + byte] = static_cast<uint8_t>(word >> (8 * byte));
-    }
-  }
-}
-
-template <int kBits>
-void unpack_codes(const uint8_t* packed, int64_t blocks, uint8_t* codes) {
-  for (int64_t block = 0; block < blocks; ++block) {
-    uint64_t word = 0;
-    for (int byte = 0; byte < kBits; ++byte) {
-      word |= static_cast<uint64_t>(packed[block * kBits + byte]) << (8 * byte);
-    }
-    for (int i = 0; i < kBlock; ++i) {
-      codes[block * kBlock + i] =
-          static_cast<uint8_t>((word >> (i * kBits)) & max_code_of(kBits));
-    }
-  }
-}
 
 template <typename T>
 void quantize_groups(const T* input, uint8_t* codes, uint32_t* ranges,

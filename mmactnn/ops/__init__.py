@@ -2,6 +2,7 @@
 
 from . import _fake, layout  # noqa: F401  (registers the fake kernels)
 from .dropout import dropout, dropout_
+from .norm_act import norm_act, norm_act_
 from .pool import MAX_TAPS, as_pair, max_pool2d, max_pool2d_backward
 from .quantize import (
     DEFAULT_GROUP_SIZE,
@@ -11,6 +12,7 @@ from .quantize import (
     dequantize,
     quantize,
 )
+from .rectified import dequantize_split, dequantize_zeroed
 from .relu import relu_mask, relu_mask_, relu_mask_backward
 from .rows import dequantize_rows, quantize_rows, row_spread, split_bits
 
@@ -23,11 +25,15 @@ __all__ = [
     'check_format',
     'dequantize',
     'dequantize_rows',
+    'dequantize_split',
+    'dequantize_zeroed',
     'dropout',
     'dropout_',
     'layout',
     'max_pool2d',
     'max_pool2d_backward',
+    'norm_act',
+    'norm_act_',
     'quantize',
     'quantize_rows',
     'relu_mask',

@@ -107,6 +107,41 @@ def _max_pool2d_backward(
     return _empty_pooled(grad_output, input_size, channels_last)
 
 
+def _norm_act_(
+    input,
+    residual,
+    mean,
+    invstd,
+    weight,
+    bias,
+    relu,
+    bits,
+    act_bits,
+    group_size,
+    seed,
+    offset,
+):
+    codes, ranges = _quantize(input, bits, group_size, seed, offset)
+    if residual is not None:
+        act = _quantize(input, act_bits, group_size, seed, offset)
+        return codes, ranges, *act
+    if relu:
+        shape = (*ranges.shape[:2], 4)
+        ranges = input.new_empty(shape, dtype=torch.bfloat16)
+    act_codes = input.new_empty((0,), dtype=torch.uint8)
+    return codes, ranges, act_codes, act_codes.to(torch.bfloat16)
+
+
+def _norm_act(input, *arguments):
+    return torch.empty_like(input), *_norm_act_(input, *arguments)
+
+
+def _dequantize_split(
+    codes, ranges, weight, bias, size, stride, dtype, bits, group_size
+):
+    return codes.new_empty_strided(size, stride, dtype=dtype)
+
+
 if load_error() is None:
     torch.library.register_fake('mmactnn::quantize', _quantize)
     torch.library.register_fake('mmactnn::dequantize', _dequantize)
@@ -125,3 +160,7 @@ if load_error() is None:
     torch.library.register_fake(
         'mmactnn::max_pool2d_backward', _max_pool2d_backward
     )
+    torch.library.register_fake('mmactnn::norm_act', _norm_act)
+    torch.library.register_fake('mmactnn::norm_act_', _norm_act_)
+    torch.library.register_fake('mmactnn::dequantize_split', _dequantize_split)
+    torch.library.register_fake('mmactnn::dequantize_zeroed', _dequantize)

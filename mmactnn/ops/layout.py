@@ -32,6 +32,25 @@ def dense_rows(tensor):
     return tensor.contiguous()
 
 
+def dense_channels(tensor):
+    """A tensor [N, C, *] whose channels lie as the kernels expect them.
+
+    Contiguous and dense channels_last tensors pass without a copy; of other
+    layouts that look like channels_last the copy is so, too.
+
+    Args:
+        tensor (Tensor[N, C, *]): Of 2 to 5 dimensions, any layout.
+    """
+    if tensor.is_contiguous():
+        return tensor
+    inner = tensor.movedim(1, -1)
+    if inner.is_contiguous():
+        return tensor
+    if suggests_channels_last(tensor):
+        return inner.contiguous().movedim(-1, 1)
+    return tensor.contiguous()
+
+
 def suggests_channels_last(tensor):
     """Whether torch takes a tensor for channels_last, dense or not.
 

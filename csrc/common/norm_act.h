@@ -1,0 +1,40 @@
+// A normalisation with what follows it, of one element: host and device share
+// every operation, each of which is rounded by itself, as in reference.py.
+#pragma once
+
+#include "codec.h"
+#include "portability.h"
+
+namespace mmactnn {
+
+// What is kept for the backward pass.
+enum class NormActPayload {
+  kPlain,           // plain codes of the normalised input
+  kSplit,           // split ones, where a rectifier follows at once
+  kPlainAndZeroed,  // plain ones, and zeroed ones of the output, where a
+                    // residual and a rectifier follow
+};
+
+// The zeroed codes have a random stream of their own.
+constexpr uint64_t kZeroedStream = uint64_t{1} << 63;
+
+// Of a layer without weight or bias: neither number changes a value, and the
+// sum with -0 leaves both zeros as they are.
+constexpr float kNoWeight = 1.0f;
+constexpr float kNoBias = -0.0f;
+
+struct ChannelNorm {
+  float mean;
+  float invstd;
+  float weight;
+  float bias;
+
+  MMACTNN_HOST_DEVICE float normalise(float value) const {
+    return multiply(add(value, -mean), invstd);
+  }
+  MMACTNN_HOST_DEVICE float scale(float normal) const {
+    return add(multiply(normal, weight), bias);
+  }
+};
+
+}  // namespace mmactnn

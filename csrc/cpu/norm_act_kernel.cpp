@@ -1,0 +1,245 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include "../common/channels.h"
+#include "../common/codec.h"
+#include "../common/geometry.h"
+#include "../common/norm_act.h"
+#include "../common/norm_act_checks.h"
+#include "../common/philox.h"
+#include "../common/rectified_codec.h"
+#include "../common/tensor_checks.h"
+#include "codes.h"
+#include "group.h"
+#include "number.h"
+
+namespace mmactnn {
+namespace {
+
+// The parameters of all channels; weight and bias may be null.
+struct Parameters {
+  const float* mean;
+  const float* invstd;
+  const float* weight;
+  const float* bias;
+
+  ChannelNorm of(int64_t channel) const {
+    return {mean[channel], invstd[channel],
+            weight == nullptr ? kNoWeight : weight[channel],
+            bias == nullptr ? kNoBias : bias[channel]};
+  }
+};
+
+// What is known of a group before it is coded.
+struct GroupValues {
+  int64_t count;
+  float normal[kMaxGroup];
+  float output[kMaxGroup];  // as it is stored
+  bool positive[kMaxGroup];
+};
+
+template <typename T>
+void normalise_group(const T* input, const T* residual, T* output,
+                     const Channels& channels, const Parameters& parameters,
+                     bool relu, const Group& group, GroupValues& values) {
+  const int64_t base = group.row * channels.row_numel() + group.start;
+  values.count = group.count;
+  for (int64_t i = 0; i < group.count; ++i) {
+    const int64_t place = group.start + i;
+    const ChannelNorm norm = parameters.of(
+        channels.last ? place % channels.count : place / channels.plane);
+    const float normal = norm.normalise(static_cast<float>(input[base + i]));
+    float total = norm.scale(normal);
+    if (residual != nullptr) {
+      total = add(total, static_cast<float>(residual[base + i]));
+    }
+    T rounded = static_cast<T>(total);
+    const bool positive = is_positive(static_cast<float>(rounded));
+    if (relu && !positive) rounded = static_cast<T>(0.0f);
+    output[base + i] = rounded;
+    values.normal[i] = normal;
+    values.output[i] = static_cast<float>(rounded);
+    values.positive[i] = positive;
+  }
+}
+
+// Finds the range of one kind of elements, and codes them; the codes of the
+// others stay as they are.
+template <typename Of, typename Special>
+Range encode_kind(const float* values, int64_t count, uint32_t max_code,
+                  const uint16_t* random, const Of& of, const Special& special,
+                  uint8_t* codes) {
+  float kind[kMaxGroup];
+  int64_t kind_count = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (of(i)) kind[kind_count++] = values[i];
+  }
+  const Range range = make_kind_range(find_extent(kind, kind_count), max_code);
+  const float scale = encode_scale(range);
+  for (int64_t i = 0; i < count; ++i) {
+    if (!of(i)) continue;
+    codes[i] = static_cast<uint8_t>(
+        range.special() ? special(values[i], range)
+                        : encode(values[i], range, scale, random[i], max_code));
+  }
+  return range;
+}
+
+Range encode_plain(const GroupValues& values, int bits, const uint16_t* random,
+                   uint8_t* codes) {
+  const uint32_t max_code = max_code_of(bits);
+  return encode_kind(
+      values.normal, values.count, max_code, random,
+      [](int64_t) { return true; },
+      [&](float value, Range range) {
+        return encode_special(value, range, max_code);
+      },
+      codes);
+}
+
+void encode_split(const GroupValues& values, int bits, const uint16_t* random,
+                  uint8_t* codes, uint32_t* ranges) {
+  const uint32_t max_code = max_split_code(bits);
+  for (const bool positive : {false, true}) {
+    ranges[positive] =
+        encode_kind(
+            values.normal, values.count, max_code, random,
+            [&](int64_t i) { return values.positive[i] == positive; },
+            [&](float value, Range range) {
+              return encode_special(value, range, max_code);
+            },
+            codes)
+            .pack();
+  }
+  for (int64_t i = 0; i < values.count; ++i) {
+    codes[i] =
+        static_cast<uint8_t>(join_split(codes[i], values.positive[i], bits));
+  }
+}
+
+Range encode_zeroed(const GroupValues& values, int bits, const uint16_t* random,
+                    uint8_t* codes) {
+  const Range range = encode_kind(
+      values.output, values.count, max_zeroed_code(bits), random,
+      [&](int64_t i) { return values.positive[i]; },
+      [](float value, Range kind) {
+        return encode_zeroed_special(value, kind);
+      },
+      codes);
+  for (int64_t i = 0; i < values.count; ++i) {
+    codes[i] = values.positive[i] ? static_cast<uint8_t>(codes[i] + 1) : 0;
+  }
+  return range;
+}
+
+// Packs the codes of a group; those past its end are 0.
+void store_group(uint8_t* unpacked, const Geometry& geometry,
+                 const Group& group, int bits, uint8_t* codes) {
+  const int64_t blocks = (group.count + kBlock - 1) / kBlock;
+  std::fill(unpacked + group.count, unpacked + blocks * kBlock, uint8_t{0});
+  const int64_t block =
+      group.row * geometry.blocks_per_row() + group.start / kBlock;
+  dispatch_bits(bits, [&](auto width) {
+    pack_codes<decltype(width)::value>(unpacked, blocks, codes + block * bits);
+  });
+}
+
+NormActCodes run(const NormActArguments& arguments, Tensor& output,
+                 bool in_place) {
+  const Channels channels = check_norm_act(arguments, in_place);
+  const Tensor& input = arguments.input;
+  const Geometry geometry = input_geometry(input, arguments.group_size);
+  NormActCodes result = empty_norm_act_codes(arguments, geometry);
+  if (input.numel() == 0) return result;
+  const NormActPayload payload = arguments.payload();
+  const Parameters parameters{
+      static_cast<const float*>(arguments.mean.const_data_ptr()),
+      static_cast<const float*>(arguments.invstd.const_data_ptr()),
+      static_cast<const float*>(data_or_null(arguments.weight)),
+      static_cast<const float*>(data_or_null(arguments.bias))};
+  const auto seed = static_cast<uint64_t>(arguments.seed);
+  const auto offset = static_cast<uint64_t>(arguments.offset);
+  const int bits = static_cast<int>(arguments.bits);
+  const int act_bits = static_cast<int>(arguments.act_bits);
+  auto* codes = static_cast<uint8_t*>(result.codes.mutable_data_ptr());
+  auto* ranges = static_cast<uint32_t*>(result.ranges.mutable_data_ptr());
+  auto* act_codes = static_cast<uint8_t*>(result.act_codes.mutable_data_ptr());
+  auto* act_ranges =
+      static_cast<uint32_t*>(result.act_ranges.mutable_data_ptr());
+  dispatch_dtype(input.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T* source = static_cast<const T*>(input.const_data_ptr());
+    const T* residual =
+        static_cast<const T*>(data_or_null(arguments.residual));
+    T* target = static_cast<T*>(output.mutable_data_ptr());
+    torch::stable::parallel_for(
+        0, geometry.groups(), kGrainElements / geometry.group_size,
+        [&](int64_t begin, int64_t end) {
+          GroupValues values;
+          uint16_t random[kMaxGroup];
+          uint8_t unpacked[kMaxGroup];
+          for (int64_t index = begin; index < end; ++index) {
+            const Group group = locate(geometry, index);
+            const auto first_block = static_cast<uint64_t>(
+                group.row * geometry.blocks_per_row() + group.start / kBlock);
+            const int64_t blocks = (group.count + kBlock - 1) / kBlock;
+            normalise_group(source, residual, target, channels, parameters,
+                            arguments.relu, group, values);
+            random_bits({seed, offset}, first_block, blocks, random);
+            if (payload == NormActPayload::kSplit) {
+              encode_split(values, bits, random, unpacked, ranges + 2 * index);
+            } else {
+              ranges[index] =
+                  encode_plain(values, bits, random, unpacked).pack();
+            }
+            store_group(unpacked, geometry, group, bits, codes);
+            if (payload != NormActPayload::kPlainAndZeroed) continue;
+            random_bits({seed, offset ^ kZeroedStream}, first_block, blocks,
+                        random);
+            act_ranges[index] =
+                encode_zeroed(values, act_bits, random, unpacked).pack();
+            store_group(unpacked, geometry, group, act_bits, act_codes);
+          }
+        });
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act(
+    Tensor input, std::optional<Tensor> residual, Tensor mean, Tensor invstd,
+    std::optional<Tensor> weight, std::optional<Tensor> bias, bool relu,
+    int64_t bits, int64_t act_bits, int64_t group_size, int64_t seed,
+    int64_t offset) {
+  Tensor output = torch::stable::empty_like(input);
+  const auto [codes, ranges, act_codes, act_ranges] =
+      run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
+           group_size, seed, offset},
+          output, false);
+  return {output, codes, ranges, act_codes, act_ranges};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_(
+    Tensor input, std::optional<Tensor> residual, Tensor mean, Tensor invstd,
+    std::optional<Tensor> weight, std::optional<Tensor> bias, bool relu,
+    int64_t bits, int64_t act_bits, int64_t group_size, int64_t seed,
+    int64_t offset) {
+  const auto [codes, ranges, act_codes, act_ranges] =
+      run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
+           group_size, seed, offset},
+          input, true);
+  return {codes, ranges, act_codes, act_ranges};
+}
+
+}  // namespace
+}  // namespace mmactnn
+
+STABLE_TORCH_LIBRARY_IMPL(mmactnn, CPU, m) {
+  m.impl("norm_act", TORCH_BOX(&mmactnn::norm_act));
+  m.impl("norm_act_", TORCH_BOX(&mmactnn::norm_act_));
+}

@@ -1,0 +1,204 @@
+"""Normalisation, residual sum and ReLU in one pass that keeps codes."""
+
+import torch
+
+from .layout import dense_channels, with_strides
+from .quantize import (
+    DEFAULT_GROUP_SIZE,
+    as_int64,
+    check_format,
+    check_input,
+)
+from .rectified import check_rectified_format
+
+
+def _check(input, residual, vectors, relu, bits, act_bits, group_size):
+    check_format(bits, group_size)
+    if residual is not None:
+        if not relu:
+            raise ValueError(
+                f'relu must be True where there is a residual, got {relu!r}'
+            )
+        check_rectified_format(act_bits, group_size, 'act_bits')
+    elif relu:
+        check_rectified_format(bits, group_size)
+    check_input(input)
+    if not 2 <= input.dim() <= 5:
+        raise ValueError(
+            'input must have 2 to 5 dimensions, got shape '
+            f'{tuple(input.shape)}'
+        )
+    if residual is not None and residual.shape != input.shape:
+        raise ValueError(
+            f'residual must be of the shape of input, {tuple(input.shape)}, '
+            f'got {tuple(residual.shape)}'
+        )
+    if residual is not None and residual.dtype != input.dtype:
+        raise TypeError(
+            f'residual must be of the dtype of input, {input.dtype}, got '
+            f'{residual.dtype}'
+        )
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if tuple(vector.shape) != (input.shape[1],):
+            raise ValueError(
+                f'{name} must be of shape ({input.shape[1]},), a number a '
+                f'channel, got {tuple(vector.shape)}'
+            )
+        if vector.dtype != torch.float32:
+            raise TypeError(f'{name} must be float32, got {vector.dtype}')
+
+
+def norm_act(
+    input,
+    residual,
+    mean,
+    invstd,
+    weight,
+    bias,
+    relu,
+    bits,
+    act_bits,
+    group_size=DEFAULT_GROUP_SIZE,
+    *,
+    seed,
+    offset=0,
+):
+    """Normalise, add a residual and rectify, and keep what a backward needs.
+
+    The output is ``(input - mean) * invstd * weight + bias``, plus the
+    residual, and 0 where a ReLU finds that it is not positive; each operation
+    is rounded to float32, the sum to the dtype. What is kept of it follows
+    from the arguments:
+
+    - without a ReLU, plain codes of the normalised input
+      ``(input - mean) * invstd``, those of :func:`mmactnn.ops.quantize`;
+    - with a ReLU, split codes of the normalised input: the highest bit is
+      that of the elements that the ReLU lets pass, and the others are a code
+      in the range of the elements of the same kind, of which a group has two;
+    - with a residual and a ReLU, plain codes of the normalised input, and
+      zeroed codes of the output: 0 for 0, and c + 1 for code c of the range
+      of the positive values.
+
+    Args:
+        input (Tensor[N, C, *]): float32, float16 or bfloat16, of 2 to 5
+            dimensions. Contiguous and channels_last tensors are read in
+            place, others are copied first.
+        residual (Tensor[N, C, *], optional): Of the shape and dtype of
+            ``input``; of other strides it is copied.
+        mean (Tensor[C]): float32.
+        invstd (Tensor[C]): float32, one over the standard deviation.
+        weight (Tensor[C], optional): float32.
+        bias (Tensor[C], optional): float32.
+        relu (bool): Whether a ReLU follows; it must where there is a
+            residual.
+        bits (int): Bits a code of the normalised input, from 1 to 8, for
+            split codes from 2.
+        act_bits (int): Bits a code of the output, from 2 to 8; not used
+            without a residual.
+        group_size (int, optional): Elements a range. Valid values are 64,
+            128, 256 and 512. Defaults to 256.
+        seed (int): Key of the random bits, 64 bits.
+        offset (int, optional): Counter of the random bits, of which the
+            highest is for the zeroed codes. Defaults to 0.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: The output (Tensor[N,
+        C, *], dtype and layout of ``input``); of the normalised input
+        ``codes`` (Tensor[N, ceil(M / 8) * bits], uint8) for M elements a
+        sample and ``ranges`` (Tensor[N, ceil(M / group_size), 2], bfloat16)
+        of low and step, or 4 numbers for split codes, those of the elements
+        that are not positive first; of the output ``act_codes`` and
+        ``act_ranges``, shaped as those of plain codes of ``act_bits``, or
+        without elements where there is no residual.
+
+    Raises:
+        ValueError: If a width, ``group_size`` or a shape is not valid, or
+            there is a residual without a ReLU.
+        TypeError: If a dtype is not supported.
+        RuntimeError: If the device has no kernels, or tensors are on several
+            devices.
+    """
+    vectors = dict(mean=mean, invstd=invstd, weight=weight, bias=bias)
+    _check(input, residual, vectors, relu, bits, act_bits, group_size)
+    input = dense_channels(input)
+    if residual is not None:
+        residual = with_strides(residual, input.stride())
+    return torch.ops.mmactnn.norm_act.default(
+        input,
+        residual,
+        mean,
+        invstd,
+        weight,
+        bias,
+        relu,
+        bits,
+        act_bits,
+        group_size,
+        as_int64(seed),
+        as_int64(offset),
+    )
+
+
+def norm_act_(
+    input,
+    residual,
+    mean,
+    invstd,
+    weight,
+    bias,
+    relu,
+    bits,
+    act_bits,
+    group_size=DEFAULT_GROUP_SIZE,
+    *,
+    seed,
+    offset=0,
+):
+    """The same in place.
+
+    Args:
+        input (Tensor[N, C, *]): As in :func:`norm_act`, but contiguous or
+            channels_last; overwritten with the output.
+        residual (Tensor[N, C, *], optional): See :func:`norm_act`; it must
+            not overlap ``input``.
+        mean (Tensor[C]): See :func:`norm_act`.
+        invstd (Tensor[C]): See :func:`norm_act`.
+        weight (Tensor[C], optional): See :func:`norm_act`.
+        bias (Tensor[C], optional): See :func:`norm_act`.
+        relu (bool): See :func:`norm_act`.
+        bits (int): See :func:`norm_act`.
+        act_bits (int): See :func:`norm_act`.
+        group_size (int, optional): See :func:`norm_act`.
+        seed (int): See :func:`norm_act`.
+        offset (int, optional): See :func:`norm_act`.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor, Tensor]: ``codes``, ``ranges``,
+        ``act_codes`` and ``act_ranges`` of :func:`norm_act`.
+
+    Raises:
+        ValueError: As in :func:`norm_act`.
+        TypeError: As in :func:`norm_act`.
+        RuntimeError: As in :func:`norm_act`, or if the input is of another
+            layout or overlaps the residual.
+    """
+    vectors = dict(mean=mean, invstd=invstd, weight=weight, bias=bias)
+    _check(input, residual, vectors, relu, bits, act_bits, group_size)
+    if residual is not None:
+        residual = with_strides(residual, input.stride())
+    return torch.ops.mmactnn.norm_act_.default(
+        input,
+        residual,
+        mean,
+        invstd,
+        weight,
+        bias,
+        relu,
+        bits,
+        act_bits,
+        group_size,
+        as_int64(seed),
+        as_int64(offset),
+    )

@@ -1,0 +1,111 @@
+"""Codes that tell the positive values of a rectifier from the others."""
+
+import torch
+
+from ..extension import require_kernels
+from .quantize import DEFAULT_GROUP_SIZE, check_dtype, check_group_size
+
+
+def check_rectified_format(bits, group_size, name='bits'):
+    """Check the format of split or zeroed codes.
+
+    Args:
+        bits (int): Bits a code.
+        group_size (int): Elements a range.
+        name (str, optional): What errors call ``bits``. Defaults to
+            ``'bits'``.
+
+    Raises:
+        ValueError: If ``bits`` is not an integer from 2 to 8, or
+            ``group_size`` not 64, 128, 256 or 512.
+    """
+    if bits not in range(2, 9):
+        raise ValueError(
+            f'{name} must be an integer from 2 to 8 where there is a '
+            f'rectifier, got {bits!r}'
+        )
+    check_group_size(group_size)
+
+
+def _check(codes, dtype, bits, group_size):
+    check_rectified_format(bits, group_size)
+    check_dtype(dtype)
+    require_kernels(codes.device)
+
+
+def dequantize_split(
+    codes,
+    ranges,
+    weight,
+    bias,
+    size,
+    stride,
+    dtype,
+    bits,
+    group_size=DEFAULT_GROUP_SIZE,
+):
+    """Turn split codes of a normalised input into the output of its ReLU.
+
+    Rows of ``codes`` and ``ranges`` belong to samples, as in
+    :func:`mmactnn.ops.dequantize`.
+
+    Args:
+        codes (Tensor[N, ceil(M / 8) * bits]): uint8, from
+            :func:`mmactnn.ops.norm_act` with a ReLU and without a residual.
+        ranges (Tensor[N, ceil(M / group_size), 4]): bfloat16.
+        weight (Tensor[C], optional): float32, what normalised values are
+            multiplied with; 1 if None.
+        bias (Tensor[C], optional): float32, what is added then; 0 if None.
+        size (Sequence[int]): Shape of the result, N and C first, of 2 to 5
+            dimensions.
+        stride (Sequence[int]): Strides of the result, those of a contiguous
+            or channels_last tensor.
+        dtype (torch.dtype): float32, float16 or bfloat16.
+        bits (int): Bits a code, from 2 to 8.
+        group_size (int, optional): Elements a range. Defaults to 256.
+
+    Returns:
+        Tensor[N, C, *]: ``(low + code * step) * weight + bias`` where the
+        output was positive, exactly 0 elsewhere; of ``dtype`` and ``stride``.
+
+    Raises:
+        ValueError: If ``bits`` or ``group_size`` is not valid.
+        TypeError: If the dtype is not supported.
+        RuntimeError: If the device has no kernels, the layout is another, or
+            codes, ranges, parameters and size do not belong together.
+    """
+    _check(codes, dtype, bits, group_size)
+    return torch.ops.mmactnn.dequantize_split.default(
+        codes, ranges, weight, bias, size, stride, dtype, bits, group_size
+    )
+
+
+def dequantize_zeroed(
+    codes, ranges, size, stride, dtype, bits, group_size=DEFAULT_GROUP_SIZE
+):
+    """Turn zeroed codes back into the output of a ReLU.
+
+    Args:
+        codes (Tensor[N, ceil(M / 8) * bits]): uint8, the ``act_codes`` of
+            :func:`mmactnn.ops.norm_act`.
+        ranges (Tensor[N, ceil(M / group_size), 2]): bfloat16.
+        size (Sequence[int]): Shape of the result, N first.
+        stride (Sequence[int]): Strides of the result, those of the output.
+        dtype (torch.dtype): float32, float16 or bfloat16.
+        bits (int): Bits a code, from 2 to 8.
+        group_size (int, optional): Elements a range. Defaults to 256.
+
+    Returns:
+        Tensor[N, *]: 0 where the code is, else ``low + (code - 1) * step``;
+        of ``dtype`` and ``stride``.
+
+    Raises:
+        ValueError: If ``bits`` or ``group_size`` is not valid.
+        TypeError: If the dtype is not supported.
+        RuntimeError: If the device has no kernels, or codes, ranges and size
+            do not belong together.
+    """
+    _check(codes, dtype, bits, group_size)
+    return torch.ops.mmactnn.dequantize_zeroed.default(
+        codes, ranges, size, stride, dtype, bits, group_size
+    )
