@@ -94,9 +94,9 @@ inline Channels check_norm_act(const NormActArguments& arguments,
     STD_TORCH_CHECK(arguments.relu,
                     "relu must be True where there is a residual");
     check_residual(*arguments.residual, input);
-    STD_TORCH_CHECK(!in_place || input.numel() == 0 ||
-                        !overlap(input, *arguments.residual),
-                    "residual must not overlap the input that is overwritten");
+    STD_TORCH_CHECK(
+        !in_place || input.numel() == 0 || !overlap(input, *arguments.residual),
+        "residual must not overlap the input that is overwritten");
   }
   if (arguments.payload() == NormActPayload::kSplit) {
     check_rectified_bits("bits", arguments.bits);

@@ -13,8 +13,8 @@ constexpr int64_t kMaxGroupBlocks = kMaxGroup / kBlock;
 
 // The 16 random bits of each element of `count` consecutive blocks. Blocks
 // lie side by side in every step, so that the compiler can vectorise it.
-inline void random_bits(PhiloxStream stream, uint64_t first_block, int64_t count,
-                 uint16_t* random) {
+inline void random_bits(PhiloxStream stream, uint64_t first_block,
+                        int64_t count, uint16_t* random) {
   PhiloxBlock blocks[kMaxGroupBlocks];
   for (int64_t b = 0; b < count; ++b) {
     blocks[b] = philox(stream, first_block + static_cast<uint64_t>(b));

@@ -22,8 +22,8 @@
 namespace mmactnn {
 namespace {
 
-// Calls `decoder(group, place, code)` for every element, by its place in its row,
-// and writes what it returns.
+// Calls `decoder(group, place, code)` for every element, by its place in its
+// row, and writes what it returns.
 template <typename T, typename Decoder>
 void decode_elements(const Tensor& codes, const Geometry& geometry, int bits,
                      T* output, const Decoder& decoder) {
@@ -75,11 +75,11 @@ Tensor dequantize_split(Tensor codes, Tensor ranges,
           if (!split_positive(code, width)) return 0.0f;
           const Range range = Range::unpack(words[2 * group + 1]);
           const uint32_t value_code = split_value_code(code, width);
-          const float normal =
-              range.special() ? decode_special(value_code, range, max_code)
-                              : decode(value_code, range);
-          const int64_t channel = channels.last ? place % channels.count
-                                                : place / channels.plane;
+          const float normal = range.special()
+                                   ? decode_special(value_code, range, max_code)
+                                   : decode(value_code, range);
+          const int64_t channel =
+              channels.last ? place % channels.count : place / channels.plane;
           const ChannelNorm norm{
               0.0f, 1.0f, weights == nullptr ? kNoWeight : weights[channel],
               biases == nullptr ? kNoBias : biases[channel]};
@@ -103,16 +103,16 @@ Tensor dequantize_zeroed(Tensor codes, Tensor ranges, std::vector<int64_t> size,
   const auto* words = static_cast<const uint32_t*>(ranges.const_data_ptr());
   dispatch_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    decode_elements(
-        codes, geometry, static_cast<int>(bits),
-        static_cast<T*>(output.mutable_data_ptr()),
-        [&](int64_t group, int64_t, uint32_t code) {
-          if (code == 0u) return 0.0f;
-          const Range range = Range::unpack(words[group]);
-          return range.special() ? decode_zeroed_special(code - 1u, range)
+    decode_elements(codes, geometry, static_cast<int>(bits),
+                    static_cast<T*>(output.mutable_data_ptr()),
+                    [&](int64_t group, int64_t, uint32_t code) {
+                      if (code == 0u) return 0.0f;
+                      const Range range = Range::unpack(words[group]);
+                      return range.special()
+                                 ? decode_zeroed_special(code - 1u, range)
                                  : clamp_finite(decode(code - 1u, range),
                                                 Largest<T>::value);
-        });
+                    });
   });
   return output;
 }

@@ -175,8 +175,7 @@ NormActCodes run(const NormActArguments& arguments, Tensor& output,
   dispatch_dtype(input.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(input.const_data_ptr());
-    const T* residual =
-        static_cast<const T*>(data_or_null(arguments.residual));
+    const T* residual = static_cast<const T*>(data_or_null(arguments.residual));
     T* target = static_cast<T*>(output.mutable_data_ptr());
     torch::stable::parallel_for(
         0, geometry.groups(), kGrainElements / geometry.group_size,

@@ -163,13 +163,12 @@ __global__ void __launch_bounds__(kThreads)
     if (block >= op.blocks) continue;
     row[b] = op.by_row_blocks.quotient(block);
     place[b] = block - row[b] * op.by_row_blocks.divisor;
-    word[b] = load_word<kBits>(op.codes + static_cast<int64_t>(block) * bits,
-                               bits);
+    word[b] =
+        load_word<kBits>(op.codes + static_cast<int64_t>(block) * bits, bits);
     const int64_t group = static_cast<int64_t>(row[b]) * op.groups_per_row +
                           (place[b] >> op.group_shift);
     // The last range of a group is that of the values that are not 0.
-    range[b] =
-        op.ranges[group * Decoder::kRanges + Decoder::kRanges - 1];
+    range[b] = op.ranges[group * Decoder::kRanges + Decoder::kRanges - 1];
   }
 #pragma unroll
   for (int b = 0; b < kDecodedBlocks; ++b) {
@@ -209,12 +208,10 @@ template <typename Make>
 void decode_into(const Tensor& codes, const Tensor& ranges, Tensor& output,
                  const Geometry& geometry, int64_t bits, const Make& make) {
   const int64_t row_blocks = geometry.blocks_per_row();
-  STD_TORCH_CHECK(geometry.row_numel <= kMaxIndex,
-                  "a sample may have at most ", kMaxIndex, " elements, got ",
-                  geometry.row_numel);
+  STD_TORCH_CHECK(geometry.row_numel <= kMaxIndex, "a sample may have at most ",
+                  kMaxIndex, " elements, got ", geometry.row_numel);
   // A grid that is not whole ends before 32-bit indices do.
-  const int64_t max_rows =
-      (kMaxIndex - kThreads * kDecodedBlocks) / row_blocks;
+  const int64_t max_rows = (kMaxIndex - kThreads * kDecodedBlocks) / row_blocks;
   const cudaStream_t stream = current_stream(codes.get_device_index());
   const auto* code_bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
   const auto* range_words =
@@ -270,12 +267,11 @@ Tensor dequantize_split(Tensor codes, Tensor ranges,
   const auto* biases = static_cast<const float*>(data_or_null(bias));
   const ChannelIndex index = index_channels(
       channels, is_aligned(weights, 16) && is_aligned(biases, 16));
-  decode_into(codes, ranges, output, geometry, bits,
-              [&](auto type, auto width) {
-                using T = typename decltype(type)::type;
-                return SplitDecoder<T, decltype(width)::value>{weights, biases,
-                                                               index};
-              });
+  decode_into(
+      codes, ranges, output, geometry, bits, [&](auto type, auto width) {
+        using T = typename decltype(type)::type;
+        return SplitDecoder<T, decltype(width)::value>{weights, biases, index};
+      });
   return output;
 }
 
@@ -289,11 +285,10 @@ Tensor dequantize_zeroed(Tensor codes, Tensor ranges, std::vector<int64_t> size,
   check_dtype("dtype", output);
   check_dense("the output", output);
   if (output.numel() == 0) return output;
-  decode_into(codes, ranges, output, geometry, bits,
-              [](auto type, auto width) {
-                using T = typename decltype(type)::type;
-                return ZeroedDecoder<T, decltype(width)::value>{};
-              });
+  decode_into(codes, ranges, output, geometry, bits, [](auto type, auto width) {
+    using T = typename decltype(type)::type;
+    return ZeroedDecoder<T, decltype(width)::value>{};
+  });
   return output;
 }
 

@@ -32,11 +32,20 @@ constexpr float kLargestZero<__half> = 0x1p-25f;
 template <>
 constexpr float kLargestZero<__nv_bfloat16> = 0x1p-134f;
 
-// The blocks of a group that one thread holds: of a payload of two tensors
-// it keeps both, and float32 has half as many.
-template <typename T, NormActPayload kPayload>
+// The blocks of a group that one thread holds: the more, the less the work
+// that is done once a group and thread costs each element, as long as there
+// are registers for enough threads. float32 can afford that work.
+template <typename T, NormActPayload kPayload, int kBits>
 constexpr int kNormBlocks =
-    kPayload == NormActPayload::kPlainAndZeroed && sizeof(T) == 4 ? 2 : 4;
+    sizeof(T) == 4 ||
+            (kPayload == NormActPayload::kPlainAndZeroed && kBits == kAnyBits)
+        ? 2
+        : 4;
+
+// Thread blocks that a multiprocessor has registers for.
+template <typename T, NormActPayload kPayload>
+constexpr int kMinResident =
+    sizeof(T) == 4 ? 4 : (kPayload == NormActPayload::kPlainAndZeroed ? 2 : 3);
 
 // One launch of norm_act(); pointers are those of its first row. The output
 // may be the input.
@@ -97,6 +106,13 @@ struct Bounds {
   }
 };
 
+// One of both by its members: a reference to one of two objects would put them
+// into memory.
+__device__ __forceinline__ Bounds select(bool second, const Bounds& a,
+                                         const Bounds& b) {
+  return {second ? b.low : a.low, second ? b.high : a.high};
+}
+
 // The bounds of the group. Where there are two kinds, even lanes return the
 // bounds of the first, and odd ones those of the second.
 template <bool kTwo>
@@ -106,8 +122,8 @@ __device__ __forceinline__ Bounds reduce_bounds(const Bounds& first,
   Bounds mine = first;
   int step = 1;
   if constexpr (kTwo) {
-    mine = odd ? second : first;
-    mine.include((odd ? first : second).from_lane(1));
+    mine = select(odd, first, second);
+    mine.include(select(odd, second, first).from_lane(1));
     step = 2;
   }
   for (; step < lanes; step *= 2) mine.include(mine.from_lane(step));
@@ -121,6 +137,11 @@ struct Coding {
 
   __device__ __forceinline__ bool special() const { return is_nan(scale); }
 };
+
+__device__ __forceinline__ Coding select(bool second, const Coding& a,
+                                         const Coding& b) {
+  return {second ? b.low : a.low, second ? b.scale : a.scale};
+}
 
 // The code of a value, above the lower 16 bits.
 template <int kBits>
@@ -153,11 +174,11 @@ __device__ __forceinline__ uint32_t special_sum(float value,
 
 // kBits is the width of all codes, or kAnyBits.
 template <typename T, NormActPayload kPayload, int kBits>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinResident<T, kPayload>)
     norm_act_kernel(const NormAct<T> op, const Launch launch) {
   constexpr bool kSplit = kPayload == NormActPayload::kSplit;
   constexpr bool kZeroed = kPayload == NormActPayload::kPlainAndZeroed;
-  constexpr int kBlocks = kNormBlocks<T, kPayload>;
+  constexpr int kBlocks = kNormBlocks<T, kPayload, kBits>;
 
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
   const uint32_t index = thread >> op.lane_shift;
@@ -166,8 +187,7 @@ __global__ void __launch_bounds__(kThreads)
   const bool odd = lane % 2 != 0;
   // Whole warps stay: shuffles name every lane of the warp.
   const bool inside = index < launch.groups;
-  const uint32_t row =
-      launch.by_groups_per_row.quotient(inside ? index : 0u);
+  const uint32_t row = launch.by_groups_per_row.quotient(inside ? index : 0u);
   const uint32_t row_numel = static_cast<uint32_t>(launch.row_numel);
   const uint32_t start = (index - row * launch.groups_per_row) * op.group_size;
   const int count =
@@ -206,10 +226,9 @@ __global__ void __launch_bounds__(kThreads)
     float total[kBlock];
     ChannelIndex::Place place = op.channels.of(start + begin);
     if (place.left >= kBlock) {
-      const ChannelNorm norm{
-          op.mean[place.channel], op.invstd[place.channel],
-          load_channel(op.weight, place.channel, kNoWeight),
-          load_channel(op.bias, place.channel, kNoBias)};
+      const ChannelNorm norm{op.mean[place.channel], op.invstd[place.channel],
+                             load_channel(op.weight, place.channel, kNoWeight),
+                             load_channel(op.bias, place.channel, kNoBias)};
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
         normal[b][i] = norm.normalise(input[b].get(i));
@@ -297,8 +316,8 @@ __global__ void __launch_bounds__(kThreads)
   // Warps with several groups take the slow path together when one of their
   // groups needs it.
   if (__any_sync(0xFFFFFFFFu, !all_finite)) {
-    Bounds finite[2];
-    // Bounds without NaN and inf.
+    // Once more, without NaN and inf.
+    first = second = Bounds();
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       if (left[b] <= 0) continue;
@@ -307,18 +326,18 @@ __global__ void __launch_bounds__(kThreads)
         const bool positive = kSplit && (positives >> (b * kBlock + i)) & 1u;
         if (is_finite(normal[b][i])) {
           if (positive) {
-            finite[1].include(normal[b][i]);
+            second.include(normal[b][i]);
           } else {
-            finite[0].include(normal[b][i]);
+            first.include(normal[b][i]);
           }
         }
         if constexpr (kZeroed) {
           const float value = output[b].get(i);
-          if (is_positive(value) && is_finite(value)) finite[1].include(value);
+          if (is_positive(value) && is_finite(value)) second.include(value);
         }
       }
     }
-    mine = reduce_bounds<kTwo>(finite[0], finite[1], lanes, odd);
+    mine = reduce_bounds<kTwo>(first, second, lanes, odd);
   }
 
   const int bits = kBits == kAnyBits ? op.bits : kBits;
@@ -326,23 +345,25 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t max_code = kSplit ? max_split_code(bits) : max_code_of(bits);
   const uint32_t second_max = kSplit ? max_code : max_zeroed_code(act_bits);
   const Extent extent{mine.low, mine.high, all_finite};
-  const Range range = make_kind_range(
-      extent, kTwo && odd && !kSplit ? second_max : max_code);
-  Coding coding[2] = {{range.low, encode_scale(range)}, {0.0f, 0.0f}};
+  const Range range =
+      make_kind_range(extent, kTwo && odd && !kSplit ? second_max : max_code);
+  const Coding coding{range.low, encode_scale(range)};
+  Coding first_coding = coding, second_coding = coding;
   if constexpr (kTwo) {
-    const Coding other{__shfl_xor_sync(0xFFFFFFFFu, coding[0].low, 1),
-                       __shfl_xor_sync(0xFFFFFFFFu, coding[0].scale, 1)};
-    coding[1] = odd ? coding[0] : other;
-    coding[0] = odd ? other : coding[0];
+    const Coding other{__shfl_xor_sync(0xFFFFFFFFu, coding.low, 1),
+                       __shfl_xor_sync(0xFFFFFFFFu, coding.scale, 1)};
+    first_coding = select(odd, coding, other);
+    second_coding = select(odd, other, coding);
   }
   if (!inside) return;
   if constexpr (kSplit) {
-    if (lane < 2) op.ranges[2 * static_cast<int64_t>(index) + lane] = range.pack();
+    if (lane < 2)
+      op.ranges[2 * static_cast<int64_t>(index) + lane] = range.pack();
   } else {
     if (lane == 0) op.ranges[index] = range.pack();
     if (kZeroed && lane == 1) op.act_ranges[index] = range.pack();
   }
-  const bool special = coding[0].special() || (kTwo && coding[1].special());
+  const bool special = first_coding.special() || second_coding.special();
 
   const int64_t first_block =
       static_cast<int64_t>(row) * launch.row_blocks + start / kBlock;
@@ -350,23 +371,22 @@ __global__ void __launch_bounds__(kThreads)
   for (int b = 0; b < kBlocks; ++b) {
     if (left[b] <= 0) continue;
     const int64_t block = first_block + b * lanes + lane;
-    const uint64_t random_block =
-        op.first_block + static_cast<uint64_t>(block);
+    const uint64_t random_block = op.first_block + static_cast<uint64_t>(block);
     const PhiloxBlock random = philox(op.stream, random_block);
     uint32_t sums[kBlock];
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
       const bool positive = kSplit && (positives >> (b * kBlock + i)) & 1u;
-      const Coding& kind = coding[positive];
+      const Coding kind = select(positive, first_coding, second_coding);
       sums[i] = code_sum<kBits>(normal[b][i], kind, random.bits16(i), max_code);
     }
     if (special) {
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
         const bool positive = kSplit && (positives >> (b * kBlock + i)) & 1u;
-        const Coding& kind = coding[positive];
-        sums[i] = special_sum<false>(normal[b][i], kind, random.bits16(i),
-                                     max_code);
+        const Coding kind = select(positive, first_coding, second_coding);
+        sums[i] =
+            special_sum<false>(normal[b][i], kind, random.bits16(i), max_code);
       }
     }
     if constexpr (kSplit) {
@@ -380,18 +400,17 @@ __global__ void __launch_bounds__(kThreads)
     store_word<kBits>(pack_sums<kBits>(sums, bits), bits, left[b],
                       op.codes + block * bits);
     if constexpr (kZeroed) {
-      const PhiloxBlock zeroed_random =
-          philox({op.stream.seed, op.stream.offset ^ kZeroedStream},
-                 random_block);
+      const PhiloxBlock zeroed_random = philox(
+          {op.stream.seed, op.stream.offset ^ kZeroedStream}, random_block);
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        sums[i] = code_sum<kBits>(output[b].get(i), coding[1],
+        sums[i] = code_sum<kBits>(output[b].get(i), second_coding,
                                   zeroed_random.bits16(i), second_max);
       }
       if (special) {
 #pragma unroll
         for (int i = 0; i < kBlock; ++i) {
-          sums[i] = special_sum<true>(output[b].get(i), coding[1],
+          sums[i] = special_sum<true>(output[b].get(i), second_coding,
                                       zeroed_random.bits16(i), second_max);
         }
       }
@@ -409,9 +428,8 @@ __global__ void __launch_bounds__(kThreads)
 // of the one kernel.
 template <typename Body>
 void dispatch_widths(const NormActArguments& arguments, const Body& body) {
-  const bool equal =
-      arguments.payload() != NormActPayload::kPlainAndZeroed ||
-      arguments.bits == arguments.act_bits;
+  const bool equal = arguments.payload() != NormActPayload::kPlainAndZeroed ||
+                     arguments.bits == arguments.act_bits;
   if (equal && arguments.bits == 2) {
     body(Constant<2>{});
   } else if (equal && arguments.bits == 3) {
@@ -427,34 +445,36 @@ template <typename T, NormActPayload kPayload>
 void launch_payload(const NormActArguments& arguments, const Geometry& geometry,
                     const NormAct<T>& whole, cudaStream_t stream) {
   NormAct<T> op = whole;
-  const int64_t lanes =
-      geometry.group_size / kBlock / kNormBlocks<T, kPayload>;
-  while ((int64_t{1} << op.lane_shift) < lanes) ++op.lane_shift;
   constexpr int kRanges = kPayload == NormActPayload::kSplit ? 2 : 1;
-  for_each_launch(geometry, whole.input, [&](const Launch& launch,
-                                             int64_t row) {
-    const int64_t element = row * geometry.row_numel;
-    const int64_t block = row * launch.row_blocks;
-    const int64_t group = row * geometry.groups_per_row();
-    op.vectorized = launch.vectorized && is_aligned(whole.output, 16) &&
-                    is_aligned(whole.residual, 16);
-    op.input = whole.input + element;
-    op.output = whole.output + element;
-    op.codes = whole.codes + block * op.bits;
-    op.ranges = whole.ranges + group * kRanges;
-    if constexpr (kPayload == NormActPayload::kPlainAndZeroed) {
-      op.residual = whole.residual + element;
-      op.act_codes = whole.act_codes + block * op.act_bits;
-      op.act_ranges = whole.act_ranges + group;
-    }
-    op.first_block = static_cast<uint64_t>(block);
-    dispatch_widths(arguments, [&](auto width) {
-      norm_act_kernel<T, kPayload, decltype(width)::value>
-          <<<grid_size(launch.groups, static_cast<int>(lanes)), kThreads, 0,
-             stream>>>(op, launch);
-      check_launch();
-    });
-  });
+  for_each_launch(
+      geometry, whole.input, [&](const Launch& launch, int64_t row) {
+        const int64_t element = row * geometry.row_numel;
+        const int64_t block = row * launch.row_blocks;
+        const int64_t group = row * geometry.groups_per_row();
+        op.vectorized = launch.vectorized && is_aligned(whole.output, 16) &&
+                        is_aligned(whole.residual, 16);
+        op.input = whole.input + element;
+        op.output = whole.output + element;
+        op.codes = whole.codes + block * op.bits;
+        op.ranges = whole.ranges + group * kRanges;
+        if constexpr (kPayload == NormActPayload::kPlainAndZeroed) {
+          op.residual = whole.residual + element;
+          op.act_codes = whole.act_codes + block * op.act_bits;
+          op.act_ranges = whole.act_ranges + group;
+        }
+        op.first_block = static_cast<uint64_t>(block);
+        dispatch_widths(arguments, [&](auto width) {
+          constexpr int kBits = decltype(width)::value;
+          const auto lanes = static_cast<int>(geometry.group_size / kBlock /
+                                              kNormBlocks<T, kPayload, kBits>);
+          op.lane_shift = 0;
+          while ((1 << op.lane_shift) < lanes) ++op.lane_shift;
+          norm_act_kernel<T, kPayload, kBits>
+              <<<grid_size(launch.groups, lanes), kThreads, 0, stream>>>(
+                  op, launch);
+          check_launch();
+        });
+      });
 }
 
 NormActCodes run(const NormActArguments& arguments, Tensor& output,
@@ -465,8 +485,7 @@ NormActCodes run(const NormActArguments& arguments, Tensor& output,
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   NormActCodes result = empty_norm_act_codes(arguments, geometry);
   if (input.numel() == 0) return result;
-  const auto* mean =
-      static_cast<const float*>(arguments.mean.const_data_ptr());
+  const auto* mean = static_cast<const float*>(arguments.mean.const_data_ptr());
   const auto* invstd =
       static_cast<const float*>(arguments.invstd.const_data_ptr());
   const auto* weight =
