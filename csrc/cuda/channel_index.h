@@ -46,31 +46,21 @@ inline ChannelIndex index_channels(const Channels& channels, bool aligned) {
           channels.last && aligned && channels.count % kBlock == 0};
 }
 
-// Reads the numbers of 8 consecutive channels.
-__device__ __forceinline__ void load_channels(const float* source,
-                                              float* values) {
-#pragma unroll
-  for (int w = 0; w < 2; ++w) {
-    const auto word = reinterpret_cast<const Vector<float, 4>*>(source)[w];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) values[4 * w + i] = word.item[i];
-  }
-}
-
-// The same of parameters that a layer may not have.
+// A parameter that a layer may not have.
 __device__ __forceinline__ float load_channel(const float* source,
                                               uint32_t channel, float none) {
   return source == nullptr ? none : source[channel];
 }
-__device__ __forceinline__ void load_channels(const float* source,
-                                              uint32_t channel, float none,
-                                              float* values) {
-  if (source != nullptr) {
-    load_channels(source + channel, values);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) values[i] = none;
-  }
+
+// Those of 4 consecutive channels, from a 16-byte boundary on.
+constexpr int kChannelsPerWord = 4;
+using ChannelWord = Vector<float, kChannelsPerWord>;
+
+__device__ __forceinline__ ChannelWord load_channels(const float* source,
+                                                     uint32_t channel,
+                                                     float none) {
+  if (source == nullptr) return {{none, none, none, none}};
+  return *reinterpret_cast<const ChannelWord*>(source + channel);
 }
 
 }  // namespace mmactnn

@@ -85,13 +85,16 @@ struct SplitDecoder {
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) values[i] = norm.scale(values[i]);
     } else if (channels.vectorized && left >= kBlock) {
-      float weights[kBlock], biases[kBlock];
-      load_channels(weight, place.channel, kNoWeight, weights);
-      load_channels(bias, place.channel, kNoBias, biases);
 #pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        const ChannelNorm norm{0.0f, 1.0f, weights[i], biases[i]};
-        values[i] = norm.scale(values[i]);
+      for (int w = 0; w < kBlock; w += kChannelsPerWord) {
+        const uint32_t channel = place.channel + w;
+        const ChannelWord weights = load_channels(weight, channel, kNoWeight);
+        const ChannelWord biases = load_channels(bias, channel, kNoBias);
+#pragma unroll
+        for (int i = 0; i < kChannelsPerWord; ++i) {
+          const ChannelNorm norm{0.0f, 1.0f, weights.item[i], biases.item[i]};
+          values[w + i] = norm.scale(values[w + i]);
+        }
       }
     } else {
 #pragma unroll

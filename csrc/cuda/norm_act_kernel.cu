@@ -42,10 +42,13 @@ constexpr int kNormBlocks =
         ? 2
         : 4;
 
-// Thread blocks that a multiprocessor has registers for.
+// Small thread blocks leave fewer registers of a multiprocessor unused; and how
+// many of them it has registers for.
+constexpr int kNormThreads = 128;
 template <typename T, NormActPayload kPayload>
 constexpr int kMinResident =
-    sizeof(T) == 4 ? 4 : (kPayload == NormActPayload::kPlainAndZeroed ? 2 : 3);
+    kPayload == NormActPayload::kPlainAndZeroed ? (sizeof(T) == 4 ? 5 : 4)
+                                                : (sizeof(T) == 4 ? 6 : 5);
 
 // One launch of norm_act(); pointers are those of its first row. The output
 // may be the input.
@@ -174,13 +177,13 @@ __device__ __forceinline__ uint32_t special_sum(float value,
 
 // kBits is the width of all codes, or kAnyBits.
 template <typename T, NormActPayload kPayload, int kBits>
-__global__ void __launch_bounds__(kThreads, kMinResident<T, kPayload>)
+__global__ void __launch_bounds__(kNormThreads, kMinResident<T, kPayload>)
     norm_act_kernel(const NormAct<T> op, const Launch launch) {
   constexpr bool kSplit = kPayload == NormActPayload::kSplit;
   constexpr bool kZeroed = kPayload == NormActPayload::kPlainAndZeroed;
   constexpr int kBlocks = kNormBlocks<T, kPayload, kBits>;
 
-  const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
+  const uint32_t thread = blockIdx.x * kNormThreads + threadIdx.x;
   const uint32_t index = thread >> op.lane_shift;
   const int lanes = 1 << op.lane_shift;
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
@@ -199,18 +202,21 @@ __global__ void __launch_bounds__(kThreads, kMinResident<T, kPayload>)
   // All reads first, so that they are under way together.
   PackedBlock<T> input[kBlocks];
   PackedBlock<T> residual[kZeroed ? kBlocks : 1];
-  int left[kBlocks];  // elements from the start of each block to the end
+  // Elements from the start of a block to the end of the group.
+  const auto left_of = [&](int b) {
+    return count - (b * lanes + lane) * kBlock;
+  };
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
     const int begin = (b * lanes + lane) * kBlock;
-    left[b] = count - begin;
-    if (op.vectorized && left[b] >= kBlock) {
+    const int left = left_of(b);
+    if (op.vectorized && left >= kBlock) {
       input[b].load(op.input + base + begin);
       if constexpr (kZeroed) residual[b].load(op.residual + base + begin);
-    } else if (left[b] > 0) {
-      input[b].load(op.input + base + begin, left[b]);
+    } else if (left > 0) {
+      input[b].load(op.input + base + begin, left);
       if constexpr (kZeroed) {
-        residual[b].load(op.residual + base + begin, left[b]);
+        residual[b].load(op.residual + base + begin, left);
       }
     }
   }
@@ -221,7 +227,8 @@ __global__ void __launch_bounds__(kThreads, kMinResident<T, kPayload>)
   Bounds first, second;
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
-    if (left[b] <= 0) continue;
+    const int left = left_of(b);
+    if (left <= 0) continue;
     const int begin = (b * lanes + lane) * kBlock;
     float total[kBlock];
     ChannelIndex::Place place = op.channels.of(start + begin);
@@ -234,17 +241,21 @@ __global__ void __launch_bounds__(kThreads, kMinResident<T, kPayload>)
         normal[b][i] = norm.normalise(input[b].get(i));
         total[i] = norm.scale(normal[b][i]);
       }
-    } else if (op.channels.vectorized && left[b] >= kBlock) {
-      float mean[kBlock], invstd[kBlock], weight[kBlock], bias[kBlock];
-      load_channels(op.mean + place.channel, mean);
-      load_channels(op.invstd + place.channel, invstd);
-      load_channels(op.weight, place.channel, kNoWeight, weight);
-      load_channels(op.bias, place.channel, kNoBias, bias);
+    } else if (op.channels.vectorized && left >= kBlock) {
 #pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        const ChannelNorm norm{mean[i], invstd[i], weight[i], bias[i]};
-        normal[b][i] = norm.normalise(input[b].get(i));
-        total[i] = norm.scale(normal[b][i]);
+      for (int w = 0; w < kBlock; w += kChannelsPerWord) {
+        const uint32_t channel = place.channel + w;
+        const ChannelWord mean = load_channels(op.mean, channel, 0.0f);
+        const ChannelWord invstd = load_channels(op.invstd, channel, 1.0f);
+        const ChannelWord weight = load_channels(op.weight, channel, kNoWeight);
+        const ChannelWord bias = load_channels(op.bias, channel, kNoBias);
+#pragma unroll
+        for (int i = 0; i < kChannelsPerWord; ++i) {
+          const ChannelNorm norm{mean.item[i], invstd.item[i], weight.item[i],
+                                 bias.item[i]};
+          normal[b][w + i] = norm.normalise(input[b].get(w + i));
+          total[w + i] = norm.scale(normal[b][w + i]);
+        }
       }
     } else {
 #pragma unroll
@@ -255,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, kMinResident<T, kPayload>)
             load_channel(op.bias, place.channel, kNoBias)};
         normal[b][i] = norm.normalise(input[b].get(i));
         total[i] = norm.scale(normal[b][i]);
-        if (i + 1 < left[b]) place = op.channels.next(place);
+        if (i + 1 < left) place = op.channels.next(place);
       }
     }
     if constexpr (kZeroed) {
@@ -264,11 +275,11 @@ __global__ void __launch_bounds__(kThreads, kMinResident<T, kPayload>)
         total[i] = add(total[i], residual[b].get(i));
       }
     }
-    if (left[b] < kBlock) {
+    if (left < kBlock) {
       // What is past the end repeats the first, so that it widens no range.
 #pragma unroll
       for (int i = 1; i < kBlock; ++i) {
-        if (i >= left[b]) {
+        if (i >= left) {
           normal[b][i] = normal[b][0];
           total[i] = total[0];
         }
@@ -303,10 +314,10 @@ __global__ void __launch_bounds__(kThreads, kMinResident<T, kPayload>)
       }
     }
     T* target = op.output + base + begin;
-    if (op.vectorized && left[b] >= kBlock) {
+    if (op.vectorized && left >= kBlock) {
       output[b].store(target);
     } else {
-      output[b].store(target, left[b]);
+      output[b].store(target, left);
     }
   }
 
@@ -320,10 +331,12 @@ __global__ void __launch_bounds__(kThreads, kMinResident<T, kPayload>)
     first = second = Bounds();
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      if (left[b] <= 0) continue;
+      const int left = left_of(b);
+      if (left <= 0) continue;
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        const bool positive = kSplit && (positives >> (b * kBlock + i)) & 1u;
+        const bool positive =
+            kSplit && (positives & (1u << (b * kBlock + i))) != 0u;
         if (is_finite(normal[b][i])) {
           if (positive) {
             second.include(normal[b][i]);
@@ -369,21 +382,24 @@ __global__ void __launch_bounds__(kThreads, kMinResident<T, kPayload>)
       static_cast<int64_t>(row) * launch.row_blocks + start / kBlock;
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
-    if (left[b] <= 0) continue;
+    const int left = left_of(b);
+    if (left <= 0) continue;
     const int64_t block = first_block + b * lanes + lane;
     const uint64_t random_block = op.first_block + static_cast<uint64_t>(block);
     const PhiloxBlock random = philox(op.stream, random_block);
     uint32_t sums[kBlock];
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
-      const bool positive = kSplit && (positives >> (b * kBlock + i)) & 1u;
+      const bool positive =
+          kSplit && (positives & (1u << (b * kBlock + i))) != 0u;
       const Coding kind = select(positive, first_coding, second_coding);
       sums[i] = code_sum<kBits>(normal[b][i], kind, random.bits16(i), max_code);
     }
     if (special) {
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        const bool positive = kSplit && (positives >> (b * kBlock + i)) & 1u;
+        const bool positive =
+            kSplit && (positives & (1u << (b * kBlock + i))) != 0u;
         const Coding kind = select(positive, first_coding, second_coding);
         sums[i] =
             special_sum<false>(normal[b][i], kind, random.bits16(i), max_code);
@@ -392,12 +408,12 @@ __global__ void __launch_bounds__(kThreads, kMinResident<T, kPayload>)
     if constexpr (kSplit) {
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        if ((positives >> (b * kBlock + i)) & 1u) {
+        if ((positives & (1u << (b * kBlock + i))) != 0u) {
           sums[i] += 1u << (15 + bits);
         }
       }
     }
-    store_word<kBits>(pack_sums<kBits>(sums, bits), bits, left[b],
+    store_word<kBits>(pack_sums<kBits>(sums, bits), bits, left,
                       op.codes + block * bits);
     if constexpr (kZeroed) {
       const PhiloxBlock zeroed_random = philox(
@@ -418,7 +434,7 @@ __global__ void __launch_bounds__(kThreads, kMinResident<T, kPayload>)
       for (int i = 0; i < kBlock; ++i) {
         sums[i] = is_positive(output[b].get(i)) ? sums[i] + 0x10000u : 0u;
       }
-      store_word<kBits>(pack_sums<kBits>(sums, act_bits), act_bits, left[b],
+      store_word<kBits>(pack_sums<kBits>(sums, act_bits), act_bits, left,
                         op.act_codes + block * act_bits);
     }
   }
@@ -469,9 +485,11 @@ void launch_payload(const NormActArguments& arguments, const Geometry& geometry,
                                               kNormBlocks<T, kPayload, kBits>);
           op.lane_shift = 0;
           while ((1 << op.lane_shift) < lanes) ++op.lane_shift;
+          const int64_t threads = int64_t{launch.groups} * lanes;
           norm_act_kernel<T, kPayload, kBits>
-              <<<grid_size(launch.groups, lanes), kThreads, 0, stream>>>(
-                  op, launch);
+              <<<static_cast<unsigned int>((threads + kNormThreads - 1) /
+                                           kNormThreads),
+                 kNormThreads, 0, stream>>>(op, launch);
           check_launch();
         });
       });

@@ -61,17 +61,13 @@ def channels_last(x):
 
 
 def cpu(arguments):
-    return [
-        a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments
-    ]
+    return [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
 
 
 def assert_same(actual, expected):
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype and a.shape == e.shape
-        torch.testing.assert_close(
-            a.cpu(), e, rtol=0, atol=0, equal_nan=True
-        )
+        torch.testing.assert_close(a.cpu(), e, rtol=0, atol=0, equal_nan=True)
 
 
 def check(arguments, bits, act_bits, group_size, seed=-5, offset=9):
@@ -182,7 +178,9 @@ def test_storage_off_the_boundary(dtype, device):
             moved = x.new_empty(x.numel() + 1)[1:].view(x.shape)
             check((x, moved.copy_(residual), *rest), 4, 4, 64)
         vectors = [v.new_empty(17)[1:].copy_(v) for v in rest[:4]]
-        last = [channels_last(t) if t is not None else t for t in (x, residual)]
+        last = [
+            channels_last(t) if t is not None else t for t in (x, residual)
+        ]
         check((*last, *vectors, rest[4]), 4, 4, 64)
 
 
@@ -322,9 +320,7 @@ def test_other_layouts_are_copied(device):
     )
     assert_same(actual, cpu(expected))
     with pytest.raises(RuntimeError, match=r'strides \[480, 60, 1, 6\]'):
-        ops.norm_act_(
-            x.mT.contiguous().mT, None, *rest, 4, 4, seed=1
-        )
+        ops.norm_act_(x.mT.contiguous().mT, None, *rest, 4, 4, seed=1)
 
 
 def test_residual_may_not_overlap_in_place(device):
