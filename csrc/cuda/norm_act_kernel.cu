@@ -42,13 +42,8 @@ constexpr int kNormBlocks =
         ? 2
         : 4;
 
-// Small thread blocks leave fewer registers of a multiprocessor unused; and how
-// many of them it has registers for.
+// Small thread blocks leave fewer registers of a multiprocessor unused.
 constexpr int kNormThreads = 128;
-template <typename T, NormActPayload kPayload>
-constexpr int kMinResident =
-    kPayload == NormActPayload::kPlainAndZeroed ? (sizeof(T) == 4 ? 5 : 4)
-                                                : (sizeof(T) == 4 ? 6 : 5);
 
 // One launch of norm_act(); pointers are those of its first row. The output
 // may be the input.
@@ -177,7 +172,7 @@ __device__ __forceinline__ uint32_t special_sum(float value,
 
 // kBits is the width of all codes, or kAnyBits.
 template <typename T, NormActPayload kPayload, int kBits>
-__global__ void __launch_bounds__(kNormThreads, kMinResident<T, kPayload>)
+__global__ void __launch_bounds__(kNormThreads)
     norm_act_kernel(const NormAct<T> op, const Launch launch) {
   constexpr bool kSplit = kPayload == NormActPayload::kSplit;
   constexpr bool kZeroed = kPayload == NormActPayload::kPlainAndZeroed;
