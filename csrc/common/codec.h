@@ -156,12 +156,24 @@ MMACTNN_HOST_DEVICE float encode_scale(Range range) {
 }
 
 // floor((value - low) / step + u) with u = random16 / 2^16: the value rounded
-// up with the probability of its distance from the code below.
+// up with the probability of its distance from the code below. The code is
+// what the sum has above its lower 16 bits.
+MMACTNN_HOST_DEVICE uint32_t encode_sum(float value, float low, float scale,
+                                        uint32_t random16) {
+  const float scaled = multiply(add(value, -low), scale);
+  const int32_t fixed = static_cast<int32_t>(add(scaled, 0.5f));
+  return static_cast<uint32_t>(fixed) + random16;
+}
+
+// Up to this width no sum exceeds the highest code c: `step` is at least the
+// span over c but for 2^-24 of it, so that `scaled` is at most c * 2^16 and,
+// with three roundings for c <= 15, a quarter; half added, that is less than
+// c * 2^16 + 1.
+constexpr int kMaxUnclampedBits = 4;
+
 MMACTNN_HOST_DEVICE uint32_t encode(float value, Range range, float scale,
                                     uint32_t random16, uint32_t max_code) {
-  const float scaled = multiply(add(value, -range.low), scale);
-  const int32_t fixed = static_cast<int32_t>(add(scaled, 0.5f));
-  const uint32_t code = (static_cast<uint32_t>(fixed) + random16) >> 16;
+  const uint32_t code = encode_sum(value, range.low, scale, random16) >> 16;
   return code < max_code ? code : max_code;
 }
 

@@ -33,6 +33,18 @@ struct PhiloxBlock {
   }
 };
 
+// All 64 bits of a product. In assembly, because the compiler adds a zero to
+// the upper half of an ordinary one.
+MMACTNN_HOST_DEVICE uint64_t wide_product(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
 MMACTNN_HOST_DEVICE PhiloxBlock philox(PhiloxStream stream, uint64_t block) {
   uint32_t c0 = static_cast<uint32_t>(block);
   uint32_t c1 = static_cast<uint32_t>(block >> 32);
@@ -44,8 +56,8 @@ MMACTNN_HOST_DEVICE PhiloxBlock philox(PhiloxStream stream, uint64_t block) {
 #pragma unroll
 #endif
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(kPhiloxMultiplier0) * c0;
-    const uint64_t p1 = static_cast<uint64_t>(kPhiloxMultiplier1) * c2;
+    const uint64_t p0 = wide_product(kPhiloxMultiplier0, c0);
+    const uint64_t p1 = wide_product(kPhiloxMultiplier1, c2);
     c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
     c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
     c1 = static_cast<uint32_t>(p1);

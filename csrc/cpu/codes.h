@@ -1,4 +1,4 @@
-// How the kernels of the host write and read the codes of a group.
+// Random bits and packed codes of consecutive blocks.
 #pragma once
 
 #include <cstdint>

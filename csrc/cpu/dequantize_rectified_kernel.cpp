@@ -2,11 +2,19 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
 
-#include "../common/rectified.h"
+#include "../common/allocate.h"
+#include "../common/channels.h"
+#include "../common/codec.h"
+#include "../common/geometry.h"
+#include "../common/norm_act.h"
+#include "../common/norm_act_checks.h"
+#include "../common/rectified_codec.h"
+#include "../common/tensor_checks.h"
 #include "codes.h"
 #include "group.h"
 #include "number.h"
@@ -14,64 +22,32 @@
 namespace mmactnn {
 namespace {
 
-template <bool kSplit, typename T>
-void decode_groups(const RectifiedCodes& source, T* output, int64_t begin,
-                   int64_t end) {
-  const float largest = Largest<T>::value;
-  const Channels& channels = source.channels;
-  const Geometry& geometry = source.geometry;
-  const int bits = source.bits;
-  const auto* words = static_cast<const uint32_t*>(source.ranges);
-  uint8_t unpacked[kMaxGroup];
-  for (int64_t index = begin; index < end; ++index) {
-    const Group group = locate(geometry, index);
-    const int64_t block =
-        group.row * geometry.blocks_per_row() + group.start / kBlock;
-    dispatch_bits(bits, [&](auto width) {
-      unpack_codes<decltype(width)::value>(source.codes + block * bits,
-                                           (group.count + kBlock - 1) / kBlock,
-                                           unpacked);
-    });
-    const Range range = Range::unpack(words[kSplit ? 2 * index + 1 : index]);
-    T* target = output + group.row * geometry.row_numel + group.start;
-    for (int64_t i = 0; i < group.count; ++i) {
-      float value;
-      if constexpr (kSplit) {
-        const int64_t element = group.start + i;
-        const int64_t channel =
-            channels.last ? element % channels.count : element / channels.plane;
-        value = decode_split(
-            unpacked[i], bits, range,
-            source.weight == nullptr ? 1.0f : source.weight[channel],
-            source.bias == nullptr ? 0.0f : source.bias[channel], largest);
-      } else {
-        value = decode_zeroed(unpacked[i], range, largest);
-      }
-      target[i] = static_cast<T>(value);
-    }
-  }
-}
-
-template <bool kSplit>
-Tensor dequantize(const Tensor& codes, const Tensor& ranges,
-                  const std::optional<Tensor>& weight,
-                  const std::optional<Tensor>& bias,
-                  const std::vector<int64_t>& size,
-                  const std::vector<int64_t>& stride, ScalarType dtype,
-                  int64_t bits, int64_t group_size) {
-  Tensor output = empty_strided(codes, size, stride, dtype);
-  const RectifiedCodes source = check_rectified(output, codes, ranges, weight,
-                                                bias, bits, group_size, kSplit);
-  dispatch_dtype(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    T* target = static_cast<T*>(output.mutable_data_ptr());
-    torch::stable::parallel_for(
-        0, output.numel() == 0 ? 0 : source.geometry.groups(),
-        kGrainElements / group_size, [&](int64_t begin, int64_t end) {
-          decode_groups<kSplit>(source, target, begin, end);
-        });
-  });
-  return output;
+// Calls `decoder(group, place, code)` for every element, by its place in its
+// row, and writes what it returns.
+template <typename T, typename Decoder>
+void decode_elements(const Tensor& codes, const Geometry& geometry, int bits,
+                     T* output, const Decoder& decoder) {
+  const auto* bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
+  torch::stable::parallel_for(
+      0, geometry.groups(), kGrainElements / geometry.group_size,
+      [&](int64_t begin, int64_t end) {
+        uint8_t unpacked[kMaxGroup];
+        for (int64_t index = begin; index < end; ++index) {
+          const Group group = locate(geometry, index);
+          const int64_t block =
+              group.row * geometry.blocks_per_row() + group.start / kBlock;
+          dispatch_bits(bits, [&](auto width) {
+            unpack_codes<decltype(width)::value>(
+                bytes + block * bits, (group.count + kBlock - 1) / kBlock,
+                unpacked);
+          });
+          T* target = output + group.row * geometry.row_numel + group.start;
+          for (int64_t i = 0; i < group.count; ++i) {
+            target[i] =
+                static_cast<T>(decoder(index, group.start + i, unpacked[i]));
+          }
+        }
+      });
 }
 
 Tensor dequantize_split(Tensor codes, Tensor ranges,
@@ -79,15 +55,66 @@ Tensor dequantize_split(Tensor codes, Tensor ranges,
                         std::optional<Tensor> bias, std::vector<int64_t> size,
                         std::vector<int64_t> stride, ScalarType dtype,
                         int64_t bits, int64_t group_size) {
-  return dequantize<true>(codes, ranges, weight, bias, size, stride, dtype,
-                          bits, group_size);
+  const Geometry geometry =
+      checked_rectified(codes, ranges, size, bits, group_size, true);
+  Tensor output = empty_strided(codes, size, stride, dtype);
+  const Channels channels = channels_of("the output", output);
+  if (weight) check_per_channel("weight", *weight, channels, codes);
+  if (bias) check_per_channel("bias", *bias, channels, codes);
+  if (output.numel() == 0) return output;
+  const auto* weights = static_cast<const float*>(data_or_null(weight));
+  const auto* biases = static_cast<const float*>(data_or_null(bias));
+  const auto* words = static_cast<const uint32_t*>(ranges.const_data_ptr());
+  const int width = static_cast<int>(bits);
+  const uint32_t max_code = max_split_code(width);
+  dispatch_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    decode_elements(
+        codes, geometry, width, static_cast<T*>(output.mutable_data_ptr()),
+        [&](int64_t group, int64_t place, uint32_t code) {
+          if (!split_positive(code, width)) return 0.0f;
+          const Range range = Range::unpack(words[2 * group + 1]);
+          const uint32_t value_code = split_value_code(code, width);
+          const float normal = range.special()
+                                   ? decode_special(value_code, range, max_code)
+                                   : decode(value_code, range);
+          const int64_t channel =
+              channels.last ? place % channels.count : place / channels.plane;
+          const ChannelNorm norm{
+              0.0f, 1.0f, weights == nullptr ? kNoWeight : weights[channel],
+              biases == nullptr ? kNoBias : biases[channel]};
+          const float value = norm.scale(normal);
+          return is_finite(value) ? clamp_finite(value, Largest<T>::value)
+                                  : value;
+        });
+  });
+  return output;
 }
 
 Tensor dequantize_zeroed(Tensor codes, Tensor ranges, std::vector<int64_t> size,
                          std::vector<int64_t> stride, ScalarType dtype,
                          int64_t bits, int64_t group_size) {
-  return dequantize<false>(codes, ranges, std::nullopt, std::nullopt, size,
-                           stride, dtype, bits, group_size);
+  const Geometry geometry =
+      checked_rectified(codes, ranges, size, bits, group_size, false);
+  Tensor output = empty_strided(codes, size, stride, dtype);
+  check_dtype("dtype", output);
+  check_dense("the output", output);
+  if (output.numel() == 0) return output;
+  const auto* words = static_cast<const uint32_t*>(ranges.const_data_ptr());
+  dispatch_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    decode_elements(codes, geometry, static_cast<int>(bits),
+                    static_cast<T*>(output.mutable_data_ptr()),
+                    [&](int64_t group, int64_t, uint32_t code) {
+                      if (code == 0u) return 0.0f;
+                      const Range range = Range::unpack(words[group]);
+                      return range.special()
+                                 ? decode_zeroed_special(code - 1u, range)
+                                 : clamp_finite(decode(code - 1u, range),
+                                                Largest<T>::value);
+                    });
+  });
+  return output;
 }
 
 }  // namespace

@@ -7,7 +7,14 @@
 #include <optional>
 #include <tuple>
 
+#include "../common/channels.h"
+#include "../common/codec.h"
+#include "../common/geometry.h"
 #include "../common/norm_act.h"
+#include "../common/norm_act_checks.h"
+#include "../common/philox.h"
+#include "../common/rectified_codec.h"
+#include "../common/tensor_checks.h"
 #include "codes.h"
 #include "group.h"
 #include "number.h"
@@ -15,183 +22,192 @@
 namespace mmactnn {
 namespace {
 
-// Of the elements of a group that are of one kind.
-Extent kind_extent(const float* values, const uint8_t* kinds, uint8_t kind,
-                   int64_t count) {
-  Extent extent{FLT_MAX, -FLT_MAX, true};
-  for (int64_t i = 0; i < count; ++i) {
-    if (kinds[i] != kind) continue;
-    if (is_finite(values[i])) {
-      extent.low = std::min(extent.low, values[i]);
-      extent.high = std::max(extent.high, values[i]);
-    } else {
-      extent.all_finite = false;
-    }
-  }
-  return extent;
-}
+// The parameters of all channels; weight and bias may be null.
+struct Parameters {
+  const float* mean;
+  const float* invstd;
+  const float* weight;
+  const float* bias;
 
-// One group on its way through the normalisation.
+  ChannelNorm of(int64_t channel) const {
+    return {mean[channel], invstd[channel],
+            weight == nullptr ? kNoWeight : weight[channel],
+            bias == nullptr ? kNoBias : bias[channel]};
+  }
+};
+
+// What is known of a group before it is coded.
 struct GroupValues {
+  int64_t count;
   float normal[kMaxGroup];
-  float output[kMaxGroup];
-  uint8_t kinds[kMaxGroup];  // 1 where the output is positive
-  uint16_t random[kMaxGroup];
-  uint8_t codes[kMaxGroup];
+  float output[kMaxGroup];  // as it is stored
+  bool positive[kMaxGroup];
 };
 
 template <typename T>
-void normalise(const T* input, const T* residual, T* output,
-               const NormActArguments& arguments, const Group& group,
-               GroupValues& values) {
-  const Channels& channels = arguments.channels;
-  const int64_t first = group.row * channels.row_numel() + group.start;
+void normalise_group(const T* input, const T* residual, T* output,
+                     const Channels& channels, const Parameters& parameters,
+                     bool relu, const Group& group, GroupValues& values) {
+  const int64_t base = group.row * channels.row_numel() + group.start;
+  values.count = group.count;
   for (int64_t i = 0; i < group.count; ++i) {
-    const int64_t element = group.start + i;
-    const ChannelValues channel =
-        channel_values(arguments, channels.last ? element % channels.count
-                                                : element / channels.plane);
-    const float normal =
-        channel.normalise(static_cast<float>(input[first + i]));
-    float total = channel.scale(normal);
+    const int64_t place = group.start + i;
+    const ChannelNorm norm = parameters.of(
+        channels.last ? place % channels.count : place / channels.plane);
+    const float normal = norm.normalise(static_cast<float>(input[base + i]));
+    float total = norm.scale(normal);
     if (residual != nullptr) {
-      total = add(total, static_cast<float>(residual[first + i]));
+      total = add(total, static_cast<float>(residual[base + i]));
     }
-    T result = static_cast<T>(total);
-    values.kinds[i] = is_positive(static_cast<float>(result)) ? 1 : 0;
-    if (arguments.mode != NormAct::kPlain && values.kinds[i] == 0) {
-      result = static_cast<T>(0.0f);
-    }
-    output[first + i] = result;
+    T rounded = static_cast<T>(total);
+    const bool positive = is_positive(static_cast<float>(rounded));
+    if (relu && !positive) rounded = static_cast<T>(0.0f);
+    output[base + i] = rounded;
     values.normal[i] = normal;
-    values.output[i] = static_cast<float>(result);
+    values.output[i] = static_cast<float>(rounded);
+    values.positive[i] = positive;
   }
 }
 
-void draw(PhiloxStream stream, const Geometry& geometry, const Group& group,
-          GroupValues& values) {
-  const int64_t block =
-      group.row * geometry.blocks_per_row() + group.start / kBlock;
-  random_bits(stream, static_cast<uint64_t>(block),
-              (group.count + kBlock - 1) / kBlock, values.random);
+// Finds the range of one kind of elements, and codes them; the codes of the
+// others stay as they are.
+template <typename Of, typename Special>
+Range encode_kind(const float* values, int64_t count, uint32_t max_code,
+                  const uint16_t* random, const Of& of, const Special& special,
+                  uint8_t* codes) {
+  float kind[kMaxGroup];
+  int64_t kind_count = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (of(i)) kind[kind_count++] = values[i];
+  }
+  const Range range = make_kind_range(find_extent(kind, kind_count), max_code);
+  const float scale = encode_scale(range);
+  for (int64_t i = 0; i < count; ++i) {
+    if (!of(i)) continue;
+    codes[i] = static_cast<uint8_t>(
+        range.special() ? special(values[i], range)
+                        : encode(values[i], range, scale, random[i], max_code));
+  }
+  return range;
 }
 
-uint32_t encode_any(float value, Range range, float scale, uint16_t random,
-                    uint32_t max_code) {
-  return range.special() ? encode_special(value, range, max_code)
-                         : encode(value, range, scale, random, max_code);
+Range encode_plain(const GroupValues& values, int bits, const uint16_t* random,
+                   uint8_t* codes) {
+  const uint32_t max_code = max_code_of(bits);
+  return encode_kind(
+      values.normal, values.count, max_code, random,
+      [](int64_t) { return true; },
+      [&](float value, Range range) {
+        return encode_special(value, range, max_code);
+      },
+      codes);
 }
 
-void write(const Geometry& geometry, const Group& group, int bits,
-           GroupValues& values, uint8_t* codes) {
+void encode_split(const GroupValues& values, int bits, const uint16_t* random,
+                  uint8_t* codes, uint32_t* ranges) {
+  const uint32_t max_code = max_split_code(bits);
+  for (const bool positive : {false, true}) {
+    ranges[positive] =
+        encode_kind(
+            values.normal, values.count, max_code, random,
+            [&](int64_t i) { return values.positive[i] == positive; },
+            [&](float value, Range range) {
+              return encode_special(value, range, max_code);
+            },
+            codes)
+            .pack();
+  }
+  for (int64_t i = 0; i < values.count; ++i) {
+    codes[i] =
+        static_cast<uint8_t>(join_split(codes[i], values.positive[i], bits));
+  }
+}
+
+Range encode_zeroed(const GroupValues& values, int bits, const uint16_t* random,
+                    uint8_t* codes) {
+  const Range range = encode_kind(
+      values.output, values.count, max_zeroed_code(bits), random,
+      [&](int64_t i) { return values.positive[i]; },
+      [](float value, Range kind) {
+        return encode_zeroed_special(value, kind);
+      },
+      codes);
+  for (int64_t i = 0; i < values.count; ++i) {
+    codes[i] = values.positive[i] ? static_cast<uint8_t>(codes[i] + 1) : 0;
+  }
+  return range;
+}
+
+// Packs the codes of a group; those past its end are 0.
+void store_group(uint8_t* unpacked, const Geometry& geometry,
+                 const Group& group, int bits, uint8_t* codes) {
   const int64_t blocks = (group.count + kBlock - 1) / kBlock;
-  std::fill(values.codes + group.count, values.codes + blocks * kBlock,
-            uint8_t{0});
+  std::fill(unpacked + group.count, unpacked + blocks * kBlock, uint8_t{0});
   const int64_t block =
       group.row * geometry.blocks_per_row() + group.start / kBlock;
   dispatch_bits(bits, [&](auto width) {
-    pack_codes<decltype(width)::value>(values.codes, blocks,
-                                       codes + block * bits);
+    pack_codes<decltype(width)::value>(unpacked, blocks, codes + block * bits);
   });
 }
 
-void write_plain(const NormActArguments& arguments, const Group& group,
-                 int64_t index, GroupValues& values, uint8_t* codes,
-                 uint32_t* ranges) {
-  const uint32_t max_code = max_code_of(arguments.bits);
-  const Range range =
-      make_range(find_extent(values.normal, group.count), max_code);
-  const float scale = encode_scale(range);
-  ranges[index] = range.pack();
-  draw(arguments.stream, arguments.geometry, group, values);
-  for (int64_t i = 0; i < group.count; ++i) {
-    values.codes[i] = static_cast<uint8_t>(
-        encode_any(values.normal[i], range, scale, values.random[i], max_code));
-  }
-  write(arguments.geometry, group, arguments.bits, values, codes);
-}
-
-void write_split(const NormActArguments& arguments, const Group& group,
-                 int64_t index, GroupValues& values, uint8_t* codes,
-                 uint32_t* ranges) {
-  const int bits = arguments.bits;
-  const uint32_t max_code = max_split_code(bits);
-  Range range[2];
-  float scale[2];
-  for (uint8_t kind = 0; kind < 2; ++kind) {
-    range[kind] = make_kind_range(
-        kind_extent(values.normal, values.kinds, kind, group.count), max_code);
-    scale[kind] = encode_scale(range[kind]);
-    ranges[2 * index + kind] = range[kind].pack();
-  }
-  draw(arguments.stream, arguments.geometry, group, values);
-  for (int64_t i = 0; i < group.count; ++i) {
-    const uint8_t kind = values.kinds[i];
-    const uint32_t code = encode_any(values.normal[i], range[kind], scale[kind],
-                                     values.random[i], max_code);
-    values.codes[i] = static_cast<uint8_t>(join_split(code, kind == 1, bits));
-  }
-  write(arguments.geometry, group, bits, values, codes);
-}
-
-void write_zeroed(const NormActArguments& arguments, const Group& group,
-                  int64_t index, GroupValues& values, uint8_t* codes,
-                  uint32_t* ranges) {
-  const uint32_t max_code = max_zeroed_code(arguments.act_bits);
-  const Range range = make_kind_range(
-      kind_extent(values.output, values.kinds, 1, group.count), max_code);
-  const float scale = encode_scale(range);
-  ranges[index] = range.pack();
-  draw(arguments.act_stream, arguments.geometry, group, values);
-  for (int64_t i = 0; i < group.count; ++i) {
-    uint32_t code = 0;
-    if (values.kinds[i] == 1) {
-      code =
-          1 + (range.special() ? encode_zeroed_special(values.output[i], range)
-                               : encode(values.output[i], range, scale,
-                                        values.random[i], max_code));
-    }
-    values.codes[i] = static_cast<uint8_t>(code);
-  }
-  write(arguments.geometry, group, arguments.act_bits, values, codes);
-}
-
-// `target` may be `input`.
-NormActOutputs run(const Tensor& input, const std::optional<Tensor>& residual,
-                   Tensor& target, const NormActArguments& arguments) {
-  NormActOutputs outputs = empty_norm_act(input, arguments);
-  auto* codes = static_cast<uint8_t*>(outputs.codes.mutable_data_ptr());
-  auto* ranges = static_cast<uint32_t*>(outputs.ranges.mutable_data_ptr());
-  auto* act_codes = static_cast<uint8_t*>(outputs.act_codes.mutable_data_ptr());
+NormActCodes run(const NormActArguments& arguments, Tensor& output,
+                 bool in_place) {
+  const Channels channels = check_norm_act(arguments, in_place);
+  const Tensor& input = arguments.input;
+  const Geometry geometry = input_geometry(input, arguments.group_size);
+  NormActCodes result = empty_norm_act_codes(arguments, geometry);
+  if (input.numel() == 0) return result;
+  const NormActPayload payload = arguments.payload();
+  const Parameters parameters{
+      static_cast<const float*>(arguments.mean.const_data_ptr()),
+      static_cast<const float*>(arguments.invstd.const_data_ptr()),
+      static_cast<const float*>(data_or_null(arguments.weight)),
+      static_cast<const float*>(data_or_null(arguments.bias))};
+  const auto seed = static_cast<uint64_t>(arguments.seed);
+  const auto offset = static_cast<uint64_t>(arguments.offset);
+  const int bits = static_cast<int>(arguments.bits);
+  const int act_bits = static_cast<int>(arguments.act_bits);
+  auto* codes = static_cast<uint8_t*>(result.codes.mutable_data_ptr());
+  auto* ranges = static_cast<uint32_t*>(result.ranges.mutable_data_ptr());
+  auto* act_codes = static_cast<uint8_t*>(result.act_codes.mutable_data_ptr());
   auto* act_ranges =
-      static_cast<uint32_t*>(outputs.act_ranges.mutable_data_ptr());
-  const Geometry& geometry = arguments.geometry;
+      static_cast<uint32_t*>(result.act_ranges.mutable_data_ptr());
   dispatch_dtype(input.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(input.const_data_ptr());
-    const T* added =
-        residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr;
-    T* output = static_cast<T*>(target.mutable_data_ptr());
+    const T* residual = static_cast<const T*>(data_or_null(arguments.residual));
+    T* target = static_cast<T*>(output.mutable_data_ptr());
     torch::stable::parallel_for(
-        0, input.numel() == 0 ? 0 : geometry.groups(),
-        kGrainElements / geometry.group_size, [&](int64_t begin, int64_t end) {
+        0, geometry.groups(), kGrainElements / geometry.group_size,
+        [&](int64_t begin, int64_t end) {
           GroupValues values;
+          uint16_t random[kMaxGroup];
+          uint8_t unpacked[kMaxGroup];
           for (int64_t index = begin; index < end; ++index) {
             const Group group = locate(geometry, index);
-            normalise(source, added, output, arguments, group, values);
-            if (arguments.mode == NormAct::kRelu) {
-              write_split(arguments, group, index, values, codes, ranges);
-              continue;
+            const auto first_block = static_cast<uint64_t>(
+                group.row * geometry.blocks_per_row() + group.start / kBlock);
+            const int64_t blocks = (group.count + kBlock - 1) / kBlock;
+            normalise_group(source, residual, target, channels, parameters,
+                            arguments.relu, group, values);
+            random_bits({seed, offset}, first_block, blocks, random);
+            if (payload == NormActPayload::kSplit) {
+              encode_split(values, bits, random, unpacked, ranges + 2 * index);
+            } else {
+              ranges[index] =
+                  encode_plain(values, bits, random, unpacked).pack();
             }
-            write_plain(arguments, group, index, values, codes, ranges);
-            if (arguments.mode == NormAct::kAdd) {
-              write_zeroed(arguments, group, index, values, act_codes,
-                           act_ranges);
-            }
+            store_group(unpacked, geometry, group, bits, codes);
+            if (payload != NormActPayload::kPlainAndZeroed) continue;
+            random_bits({seed, offset ^ kZeroedStream}, first_block, blocks,
+                        random);
+            act_ranges[index] =
+                encode_zeroed(values, act_bits, random, unpacked).pack();
+            store_group(unpacked, geometry, group, act_bits, act_codes);
           }
         });
   });
-  return outputs;
+  return result;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act(
@@ -199,12 +215,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act(
     std::optional<Tensor> weight, std::optional<Tensor> bias, bool relu,
     int64_t bits, int64_t act_bits, int64_t group_size, int64_t seed,
     int64_t offset) {
-  const NormActArguments arguments =
-      check_norm_act(input, residual, mean, invstd, weight, bias, relu, bits,
-                     act_bits, group_size, seed, offset);
   Tensor output = torch::stable::empty_like(input);
-  NormActOutputs kept = run(input, residual, output, arguments);
-  return {output, kept.codes, kept.ranges, kept.act_codes, kept.act_ranges};
+  const auto [codes, ranges, act_codes, act_ranges] =
+      run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
+           group_size, seed, offset},
+          output, false);
+  return {output, codes, ranges, act_codes, act_ranges};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_(
@@ -212,11 +228,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_(
     std::optional<Tensor> weight, std::optional<Tensor> bias, bool relu,
     int64_t bits, int64_t act_bits, int64_t group_size, int64_t seed,
     int64_t offset) {
-  const NormActArguments arguments =
-      check_norm_act(input, residual, mean, invstd, weight, bias, relu, bits,
-                     act_bits, group_size, seed, offset);
-  NormActOutputs kept = run(input, residual, input, arguments);
-  return {kept.codes, kept.ranges, kept.act_codes, kept.act_ranges};
+  const auto [codes, ranges, act_codes, act_ranges] =
+      run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
+           group_size, seed, offset},
+          input, true);
+  return {codes, ranges, act_codes, act_ranges};
 }
 
 }  // namespace

@@ -1,175 +1,200 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <type_traits>
 #include <vector>
 
+#include "../common/allocate.h"
+#include "../common/channels.h"
+#include "../common/codec.h"
+#include "../common/dispatch.h"
 #include "../common/divider.h"
-#include "../common/rectified.h"
-#include "codes.h"
+#include "../common/geometry.h"
+#include "../common/norm_act.h"
+#include "../common/norm_act_checks.h"
+#include "../common/rectified_codec.h"
+#include "../common/tensor_checks.h"
+#include "channel_index.h"
 #include "launch.h"
+#include "packed_block.h"
 
 namespace mmactnn {
 namespace {
 
-// Blocks of 8 elements that a thread decodes.
-constexpr int kBlocksADecoder = 2;
+// Blocks that one thread decodes: their reads are small, and many of them
+// have to be under way.
+constexpr int kDecodedBlocks = 4;
 
-// One launch covers the blocks of some rows.
-struct DecodeLaunch {
+// One launch; pointers are those of its first row.
+template <typename T>
+struct Decode {
+  const uint8_t* codes;
+  const uint32_t* ranges;
+  T* output;
   int64_t row_numel;
-  uint32_t blocks;  // of all rows
-  uint32_t row_groups;
+  uint32_t blocks;
+  uint32_t groups_per_row;
   Divider by_row_blocks;
-  Divider by_channels;  // or by planes
-  int group_shift;      // binary logarithm of the blocks of a group
-  bool vectorized;      // every full block starts on a 16-byte boundary
+  int group_shift;  // binary logarithm of the blocks of a group
+  int bits;
+  bool vectorized;  // every full block starts on a 16-byte boundary
 };
 
-// Weight or bias of the elements of a block; `otherwise` where there is none.
-template <bool kLast>
-__device__ __forceinline__ void load_parameter(
-    const float* source, float otherwise, const Channels& channels,
-    const DecodeLaunch& launch, uint32_t element, float* values) {
-  const uint32_t quotient = launch.by_channels.quotient(element);
-  const uint32_t divisor = launch.by_channels.divisor;
-  const uint32_t rest = element - quotient * divisor;
-#pragma unroll
-  for (int i = 0; i < kBlock; ++i) values[i] = otherwise;
-  if (source == nullptr) return;
-  const auto count = static_cast<uint32_t>(channels.count);
-  if constexpr (kLast) {
-    if (count % kBlock == 0) {
-#pragma unroll
-      for (int w = 0; w < 2; ++w) {
-        const float4 word = reinterpret_cast<const float4*>(source + rest)[w];
-        values[4 * w] = word.x;
-        values[4 * w + 1] = word.y;
-        values[4 * w + 2] = word.z;
-        values[4 * w + 3] = word.w;
-      }
-      return;
-    }
-    uint32_t channel = rest;
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      values[i] = source[channel];
-      channel = channel + 1 == count ? 0 : channel + 1;
-    }
-  } else {
-    const float first = source[quotient];
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) values[i] = first;
-    uint32_t left = divisor - rest;
-    if (left >= kBlock) return;
-    uint32_t channel = quotient;
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      values[i] = source[channel];
-      if (--left == 0) {
-        left = divisor;
-        // Elements past the end of the row repeat the last channel.
-        if (channel + 1 < count) ++channel;
-      }
-    }
-  }
+// decode(), for ranges that are not special.
+__device__ __forceinline__ float code_value(uint32_t code, const Range& range) {
+  // To float without the slow conversion: exact for codes.
+  const float number = add(bits_float(0x4B000000u | code), -8388608.0f);
+  return add(multiply(number, range.step), range.low);
 }
 
-template <int kBits>
-using BlockWord =
-    std::conditional_t<kBits == kAnyBits || (kBits > 4), uint64_t, uint32_t>;
+// The positive kind of split codes, normalised values that become outputs.
+template <typename T, int kBits>
+struct SplitDecoder {
+  static constexpr int kRanges = 2;
+  const float* weight;  // null: none
+  const float* bias;    // null: none
+  ChannelIndex channels;
 
-template <int kBits>
-__device__ __forceinline__ BlockWord<kBits> load_block_codes(
-    const uint8_t* source, int bits) {
-  if constexpr (kBits == 2) {
-    return *reinterpret_cast<const uint16_t*>(source);
-  } else if constexpr (kBits == 4) {
-    return *reinterpret_cast<const uint32_t*>(source);
-  } else {
-    BlockWord<kBits> word = 0;
-#pragma unroll
-    for (int byte = 0; byte < (kBits == kAnyBits ? kMaxBits : kBits); ++byte) {
-      if (kBits != kAnyBits || byte < bits) {
-        word |= static_cast<BlockWord<kBits>>(source[byte]) << (8 * byte);
-      }
-    }
-    return word;
-  }
-}
-
-// Of kBits or, with kAnyBits, of the width in `source`.
-template <typename T, bool kSplit, int kBits, bool kLast>
-__global__ void __launch_bounds__(kThreads)
-    decode_kernel(RectifiedCodes source, T* __restrict__ output,
-                  DecodeLaunch launch) {
-  const int bits = kBits == kAnyBits ? source.bits : kBits;
-  const uint32_t first =
-      blockIdx.x * (kThreads * kBlocksADecoder) + threadIdx.x;
-  BlockWord<kBits> words[kBlocksADecoder];
-  Range ranges[kBlocksADecoder];
-  uint32_t elements[kBlocksADecoder];
-  uint32_t rows[kBlocksADecoder];
-  const auto* pairs = static_cast<const uint32_t*>(source.ranges);
-  // All reads first: they are small, and their latency is what there is to
-  // hide.
-#pragma unroll
-  for (int b = 0; b < kBlocksADecoder; ++b) {
-    const uint32_t block = first + b * kThreads;
-    if (block >= launch.blocks) continue;
-    rows[b] = launch.by_row_blocks.quotient(block);
-    const uint32_t row_block = block - rows[b] * launch.by_row_blocks.divisor;
-    elements[b] = row_block * kBlock;
-    words[b] = load_block_codes<kBits>(
-        source.codes + static_cast<int64_t>(block) * bits, bits);
-    const int64_t group = static_cast<int64_t>(rows[b]) * launch.row_groups +
-                          (row_block >> launch.group_shift);
-    ranges[b] = Range::unpack(pairs[kSplit ? 2 * group + 1 : group]);
-  }
-#pragma unroll
-  for (int b = 0; b < kBlocksADecoder; ++b) {
-    if (first + b * kThreads >= launch.blocks) continue;
-    float weight[kBlock], bias[kBlock], values[kBlock];
-    if constexpr (kSplit) {
-      load_parameter<kLast>(source.weight, 1.0f, source.channels, launch,
-                            elements[b], weight);
-      load_parameter<kLast>(source.bias, 0.0f, source.channels, launch,
-                            elements[b], bias);
-    }
+  __device__ __forceinline__ void operator()(CodeWord<kBits> word, Range range,
+                                             uint32_t element, int bits,
+                                             int left, float* values) const {
+    const uint32_t max_code = max_split_code(bits);
+    bool positive[kBlock];
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
-      const uint32_t code =
-          static_cast<uint32_t>(words[b] >> (i * bits)) & max_code_of(bits);
-      if constexpr (kSplit) {
-        values[i] = decode_split(code, bits, ranges[b], weight[i], bias[i],
-                                 Number<T>::kLargest);
-      } else {
-        values[i] = decode_zeroed(code, ranges[b], Number<T>::kLargest);
+      const auto code = static_cast<uint32_t>(word >> (i * bits));
+      positive[i] = (code >> (bits - 1)) & 1u;
+      values[i] = code_value(code & max_code, range);
+    }
+    if (range.special()) {
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        const auto code = static_cast<uint32_t>(word >> (i * bits));
+        values[i] = decode_special(code & max_code, range, max_code);
       }
     }
-    T* target = output + rows[b] * launch.row_numel + elements[b];
-    const int64_t left = launch.row_numel - elements[b];
-    if (launch.vectorized && left >= kBlock) {
-      constexpr int kPerWord = 16 / sizeof(T);
+    ChannelIndex::Place place = channels.of(element);
+    if (place.left >= kBlock) {
+      const ChannelNorm norm{0.0f, 1.0f,
+                             load_channel(weight, place.channel, kNoWeight),
+                             load_channel(bias, place.channel, kNoBias)};
 #pragma unroll
-      for (int w = 0; w < kBlock / kPerWord; ++w) {
-        store_16_bytes(target + w * kPerWord, values + w * kPerWord);
+      for (int i = 0; i < kBlock; ++i) values[i] = norm.scale(values[i]);
+    } else if (channels.vectorized && left >= kBlock) {
+#pragma unroll
+      for (int w = 0; w < kBlock; w += kChannelsPerWord) {
+        const uint32_t channel = place.channel + w;
+        const ChannelWord weights = load_channels(weight, channel, kNoWeight);
+        const ChannelWord biases = load_channels(bias, channel, kNoBias);
+#pragma unroll
+        for (int i = 0; i < kChannelsPerWord; ++i) {
+          const ChannelNorm norm{0.0f, 1.0f, weights.item[i], biases.item[i]};
+          values[w + i] = norm.scale(values[w + i]);
+        }
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        if (i < left) target[i] = Number<T>::store(values[i]);
+        const ChannelNorm norm{0.0f, 1.0f,
+                               load_channel(weight, place.channel, kNoWeight),
+                               load_channel(bias, place.channel, kNoBias)};
+        values[i] = norm.scale(values[i]);
+        if (i + 1 < left) place = channels.next(place);
       }
+    }
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      if (!positive[i]) values[i] = 0.0f;
+      largest = fmaxf(largest, fabsf(values[i]));
+    }
+    // Of float32 a finite number is never too large.
+    if constexpr (!std::is_same_v<T, float>) {
+      if (largest > Number<T>::kLargest) {
+#pragma unroll
+        for (int i = 0; i < kBlock; ++i) {
+          if (is_finite(values[i])) {
+            values[i] = clamp_finite(values[i], Number<T>::kLargest);
+          }
+        }
+      }
+    }
+  }
+};
+
+template <typename T, int kBits>
+struct ZeroedDecoder {
+  static constexpr int kRanges = 1;
+
+  __device__ __forceinline__ void operator()(CodeWord<kBits> word, Range range,
+                                             uint32_t, int bits, int,
+                                             float* values) const {
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      const uint32_t code =
+          static_cast<uint32_t>(word >> (i * bits)) & max_code_of(bits);
+      // Unsigned, code 0 would wrap; what it decodes to is not used.
+      const float value = code_value(code == 0u ? 0u : code - 1u, range);
+      values[i] = code == 0u ? 0.0f : clamp_finite(value, Number<T>::kLargest);
+    }
+    if (range.special()) {
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        const uint32_t code =
+            static_cast<uint32_t>(word >> (i * bits)) & max_code_of(bits);
+        values[i] = code == 0u ? 0.0f : decode_zeroed_special(code - 1u, range);
+      }
+    }
+  }
+};
+
+template <typename T, int kBits, typename Decoder>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(const Decode<T> op, const Decoder decoder) {
+  const int bits = kBits == kAnyBits ? op.bits : kBits;
+  const uint32_t first = blockIdx.x * (kThreads * kDecodedBlocks) + threadIdx.x;
+  uint32_t row[kDecodedBlocks], place[kDecodedBlocks];
+  CodeWord<kBits> word[kDecodedBlocks];
+  uint32_t range[kDecodedBlocks];
+#pragma unroll
+  for (int b = 0; b < kDecodedBlocks; ++b) {
+    const uint32_t block = first + b * kThreads;
+    if (block >= op.blocks) continue;
+    row[b] = op.by_row_blocks.quotient(block);
+    place[b] = block - row[b] * op.by_row_blocks.divisor;
+    word[b] =
+        load_word<kBits>(op.codes + static_cast<int64_t>(block) * bits, bits);
+    const int64_t group = static_cast<int64_t>(row[b]) * op.groups_per_row +
+                          (place[b] >> op.group_shift);
+    // The last range of a group is that of the values that are not 0.
+    range[b] = op.ranges[group * Decoder::kRanges + Decoder::kRanges - 1];
+  }
+#pragma unroll
+  for (int b = 0; b < kDecodedBlocks; ++b) {
+    if (first + b * kThreads >= op.blocks) continue;
+    const uint32_t element = place[b] * kBlock;
+    const auto row_left = static_cast<uint32_t>(op.row_numel) - element;
+    const int left = row_left < kBlock ? static_cast<int>(row_left) : kBlock;
+    float values[kBlock];
+    decoder(word[b], Range::unpack(range[b]), element, bits, left, values);
+    PackedBlock<T> packed;
+    packed.set(values);
+    T* target =
+        op.output + static_cast<int64_t>(row[b]) * op.row_numel + element;
+    if (op.vectorized && left >= kBlock) {
+      packed.store(target);
+    } else {
+      packed.store(target, left);
     }
   }
 }
 
 template <typename Body>
-void dispatch_width(int bits, const Body& body) {
+void dispatch_widths(int64_t bits, const Body& body) {
   if (bits == 2) {
     body(Constant<2>{});
   } else if (bits == 3) {
@@ -181,64 +206,51 @@ void dispatch_width(int bits, const Body& body) {
   }
 }
 
-template <bool kSplit>
-Tensor dequantize(const Tensor& codes, const Tensor& ranges,
-                  const std::optional<Tensor>& weight,
-                  const std::optional<Tensor>& bias,
-                  const std::vector<int64_t>& size,
-                  const std::vector<int64_t>& stride, ScalarType dtype,
-                  int64_t bits, int64_t group_size) {
-  const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
-  Tensor output = empty_strided(codes, size, stride, dtype);
-  RectifiedCodes source = check_rectified(output, codes, ranges, weight, bias,
-                                          bits, group_size, kSplit);
-  if (output.numel() == 0) return output;
-  const Geometry& geometry = source.geometry;
-  const Channels& channels = source.channels;
+// Decodes everything, with decoders that `make(type, width)` returns.
+template <typename Make>
+void decode_into(const Tensor& codes, const Tensor& ranges, Tensor& output,
+                 const Geometry& geometry, int64_t bits, const Make& make) {
   const int64_t row_blocks = geometry.blocks_per_row();
-  const int64_t row_groups = geometry.groups_per_row();
-  int group_shift = 0;
-  while ((kBlock << group_shift) < group_size) ++group_shift;
-  const int64_t max_rows = std::max<int64_t>(1, kMaxIndex / 2 / row_blocks);
+  STD_TORCH_CHECK(geometry.row_numel <= kMaxIndex, "a sample may have at most ",
+                  kMaxIndex, " elements, got ", geometry.row_numel);
+  // A grid that is not whole ends before 32-bit indices do.
+  const int64_t max_rows = (kMaxIndex - kThreads * kDecodedBlocks) / row_blocks;
   const cudaStream_t stream = current_stream(codes.get_device_index());
-  const RectifiedCodes all = source;
-  dispatch_dtype(dtype, [&](auto type) {
+  const auto* code_bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
+  const auto* range_words =
+      static_cast<const uint32_t*>(ranges.const_data_ptr());
+  int group_shift = 0;
+  while ((int64_t{kBlock} << group_shift) < geometry.group_size) ++group_shift;
+  dispatch_dtype(output.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     T* target = static_cast<T*>(output.mutable_data_ptr());
-    const bool vectorized =
-        is_aligned(target, 16) && geometry.row_numel * sizeof(T) % 16 == 0;
-    dispatch_width(source.bits, [&](auto width) {
+    dispatch_widths(bits, [&](auto width) {
       constexpr int kBits = decltype(width)::value;
+      const auto decoder = make(type, width);
+      using Decoder = std::remove_const_t<decltype(decoder)>;
       for (int64_t row = 0; row < geometry.rows; row += max_rows) {
         const int64_t rows = std::min(max_rows, geometry.rows - row);
-        source.codes = all.codes + row * row_blocks * bits;
-        source.ranges = static_cast<const uint32_t*>(all.ranges) +
-                        row * row_groups * (kSplit ? 2 : 1);
-        const DecodeLaunch launch{
+        const int64_t blocks = rows * row_blocks;
+        const Decode<T> op{
+            code_bytes + row * row_blocks * bits,
+            range_words + row * geometry.groups_per_row() * Decoder::kRanges,
+            target + row * geometry.row_numel,
             geometry.row_numel,
-            static_cast<uint32_t>(rows * row_blocks),
-            static_cast<uint32_t>(row_groups),
+            static_cast<uint32_t>(blocks),
+            static_cast<uint32_t>(geometry.groups_per_row()),
             Divider(static_cast<uint32_t>(row_blocks)),
-            Divider(static_cast<uint32_t>(channels.last ? channels.count
-                                                        : channels.plane)),
             group_shift,
-            vectorized};
-        constexpr int64_t kPerBlock = int64_t{kThreads} * kBlocksADecoder;
-        const auto grid = static_cast<unsigned int>(
-            (rows * row_blocks + kPerBlock - 1) / kPerBlock);
-        T* part = target + row * geometry.row_numel;
-        if (kSplit && channels.last) {
-          decode_kernel<T, kSplit, kBits, true>
-              <<<grid, kThreads, 0, stream>>>(source, part, launch);
-        } else {
-          decode_kernel<T, kSplit, kBits, false>
-              <<<grid, kThreads, 0, stream>>>(source, part, launch);
-        }
+            static_cast<int>(bits),
+            is_aligned(target, 16) && geometry.row_numel * sizeof(T) % 16 == 0};
+        constexpr int64_t kPerGridBlock = int64_t{kThreads} * kDecodedBlocks;
+        dequantize_kernel<T, kBits, Decoder>
+            <<<static_cast<unsigned int>((blocks + kPerGridBlock - 1) /
+                                         kPerGridBlock),
+               kThreads, 0, stream>>>(op, decoder);
         check_launch();
       }
     });
   });
-  return output;
 }
 
 Tensor dequantize_split(Tensor codes, Tensor ranges,
@@ -246,15 +258,41 @@ Tensor dequantize_split(Tensor codes, Tensor ranges,
                         std::optional<Tensor> bias, std::vector<int64_t> size,
                         std::vector<int64_t> stride, ScalarType dtype,
                         int64_t bits, int64_t group_size) {
-  return dequantize<true>(codes, ranges, weight, bias, size, stride, dtype,
-                          bits, group_size);
+  const Geometry geometry =
+      checked_rectified(codes, ranges, size, bits, group_size, true);
+  const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
+  Tensor output = empty_strided(codes, size, stride, dtype);
+  const Channels channels = channels_of("the output", output);
+  if (weight) check_per_channel("weight", *weight, channels, codes);
+  if (bias) check_per_channel("bias", *bias, channels, codes);
+  if (output.numel() == 0) return output;
+  const auto* weights = static_cast<const float*>(data_or_null(weight));
+  const auto* biases = static_cast<const float*>(data_or_null(bias));
+  const ChannelIndex index = index_channels(
+      channels, is_aligned(weights, 16) && is_aligned(biases, 16));
+  decode_into(
+      codes, ranges, output, geometry, bits, [&](auto type, auto width) {
+        using T = typename decltype(type)::type;
+        return SplitDecoder<T, decltype(width)::value>{weights, biases, index};
+      });
+  return output;
 }
 
 Tensor dequantize_zeroed(Tensor codes, Tensor ranges, std::vector<int64_t> size,
                          std::vector<int64_t> stride, ScalarType dtype,
                          int64_t bits, int64_t group_size) {
-  return dequantize<false>(codes, ranges, std::nullopt, std::nullopt, size,
-                           stride, dtype, bits, group_size);
+  const Geometry geometry =
+      checked_rectified(codes, ranges, size, bits, group_size, false);
+  const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
+  Tensor output = empty_strided(codes, size, stride, dtype);
+  check_dtype("dtype", output);
+  check_dense("the output", output);
+  if (output.numel() == 0) return output;
+  decode_into(codes, ranges, output, geometry, bits, [](auto type, auto width) {
+    using T = typename decltype(type)::type;
+    return ZeroedDecoder<T, decltype(width)::value>{};
+  });
+  return output;
 }
 
 }  // namespace

@@ -1,27 +1,549 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
+#include <cfloat>
+#include <cstdint>
 #include <optional>
 #include <tuple>
 
-#include "norm_act.h"
+#include "../common/channels.h"
+#include "../common/codec.h"
+#include "../common/dispatch.h"
+#include "../common/geometry.h"
+#include "../common/norm_act.h"
+#include "../common/norm_act_checks.h"
+#include "../common/philox.h"
+#include "../common/rectified_codec.h"
+#include "../common/tensor_checks.h"
+#include "channel_index.h"
+#include "group.h"
+#include "launch.h"
+#include "packed_block.h"
 
 namespace mmactnn {
 namespace {
 
-NormActOutputs run(const Tensor& input, const std::optional<Tensor>& residual,
-                   Tensor& target, const NormActArguments& arguments) {
-  NormActOutputs outputs = empty_norm_act(input, arguments);
-  if (input.numel() == 0) return outputs;
-  if (arguments.mode == NormAct::kAdd) {
-    norm_act_add(input, *residual, target, arguments, outputs);
-  } else if (arguments.mode == NormAct::kRelu) {
-    norm_act_relu(input, target, arguments, outputs);
-  } else {
-    norm_act_plain(input, target, arguments, outputs);
+// The largest number that becomes a zero of the dtype: half of the smallest
+// one, a tie.
+template <typename T>
+constexpr float kLargestZero = 0.0f;
+template <>
+constexpr float kLargestZero<__half> = 0x1p-25f;
+template <>
+constexpr float kLargestZero<__nv_bfloat16> = 0x1p-134f;
+
+// The blocks of a group that one thread holds: the more, the less the work
+// that is done once a group and thread costs each element, as long as there
+// are registers for enough threads. float32 can afford that work.
+template <typename T, NormActPayload kPayload, int kBits>
+constexpr int kNormBlocks =
+    sizeof(T) == 4 ||
+            (kPayload == NormActPayload::kPlainAndZeroed && kBits == kAnyBits)
+        ? 2
+        : 4;
+
+// Small thread blocks leave fewer registers of a multiprocessor unused.
+constexpr int kNormThreads = 128;
+
+// One launch of norm_act(); pointers are those of its first row. The output
+// may be the input.
+template <typename T>
+struct NormAct {
+  const T* input;
+  const T* residual;
+  T* output;
+  const float* mean;
+  const float* invstd;
+  const float* weight;  // null: none
+  const float* bias;    // null: none
+  uint8_t* codes;
+  uint32_t* ranges;
+  uint8_t* act_codes;
+  uint32_t* act_ranges;
+  uint64_t first_block;
+  PhiloxStream stream;
+  ChannelIndex channels;
+  int bits;
+  int act_bits;
+  int group_size;
+  int lane_shift;   // binary logarithm of the threads that share a group
+  bool vectorized;  // every full block starts on a 16-byte boundary
+};
+
+// min() that is NaN where one of both is.
+__device__ __forceinline__ float min_or_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  return is_nan(a) || is_nan(b) ? bits_float(0x7FC00000u) : fminf(a, b);
+#endif
+}
+
+// The bounds of one kind of elements, for as long as all may be finite: inf
+// and NaN, which `low` holds on to, show that they are not.
+struct Bounds {
+  float low = FLT_MAX;
+  float high = -FLT_MAX;
+
+  __device__ __forceinline__ void include(float value) {
+    low = min_or_nan(low, value);
+    high = fmaxf(high, value);
   }
-  return outputs;
+  __device__ __forceinline__ void include(const Bounds& other) {
+    low = min_or_nan(low, other.low);
+    high = fmaxf(high, other.high);
+  }
+  __device__ __forceinline__ Bounds from_lane(int step) const {
+    return {__shfl_xor_sync(0xFFFFFFFFu, low, step),
+            __shfl_xor_sync(0xFFFFFFFFu, high, step)};
+  }
+  __device__ __forceinline__ bool all_finite() const {
+    return low >= -FLT_MAX && high <= FLT_MAX;
+  }
+};
+
+// One of both by its members: a reference to one of two objects would put them
+// into memory.
+__device__ __forceinline__ Bounds select(bool second, const Bounds& a,
+                                         const Bounds& b) {
+  return {second ? b.low : a.low, second ? b.high : a.high};
+}
+
+// The bounds of the group. Where there are two kinds, even lanes return the
+// bounds of the first, and odd ones those of the second.
+template <bool kTwo>
+__device__ __forceinline__ Bounds reduce_bounds(const Bounds& first,
+                                                const Bounds& second, int lanes,
+                                                bool odd) {
+  Bounds mine = first;
+  int step = 1;
+  if constexpr (kTwo) {
+    mine = select(odd, first, second);
+    mine.include(select(odd, second, first).from_lane(1));
+    step = 2;
+  }
+  for (; step < lanes; step *= 2) mine.include(mine.from_lane(step));
+  return mine;
+}
+
+// How the elements of one kind are coded.
+struct Coding {
+  float low;
+  float scale;  // NaN: the codes are special
+
+  __device__ __forceinline__ bool special() const { return is_nan(scale); }
+};
+
+__device__ __forceinline__ Coding select(bool second, const Coding& a,
+                                         const Coding& b) {
+  return {second ? b.low : a.low, second ? b.scale : a.scale};
+}
+
+// The code of a value, above the lower 16 bits.
+template <int kBits>
+__device__ __forceinline__ uint32_t code_sum(float value, const Coding& coding,
+                                             uint32_t random16,
+                                             uint32_t max_code) {
+  const uint32_t sum = encode_sum(value, coding.low, coding.scale, random16);
+  if constexpr (kBits != kAnyBits) {
+    static_assert(kBits <= kMaxUnclampedBits);
+    return sum;
+  } else {
+    return min(sum, (max_code << 16) | 0xFFFFu);
+  }
+}
+
+// The same in groups that have special codes.
+template <bool kZeroed>
+__device__ __forceinline__ uint32_t special_sum(float value,
+                                                const Coding& coding,
+                                                uint32_t random16,
+                                                uint32_t max_code) {
+  const Range range{coding.low, coding.scale};
+  if (!coding.special()) {
+    return encode(value, range, coding.scale, random16, max_code) << 16;
+  }
+  return (kZeroed ? encode_zeroed_special(value, range)
+                  : encode_special(value, range, max_code))
+         << 16;
+}
+
+// kBits is the width of all codes, or kAnyBits.
+template <typename T, NormActPayload kPayload, int kBits>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_act_kernel(const NormAct<T> op, const Launch launch) {
+  constexpr bool kSplit = kPayload == NormActPayload::kSplit;
+  constexpr bool kZeroed = kPayload == NormActPayload::kPlainAndZeroed;
+  constexpr int kBlocks = kNormBlocks<T, kPayload, kBits>;
+
+  const uint32_t thread = blockIdx.x * kNormThreads + threadIdx.x;
+  const uint32_t index = thread >> op.lane_shift;
+  const int lanes = 1 << op.lane_shift;
+  const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
+  const bool odd = lane % 2 != 0;
+  // Whole warps stay: shuffles name every lane of the warp.
+  const bool inside = index < launch.groups;
+  const uint32_t row = launch.by_groups_per_row.quotient(inside ? index : 0u);
+  const uint32_t row_numel = static_cast<uint32_t>(launch.row_numel);
+  const uint32_t start = (index - row * launch.groups_per_row) * op.group_size;
+  const int count =
+      inside ? static_cast<int>(
+                   min(static_cast<uint32_t>(op.group_size), row_numel - start))
+             : 0;
+  const int64_t base = static_cast<int64_t>(row) * launch.row_numel + start;
+
+  // All reads first, so that they are under way together.
+  PackedBlock<T> input[kBlocks];
+  PackedBlock<T> residual[kZeroed ? kBlocks : 1];
+  // Elements from the start of a block to the end of the group.
+  const auto left_of = [&](int b) {
+    return count - (b * lanes + lane) * kBlock;
+  };
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+    const int begin = (b * lanes + lane) * kBlock;
+    const int left = left_of(b);
+    if (op.vectorized && left >= kBlock) {
+      input[b].load(op.input + base + begin);
+      if constexpr (kZeroed) residual[b].load(op.residual + base + begin);
+    } else if (left > 0) {
+      input[b].load(op.input + base + begin, left);
+      if constexpr (kZeroed) {
+        residual[b].load(op.residual + base + begin, left);
+      }
+    }
+  }
+
+  float normal[kBlocks][kBlock];
+  PackedBlock<T> output[kBlocks];
+  uint32_t positives = 0;  // a bit for each element
+  Bounds first, second;
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+    const int left = left_of(b);
+    if (left <= 0) continue;
+    const int begin = (b * lanes + lane) * kBlock;
+    float total[kBlock];
+    ChannelIndex::Place place = op.channels.of(start + begin);
+    if (place.left >= kBlock) {
+      const ChannelNorm norm{op.mean[place.channel], op.invstd[place.channel],
+                             load_channel(op.weight, place.channel, kNoWeight),
+                             load_channel(op.bias, place.channel, kNoBias)};
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        normal[b][i] = norm.normalise(input[b].get(i));
+        total[i] = norm.scale(normal[b][i]);
+      }
+    } else if (op.channels.vectorized && left >= kBlock) {
+#pragma unroll
+      for (int w = 0; w < kBlock; w += kChannelsPerWord) {
+        const uint32_t channel = place.channel + w;
+        const ChannelWord mean = load_channels(op.mean, channel, 0.0f);
+        const ChannelWord invstd = load_channels(op.invstd, channel, 1.0f);
+        const ChannelWord weight = load_channels(op.weight, channel, kNoWeight);
+        const ChannelWord bias = load_channels(op.bias, channel, kNoBias);
+#pragma unroll
+        for (int i = 0; i < kChannelsPerWord; ++i) {
+          const ChannelNorm norm{mean.item[i], invstd.item[i], weight.item[i],
+                                 bias.item[i]};
+          normal[b][w + i] = norm.normalise(input[b].get(w + i));
+          total[w + i] = norm.scale(normal[b][w + i]);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        const ChannelNorm norm{
+            op.mean[place.channel], op.invstd[place.channel],
+            load_channel(op.weight, place.channel, kNoWeight),
+            load_channel(op.bias, place.channel, kNoBias)};
+        normal[b][i] = norm.normalise(input[b].get(i));
+        total[i] = norm.scale(normal[b][i]);
+        if (i + 1 < left) place = op.channels.next(place);
+      }
+    }
+    if constexpr (kZeroed) {
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        total[i] = add(total[i], residual[b].get(i));
+      }
+    }
+    if (left < kBlock) {
+      // What is past the end repeats the first, so that it widens no range.
+#pragma unroll
+      for (int i = 1; i < kBlock; ++i) {
+        if (i >= left) {
+          normal[b][i] = normal[b][0];
+          total[i] = total[0];
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      if constexpr (kPayload == NormActPayload::kPlain) {
+        first.include(normal[b][i]);
+      } else {
+        const bool positive = !(total[i] <= kLargestZero<T>);
+        if (!positive) total[i] = 0.0f;
+        if constexpr (kSplit) {
+          if (positive) {
+            positives |= 1u << (b * kBlock + i);
+            second.include(normal[b][i]);
+          } else {
+            first.include(normal[b][i]);
+          }
+        } else {
+          first.include(normal[b][i]);
+        }
+      }
+    }
+    output[b].set(total);
+    if constexpr (kZeroed) {
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        // Of the values as they are stored.
+        const float value = output[b].get(i);
+        if (is_positive(value)) second.include(value);
+      }
+    }
+    T* target = op.output + base + begin;
+    if (op.vectorized && left >= kBlock) {
+      output[b].store(target);
+    } else {
+      output[b].store(target, left);
+    }
+  }
+
+  constexpr bool kTwo = kPayload != NormActPayload::kPlain;
+  Bounds mine = reduce_bounds<kTwo>(first, second, lanes, odd);
+  bool all_finite = mine.all_finite();
+  // Warps with several groups take the slow path together when one of their
+  // groups needs it.
+  if (__any_sync(0xFFFFFFFFu, !all_finite)) {
+    // Once more, without NaN and inf.
+    first = second = Bounds();
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      const int left = left_of(b);
+      if (left <= 0) continue;
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        const bool positive =
+            kSplit && (positives & (1u << (b * kBlock + i))) != 0u;
+        if (is_finite(normal[b][i])) {
+          if (positive) {
+            second.include(normal[b][i]);
+          } else {
+            first.include(normal[b][i]);
+          }
+        }
+        if constexpr (kZeroed) {
+          const float value = output[b].get(i);
+          if (is_positive(value) && is_finite(value)) second.include(value);
+        }
+      }
+    }
+    mine = reduce_bounds<kTwo>(first, second, lanes, odd);
+  }
+
+  const int bits = kBits == kAnyBits ? op.bits : kBits;
+  const int act_bits = kBits == kAnyBits ? op.act_bits : kBits;
+  const uint32_t max_code = kSplit ? max_split_code(bits) : max_code_of(bits);
+  const uint32_t second_max = kSplit ? max_code : max_zeroed_code(act_bits);
+  const Extent extent{mine.low, mine.high, all_finite};
+  const Range range =
+      make_kind_range(extent, kTwo && odd && !kSplit ? second_max : max_code);
+  const Coding coding{range.low, encode_scale(range)};
+  Coding first_coding = coding, second_coding = coding;
+  if constexpr (kTwo) {
+    const Coding other{__shfl_xor_sync(0xFFFFFFFFu, coding.low, 1),
+                       __shfl_xor_sync(0xFFFFFFFFu, coding.scale, 1)};
+    first_coding = select(odd, coding, other);
+    second_coding = select(odd, other, coding);
+  }
+  if (!inside) return;
+  if constexpr (kSplit) {
+    if (lane < 2)
+      op.ranges[2 * static_cast<int64_t>(index) + lane] = range.pack();
+  } else {
+    if (lane == 0) op.ranges[index] = range.pack();
+    if (kZeroed && lane == 1) op.act_ranges[index] = range.pack();
+  }
+  const bool special = first_coding.special() || second_coding.special();
+
+  const int64_t first_block =
+      static_cast<int64_t>(row) * launch.row_blocks + start / kBlock;
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+    const int left = left_of(b);
+    if (left <= 0) continue;
+    const int64_t block = first_block + b * lanes + lane;
+    const uint64_t random_block = op.first_block + static_cast<uint64_t>(block);
+    const PhiloxBlock random = philox(op.stream, random_block);
+    uint32_t sums[kBlock];
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      const bool positive =
+          kSplit && (positives & (1u << (b * kBlock + i))) != 0u;
+      const Coding kind = select(positive, first_coding, second_coding);
+      sums[i] = code_sum<kBits>(normal[b][i], kind, random.bits16(i), max_code);
+    }
+    if (special) {
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        const bool positive =
+            kSplit && (positives & (1u << (b * kBlock + i))) != 0u;
+        const Coding kind = select(positive, first_coding, second_coding);
+        sums[i] =
+            special_sum<false>(normal[b][i], kind, random.bits16(i), max_code);
+      }
+    }
+    if constexpr (kSplit) {
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        if ((positives & (1u << (b * kBlock + i))) != 0u) {
+          sums[i] += 1u << (15 + bits);
+        }
+      }
+    }
+    store_word<kBits>(pack_sums<kBits>(sums, bits), bits, left,
+                      op.codes + block * bits);
+    if constexpr (kZeroed) {
+      const PhiloxBlock zeroed_random = philox(
+          {op.stream.seed, op.stream.offset ^ kZeroedStream}, random_block);
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        sums[i] = code_sum<kBits>(output[b].get(i), second_coding,
+                                  zeroed_random.bits16(i), second_max);
+      }
+      if (special) {
+#pragma unroll
+        for (int i = 0; i < kBlock; ++i) {
+          sums[i] = special_sum<true>(output[b].get(i), second_coding,
+                                      zeroed_random.bits16(i), second_max);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        sums[i] = is_positive(output[b].get(i)) ? sums[i] + 0x10000u : 0u;
+      }
+      store_word<kBits>(pack_sums<kBits>(sums, act_bits), act_bits, left,
+                        op.act_codes + block * act_bits);
+    }
+  }
+}
+
+// Calls `body` with the width of all codes as a Constant, kAnyBits for those
+// of the one kernel.
+template <typename Body>
+void dispatch_widths(const NormActArguments& arguments, const Body& body) {
+  const bool equal = arguments.payload() != NormActPayload::kPlainAndZeroed ||
+                     arguments.bits == arguments.act_bits;
+  if (equal && arguments.bits == 2) {
+    body(Constant<2>{});
+  } else if (equal && arguments.bits == 3) {
+    body(Constant<3>{});
+  } else if (equal && arguments.bits == 4) {
+    body(Constant<4>{});
+  } else {
+    body(Constant<kAnyBits>{});
+  }
+}
+
+template <typename T, NormActPayload kPayload>
+void launch_payload(const NormActArguments& arguments, const Geometry& geometry,
+                    const NormAct<T>& whole, cudaStream_t stream) {
+  NormAct<T> op = whole;
+  constexpr int kRanges = kPayload == NormActPayload::kSplit ? 2 : 1;
+  for_each_launch(
+      geometry, whole.input, [&](const Launch& launch, int64_t row) {
+        const int64_t element = row * geometry.row_numel;
+        const int64_t block = row * launch.row_blocks;
+        const int64_t group = row * geometry.groups_per_row();
+        op.vectorized = launch.vectorized && is_aligned(whole.output, 16) &&
+                        is_aligned(whole.residual, 16);
+        op.input = whole.input + element;
+        op.output = whole.output + element;
+        op.codes = whole.codes + block * op.bits;
+        op.ranges = whole.ranges + group * kRanges;
+        if constexpr (kPayload == NormActPayload::kPlainAndZeroed) {
+          op.residual = whole.residual + element;
+          op.act_codes = whole.act_codes + block * op.act_bits;
+          op.act_ranges = whole.act_ranges + group;
+        }
+        op.first_block = static_cast<uint64_t>(block);
+        dispatch_widths(arguments, [&](auto width) {
+          constexpr int kBits = decltype(width)::value;
+          const auto lanes = static_cast<int>(geometry.group_size / kBlock /
+                                              kNormBlocks<T, kPayload, kBits>);
+          op.lane_shift = 0;
+          while ((1 << op.lane_shift) < lanes) ++op.lane_shift;
+          const int64_t threads = int64_t{launch.groups} * lanes;
+          norm_act_kernel<T, kPayload, kBits>
+              <<<static_cast<unsigned int>((threads + kNormThreads - 1) /
+                                           kNormThreads),
+                 kNormThreads, 0, stream>>>(op, launch);
+          check_launch();
+        });
+      });
+}
+
+NormActCodes run(const NormActArguments& arguments, Tensor& output,
+                 bool in_place) {
+  const Channels channels = check_norm_act(arguments, in_place);
+  const Tensor& input = arguments.input;
+  const Geometry geometry = input_geometry(input, arguments.group_size);
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  NormActCodes result = empty_norm_act_codes(arguments, geometry);
+  if (input.numel() == 0) return result;
+  const auto* mean = static_cast<const float*>(arguments.mean.const_data_ptr());
+  const auto* invstd =
+      static_cast<const float*>(arguments.invstd.const_data_ptr());
+  const auto* weight =
+      static_cast<const float*>(data_or_null(arguments.weight));
+  const auto* bias = static_cast<const float*>(data_or_null(arguments.bias));
+  const ChannelIndex index = index_channels(
+      channels, is_aligned(mean, 16) && is_aligned(invstd, 16) &&
+                    is_aligned(weight, 16) && is_aligned(bias, 16));
+  const cudaStream_t stream = current_stream(input.get_device_index());
+  dispatch_dtype(input.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const NormAct<T> op{
+        static_cast<const T*>(input.const_data_ptr()),
+        static_cast<const T*>(data_or_null(arguments.residual)),
+        static_cast<T*>(output.mutable_data_ptr()),
+        mean,
+        invstd,
+        weight,
+        bias,
+        static_cast<uint8_t*>(result.codes.mutable_data_ptr()),
+        static_cast<uint32_t*>(result.ranges.mutable_data_ptr()),
+        static_cast<uint8_t*>(result.act_codes.mutable_data_ptr()),
+        static_cast<uint32_t*>(result.act_ranges.mutable_data_ptr()),
+        0,
+        {static_cast<uint64_t>(arguments.seed),
+         static_cast<uint64_t>(arguments.offset)},
+        index,
+        static_cast<int>(arguments.bits),
+        static_cast<int>(arguments.act_bits),
+        static_cast<int>(geometry.group_size),
+        0,
+        false};
+    switch (arguments.payload()) {
+      case NormActPayload::kPlain:
+        return launch_payload<T, NormActPayload::kPlain>(arguments, geometry,
+                                                         op, stream);
+      case NormActPayload::kSplit:
+        return launch_payload<T, NormActPayload::kSplit>(arguments, geometry,
+                                                         op, stream);
+      case NormActPayload::kPlainAndZeroed:
+        return launch_payload<T, NormActPayload::kPlainAndZeroed>(
+            arguments, geometry, op, stream);
+    }
+  });
+  return result;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act(
@@ -29,13 +551,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act(
     std::optional<Tensor> weight, std::optional<Tensor> bias, bool relu,
     int64_t bits, int64_t act_bits, int64_t group_size, int64_t seed,
     int64_t offset) {
-  const NormActArguments arguments =
-      check_norm_act(input, residual, mean, invstd, weight, bias, relu, bits,
-                     act_bits, group_size, seed, offset);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   Tensor output = torch::stable::empty_like(input);
-  NormActOutputs kept = run(input, residual, output, arguments);
-  return {output, kept.codes, kept.ranges, kept.act_codes, kept.act_ranges};
+  const auto [codes, ranges, act_codes, act_ranges] =
+      run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
+           group_size, seed, offset},
+          output, false);
+  return {output, codes, ranges, act_codes, act_ranges};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_(
@@ -43,12 +565,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_(
     std::optional<Tensor> weight, std::optional<Tensor> bias, bool relu,
     int64_t bits, int64_t act_bits, int64_t group_size, int64_t seed,
     int64_t offset) {
-  const NormActArguments arguments =
-      check_norm_act(input, residual, mean, invstd, weight, bias, relu, bits,
-                     act_bits, group_size, seed, offset);
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  NormActOutputs kept = run(input, residual, input, arguments);
-  return {kept.codes, kept.ranges, kept.act_codes, kept.act_ranges};
+  const auto [codes, ranges, act_codes, act_ranges] =
+      run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
+           group_size, seed, offset},
+          input, true);
+  return {codes, ranges, act_codes, act_ranges};
 }
 
 }  // namespace

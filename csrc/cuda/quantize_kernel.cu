@@ -13,12 +13,43 @@
 #include "../common/geometry.h"
 #include "../common/philox.h"
 #include "../common/tensor_checks.h"
-#include "codes.h"
 #include "group.h"
 #include "launch.h"
+#include "words.h"
 
 namespace mmactnn {
 namespace {
+
+// Calls `body` with the width as a Constant: kBits where it is known.
+template <int kBits, typename Body>
+__device__ __forceinline__ void with_width(int bits, const Body& body) {
+  if constexpr (kBits != kAnyBits) {
+    body(Constant<kBits>{});
+  } else {
+    dispatch_bits(bits, body);
+  }
+}
+
+// Writes the codes of a block; those from `count` on are 0.
+template <int kBits>
+__device__ __forceinline__ void store_codes(const uint32_t* code, int count,
+                                            uint8_t* target) {
+  using Word = UnsignedInt<kBits>;
+  using Unit = UnitOf<kBits>;
+  Word word = 0;
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) {
+    word |= static_cast<Word>(code[i]) << (i * kBits);
+  }
+  if (count < kBlock) {
+    word &= static_cast<Word>((uint64_t{1} << (max(count, 0) * kBits)) - 1);
+  }
+#pragma unroll
+  for (int byte = 0; byte < kBits; byte += sizeof(Unit)) {
+    *reinterpret_cast<Unit*>(target + byte) =
+        static_cast<Unit>(word >> (8 * byte));
+  }
+}
 
 // The width is kBits or, with kAnyBits, what the layout says: one kernel of
 // that kind serves the widths that need no speed, and rows of several widths.

@@ -1,4 +1,4 @@
-"""Normalisation, addition and rectification as one, with its payload."""
+"""Normalisation, residual sum and ReLU in one pass that keeps codes."""
 
 import torch
 
@@ -7,9 +7,47 @@ from .quantize import (
     DEFAULT_GROUP_SIZE,
     as_int64,
     check_format,
-    check_rows,
+    check_input,
 )
-from .rectified import check_rectified_bits
+from .rectified import check_rectified_format
+
+
+def _check(input, residual, vectors, relu, bits, act_bits, group_size):
+    check_format(bits, group_size)
+    if residual is not None:
+        if not relu:
+            raise ValueError(
+                f'relu must be True where there is a residual, got {relu!r}'
+            )
+        check_rectified_format(act_bits, group_size, 'act_bits')
+    elif relu:
+        check_rectified_format(bits, group_size)
+    check_input(input)
+    if not 2 <= input.dim() <= 5:
+        raise ValueError(
+            'input must have 2 to 5 dimensions, got shape '
+            f'{tuple(input.shape)}'
+        )
+    if residual is not None and residual.shape != input.shape:
+        raise ValueError(
+            f'residual must be of the shape of input, {tuple(input.shape)}, '
+            f'got {tuple(residual.shape)}'
+        )
+    if residual is not None and residual.dtype != input.dtype:
+        raise TypeError(
+            f'residual must be of the dtype of input, {input.dtype}, got '
+            f'{residual.dtype}'
+        )
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if tuple(vector.shape) != (input.shape[1],):
+            raise ValueError(
+                f'{name} must be of shape ({input.shape[1]},), a number a '
+                f'channel, got {tuple(vector.shape)}'
+            )
+        if vector.dtype != torch.float32:
+            raise TypeError(f'{name} must be float32, got {vector.dtype}')
 
 
 def norm_act(
@@ -27,62 +65,66 @@ def norm_act(
     seed,
     offset=0,
 ):
-    """Normalise each channel, maybe add and rectify; keep it in codes.
+    """Normalise, add a residual and rectify, and keep what a backward needs.
 
-    With x^ = ``(input - mean) * invstd`` the output is
-    ``weight * x^ + bias``, plus ``residual``, and max(., 0) of that with
-    ``relu``. What is kept of it:
+    The output is ``(input - mean) * invstd * weight + bias``, plus the
+    residual, and 0 where a ReLU finds that it is not positive; each operation
+    is rounded to float32, the sum to the dtype. What is kept of it follows
+    from the arguments:
 
-    * without ``relu``: ``codes`` are the plain codes of x^, those of
-      :func:`mmactnn.ops.quantize` of it;
-    * with ``relu``: the split codes of x^. The highest bit is set where the
-      output is not zero (or NaN), exactly; the others are a code in the range
-      of the group's elements of that kind. ``ranges`` hold low and step of
-      the kind of the zeros, then those of the others;
-    * with ``residual``: plain codes of x^, and in ``act_codes`` the zeroed
-      codes of the output: 0 for exactly zero, c for code c - 1 in the range
-      of the elements that are not zero.
-
-    Rounding is stochastic and unbiased as in :func:`mmactnn.ops.quantize`,
-    whose layout of codes, groups and ranges holds here, too. The codes of
-    the output have random bits of their own.
+    - without a ReLU, plain codes of the normalised input
+      ``(input - mean) * invstd``, those of :func:`mmactnn.ops.quantize`;
+    - with a ReLU, split codes of the normalised input: the highest bit is
+      that of the elements that the ReLU lets pass, and the others are a code
+      in the range of the elements of the same kind, of which a group has two;
+    - with a residual and a ReLU, plain codes of the normalised input, and
+      zeroed codes of the output: 0 for 0, and c + 1 for code c of the range
+      of the positive values.
 
     Args:
-        input (Tensor[N, C, *]): float32, float16 or bfloat16 of 2 to 5
-            dimensions. Contiguous and channels_last ones are read in place,
-            others are copied first.
-        residual (Tensor[N, C, *], optional): Of the same shape and dtype.
-            Takes ``relu``.
+        input (Tensor[N, C, *]): float32, float16 or bfloat16, of 2 to 5
+            dimensions. Contiguous and channels_last tensors are read in
+            place, others are copied first.
+        residual (Tensor[N, C, *], optional): Of the shape and dtype of
+            ``input``; of other strides it is copied.
         mean (Tensor[C]): float32.
-        invstd (Tensor[C]): float32, inverse standard deviations.
+        invstd (Tensor[C]): float32, one over the standard deviation.
         weight (Tensor[C], optional): float32.
         bias (Tensor[C], optional): float32.
-        relu (bool): Whether to rectify.
-        bits (int): Bits of ``codes``: 1 to 8, or 2 to 8 for split ones.
-        act_bits (int): Bits of ``act_codes``, 2 to 8; 0 without ``residual``.
+        relu (bool): Whether a ReLU follows; it must where there is a
+            residual.
+        bits (int): Bits a code of the normalised input, from 1 to 8, for
+            split codes from 2.
+        act_bits (int): Bits a code of the output, from 2 to 8; not used
+            without a residual.
         group_size (int, optional): Elements a range. Valid values are 64,
             128, 256 and 512. Defaults to 256.
         seed (int): Key of the random bits, 64 bits.
-        offset (int, optional): Counter of the random bits, 63 bits. Defaults
-            to 0.
+        offset (int, optional): Counter of the random bits, of which the
+            highest is for the zeroed codes. Defaults to 0.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ``output``
-        (Tensor[N, C, *], of the dtype and strides of the input), ``codes``
-        (uint8), ``ranges`` (Tensor[N, G, 2] or, of split codes,
-        Tensor[N, G, 4], bfloat16), ``act_codes`` and ``act_ranges``
-        (Tensor[N, G, 2], bfloat16; both of no elements without
-        ``residual``).
+        tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: The output (Tensor[N,
+        C, *], dtype and layout of ``input``); of the normalised input
+        ``codes`` (Tensor[N, ceil(M / 8) * bits], uint8) for M elements a
+        sample and ``ranges`` (Tensor[N, ceil(M / group_size), 2], bfloat16)
+        of low and step, or 4 numbers for split codes, those of the elements
+        that are not positive first; of the output ``act_codes`` and
+        ``act_ranges``, shaped as those of plain codes of ``act_bits``, or
+        without elements where there is no residual.
 
     Raises:
-        ValueError: If bits or group size are not valid, the input has fewer
-            than two dimensions, or there is a residual without ``relu``.
-        TypeError: If the dtype is not supported.
-        RuntimeError: If the device has no kernels, or the tensors do not
-            belong together.
+        ValueError: If a width, ``group_size`` or a shape is not valid, or
+            there is a residual without a ReLU.
+        TypeError: If a dtype is not supported.
+        RuntimeError: If the device has no kernels, or tensors are on several
+            devices.
     """
-    arguments = _check(input, residual, relu, bits, act_bits, group_size)
-    input, residual = arguments
+    vectors = dict(mean=mean, invstd=invstd, weight=weight, bias=bias)
+    _check(input, residual, vectors, relu, bits, act_bits, group_size)
+    input = dense_channels(input)
+    if residual is not None:
+        residual = with_strides(residual, input.stride())
     return torch.ops.mmactnn.norm_act.default(
         input,
         residual,
@@ -114,38 +156,38 @@ def norm_act_(
     seed,
     offset=0,
 ):
-    """:func:`norm_act` that writes its output over the input.
+    """The same in place.
 
     Args:
-        input (Tensor[N, C, *]): Contiguous or channels_last; overwritten.
-        residual (Tensor[N, C, *], optional): As :func:`norm_act`; must not
-            overlap the input.
-        mean (Tensor[C]): As :func:`norm_act`, and so are all below.
-        invstd (Tensor[C]): float32.
-        weight (Tensor[C], optional): float32.
-        bias (Tensor[C], optional): float32.
-        relu (bool): Whether to rectify.
-        bits (int): Bits of ``codes``.
-        act_bits (int): Bits of ``act_codes``.
-        group_size (int, optional): Elements a range. Defaults to 256.
-        seed (int): Key of the random bits, 64 bits.
-        offset (int, optional): Counter of the random bits. Defaults to 0.
+        input (Tensor[N, C, *]): As in :func:`norm_act`, but contiguous or
+            channels_last; overwritten with the output.
+        residual (Tensor[N, C, *], optional): See :func:`norm_act`; it must
+            not overlap ``input``.
+        mean (Tensor[C]): See :func:`norm_act`.
+        invstd (Tensor[C]): See :func:`norm_act`.
+        weight (Tensor[C], optional): See :func:`norm_act`.
+        bias (Tensor[C], optional): See :func:`norm_act`.
+        relu (bool): See :func:`norm_act`.
+        bits (int): See :func:`norm_act`.
+        act_bits (int): See :func:`norm_act`.
+        group_size (int, optional): See :func:`norm_act`.
+        seed (int): See :func:`norm_act`.
+        offset (int, optional): See :func:`norm_act`.
 
     Returns:
         tuple[Tensor, Tensor, Tensor, Tensor]: ``codes``, ``ranges``,
-        ``act_codes`` and ``act_ranges``.
+        ``act_codes`` and ``act_ranges`` of :func:`norm_act`.
 
     Raises:
-        ValueError, TypeError, RuntimeError: As :func:`norm_act`, and if the
-            input is in another layout.
+        ValueError: As in :func:`norm_act`.
+        TypeError: As in :func:`norm_act`.
+        RuntimeError: As in :func:`norm_act`, or if the input is of another
+            layout or overlaps the residual.
     """
-    dense, residual = _check(input, residual, relu, bits, act_bits, group_size)
-    if dense is not input:
-        raise ValueError(
-            'an input that is overwritten must be contiguous or '
-            f'channels_last, got strides {input.stride()} for the shape '
-            f'{tuple(input.shape)}'
-        )
+    vectors = dict(mean=mean, invstd=invstd, weight=weight, bias=bias)
+    _check(input, residual, vectors, relu, bits, act_bits, group_size)
+    if residual is not None:
+        residual = with_strides(residual, input.stride())
     return torch.ops.mmactnn.norm_act_.default(
         input,
         residual,
@@ -160,28 +202,3 @@ def norm_act_(
         as_int64(seed),
         as_int64(offset),
     )
-
-
-def _check(input, residual, relu, bits, act_bits, group_size):
-    """Check what is wrong in user's terms; input and residual, dense."""
-    check_rows(input)
-    if input.dim() < 2:
-        raise ValueError(
-            'input must have at least two dimensions, got shape '
-            f'{tuple(input.shape)}'
-        )
-    check_format(bits, group_size)
-    if relu and residual is None:
-        check_rectified_bits('bits', bits)
-    input = dense_channels(input)
-    if residual is None:
-        return input, None
-    if not relu:
-        raise ValueError('a residual is added where relu is True only')
-    check_rectified_bits('act_bits', act_bits)
-    if residual.shape != input.shape:
-        raise ValueError(
-            f'residual must be of shape {tuple(input.shape)}, got '
-            f'{tuple(residual.shape)}'
-        )
-    return input, with_strides(residual, input.stride())

@@ -1,4 +1,4 @@
-"""Rectified values from the codes that tell zeros from the others."""
+"""Codes that tell the positive values of a rectifier from the others."""
 
 import torch
 
@@ -6,21 +6,31 @@ from ..extension import require_kernels
 from .quantize import DEFAULT_GROUP_SIZE, check_dtype, check_group_size
 
 
-def check_rectified_bits(name, bits):
-    """Check the width of split or zeroed codes.
+def check_rectified_format(bits, group_size, name='bits'):
+    """Check the format of split or zeroed codes.
 
     Args:
-        name (str): What it is called.
-        bits (int): The width.
+        bits (int): Bits a code.
+        group_size (int): Elements a range.
+        name (str, optional): What errors call ``bits``. Defaults to
+            ``'bits'``.
 
     Raises:
-        ValueError: If it is not an integer from 2 to 8.
+        ValueError: If ``bits`` is not an integer from 2 to 8, or
+            ``group_size`` not 64, 128, 256 or 512.
     """
     if bits not in range(2, 9):
         raise ValueError(
-            f'{name} of rectified values must be an integer from 2 to 8, got '
-            f'{bits!r}'
+            f'{name} must be an integer from 2 to 8 where there is a '
+            f'rectifier, got {bits!r}'
         )
+    check_group_size(group_size)
+
+
+def _check(codes, dtype, bits, group_size):
+    check_rectified_format(bits, group_size)
+    check_dtype(dtype)
+    require_kernels(codes.device)
 
 
 def dequantize_split(
@@ -34,34 +44,37 @@ def dequantize_split(
     bits,
     group_size=DEFAULT_GROUP_SIZE,
 ):
-    """What a normalisation with ReLU has put out, from its split codes.
+    """Turn split codes of a normalised input into the output of its ReLU.
 
-    Rows of ``codes`` and ``ranges`` belong to samples: for a range of
-    samples pass slices of both and the size of the part.
+    Rows of ``codes`` and ``ranges`` belong to samples, as in
+    :func:`mmactnn.ops.dequantize`.
 
     Args:
-        codes (Tensor[N, ceil(M / 8) * bits]): uint8, see
-            :func:`mmactnn.ops.norm_act`.
+        codes (Tensor[N, ceil(M / 8) * bits]): uint8, from
+            :func:`mmactnn.ops.norm_act` with a ReLU and without a residual.
         ranges (Tensor[N, ceil(M / group_size), 4]): bfloat16.
-        weight (Tensor[C], optional): float32.
-        bias (Tensor[C], optional): float32.
-        size (Sequence[int]): Shape of the result, N and C first.
-        stride (Sequence[int]): Strides of the result.
+        weight (Tensor[C], optional): float32, what normalised values are
+            multiplied with; 1 if None.
+        bias (Tensor[C], optional): float32, what is added then; 0 if None.
+        size (Sequence[int]): Shape of the result, N and C first, of 2 to 5
+            dimensions.
+        stride (Sequence[int]): Strides of the result, those of a contiguous
+            or channels_last tensor.
         dtype (torch.dtype): float32, float16 or bfloat16.
-        bits (int): Bits a code, 2 to 8.
+        bits (int): Bits a code, from 2 to 8.
         group_size (int, optional): Elements a range. Defaults to 256.
 
     Returns:
-        Tensor[N, C, *]: ``weight * x^ + bias`` where the output was not zero,
-        else 0; finite where it was.
+        Tensor[N, C, *]: ``(low + code * step) * weight + bias`` where the
+        output was positive, exactly 0 elsewhere; of ``dtype`` and ``stride``.
 
     Raises:
         ValueError: If ``bits`` or ``group_size`` is not valid.
         TypeError: If the dtype is not supported.
-        RuntimeError: If the device has no kernels, or codes, ranges and size
-            do not belong together.
+        RuntimeError: If the device has no kernels, the layout is another, or
+            codes, ranges, parameters and size do not belong together.
     """
-    _check(codes, bits, group_size, dtype)
+    _check(codes, dtype, bits, group_size)
     return torch.ops.mmactnn.dequantize_split.default(
         codes, ranges, weight, bias, size, stride, dtype, bits, group_size
     )
@@ -70,33 +83,29 @@ def dequantize_split(
 def dequantize_zeroed(
     codes, ranges, size, stride, dtype, bits, group_size=DEFAULT_GROUP_SIZE
 ):
-    """What ReLU has put out, from zeroed codes.
+    """Turn zeroed codes back into the output of a ReLU.
 
     Args:
-        codes (Tensor[N, ceil(M / 8) * bits]): uint8, see
+        codes (Tensor[N, ceil(M / 8) * bits]): uint8, the ``act_codes`` of
             :func:`mmactnn.ops.norm_act`.
         ranges (Tensor[N, ceil(M / group_size), 2]): bfloat16.
-        size (Sequence[int]): As :func:`dequantize_split`, and so are all
-            below.
-        stride (Sequence[int]): Strides of the result.
+        size (Sequence[int]): Shape of the result, N first.
+        stride (Sequence[int]): Strides of the result, those of the output.
         dtype (torch.dtype): float32, float16 or bfloat16.
-        bits (int): Bits a code, 2 to 8.
+        bits (int): Bits a code, from 2 to 8.
         group_size (int, optional): Elements a range. Defaults to 256.
 
     Returns:
-        Tensor[N, C, *]: The values, exactly 0 where they were.
+        Tensor[N, *]: 0 where the code is, else ``low + (code - 1) * step``;
+        of ``dtype`` and ``stride``.
 
     Raises:
-        ValueError, TypeError, RuntimeError: As :func:`dequantize_split`.
+        ValueError: If ``bits`` or ``group_size`` is not valid.
+        TypeError: If the dtype is not supported.
+        RuntimeError: If the device has no kernels, or codes, ranges and size
+            do not belong together.
     """
-    _check(codes, bits, group_size, dtype)
+    _check(codes, dtype, bits, group_size)
     return torch.ops.mmactnn.dequantize_zeroed.default(
         codes, ranges, size, stride, dtype, bits, group_size
     )
-
-
-def _check(codes, bits, group_size, dtype):
-    check_rectified_bits('bits', bits)
-    check_group_size(group_size)
-    check_dtype(dtype)
-    require_kernels(codes.device)

@@ -4,8 +4,9 @@ compute-sanitizer --tool memcheck python tests/support/every_kernel.py
 
 Every dtype, bit width, group size and way through the kernels: one width and
 one for each sample, whole and ragged groups, rows on and off the 16-byte
-boundary, NaN and inf, in place; every kind of pooling window, in both layouts;
-channels in every place of the blocks of codes.
+boundary, NaN and inf, in place; every kind of fused normalisation and every
+kind of pooling window, in both layouts; channels in every place of the blocks
+of codes.
 Results are compared with the CPU's, so that a run that computes nothing
 cannot pass.
 """
@@ -19,6 +20,10 @@ from mmactnn import ops
 SHAPES = ((3, 1024), (2, 1000), (3, 515), (5, 7))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RECTIFIERS = (dict(), dict(max=6.0), dict(slope=0.1))
+# Whole and ragged groups, blocks within and across channels, both layouts.
+NORM_SHAPES = ((2, 16, 8, 8), (3, 24, 7, 7), (2, 5, 3), (3, 40))
+# Of batch norm alone, before a ReLU, and before a residual sum and a ReLU.
+NORM_MODES = ((False, False), (True, False), (True, True))
 # Odd and even numbers of outputs, a warp and less, several planes.
 POOL_SHAPES = ((2, 3, 9, 11), (3, 9, 11), (2, 8, 16, 16), (1, 1, 3, 3))
 # All aligned, planes off the blocks, rows off them, no plane.
@@ -105,6 +110,63 @@ def run_dropout(x):
     check(ops.dropout_(x.cuda(), 0.3, seed=1), expected)
 
 
+def run_norm_act(x, relu, add, bits, group_size):
+    """A fused normalisation, in place and not, and what its codes decode to.
+
+    Both widths of codes are ``bits``, but at 5 bits those of the output take
+    6.
+    """
+    generator = torch.Generator().manual_seed(1)
+    vectors = torch.randn(4, x.shape[1], generator=generator)
+    vectors[1] = vectors[1].exp()
+    residual = x.flip(0).clone() if add else None
+    act_bits = 6 if bits == 5 else bits
+    format = (relu, bits, act_bits, group_size)
+    expected = ops.norm_act(x, residual, *vectors, *format, seed=1)
+    cuda_residual = residual.cuda() if add else None
+    cuda_vectors = vectors.cuda()
+    actual = ops.norm_act(
+        x.cuda(), cuda_residual, *cuda_vectors, *format, seed=1
+    )
+    inplace = x.cuda()
+    codes = ops.norm_act_(
+        inplace, cuda_residual, *cuda_vectors, *format, seed=1
+    )
+    for outputs in (actual, (inplace, *codes)):
+        for output, wanted in zip(outputs, expected):
+            check(output, wanted)
+    like = (x.shape, x.stride(), x.dtype)
+    if add:
+        check(
+            ops.dequantize_zeroed(*actual[3:], *like, act_bits, group_size),
+            ops.dequantize_zeroed(*expected[3:], *like, act_bits, group_size),
+        )
+    elif relu:
+        like += (bits, group_size)
+        check(
+            ops.dequantize_split(*actual[1:3], *cuda_vectors[2:], *like),
+            ops.dequantize_split(*expected[1:3], *vectors[2:], *like),
+        )
+
+
+def run_norm_acts(shape, dtype):
+    """The fused normalisations of one shape, in both layouts."""
+    count = 0
+    for last, special in itertools.product((False, True), repeat=2):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        if special:
+            x.view(-1)[:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+        x = x.to(dtype)
+        if last:
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        for mode, bits, group_size in itertools.product(
+            NORM_MODES, (2, 3, 4, 5, 8), ops.GROUP_SIZES
+        ):
+            run_norm_act(x, *mode, bits, group_size)
+            count += 1
+    return count
+
+
 def run_max_pool(x, window):
     """Max pooling and its backward."""
     expected, expected_indices, format = ops.max_pool2d(x, **window)
@@ -173,7 +235,7 @@ def run_norm_grad(x, bits, relu):
         check_sums(actual[1], expected[1])
 
 
-def run_norms():
+def run_norm_grads():
     """Everything of a fused normalisation; returns how many payloads."""
     count = 0
     for shape, dtype, last in itertools.product(
@@ -216,6 +278,10 @@ def main():
             count += 1
         for group_size in ops.GROUP_SIZES:
             run_rows(x, group_size)
+    norms = sum(
+        run_norm_acts(shape, dtype)
+        for shape, dtype in itertools.product(NORM_SHAPES, DTYPES)
+    )
     pools = 0
     for shape, dtype, window in itertools.product(
         POOL_SHAPES, DTYPES, WINDOWS
@@ -228,7 +294,7 @@ def main():
             last = x.to(dtype, memory_format=torch.channels_last)
             run_max_pool(last, window)
         pools += 1
-    norms = run_norms()
+    norms = run_norm_grads()
     torch.cuda.synchronize()
     masks = len(SHAPES) * len(DTYPES) * 2
     print(f'{count} formats, {masks} masks, {pools} pools, {norms} norms: ok')

@@ -10,6 +10,7 @@ counted. GB = 10^9 bytes.
 
 import argparse
 import functools
+import itertools
 import json
 
 import torch
@@ -138,6 +139,7 @@ def measure(shape, dtype, channels_last):
             ops.norm_add_grad_sums, x, codes, ranges, codes, bits, bits, 256
         )
         yield row(f'norm add relu grad sums {bits} bit', nbytes, add_sums)
+    yield from measure_norms(x, row)
     mask = ops.relu_mask(x)[1]
     nbytes = 2 * x.nbytes + mask.nbytes
     yield row('relu forward', nbytes, lambda: ops.relu_mask(x))
@@ -153,6 +155,45 @@ def measure(shape, dtype, channels_last):
         nbytes,
         lambda: ops.max_pool2d_backward(pooled, indices, format),
     )
+
+
+def measure_norms(x, row):
+    """Measure the fused normalisation and what decodes its codes.
+
+    Args:
+        x (Tensor[N, C, *]): On the GPU.
+        row (Callable): Makes a row of the result, see :func:`measure`.
+
+    Yields:
+        dict: One row of the result.
+    """
+    residual = torch.randn_like(x)
+    mean, bias = torch.randn(2, x.shape[1], device=x.device)
+    scale = torch.rand(x.shape[1], device=x.device) + 0.5
+    like = (x.shape, x.stride(), x.dtype)
+    modes = (('', None, False), (' relu', None, True))
+    modes += ((' add relu', residual, True),)
+    for bits, (name, add, relu) in itertools.product((2, 3, 4, 8), modes):
+        arguments = (add, mean, scale, scale, bias, relu, bits, bits)
+        forward = functools.partial(ops.norm_act, x, *arguments, seed=1)
+        output, codes, ranges, act_codes, act_ranges = forward()
+        payload = codes.nbytes + ranges.nbytes
+        act_payload = act_codes.nbytes + act_ranges.nbytes
+        moved = x.nbytes + output.nbytes + payload + act_payload
+        moved += 0 if add is None else add.nbytes
+        yield row(f'norm{name} {bits} bit', moved, forward)
+        if add is not None:
+            decode = functools.partial(
+                ops.dequantize_zeroed, act_codes, act_ranges, *like, bits
+            )
+            moved = x.nbytes + act_payload
+            yield row(f'dequantize zeroed {bits} bit', moved, decode)
+        elif relu:
+            decode = functools.partial(
+                ops.dequantize_split, codes, ranges, scale, bias, *like, bits
+            )
+            moved = x.nbytes + payload
+            yield row(f'dequantize split {bits} bit', moved, decode)
 
 
 def main():

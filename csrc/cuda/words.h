@@ -1,12 +1,10 @@
-// How the kernels of the GPU write codes and numbers.
+// Words of numbers and of codes, as they move between registers and memory.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
 #include "../common/codec.h"
-#include "../common/dispatch.h"
-#include "../common/geometry.h"
 #include "launch.h"
 
 namespace mmactnn {
@@ -22,37 +20,6 @@ using UnsignedInt = std::conditional_t<
 // `kBytes` bytes follow one another.
 template <int kBytes>
 using UnitOf = UnsignedInt<(kBytes & -kBytes)>;
-
-// Calls `body` with the width as a Constant: kBits where it is known.
-template <int kBits, typename Body>
-__device__ __forceinline__ void with_width(int bits, const Body& body) {
-  if constexpr (kBits != kAnyBits) {
-    body(Constant<kBits>{});
-  } else {
-    dispatch_bits(bits, body);
-  }
-}
-
-// Writes the codes of a block; those from `count` on are 0.
-template <int kBits>
-__device__ __forceinline__ void store_codes(const uint32_t* code, int count,
-                                            uint8_t* target) {
-  using Word = UnsignedInt<kBits>;
-  using Unit = UnitOf<kBits>;
-  Word word = 0;
-#pragma unroll
-  for (int i = 0; i < kBlock; ++i) {
-    word |= static_cast<Word>(code[i]) << (i * kBits);
-  }
-  if (count < kBlock) {
-    word &= static_cast<Word>((uint64_t{1} << (max(count, 0) * kBits)) - 1);
-  }
-#pragma unroll
-  for (int byte = 0; byte < kBits; byte += sizeof(Unit)) {
-    *reinterpret_cast<Unit*>(target + byte) =
-        static_cast<Unit>(word >> (8 * byte));
-  }
-}
 
 // Writes 16 bytes of numbers at once. In assembly, because the compiler
 // merges an ordinary store with the scalar ones of a ragged end, and then

@@ -1,0 +1,155 @@
+// What the CPU and the CUDA side of norm_act() and of the decoding of its
+// codes check and allocate.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "allocate.h"
+#include "channels.h"
+#include "geometry.h"
+#include "norm_act.h"
+#include "rectified_codec.h"
+#include "tensor_checks.h"
+
+namespace mmactnn {
+
+inline void check_rectified_bits(const char* name, int64_t bits) {
+  STD_TORCH_CHECK(bits >= kMinRectifiedBits && bits <= kMaxBits, name,
+                  " must be an integer from 2 to 8 where there is a rectifier, "
+                  "got ",
+                  bits);
+}
+
+// The arguments of norm_act().
+struct NormActArguments {
+  Tensor input;
+  std::optional<Tensor> residual;
+  Tensor mean;
+  Tensor invstd;
+  std::optional<Tensor> weight;
+  std::optional<Tensor> bias;
+  bool relu;
+  int64_t bits;
+  int64_t act_bits;
+  int64_t group_size;
+  int64_t seed;
+  int64_t offset;
+
+  NormActPayload payload() const {
+    if (!relu) return NormActPayload::kPlain;
+    return residual ? NormActPayload::kPlainAndZeroed : NormActPayload::kSplit;
+  }
+};
+
+inline const void* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+inline void check_residual(const Tensor& residual, const Tensor& input) {
+  STD_TORCH_CHECK(residual.scalar_type() == input.scalar_type(),
+                  "residual must be of the dtype of input");
+  bool same_shape = residual.dim() == input.dim();
+  bool same_strides = same_shape;
+  for (int64_t d = 0; same_shape && d < input.dim(); ++d) {
+    same_shape = residual.size(d) == input.size(d);
+    same_strides = same_strides && (input.size(d) == 1 ||
+                                    residual.stride(d) == input.stride(d));
+  }
+  STD_TORCH_CHECK(same_shape, "residual must be of the shape of input");
+  STD_TORCH_CHECK(same_strides || input.numel() == 0,
+                  "residual must have the strides of input");
+  check_same_device("residual", residual, input);
+}
+
+// Both are dense and of one size.
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  const auto first = reinterpret_cast<uintptr_t>(a.const_data_ptr());
+  const auto second = reinterpret_cast<uintptr_t>(b.const_data_ptr());
+  const auto nbytes =
+      static_cast<uintptr_t>(a.numel()) *
+      (a.scalar_type() == ScalarType::Float ? sizeof(float) : sizeof(uint16_t));
+  return first < second + nbytes && second < first + nbytes;
+}
+
+// Checks everything but the geometry.
+inline Channels check_norm_act(const NormActArguments& arguments,
+                               bool in_place) {
+  const Tensor& input = arguments.input;
+  const Channels channels = channels_of("input", input);
+  check_per_channel("mean", arguments.mean, channels, input);
+  check_per_channel("invstd", arguments.invstd, channels, input);
+  if (arguments.weight) {
+    check_per_channel("weight", *arguments.weight, channels, input);
+  }
+  if (arguments.bias) {
+    check_per_channel("bias", *arguments.bias, channels, input);
+  }
+  if (arguments.residual) {
+    STD_TORCH_CHECK(arguments.relu,
+                    "relu must be True where there is a residual");
+    check_residual(*arguments.residual, input);
+    STD_TORCH_CHECK(
+        !in_place || input.numel() == 0 || !overlap(input, *arguments.residual),
+        "residual must not overlap the input that is overwritten");
+  }
+  if (arguments.payload() == NormActPayload::kSplit) {
+    check_rectified_bits("bits", arguments.bits);
+  } else {
+    check_bits(arguments.bits);
+  }
+  if (arguments.payload() == NormActPayload::kPlainAndZeroed) {
+    check_rectified_bits("act_bits", arguments.act_bits);
+  }
+  return channels;
+}
+
+// The codes and ranges that norm_act() returns.
+struct NormActCodes {
+  Tensor codes;
+  Tensor ranges;
+  Tensor act_codes;
+  Tensor act_ranges;
+};
+
+inline NormActCodes empty_norm_act_codes(const NormActArguments& arguments,
+                                         const Geometry& geometry) {
+  const Tensor& input = arguments.input;
+  const NormActPayload payload = arguments.payload();
+  const auto ranges = [&](int64_t width) {
+    return torch::stable::new_empty(
+        input, {geometry.rows, geometry.groups_per_row(), width},
+        ScalarType::BFloat16);
+  };
+  const bool zeroed = payload == NormActPayload::kPlainAndZeroed;
+  return {empty_codes(input, geometry, arguments.bits),
+          ranges(payload == NormActPayload::kSplit ? 4 : 2),
+          zeroed ? empty_codes(input, geometry, arguments.act_bits)
+                 : torch::stable::new_empty(input, {0}, ScalarType::Byte),
+          zeroed ? ranges(2)
+                 : torch::stable::new_empty(input, {0}, ScalarType::BFloat16)};
+}
+
+// The geometry of rectified codes that are to be decoded to `sizes`, of
+// `width` range numbers each group.
+inline Geometry checked_rectified(const Tensor& codes, const Tensor& ranges,
+                                  const std::vector<int64_t>& sizes,
+                                  int64_t bits, int64_t group_size,
+                                  bool split) {
+  check_rectified_bits("bits", bits);
+  STD_TORCH_CHECK(!sizes.empty(),
+                  "size must have at least one dimension, got 0");
+  int64_t numel = 1;
+  for (const int64_t size : sizes) numel *= size;
+  const Geometry geometry = make_geometry(sizes[0], numel, group_size);
+  checked_layout(codes, geometry, bits);
+  check_code_ranges(ranges, geometry, split, codes);
+  return geometry;
+}
+
+}  // namespace mmactnn

@@ -1,0 +1,158 @@
+// Blocks of 8 numbers in registers as they lie in memory, and their codes.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../common/codec.h"
+#include "../common/geometry.h"
+#include "launch.h"
+#include "words.h"
+
+namespace mmactnn {
+
+// Two numbers of a 16-bit dtype share a register until they are used.
+template <typename T>
+struct PackedBlock {
+  static constexpr int kPerWord = 4 / sizeof(T);
+  static constexpr int kWords = kBlock / kPerWord;
+  static constexpr int kPerVector = 16 / sizeof(T);
+
+  uint32_t word[kWords];
+
+  __device__ __forceinline__ float get(int i) const {
+    const uint32_t bits = word[i / kPerWord];
+    if constexpr (std::is_same_v<T, float>) {
+      return bits_float(bits);
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      return bits_float(i % 2 == 0 ? bits << 16 : bits & 0xFFFF0000u);
+    } else {
+      const auto pair = *reinterpret_cast<const __half2*>(&bits);
+      return i % 2 == 0 ? __low2float(pair) : __high2float(pair);
+    }
+  }
+
+  __device__ __forceinline__ void set(const float* values) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      if constexpr (std::is_same_v<T, float>) {
+        word[w] = float_bits(values[w]);
+      } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        const auto pair =
+            __floats2bfloat162_rn(values[2 * w], values[2 * w + 1]);
+        word[w] = *reinterpret_cast<const uint32_t*>(&pair);
+      } else {
+        const auto pair = __floats2half2_rn(values[2 * w], values[2 * w + 1]);
+        word[w] = *reinterpret_cast<const uint32_t*>(&pair);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load(const T* source) {
+#pragma unroll
+    for (int w = 0; w < kWords; w += 4) {
+      const auto vector =
+          reinterpret_cast<const Vector<uint32_t, 4>*>(source)[w / 4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) word[w + i] = vector.item[i];
+    }
+  }
+  // The first `count` numbers, and the first again in place of the others.
+  __device__ __forceinline__ void load(const T* source, int count) {
+    float values[kBlock];
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      values[i] = Number<T>::load(source[i < count ? i : 0]);
+    }
+    set(values);
+  }
+
+  // In assembly for the reason of store_16_bytes().
+  __device__ __forceinline__ void store(T* target) const {
+#pragma unroll
+    for (int w = 0; w < kWords; w += 4) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(
+                       target + w * kPerWord),
+                   "r"(word[w]), "r"(word[w + 1]), "r"(word[w + 2]),
+                   "r"(word[w + 3])
+                   : "memory");
+    }
+  }
+  __device__ __forceinline__ void store(T* target, int count) const {
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      if (i < count) target[i] = Number<T>::store(get(i));
+    }
+  }
+};
+
+// The codes of a block, the first in the lowest bits.
+template <int kBits>
+using CodeWord = std::conditional_t<kBits == kAnyBits, uint64_t, uint32_t>;
+
+// Puts the codes of a block into a word; code i is what `sums[i]` has above
+// its lower 16 bits.
+template <int kBits>
+__device__ __forceinline__ CodeWord<kBits> pack_sums(const uint32_t* sums,
+                                                     int bits) {
+  if constexpr (kBits != kAnyBits) {
+    static_assert(kBits <= 4, "four codes must fit into half a register");
+    // Codes i and i + 4 go into the halves of a register.
+    uint32_t halves = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      halves |= __byte_perm(sums[i], sums[i + 4], 0x7632) << (i * kBits);
+    }
+    if constexpr (kBits == 4) return halves;
+    return (halves & 0xFFFFu) | (halves >> 16 << (4 * kBits));
+  } else {
+    uint64_t word = 0;
+#pragma unroll
+    for (int i = kBlock - 1; i >= 0; --i) {
+      word = (word << bits) | (sums[i] >> 16);
+    }
+    return word;
+  }
+}
+
+// Writes the codes of a block; those from `count` on become 0.
+template <int kBits>
+__device__ __forceinline__ void store_word(CodeWord<kBits> word, int bits,
+                                           int count, uint8_t* target) {
+  if (count < kBlock) {
+    word &= static_cast<CodeWord<kBits>>((uint64_t{1} << (count * bits)) - 1u);
+  }
+  if constexpr (kBits != kAnyBits) {
+    using Unit = UnitOf<kBits>;
+#pragma unroll
+    for (int byte = 0; byte < kBits; byte += sizeof(Unit)) {
+      *reinterpret_cast<Unit*>(target + byte) =
+          static_cast<Unit>(word >> (8 * byte));
+    }
+  } else {
+    for (int byte = 0; byte < bits; ++byte) {
+      target[byte] = static_cast<uint8_t>(word >> (8 * byte));
+    }
+  }
+}
+
+template <int kBits>
+__device__ __forceinline__ CodeWord<kBits> load_word(const uint8_t* source,
+                                                     int bits) {
+  CodeWord<kBits> word = 0;
+  if constexpr (kBits != kAnyBits) {
+    using Unit = UnitOf<kBits>;
+#pragma unroll
+    for (int byte = 0; byte < kBits; byte += sizeof(Unit)) {
+      const Unit unit = *reinterpret_cast<const Unit*>(source + byte);
+      word |= static_cast<uint32_t>(unit) << (8 * byte);
+    }
+  } else {
+    for (int byte = 0; byte < bits; ++byte) {
+      word |= static_cast<uint64_t>(source[byte]) << (8 * byte);
+    }
+  }
+  return word;
+}
+
+}  // namespace mmactnn
