@@ -63,7 +63,5 @@ def as_memory_format(tensor, format):
         Tensor[N, C, *]: The same values, in the same memory where possible.
     """
     tensor = tensor.contiguous(memory_format=format)
-    shape_only = torch.empty(
-        tensor.shape, device='meta', memory_format=format
-    )
+    shape_only = torch.empty(tensor.shape, device='meta', memory_format=format)
     return tensor.as_strided(tensor.shape, shape_only.stride())
