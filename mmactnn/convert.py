@@ -77,6 +77,9 @@ CONVERSIONS = {
 # Smaller codes stay on the device: the call would cost more than it saves.
 _MIN_SWAPPED_CODES = MIB // 4
 
+# What an image has: colours and maybe depth or transparency.
+_MAX_IMAGE_CHANNELS = 4
+
 # Layers that keep nothing large for the backward pass.
 _KEEP_NOTHING = (
     nn.Identity,
@@ -283,6 +286,7 @@ def convert_model(
                 name,
                 precision,
                 module in fused,
+                bool(fusions) and _reads_images(module),
             )
         )
     # Nothing is left to fail: a call that raises has changed no layer.
@@ -370,6 +374,15 @@ def _make_precision(level, num_samples):
             'the size of the dataset, got None'
         )
     return AdaptivePrecision(num_samples if level.use_gradient else None)
+
+
+def _reads_images(module):
+    """Whether a layer is a convolution of very few channels."""
+    return (
+        isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        and module.groups == 1
+        and module.in_channels <= _MAX_IMAGE_CHANNELS
+    )
 
 
 def _find_fusions(model, level, chosen):

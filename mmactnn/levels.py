@@ -49,6 +49,10 @@ class Level:
             ``rectified``.
         rectified (int): Bits an element of what a fused ReLU makes of a
             normalised value, the sign included: 2 to 8.
+        image (int, optional): Bits an element of images (of what a
+            convolution of at most four input channels reads) in a model with
+            fused blocks. Of the few layers that share out bits there they
+            would get too few. None keeps them as other inputs.
         adaptive (bool): Whether bits are shared out by what they are worth:
             among layers, and among the samples of each layer.
         use_gradient (bool): Whether the shares of samples follow their
@@ -75,6 +79,7 @@ class Level:
     mask: bool
     fuse: bool = True
     rectified: int = 4
+    image: int | None = None
     adaptive: bool = False
     use_gradient: bool = False
     chunk_mib: float | None = None
@@ -102,6 +107,11 @@ class Level:
             raise ValueError(
                 f'rectified bits of level {self.name} must be a whole number '
                 f'from 2 to 8, got {self.rectified!r}'
+            )
+        if self.image is not None and self.image not in VALID_BITS:
+            raise ValueError(
+                f'image bits of level {self.name} must be None or a whole '
+                f'number from 1 to 8, got {self.image!r}'
             )
         if self.use_gradient and not self.adaptive:
             raise ValueError(
@@ -134,7 +144,9 @@ class Level:
         return None
 
 
-_L3 = Level('L3', conv=2, norm=2, mask=True, rectified=3, adaptive=True)
+_L3 = Level(
+    'L3', conv=2, norm=2, mask=True, rectified=3, image=8, adaptive=True
+)
 
 LEVELS = {
     level.name: level

@@ -177,6 +177,7 @@ class LayerQuantizer:
         name='',
         precision=None,
         fused=False,
+        reads_images=False,
     ):
         """The settings of a layer in a model of some level.
 
@@ -195,6 +196,8 @@ class LayerQuantizer:
                 down.
             fused (bool, optional): Whether the layer is a normalisation that
                 is fused; those share out no bits. Defaults to False.
+            reads_images (bool, optional): Whether it is a convolution of what
+                the level calls images. Defaults to False.
 
         Returns:
             LayerQuantizer: The settings.
@@ -208,6 +211,8 @@ class LayerQuantizer:
             bits = layer_class.rule_bits(rule)
         elif own.bits is not None and not level.exact:
             bits = own.bits
+        elif bits is not None and reads_images and level.image is not None:
+            bits = level.image
         elif bits is not None and layer_class.kind != 'mask':
             if precision is None or fused:
                 bits = int(bits)

@@ -116,7 +116,7 @@ class TestSwap:
         assert compressed(net) == LAYERS
         assert report.level == 'L3'
         assert [c.name for c in report.converted] == LAYERS
-        assert [c.bits for c in report.converted] == 2 * [2, 2, 1] + [2]
+        assert [c.bits for c in report.converted] == [8, 2, 1, 2, 2, 1, 2]
         assert report.converted[0].source == 'Conv2d'
         assert report.converted[0].target == 'QConv2d'
 
@@ -399,7 +399,7 @@ class TestLevels:
             ('L0', [None, None, None]),
             ('L1', [4, None, 1]),
             ('L2', [4, 4, 1]),
-            ('L3', [2, 2, 1]),
+            ('L3', [8, 2, 1]),
             (Level('mine', conv=8, norm=1, mask=False), [8, 1, None]),
         ],
     )
@@ -452,7 +452,7 @@ class TestLevels:
         twin = copy.deepcopy(net)
         convert_model(twin, 'L0')
         assert net.stem[0].quantizer.bits == 4
-        assert other.stem[0].quantizer.bits == 2
+        assert other.stem[1].quantizer.bits == 2
         assert twin.stem[0].quantizer.exact
 
     @pytest.mark.parametrize('level', ['L9', 'l3', ''])
@@ -616,7 +616,7 @@ class TestOriginalInterface:
 
     def test_default(self, net):
         assert mmactnn.QModule(net) is net
-        assert net.stem[0].quantizer.bits == 2
+        assert net.stem[1].quantizer.bits == 2
 
     def test_level(self, net, default_level):
         other = copy.deepcopy(net)
@@ -636,4 +636,4 @@ class TestOriginalInterface:
             set_optimization_level('L7')
         with pytest.raises(TypeError, match='int'):
             set_optimization_level(3)
-        assert mmactnn.QModule(net).stem[0].quantizer.bits == 2
+        assert mmactnn.QModule(net).stem[1].quantizer.bits == 2

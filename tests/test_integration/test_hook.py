@@ -104,7 +104,8 @@ class TestConversion:
             for m in runner.model.modules()
             if isinstance(m, QuantizedLayer)
         ]
-        assert bits == [2, 2, 1, 2, 1, 2]
+        # 8 of the image.
+        assert bits == [8, 2, 1, 2, 1, 2]
         # A convolution and a linear layer, and no measuring beside: the other
         # convolution reads what the fused normalisation has packed.
         assert len(packed) == 2 * ITERATIONS

@@ -14,7 +14,7 @@ from support.toy_samples import ToySamples, sample_dataloader
 
 from mmactnn.hooks.samples import SampleIndex
 
-ACTNN = dict(type='ActNNHook', level=dict(use_gradient=True))
+ACTNN = dict(type='ActNNHook', level=dict(use_gradient=True, fuse=False))
 RECORD = dict(type='RecordingHook')
 KEYS = ['img_path', 'img_id', 'sample_idx']
 MODEL = dict(type='SampleClassifier')
@@ -206,7 +206,7 @@ class TestRun:
     def test_history_matters(self, tmp_path):
         """Else the test below could not fail."""
         found = []
-        for level in ('L3', dict(use_gradient=True)):
+        for level in (dict(fuse=False), dict(use_gradient=True, fuse=False)):
             runner = sample_runner(
                 tmp_path, dict(ACTNN, level=level), RECORD, epochs=4
             )
