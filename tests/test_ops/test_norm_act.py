@@ -216,7 +216,7 @@ def test_wrong_arguments(device):
         )
         return op(**{**arguments, **changes})
 
-    with pytest.raises(ValueError, match='from 2 to 8, got 1'):
+    with pytest.raises(ValueError, match='from 2 to 8.*got 1'):
         call(bits=1)
     with pytest.raises(ValueError, match='from 1 to 8, got 9'):
         call(bits=9)
@@ -238,7 +238,7 @@ def test_wrong_arguments(device):
         call(ops.norm_act_, input=x.transpose(2, 3))
     _, codes, ranges, *_ = call()
     layout = x.shape, x.stride(), x.dtype
-    with pytest.raises(ValueError, match='from 2 to 8, got 1'):
+    with pytest.raises(ValueError, match='from 2 to 8.*got 1'):
         ops.dequantize_split(codes, ranges, weight, bias, *layout, 1)
     with pytest.raises(RuntimeError, match='codes'):
         ops.dequantize_split(codes, ranges, weight, bias, *layout, 4)
