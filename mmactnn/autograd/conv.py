@@ -8,6 +8,7 @@ from torch.autograd import Function
 from .autocast import cast, lower_dtype
 from .channels import as_memory_format, memory_format
 from .double_backward import first_order_only
+from .stand_in import hollow
 
 
 class _Convolution(Function):
@@ -42,8 +43,7 @@ class _Convolution(Function):
             w = as_memory_format(w, ctx.memory_format)
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         bias_size = None if ctx.bias_dtype is None else [grad_output.shape[1]]
-        # Stands for the input where only its shape counts.
-        shape_only = grad_output.new_empty(1).expand(ctx.size)
+        shape_only = _shape_only(ctx, grad_output)
 
         def gradients(x, *wanted, grad=grad_output):
             return torch.ops.aten.convolution_backward(
@@ -79,6 +79,20 @@ class _Convolution(Function):
             grad_input, _, _ = gradients(shape_only, True, False, False)
             grad_input = grad_input.to(ctx.input_dtype)
         return grad_input, grad_weight, grad_bias, None, None, None
+
+
+def _shape_only(ctx, grad_output):
+    """Stands for the input where only its shape counts."""
+    transposed, groups = ctx.geometry[3], ctx.geometry[5]
+    plain = not transposed and groups == 1 and len(ctx.size) == 4
+    if (
+        grad_output.is_cuda
+        and plain
+        and ctx.memory_format == torch.channels_last
+    ):
+        # cuDNN's path makes its arguments channels_last, needed or not.
+        return hollow(ctx.size, grad_output, channels_last=True)
+    return grad_output.new_empty(1).expand(ctx.size)
 
 
 def _add(total, part, dtype):
