@@ -90,7 +90,7 @@ def main(folder, where, resume):
     file = str(Path(folder) / 'losses.jsonl')
     runner = make_runner(
         Path(folder),
-        dict(type='ActNNHook'),
+        dict(type='ActNNHook', level=dict(fuse=False)),
         dict(type='KillingHook', where=where, file=file),
         epochs=EPOCHS,
         evaluates=True,

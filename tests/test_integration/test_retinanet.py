@@ -117,9 +117,10 @@ def test_every_layer_is_converted(device):
 def test_trains(level, device):
     model = converted(device, level, frozen_stages=-1, norm_eval=False)
     reference = stock(device, frozen_stages=-1, norm_eval=False)
-    # Noise of the gradients is all that differs: the first loss does not.
+    # Noise of the gradients is all that differs, but for what fusing rounds:
+    # not the first loss.
     found, expected = train(model), train(reference)
-    assert found[0] == expected[0]
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert found[1:] != expected[1:]
     assert found == pytest.approx(expected, rel=0.1)
 
@@ -130,7 +131,8 @@ def test_gradients(device):
     errors = []
     for bits in (2, 4, 8):
         model = stock(device)
-        convert_model(model, dict(base='L2', conv=bits, norm=bits))
+        level = dict(base='L2', conv=bits, norm=bits, fuse=False)
+        convert_model(model, level)
         found = gradients(model)
         assert found.keys() == exact.keys()
         errors.append(
