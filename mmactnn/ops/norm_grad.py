@@ -4,28 +4,13 @@ import torch
 
 from .channel_stats import check_channels, check_vector
 from .quantize import check_format
-
-# What a rectifier is told from takes a bit of its own.
-MIN_RECTIFIED_BITS = 2
-
-
-def check_rectified_bits(bits, name='bits'):
-    """Check the width of split or zeroed codes.
-
-    Raises:
-        ValueError: If it is not an integer from 2 to 8.
-    """
-    if bits not in range(MIN_RECTIFIED_BITS, 9):
-        raise ValueError(
-            f'{name} must be an integer from {MIN_RECTIFIED_BITS} to 8 where '
-            f'there is a rectifier, got {bits!r}'
-        )
+from .rectified import check_rectified_format
 
 
 def _check(grad_output, bits, group_size, relu):
     check_format(bits, group_size)
     if relu:
-        check_rectified_bits(bits)
+        check_rectified_format(bits, group_size)
     check_channels(grad_output, 'grad_output')
 
 
@@ -96,7 +81,7 @@ def norm_add_grad_sums(
         RuntimeError: As in :func:`norm_grad_sums`.
     """
     _check(grad_output, bits, group_size, relu=False)
-    check_rectified_bits(act_bits, 'act_bits')
+    check_rectified_format(act_bits, group_size, 'act_bits')
     return torch.ops.mmactnn.norm_add_grad_sums.default(
         grad_output, codes, ranges, act_codes, bits, act_bits, group_size
     )
