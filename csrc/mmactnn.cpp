@@ -41,10 +41,17 @@ STABLE_TORCH_LIBRARY(mmactnn, m) {
       "int group_size, int seed, int offset) -> (Tensor output, "
       "Tensor codes, Tensor ranges, Tensor act_codes, Tensor act_ranges)");
   m.def(
-      "norm_act_(Tensor(a!) input, Tensor? residual, Tensor mean, "
-      "Tensor invstd, Tensor? weight, Tensor? bias, bool relu, int bits, "
-      "int act_bits, int group_size, int seed, int offset) -> "
-      "(Tensor codes, Tensor ranges, Tensor act_codes, Tensor act_ranges)");
+      "batch_norm_act(Tensor input, Tensor? residual, Tensor? weight, "
+      "Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, bool of_batch, float momentum, "
+      "float eps, bool relu, int bits, int act_bits, int group_size, int seed, "
+      "int offset) -> (Tensor output, Tensor invstd, Tensor[] codes)");
+  m.def(
+      "batch_norm_act_(Tensor(a!) input, Tensor? residual, Tensor? weight, "
+      "Tensor? bias, Tensor(b!)? running_mean, Tensor(c!)? running_var, "
+      "Tensor(d!)? num_batches_tracked, bool of_batch, float momentum, "
+      "float eps, bool relu, int bits, int act_bits, int group_size, int seed, "
+      "int offset) -> (Tensor invstd, Tensor[] codes)");
   m.def(
       "norm_grad_sums(Tensor grad_output, Tensor codes, Tensor ranges, "
       "int bits, int group_size, bool relu) -> Tensor sums");
@@ -56,6 +63,11 @@ STABLE_TORCH_LIBRARY(mmactnn, m) {
       "norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges, "
       "Tensor scale, Tensor means, int bits, int group_size, bool relu) -> "
       "Tensor");
+  m.def(
+      "batch_norm_act_backward(Tensor grad_output, Tensor codes, "
+      "Tensor ranges, Tensor? act_codes, Tensor? weight, Tensor invstd, "
+      "bool relu, bool of_batch, bool needs_input, int bits, int act_bits, "
+      "int group_size) -> (Tensor sums, Tensor[] grads)");
   m.def(
       "dequantize_split(Tensor codes, Tensor ranges, Tensor? weight, "
       "Tensor? bias, int[] size, int[] stride, ScalarType dtype, int bits, "

@@ -6,10 +6,11 @@ parameters, ``state_dict`` keys and hooks of the model stay what they are.
 Anything that is not known runs layer by layer.
 """
 
-import contextlib
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules import module as module_hooks
 
 from .layers import (
     QBatchNorm,
@@ -19,8 +20,24 @@ from .layers import (
     QReLU,
     QSyncBatchNorm,
 )
+from .layers.norm import Fusing
 
 _NORMS = (QBatchNorm, QBatchNorm1d, QBatchNorm2d, QBatchNorm3d, QSyncBatchNorm)
+
+
+class Pair(NamedTuple):
+    """Names of a normalisation and its neighbours in a module.
+
+    Attributes:
+        conv (str, optional): The convolution whose output it takes, and
+            nothing else does.
+        norm (str): The normalisation.
+        relu (str): The ReLU that follows.
+    """
+
+    conv: str | None
+    norm: str
+    relu: str
 
 
 class FusedPairs:
@@ -34,8 +51,7 @@ class FusedPairs:
 
     Args:
         module (nn.Module): The module.
-        pairs (Sequence[tuple[str, str]]): Names of the normalisations and of
-            their ReLUs in the module.
+        pairs (Sequence[Pair]): Its normalisations that a ReLU follows.
     """
 
     def __init__(self, module, pairs):
@@ -49,7 +65,7 @@ class FusedPairs:
     @property
     def norms(self):
         """list[nn.Module]: All normalisations that are fused."""
-        return [getattr(self.module, norm) for norm, _ in self.pairs]
+        return [getattr(self.module, pair.norm) for pair in self.pairs]
 
     def keep(self, is_norm, is_relu):
         """Leave out what is not made of compressed layers.
@@ -63,45 +79,45 @@ class FusedPairs:
             FusedPairs, optional: This object; None if nothing is left.
         """
         self.pairs = tuple(
-            (norm, relu)
-            for norm, relu in self.pairs
-            if is_norm(getattr(self.module, norm))
-            and is_relu(getattr(self.module, relu))
+            pair
+            for pair in self.pairs
+            if is_norm(getattr(self.module, pair.norm))
+            and is_relu(getattr(self.module, pair.relu))
         )
         return self if self.pairs else None
 
     def __call__(self, *args, **kwargs):
         """See the module's own ``forward``."""
-        with self._fusing():
+        if not self.is_active:
             return self._unfused(*args, **kwargs)
+        norms = self._fuse()
+        try:
+            return self._unfused(*args, **kwargs)
+        finally:
+            _part(norms)
 
     def _unfused(self, *args, **kwargs):
         return type(self.module).forward(self.module, *args, **kwargs)
-
-    @contextlib.contextmanager
-    def _fusing(self):
-        """Let the normalisations take part, but where somebody looks."""
-        norms = self._taking_part() if self.is_active else {}
-        for norm, relu in norms.items():
-            norm.fusing = 'norm' if relu is None else 'norm and ReLU'
-        try:
-            yield
-        finally:
-            for norm in norms:
-                norm.fusing = None
 
     @property
     def is_active(self):
         """bool: Whether the module is being trained."""
         return self.module.training and torch.is_grad_enabled()
 
-    def _taking_part(self):
-        """Normalisations of this pass, with their ReLUs."""
-        pairs = (
-            (getattr(self.module, norm), getattr(self.module, relu))
-            for norm, relu in self.pairs
-        )
-        return {n: r for n, r in pairs if not _hooked(n, r)}
+    def _fuse(self):
+        """Let the normalisations take part, but where somebody looks.
+
+        Returns:
+            list[nn.Module]: Those that do, until :func:`_part`.
+        """
+        modules = self.module._modules
+        norms = []
+        for pair in self.pairs:
+            norm, relu = modules[pair.norm], modules[pair.relu]
+            if not _hooked(norm) and not _hooked(relu):
+                _join(norm, True, modules.get(pair.conv))
+                norms.append(norm)
+        return norms
 
 
 class FusedConvModule(FusedPairs):
@@ -124,15 +140,16 @@ class FusedResidual(FusedPairs):
     """
 
     def __init__(self, module, convs, norms):
-        super().__init__(module, [(norm, 'relu') for norm in norms[:-1]])
-        self.convs = tuple(convs)
+        inner = zip(convs[:-1], norms[:-1])
+        super().__init__(module, [Pair(*names, 'relu') for names in inner])
+        self.last_conv = convs[-1]
         self.last_norm = norms[-1]
 
     @property
     def norms(self):
         """list[nn.Module]: All normalisations that are fused."""
         last = getattr(self.module, self.last_norm)
-        return [*super().norms, last, *self._shortcut_norms()]
+        return [*super().norms, last, *(n for _, n in self._shortcut())]
 
     def keep(self, is_norm, is_relu):
         """See the base class."""
@@ -142,36 +159,75 @@ class FusedResidual(FusedPairs):
 
     def __call__(self, x):
         """See the block's own ``forward``."""
-        block = self.module
-        last_norm = getattr(block, self.last_norm)
-        if not self.is_active or _hooked(last_norm, block.relu):
+        modules = self.module._modules
+        relu = modules['relu']
+        last_conv, last_norm = modules[self.last_conv], modules[self.last_norm]
+        if not self.is_active or _hooked(last_norm) or _hooked(relu):
             return super().__call__(x)
-        convs = [getattr(block, conv) for conv in self.convs]
-        with self._fusing():
+        norms = self._fuse()
+        try:
             # First, though the block's own forward pass has it last: the
             # backward pass then comes to it when the other branch's gradients
             # are gone.
-            shortcut = x if block.downsample is None else block.downsample(x)
+            downsample = modules.get('downsample')
+            shortcut = x if downsample is None else downsample(x)
             out = x
-            for conv, norm in zip(convs, super().norms):
-                out = block.relu(norm(conv(out)))
-            out = convs[-1](out)
+            for conv, norm, _ in self.pairs:
+                out = relu(modules[norm](modules[conv](out)))
+            out = last_conv(out)
+        finally:
+            _part(norms)
         if last_norm.fuses(out, shortcut):
-            return last_norm.norm_act(out, relu=True, residual=shortcut)
-        return block.relu(last_norm(out) + shortcut)
+            fusing = Fusing(True, _is_only_reader(last_conv))
+            return last_norm.norm_act(out, fusing, shortcut)
+        return relu(last_norm(out) + shortcut)
 
-    def _shortcut_norms(self):
-        shortcut = self.module.downsample
-        modules = () if shortcut is None else shortcut.modules()
+    def _fuse(self):
+        """See the base class; the shortcut's are not rectified."""
+        norms = super()._fuse()
+        for conv, norm in self._shortcut():
+            if not _hooked(norm):
+                _join(norm, False, conv)
+                norms.append(norm)
+        return norms
+
+    def _shortcut(self):
+        """Normalisations of the shortcut, after what each of them reads."""
+        shortcut = self.module._modules.get('downsample')
+        if not isinstance(shortcut, nn.Sequential):
+            return []
+        layers = list(shortcut._modules.values())
         return [
-            module
-            for module in modules
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            (conv, norm)
+            for conv, norm in zip([None, *layers], layers)
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm)
         ]
 
-    def _taking_part(self):
-        alone = dict.fromkeys(self._shortcut_norms())
-        return {**alone, **super()._taking_part()}
+
+def _join(norm, relu, conv):
+    """Let a normalisation take part in a block that is fused."""
+    # Straight into the instance: that of nn.Module takes its time.
+    norm.__dict__['fusing'] = Fusing(relu, _is_only_reader(conv))
+
+
+def _part(norms):
+    """Let normalisations run by themselves again."""
+    for norm in norms:
+        norm.__dict__.pop('fusing', None)
+
+
+def _is_only_reader(conv):
+    """Whether nobody but the next layer sees what a layer returns.
+
+    Args:
+        conv (nn.Module, optional): The layer, or None where another may.
+    """
+    return (
+        isinstance(conv, nn.modules.conv._ConvNd)
+        and not _hooked(conv)
+        and not module_hooks._global_forward_hooks
+        and not module_hooks._global_forward_pre_hooks
+    )
 
 
 def find_fusions(model, targets):
@@ -222,27 +278,29 @@ def _forward_of(module):
     return None
 
 
-def _hooked(*layers):
+def _hooked(layer):
     """Whether somebody wants to see what goes in or out of a layer."""
-    return any(
+    return bool(
         layer._forward_hooks
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
-        for layer in layers
     )
 
 
 def _sequential(module):
     names = list(module._modules)
-    return FusedPairs(module, zip(names, names[1:]))
+    return FusedPairs(module, map(Pair, [None, *names], names, names[1:]))
 
 
 def _conv_module(module):
-    follow = module.order.index('act') == module.order.index('norm') + 1
+    order = list(module.order)
+    follow = order.index('act') == order.index('norm') + 1
     if not (follow and module.with_norm and module.with_activation):
         return None
-    return FusedConvModule(module, [(module.norm_name, 'activate')])
+    conv = 'conv' if order.index('norm') == order.index('conv') + 1 else None
+    pair = Pair(conv, module.norm_name, 'activate')
+    return FusedConvModule(module, [pair])
 
 
 def _torchvision_block(depth):
@@ -266,7 +324,9 @@ def _openmmlab_block(depth):
             getattr(module, 'drop_path', nn.Identity()), nn.Identity
         )
         if not plain:
-            return FusedPairs(module, [(norm, 'relu') for norm in norms[:-1]])
+            # Plugins may read a convolution's output, too.
+            pairs = [Pair(None, norm, 'relu') for norm in norms[:-1]]
+            return FusedPairs(module, pairs)
         return FusedResidual(module, convs, norms)
 
     return make
@@ -275,13 +335,14 @@ def _openmmlab_block(depth):
 def _openmmlab_stem(module):
     if module.deep_stem:  # an nn.Sequential
         return None
-    return FusedPairs(module, [(module.norm1_name, 'relu')])
+    return FusedPairs(module, [Pair('conv1', module.norm1_name, 'relu')])
 
 
 def _dense_layer(module):
     if module.memory_efficient:
         return None
-    return FusedPairs(module, [('norm1', 'relu1'), ('norm2', 'relu2')])
+    pairs = [Pair(None, 'norm1', 'relu1'), Pair('conv1', 'norm2', 'relu2')]
+    return FusedPairs(module, pairs)
 
 
 # By the class that defines `forward`: subclasses that do not are known, too.
@@ -290,7 +351,7 @@ _MAKERS = {
     'torchvision.models.resnet.BasicBlock': _torchvision_block(2),
     'torchvision.models.resnet.Bottleneck': _torchvision_block(3),
     'torchvision.models.resnet.ResNet': lambda module: FusedPairs(
-        module, [('bn1', 'relu')]
+        module, [Pair('conv1', 'bn1', 'relu')]
     ),
     'torchvision.models.densenet._DenseLayer': _dense_layer,
     'mmcv.cnn.bricks.conv_module.ConvModule': _conv_module,

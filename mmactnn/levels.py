@@ -59,7 +59,9 @@ class Level:
             gradients in earlier epochs as well as their ranges. Takes sample
             indices, see :class:`mmactnn.AdaptivePrecision`.
         chunk_mib (float, optional): Most MiB (2^20 bytes) of input that the
-            backward pass of a convolution decodes at once. None decodes all.
+            backward pass of a convolution takes at once: it decodes a larger
+            one and computes its gradient piece by piece, in workspaces of the
+            size of a piece. None takes all.
         swap (bool): Whether what is kept moves to pinned host memory.
         max_host_mib (float, optional): Most MiB of host memory to pin.
             Defaults to 80 % of what is available.
@@ -145,7 +147,14 @@ class Level:
 
 
 _L3 = Level(
-    'L3', conv=2, norm=2, mask=True, rectified=3, image=8, adaptive=True
+    'L3',
+    conv=2,
+    norm=2,
+    mask=True,
+    rectified=3,
+    image=8,
+    adaptive=True,
+    chunk_mib=256,
 )
 
 LEVELS = {
@@ -154,10 +163,10 @@ LEVELS = {
         # Bit-identical to torch; nothing is compressed.
         Level('L0', conv=None, norm=None, mask=False),
         # Inputs of convolutions and linear layers only.
-        Level('L1', conv=4, norm=None, mask=True),
-        Level('L2', conv=4, norm=4, mask=True),
+        Level('L1', conv=4, norm=None, mask=True, chunk_mib=256),
+        Level('L2', conv=4, norm=4, mask=True, chunk_mib=256),
         _L3,
-        # As L3, and no large convolution decodes its input as a whole.
+        # As L3, in smaller pieces: a lower peak, and more calls.
         dataclasses.replace(_L3, name='L3.1', chunk_mib=64),
         # As L3, and the codes wait in host memory.
         dataclasses.replace(_L3, name='L4', swap=True),

@@ -49,12 +49,16 @@ struct ChannelStats {
   float invstd;
 };
 
+MMACTNN_HOST_DEVICE float invstd_of(double var, double eps) {
+  return static_cast<float>(1.0 / sqrt(var + eps));
+}
+
 // From sums in double; of channels without elements the statistics are 0.
 MMACTNN_HOST_DEVICE ChannelStats finish_stats(double mean, double squares,
                                               double count, double eps) {
   const double var = count > 0.0 ? squares / count : 0.0;
   return {static_cast<float>(mean), static_cast<float>(var),
-          static_cast<float>(1.0 / sqrt(var + eps))};
+          invstd_of(var, eps)};
 }
 
 }  // namespace mmactnn

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "allocate.h"
+#include "channel_stats.h"
 #include "channels.h"
 #include "geometry.h"
 #include "norm_act.h"
@@ -45,6 +46,13 @@ struct NormActArguments {
     if (!relu) return NormActPayload::kPlain;
     return residual ? NormActPayload::kPlainAndZeroed : NormActPayload::kSplit;
   }
+};
+
+// A normalisation by the statistics of the batch, or else the running ones.
+struct BatchNorm {
+  RunningStats running;
+  bool of_batch;
+  double eps;
 };
 
 inline const void* data_or_null(const std::optional<Tensor>& tensor) {
@@ -133,6 +141,18 @@ inline NormActCodes empty_norm_act_codes(const NormActArguments& arguments,
                  : torch::stable::new_empty(input, {0}, ScalarType::Byte),
           zeroed ? ranges(2)
                  : torch::stable::new_empty(input, {0}, ScalarType::BFloat16)};
+}
+
+// What batch_norm_act() returns of them: those that there are.
+inline std::vector<Tensor> existing(const NormActCodes& codes, bool zeroed) {
+  if (!zeroed) return {codes.codes, codes.ranges};
+  return {codes.codes, codes.ranges, codes.act_codes, codes.act_ranges};
+}
+
+inline void check_batch_norm(const BatchNorm& norm) {
+  STD_TORCH_CHECK(norm.of_batch || norm.running.mean.has_value(),
+                  "running_mean and running_var must be given unless the "
+                  "statistics are the batch's");
 }
 
 // The geometry of rectified codes that are to be decoded to `sizes`, of

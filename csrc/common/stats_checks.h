@@ -1,11 +1,13 @@
 // The arguments of channel_stats, checked.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 
+#include "channel_stats.h"
 #include "channels.h"
 
 namespace mmactnn {
@@ -21,23 +23,32 @@ inline void check_running(const char* name, const Tensor& tensor,
 }
 
 // Both or none; of one dtype.
-inline Channels check_stats(const Tensor& input,
-                            const std::optional<Tensor>& running_mean,
-                            const std::optional<Tensor>& running_var) {
+inline Channels check_stats(const Tensor& input, const RunningStats& running) {
   const Channels channels = channels_of("input", input);
-  STD_TORCH_CHECK(running_mean.has_value() == running_var.has_value(),
+  STD_TORCH_CHECK(running.mean.has_value() == running.var.has_value(),
                   "running_mean and running_var must both be given or both be "
                   "None");
-  if (running_mean.has_value()) {
-    check_running("running_mean", *running_mean, channels, input);
-    check_running("running_var", *running_var, channels, input);
+  if (running.mean.has_value()) {
+    check_running("running_mean", *running.mean, channels, input);
+    check_running("running_var", *running.var, channels, input);
     STD_TORCH_CHECK(
-        running_mean->scalar_type() == running_var->scalar_type(),
+        running.mean->scalar_type() == running.var->scalar_type(),
         "running_mean and running_var must be of one dtype, got scalar types ",
-        static_cast<int>(running_mean->scalar_type()), " and ",
-        static_cast<int>(running_var->scalar_type()));
+        static_cast<int>(running.mean->scalar_type()), " and ",
+        static_cast<int>(running.var->scalar_type()));
+  }
+  if (running.batches.has_value()) {
+    STD_TORCH_CHECK(running.batches->scalar_type() == ScalarType::Long &&
+                        running.batches->numel() == 1,
+                    "num_batches_tracked must be an int64 tensor of one "
+                    "element");
+    check_same_device("num_batches_tracked", *running.batches, input);
   }
   return channels;
+}
+
+inline Tensor empty_stats(const Tensor& input, const Channels& channels) {
+  return torch::stable::new_empty(input, {channels.count}, ScalarType::Float);
 }
 
 }  // namespace mmactnn

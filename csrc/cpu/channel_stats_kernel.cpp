@@ -71,14 +71,16 @@ void update(const std::optional<Tensor>& running, int64_t channel, double batch,
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> channel_stats(
-    Tensor input, double eps, double momentum,
-    std::optional<Tensor> running_mean, std::optional<Tensor> running_var) {
-  const Channels channels = check_stats(input, running_mean, running_var);
-  const auto make = [&] {
-    return torch::stable::new_empty(input, {channels.count}, ScalarType::Float);
-  };
-  Tensor mean = make(), var = make(), invstd = make();
+}  // namespace
+
+namespace cpu {
+
+void batch_stats(const Tensor& input, double eps, const RunningStats& running,
+                 const StatsOutputs& outputs) {
+  const Channels channels = check_stats(input, running);
+  if (running.batches) {
+    ++*static_cast<int64_t*>(running.batches->mutable_data_ptr());
+  }
   const double count = static_cast<double>(channels.channel_numel());
   ShiftedSums sums(channels.count);
   if (input.numel() != 0) {
@@ -93,21 +95,52 @@ std::tuple<Tensor, Tensor, Tensor> channel_stats(
           });
     });
   }
+  auto* var = outputs.var ? static_cast<float*>(outputs.var->mutable_data_ptr())
+                          : nullptr;
   for (int64_t c = 0; c < channels.count; ++c) {
     double centre = 0.0, squares = 0.0;
     if (input.numel() != 0) {
       const double distance = sums.sum[c] / count;
       centre = sums.shift[c] + distance;
       squares = sums.squares[c] - sums.sum[c] * distance;
-      update(running_mean, c, centre, momentum);
-      update(running_var, c, squares / (count - 1.0), momentum);
+      update(running.mean, c, centre, running.momentum);
+      update(running.var, c, squares / (count - 1.0), running.momentum);
     }
     const ChannelStats stats = finish_stats(centre, squares, count, eps);
-    static_cast<float*>(mean.mutable_data_ptr())[c] = stats.mean;
-    static_cast<float*>(var.mutable_data_ptr())[c] = stats.var;
-    static_cast<float*>(invstd.mutable_data_ptr())[c] = stats.invstd;
+    static_cast<float*>(outputs.mean.mutable_data_ptr())[c] = stats.mean;
+    if (var != nullptr) var[c] = stats.var;
+    static_cast<float*>(outputs.invstd.mutable_data_ptr())[c] = stats.invstd;
   }
-  return {mean, var, invstd};
+}
+
+void running_stats(const RunningStats& running, double eps,
+                   const StatsOutputs& outputs) {
+  dispatch_dtype(running.mean->scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T* mean = static_cast<const T*>(running.mean->const_data_ptr());
+    const T* var = static_cast<const T*>(running.var->const_data_ptr());
+    for (int64_t c = 0; c < running.mean->numel(); ++c) {
+      static_cast<float*>(outputs.mean.mutable_data_ptr())[c] =
+          static_cast<float>(mean[c]);
+      static_cast<float*>(outputs.invstd.mutable_data_ptr())[c] =
+          invstd_of(static_cast<float>(var[c]), eps);
+    }
+  });
+}
+
+}  // namespace cpu
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> channel_stats(
+    Tensor input, double eps, double momentum,
+    std::optional<Tensor> running_mean, std::optional<Tensor> running_var) {
+  const RunningStats running{running_mean, running_var, std::nullopt, momentum};
+  const Channels channels = check_stats(input, running);
+  const auto make = [&] { return empty_stats(input, channels); };
+  const StatsOutputs outputs{make(), make(), make()};
+  cpu::batch_stats(input, eps, running, outputs);
+  return {outputs.mean, *outputs.var, outputs.invstd};
 }
 
 }  // namespace

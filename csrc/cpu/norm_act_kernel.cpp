@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../common/channels.h"
 #include "../common/codec.h"
@@ -14,6 +15,7 @@
 #include "../common/norm_act_checks.h"
 #include "../common/philox.h"
 #include "../common/rectified_codec.h"
+#include "../common/stats_checks.h"
 #include "../common/tensor_checks.h"
 #include "codes.h"
 #include "group.h"
@@ -223,16 +225,59 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act(
   return {output, codes, ranges, act_codes, act_ranges};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_(
-    Tensor input, std::optional<Tensor> residual, Tensor mean, Tensor invstd,
-    std::optional<Tensor> weight, std::optional<Tensor> bias, bool relu,
-    int64_t bits, int64_t act_bits, int64_t group_size, int64_t seed,
-    int64_t offset) {
-  const auto [codes, ranges, act_codes, act_ranges] =
+struct MeanAndInvstd {
+  Tensor mean;
+  Tensor invstd;
+};
+
+MeanAndInvstd statistics(const Tensor& input, const BatchNorm& norm) {
+  const Channels channels = check_stats(input, norm.running);
+  check_batch_norm(norm);
+  const StatsOutputs stats{empty_stats(input, channels), std::nullopt,
+                           empty_stats(input, channels)};
+  if (norm.of_batch) {
+    cpu::batch_stats(input, norm.eps, norm.running, stats);
+  } else {
+    cpu::running_stats(norm.running, norm.eps, stats);
+  }
+  return {stats.mean, stats.invstd};
+}
+
+std::tuple<Tensor, Tensor, std::vector<Tensor>> batch_norm_act(
+    Tensor input, std::optional<Tensor> residual, std::optional<Tensor> weight,
+    std::optional<Tensor> bias, std::optional<Tensor> running_mean,
+    std::optional<Tensor> running_var,
+    std::optional<Tensor> num_batches_tracked, bool of_batch, double momentum,
+    double eps, bool relu, int64_t bits, int64_t act_bits, int64_t group_size,
+    int64_t seed, int64_t offset) {
+  Tensor output = torch::stable::empty_like(input);
+  const auto [mean, invstd] = statistics(
+      input, {{running_mean, running_var, num_batches_tracked, momentum},
+              of_batch,
+              eps});
+  const NormActCodes codes =
+      run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
+           group_size, seed, offset},
+          output, false);
+  return {output, invstd, existing(codes, residual.has_value())};
+}
+
+std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_(
+    Tensor input, std::optional<Tensor> residual, std::optional<Tensor> weight,
+    std::optional<Tensor> bias, std::optional<Tensor> running_mean,
+    std::optional<Tensor> running_var,
+    std::optional<Tensor> num_batches_tracked, bool of_batch, double momentum,
+    double eps, bool relu, int64_t bits, int64_t act_bits, int64_t group_size,
+    int64_t seed, int64_t offset) {
+  const auto [mean, invstd] = statistics(
+      input, {{running_mean, running_var, num_batches_tracked, momentum},
+              of_batch,
+              eps});
+  const NormActCodes codes =
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
            group_size, seed, offset},
           input, true);
-  return {codes, ranges, act_codes, act_ranges};
+  return {invstd, existing(codes, residual.has_value())};
 }
 
 }  // namespace
@@ -240,5 +285,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_(
 
 STABLE_TORCH_LIBRARY_IMPL(mmactnn, CPU, m) {
   m.impl("norm_act", TORCH_BOX(&mmactnn::norm_act));
-  m.impl("norm_act_", TORCH_BOX(&mmactnn::norm_act_));
+  m.impl("batch_norm_act", TORCH_BOX(&mmactnn::batch_norm_act));
+  m.impl("batch_norm_act_", TORCH_BOX(&mmactnn::batch_norm_act_));
 }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -191,6 +192,72 @@ Tensor norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges,
   return output;
 }
 
+// What grad_input() multiplies with and subtracts, [3, C]: scale, then means.
+Tensor coefficients(const Tensor& sums, const std::optional<Tensor>& weight,
+                    const Tensor& invstd, bool of_batch, float count) {
+  const int64_t channels = sums.size(1);
+  Tensor result =
+      torch::stable::new_empty(sums, {3, channels}, ScalarType::Float);
+  auto* values = static_cast<float*>(result.mutable_data_ptr());
+  const auto* totals = static_cast<const float*>(sums.const_data_ptr());
+  const auto* scales = static_cast<const float*>(invstd.const_data_ptr());
+  for (int64_t c = 0; c < channels; ++c) {
+    const float factor =
+        weight ? static_cast<const float*>(weight->const_data_ptr())[c] : 1.0f;
+    values[c] = multiply(scales[c], factor);
+    values[channels + c] = of_batch ? totals[c] / count : 0.0f;
+    values[2 * channels + c] = of_batch ? totals[channels + c] / count : 0.0f;
+  }
+  return result;
+}
+
+std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
+    Tensor grad_output, Tensor codes, Tensor ranges,
+    std::optional<Tensor> act_codes, std::optional<Tensor> weight,
+    Tensor invstd, bool relu, bool of_batch, bool needs_input, int64_t bits,
+    int64_t act_bits, int64_t group_size) {
+  const bool masks = relu && !act_codes;
+  const NormArguments plain =
+      check_norm_codes(grad_output, codes, ranges, bits, group_size, masks);
+  const int64_t channels = plain.channels.count;
+  check_per_channel("invstd", invstd, plain.channels, grad_output);
+  if (weight) {
+    check_per_channel("weight", *weight, plain.channels, grad_output);
+  }
+  std::vector<Tensor> grads;
+  Tensor grad = grad_output;
+  const auto sum = [&] {
+    if (act_codes) {
+      NormArguments arguments = plain;
+      check_act_codes(grad_output, *act_codes, act_bits, group_size, arguments);
+      grad = torch::stable::empty_like(grad_output);
+      return grad_sums<NormCodes::kMask>(grad_output, arguments, &grad);
+    }
+    return masks ? grad_sums<NormCodes::kSplit>(grad_output, plain, nullptr)
+                 : grad_sums<NormCodes::kPlain>(grad_output, plain, nullptr);
+  };
+  const Tensor sums = sum();
+  if (needs_input) {
+    grads.push_back(torch::stable::empty_like(grad_output));
+  }
+  if (needs_input && grad_output.numel() != 0) {
+    Tensor& output = grads.back();
+    const Tensor factors =
+        coefficients(sums, weight, invstd, of_batch,
+                     static_cast<float>(plain.channels.channel_numel()));
+    const auto* values = static_cast<const float*>(factors.const_data_ptr());
+    if (masks) {
+      grad_input<NormCodes::kSplit>(grad, plain, values, values + channels,
+                                    output);
+    } else {
+      grad_input<NormCodes::kPlain>(grad, plain, values, values + channels,
+                                    output);
+    }
+  }
+  if (act_codes) grads.push_back(grad);
+  return {sums, grads};
+}
+
 }  // namespace
 }  // namespace mmactnn
 
@@ -198,4 +265,6 @@ STABLE_TORCH_LIBRARY_IMPL(mmactnn, CPU, m) {
   m.impl("norm_grad_sums", TORCH_BOX(&mmactnn::norm_grad_sums));
   m.impl("norm_add_grad_sums", TORCH_BOX(&mmactnn::norm_add_grad_sums));
   m.impl("norm_grad_input", TORCH_BOX(&mmactnn::norm_grad_input));
+  m.impl("batch_norm_act_backward",
+         TORCH_BOX(&mmactnn::batch_norm_act_backward));
 }

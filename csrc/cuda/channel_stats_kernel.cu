@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kThreads)
 
 struct Outputs {
   float* mean;
-  float* var;
+  float* var;  // null if nobody wants it
   float* invstd;
 };
 
@@ -225,6 +225,7 @@ template <typename R>
 struct Running {
   R* mean;
   R* var;
+  int64_t* batches;  // null if nobody counts them
   double momentum;
 };
 
@@ -236,33 +237,31 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t channel =
       int64_t{blockIdx.x} * kFinishColumns + threadIdx.x % kFinishColumns;
   const bool inside = channel < partials.channels;
-  const uint32_t first = threadIdx.x / kFinishColumns;
+  // Sums of squares about a mean that is close to that of all: nothing is lost
+  // in double when they are moved there.
+  const double pivot = inside && splits != 0 ? partials.at(0, 1, channel) : 0.0;
   double count = 0.0, sum = 0.0, squares = 0.0;
   if (inside) {
-#pragma unroll 4
-    for (uint32_t s = first; s < splits; s += kWarp) {
+#pragma unroll 8
+    for (uint32_t s = threadIdx.x / kFinishColumns; s < splits; s += kWarp) {
       const double own = partials.at(s, 0, channel);
+      const double distance = partials.at(s, 1, channel) - pivot;
       count += own;
-      sum += own * partials.at(s, 1, channel);
+      sum += own * distance;
+      squares += partials.at(s, 2, channel) + own * distance * distance;
     }
   }
   count = column_sum(count);
-  const double mean = column_sum(sum) / count;
-  if (inside) {
-#pragma unroll 4
-    for (uint32_t s = first; s < splits; s += kWarp) {
-      const double distance = partials.at(s, 1, channel) - mean;
-      squares += partials.at(s, 2, channel) +
-                 partials.at(s, 0, channel) * distance * distance;
-    }
-  }
-  squares = column_sum(squares);
+  const double distance = column_sum(sum) / fmax(count, 1.0);
+  const double mean = pivot + distance;
+  squares = column_sum(squares) - count * distance * distance;
   if (!inside || threadIdx.x >= kFinishColumns) return;
+  if (running.batches != nullptr && channel == 0) ++*running.batches;
   const ChannelStats stats = finish_stats(mean, squares, count, eps);
   outputs.mean[channel] = stats.mean;
-  outputs.var[channel] = stats.var;
+  if (outputs.var != nullptr) outputs.var[channel] = stats.var;
   outputs.invstd[channel] = stats.invstd;
-  if (running.mean == nullptr) return;
+  if (running.mean == nullptr || count == 0.0) return;
   const auto update = [&](R& value, double batch) {
     value = Number<R>::store(static_cast<float>(
         update_running(Number<R>::load(value), batch, running.momentum)));
@@ -310,51 +309,97 @@ Tensor reduce(const Tensor& input, const Channels& channels, int device,
   return *workspace;
 }
 
-std::tuple<Tensor, Tensor, Tensor> channel_stats(
-    Tensor input, double eps, double momentum,
-    std::optional<Tensor> running_mean, std::optional<Tensor> running_var) {
-  const Channels channels = check_stats(input, running_mean, running_var);
+// Reads the statistics of 256 channels a thread block.
+template <typename R>
+__global__ void __launch_bounds__(kThreads)
+    running_stats_kernel(const R* mean, const R* var, int64_t channels,
+                         double eps, Outputs outputs) {
+  const int64_t c = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (c >= channels) return;
+  outputs.mean[c] = Number<R>::load(mean[c]);
+  outputs.invstd[c] = invstd_of(Number<R>::load(var[c]), eps);
+}
+
+Outputs pointers(const StatsOutputs& outputs) {
+  return {static_cast<float*>(outputs.mean.mutable_data_ptr()),
+          outputs.var ? static_cast<float*>(outputs.var->mutable_data_ptr())
+                      : nullptr,
+          static_cast<float*>(outputs.invstd.mutable_data_ptr())};
+}
+
+template <typename R>
+R* pointer(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<R*>(tensor->mutable_data_ptr()) : nullptr;
+}
+
+}  // namespace
+
+namespace cuda {
+
+void batch_stats(const Tensor& input, double eps, const RunningStats& running,
+                 const StatsOutputs& outputs) {
+  const Channels channels = check_stats(input, running);
   const int device = input.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const auto make = [&] {
-    return torch::stable::new_empty(input, {channels.count}, ScalarType::Float);
-  };
-  Tensor mean = make(), var = make(), invstd = make();
-  if (channels.count == 0) return {mean, var, invstd};
-  if (input.numel() == 0) {
-    torch::stable::zero_(mean);
-    torch::stable::zero_(var);
-    torch::stable::fill_(invstd, finish_stats(0.0, 0.0, 0.0, eps).invstd);
-    return {mean, var, invstd};
-  }
+  if (channels.count == 0) return;
   const cudaStream_t stream = current_stream(device);
-  Tensor workspace = mean;
-  dispatch_dtype(input.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    workspace = reduce<T>(input, channels, device, stream);
-  });
+  // No elements are no splits: their sums are 0.
+  Tensor workspace = outputs.mean;
+  uint32_t splits = 0;
+  if (input.numel() != 0) {
+    dispatch_dtype(input.scalar_type(), [&](auto type) {
+      using T = typename decltype(type)::type;
+      workspace = reduce<T>(input, channels, device, stream);
+    });
+    splits = static_cast<uint32_t>(workspace.size(0));
+  }
   const Partials partials{static_cast<float*>(workspace.mutable_data_ptr()),
                           channels.count};
-  const Outputs outputs{static_cast<float*>(mean.mutable_data_ptr()),
-                        static_cast<float*>(var.mutable_data_ptr()),
-                        static_cast<float*>(invstd.mutable_data_ptr())};
-  const ScalarType dtype = running_mean.has_value()
-                               ? running_mean->scalar_type()
-                               : ScalarType::Float;
+  const ScalarType dtype =
+      running.mean ? running.mean->scalar_type() : ScalarType::Float;
   dispatch_dtype(dtype, [&](auto type) {
     using R = typename decltype(type)::type;
-    const auto pointer = [](const std::optional<Tensor>& tensor) {
-      return tensor.has_value() ? static_cast<R*>(tensor->mutable_data_ptr())
-                                : nullptr;
-    };
     finish_stats_kernel<R>
         <<<finish_grid(channels.count), kThreads, 0, stream>>>(
-            partials, static_cast<uint32_t>(workspace.size(0)), outputs,
-            Running<R>{pointer(running_mean), pointer(running_var), momentum},
+            partials, splits, pointers(outputs),
+            Running<R>{pointer<R>(running.mean), pointer<R>(running.var),
+                       pointer<int64_t>(running.batches), running.momentum},
             eps);
     check_launch();
   });
-  return {mean, var, invstd};
+}
+
+void running_stats(const RunningStats& running, double eps,
+                   const StatsOutputs& outputs) {
+  const int device = outputs.mean.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const int64_t channels = running.mean->numel();
+  if (channels == 0) return;
+  dispatch_dtype(running.mean->scalar_type(), [&](auto type) {
+    using R = typename decltype(type)::type;
+    running_stats_kernel<R>
+        <<<static_cast<unsigned int>((channels + kThreads - 1) / kThreads),
+           kThreads, 0, current_stream(device)>>>(
+            pointer<R>(running.mean), pointer<R>(running.var), channels, eps,
+            pointers(outputs));
+    check_launch();
+  });
+}
+
+}  // namespace cuda
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> channel_stats(
+    Tensor input, double eps, double momentum,
+    std::optional<Tensor> running_mean, std::optional<Tensor> running_var) {
+  const RunningStats running{running_mean, running_var, std::nullopt, momentum};
+  const Channels channels = check_stats(input, running);
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const auto make = [&] { return empty_stats(input, channels); };
+  const StatsOutputs outputs{make(), make(), make()};
+  cuda::batch_stats(input, eps, running, outputs);
+  return {outputs.mean, *outputs.var, outputs.invstd};
 }
 
 }  // namespace

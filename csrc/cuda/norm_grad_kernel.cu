@@ -2,7 +2,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../common/channels.h"
 #include "../common/codec.h"
@@ -478,6 +480,83 @@ Tensor norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges,
   return output;
 }
 
+// What grad_input() multiplies with and subtracts, [3, C]: scale, then means.
+__global__ void __launch_bounds__(kThreads)
+    coefficients_kernel(const float* sums, const float* weight,
+                        const float* invstd, bool of_batch, float count,
+                        int64_t channels, float* result) {
+  const int64_t c = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (c >= channels) return;
+  result[c] = multiply(invstd[c], weight == nullptr ? 1.0f : weight[c]);
+  result[channels + c] = of_batch ? __fdiv_rn(sums[c], count) : 0.0f;
+  result[2 * channels + c] =
+      of_batch ? __fdiv_rn(sums[channels + c], count) : 0.0f;
+}
+
+Tensor coefficients(const Tensor& sums, const std::optional<Tensor>& weight,
+                    const Tensor& invstd, bool of_batch, float count) {
+  const int64_t channels = sums.size(1);
+  Tensor result =
+      torch::stable::new_empty(sums, {3, channels}, ScalarType::Float);
+  coefficients_kernel<<<static_cast<unsigned int>((channels + kThreads - 1) /
+                                                  kThreads),
+                        kThreads, 0, current_stream(sums.get_device_index())>>>(
+      static_cast<const float*>(sums.const_data_ptr()),
+      weight ? static_cast<const float*>(weight->const_data_ptr()) : nullptr,
+      static_cast<const float*>(invstd.const_data_ptr()), of_batch, count,
+      channels, static_cast<float*>(result.mutable_data_ptr()));
+  check_launch();
+  return result;
+}
+
+std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
+    Tensor grad_output, Tensor codes, Tensor ranges,
+    std::optional<Tensor> act_codes, std::optional<Tensor> weight,
+    Tensor invstd, bool relu, bool of_batch, bool needs_input, int64_t bits,
+    int64_t act_bits, int64_t group_size) {
+  const bool masks = relu && !act_codes;
+  const NormArguments plain =
+      check_norm_codes(grad_output, codes, ranges, bits, group_size, masks);
+  const int64_t channels = plain.channels.count;
+  check_per_channel("invstd", invstd, plain.channels, grad_output);
+  if (weight) {
+    check_per_channel("weight", *weight, plain.channels, grad_output);
+  }
+  const torch::stable::accelerator::DeviceGuard guard(
+      grad_output.get_device_index());
+  std::vector<Tensor> grads;
+  Tensor grad = grad_output;
+  const auto sum = [&] {
+    if (act_codes) {
+      NormArguments arguments = plain;
+      check_act_codes(grad_output, *act_codes, act_bits, group_size, arguments);
+      grad = torch::stable::empty_like(grad_output);
+      return grad_sums<NormCodes::kMask>(grad_output, arguments, &grad);
+    }
+    return masks ? grad_sums<NormCodes::kSplit>(grad_output, plain, nullptr)
+                 : grad_sums<NormCodes::kPlain>(grad_output, plain, nullptr);
+  };
+  const Tensor sums = sum();
+  if (needs_input) {
+    grads.push_back(torch::stable::empty_like(grad_output));
+  }
+  if (needs_input && grad_output.numel() != 0) {
+    Tensor& output = grads.back();
+    const Tensor factors =
+        coefficients(sums, weight, invstd, of_batch,
+                     static_cast<float>(plain.channels.channel_numel()));
+    const auto* values = static_cast<const float*>(factors.const_data_ptr());
+    const NormVectors vectors{values, values + channels, channels};
+    if (masks) {
+      grad_input<NormCodes::kSplit>(grad, plain, vectors, output);
+    } else {
+      grad_input<NormCodes::kPlain>(grad, plain, vectors, output);
+    }
+  }
+  if (act_codes) grads.push_back(grad);
+  return {sums, grads};
+}
+
 }  // namespace
 }  // namespace mmactnn
 
@@ -485,4 +564,6 @@ STABLE_TORCH_LIBRARY_IMPL(mmactnn, CUDA, m) {
   m.impl("norm_grad_sums", TORCH_BOX(&mmactnn::norm_grad_sums));
   m.impl("norm_add_grad_sums", TORCH_BOX(&mmactnn::norm_add_grad_sums));
   m.impl("norm_grad_input", TORCH_BOX(&mmactnn::norm_grad_input));
+  m.impl("batch_norm_act_backward",
+         TORCH_BOX(&mmactnn::batch_norm_act_backward));
 }

@@ -5,12 +5,11 @@ from .conv import convolution
 from .dropout import dropout
 from .group_norm import group_norm
 from .linear import linear
-from .norm_act import Statistics, norm_act
+from .norm_act import norm_act
 from .pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from .relu import relu
 
 __all__ = [
-    'Statistics',
     'adaptive_avg_pool2d',
     'avg_pool2d',
     'batch_norm',

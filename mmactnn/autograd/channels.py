@@ -63,5 +63,10 @@ def as_memory_format(tensor, format):
         Tensor[N, C, *]: The same values, in the same memory where possible.
     """
     tensor = tensor.contiguous(memory_format=format)
-    shape_only = torch.empty(tensor.shape, device='meta', memory_format=format)
-    return tensor.as_strided(tensor.shape, shape_only.stride())
+    if format == torch.contiguous_format:
+        return tensor
+    strides, step = [0] * tensor.dim(), 1
+    for d in (1, *range(tensor.dim() - 1, 1, -1), 0):
+        strides[d] = step
+        step *= tensor.shape[d]
+    return tensor.as_strided(tensor.shape, strides)

@@ -5,20 +5,25 @@ import math
 import torch
 from torch.autograd import Function
 
+from ..units import MIB
 from .autocast import cast, lower_dtype
-from .channels import as_memory_format, memory_format
+from .channels import as_memory_format, dims_but_channels, memory_format
 from .double_backward import first_order_only
-from .stand_in import hollow
+
+# Up to this size of the input both gradients come from one call: what it
+# takes on the host then counts for more than that two tensors live at once.
+_SMALL_BYTES = 32 * MIB
 
 
 class _Convolution(Function):
     @staticmethod
     def forward(ctx, input, weight, bias, dtype, geometry, quantizer):
         x, w, b = cast(dtype, input, weight, bias)
-        output = torch.ops.aten.convolution(x, w, b, *geometry)
+        output = torch.convolution(x, w, b, *geometry)
 
         ctx.geometry, ctx.dtype = geometry, dtype
         ctx.size, ctx.input_dtype = input.shape, input.dtype
+        ctx.input_bytes = x.nbytes
         ctx.memory_format = memory_format(x)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.format, kept, ctx.watch = quantizer.keep_shared(
@@ -42,22 +47,15 @@ class _Convolution(Function):
             # tells cuDNN and oneDNN which one to work in.
             w = as_memory_format(w, ctx.memory_format)
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        bias_size = None if ctx.bias_dtype is None else [grad_output.shape[1]]
-        shape_only = _shape_only(ctx, grad_output)
-
-        def gradients(x, *wanted, grad=grad_output):
-            return torch.ops.aten.convolution_backward(
-                grad, x, w, bias_size, *ctx.geometry, wanted
-            )
-
         grad_input = grad_weight = grad_bias = None
         if needs_weight:
-            # Before the input's gradient exists: the two are the largest
-            # tensors here and need not live together.
+            # Before the input's gradient exists, if they are large: the two
+            # are the largest tensors here and need not live together.
             payload = ctx.format.payload(*kept)
+            together = needs_input and ctx.input_bytes <= _SMALL_BYTES
             for part, x in payload.chunks(ctx.chunk_bytes):
-                _, weight_part, bias_part = gradients(
-                    x, False, True, needs_bias, grad=grad_output[part]
+                grad_input, weight_part, bias_part = _gradients(
+                    ctx, grad_output[part], x, w, together, True, needs_bias
                 )
                 # Sums of parts in the dtype of the parameter.
                 grad_weight = _add(grad_weight, weight_part, weight.dtype)
@@ -72,27 +70,67 @@ class _Convolution(Function):
                     _fan(ctx.size, grad_output.shape, weight, ctx.geometry),
                 )
         elif needs_bias:
-            _, _, grad_bias = gradients(shape_only, False, False, True)
-        if needs_bias:
-            grad_bias = grad_bias.to(ctx.bias_dtype)
-        if needs_input:
-            grad_input, _, _ = gradients(shape_only, True, False, False)
+            grad_bias = grad_output.sum(
+                dims_but_channels(grad_output), dtype=ctx.bias_dtype
+            )
+        if needs_input and grad_input is None:
+            grad_input = _input_gradient(ctx, grad_output, w)
+        if grad_input is not None:
             grad_input = grad_input.to(ctx.input_dtype)
         return grad_input, grad_weight, grad_bias, None, None, None
 
 
-def _shape_only(ctx, grad_output):
-    """Stands for the input where only its shape counts."""
-    transposed, groups = ctx.geometry[3], ctx.geometry[5]
-    plain = not transposed and groups == 1 and len(ctx.size) == 4
-    if (
-        grad_output.is_cuda
-        and plain
-        and ctx.memory_format == torch.channels_last
-    ):
-        # cuDNN's path makes its arguments channels_last, needed or not.
-        return hollow(ctx.size, grad_output, channels_last=True)
-    return grad_output.new_empty(1).expand(ctx.size)
+def _gradients(ctx, grad_output, x, w, *wanted):
+    """Those of input, weight and bias that are wanted, as torch has them."""
+    bias_size = None if ctx.bias_dtype is None else [grad_output.shape[1]]
+    return torch.ops.aten.convolution_backward.default(
+        grad_output, x, w, bias_size, *ctx.geometry, wanted
+    )
+
+
+def _input_gradient(ctx, grad_output, w):
+    """The gradient of the input alone, piece by piece if it is large."""
+    samples = ctx.size[0]
+    step = samples
+    if ctx.chunk_bytes is not None and ctx.input_bytes > ctx.chunk_bytes:
+        step = max(1, samples * ctx.chunk_bytes // ctx.input_bytes)
+    if step >= samples:
+        return _whole_input_gradient(ctx, grad_output, w)
+    grad_input = torch.empty(
+        ctx.size,
+        dtype=grad_output.dtype,
+        device=grad_output.device,
+        memory_format=ctx.memory_format,
+    )
+    for start in range(0, samples, step):
+        part = slice(start, start + step)
+        grad_input[part] = _whole_input_gradient(ctx, grad_output[part], w)
+    return grad_input
+
+
+def _whole_input_gradient(ctx, grad_output, w):
+    stride, padding, dilation, transposed, _, groups = ctx.geometry
+    size = (grad_output.shape[0], *ctx.size[1:])
+    if grad_output.is_cuda and groups == 1 and not transposed:
+        # A transposed convolution by name, the same kernels, and no input
+        # need stand there for its shape.
+        kernel = w.shape[2:]
+        rest = tuple(
+            size[d + 2]
+            - (grad_output.shape[d + 2] - 1) * stride[d]
+            + 2 * padding[d]
+            - dilation[d] * (kernel[d] - 1)
+            - 1
+            for d in range(len(kernel))
+        )
+        return torch.convolution(
+            grad_output, w, None, stride, padding, dilation, True, rest, 1
+        )
+    # An input of one number that is everywhere: only its shape counts.
+    shape_only = torch.empty_strided(
+        size, [0] * len(size), dtype=w.dtype, device=w.device
+    )
+    return _gradients(ctx, grad_output, shape_only, w, True, False, False)[0]
 
 
 def _add(total, part, dtype):

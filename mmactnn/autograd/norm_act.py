@@ -1,7 +1,5 @@
 """Batch normalisation, residual addition and ReLU as one, with one payload."""
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 from torch.autograd import Function
@@ -9,154 +7,178 @@ from torch.autograd import Function
 from .. import ops
 from ..payload import PayloadFormat, share
 from .double_backward import first_order_only
+from .stand_in import counted
 from .sync_batch_norm import global_statistics, update_running
-
-
-class Statistics(NamedTuple):
-    """Where a normalisation gets mean and variance from.
-
-    Attributes:
-        running_mean (Tensor[C], optional): Updated in place with those of the
-            batch, or used in their place.
-        running_var (Tensor[C], optional): Likewise.
-        of_batch (bool): Whether to normalise with those of the batch.
-        momentum (float): Weight of the batch in the running ones.
-        eps (float): Added to the variance.
-        group (ProcessGroup, optional): Processes whose parts make up the
-            batch. Defaults to this one.
-    """
-
-    running_mean: torch.Tensor | None
-    running_var: torch.Tensor | None
-    of_batch: bool
-    momentum: float
-    eps: float
-    group: object = None
-
-    def compute(self, input):
-        """Mean and inverse standard deviation of each channel.
-
-        Args:
-            input (Tensor[N, C, *]): What is to be normalised.
-
-        Returns:
-            tuple[Tensor[C], Tensor[C], Tensor]: float32; and the number of
-            values of a channel, an int or Tensor[1].
-        """
-        running = self.running_mean, self.running_var
-        if not self.of_batch:
-            mean, var = (r.float() for r in running)
-            return mean, torch.rsqrt(var + self.eps), 1
-        if self.group is None:
-            mean, _, invstd = ops.channel_stats(
-                input, self.eps, self.momentum, *running
-            )
-            return mean, invstd, input.numel() // input.shape[1]
-        mean, var, count = global_statistics(input, self.group)
-        if running[0] is not None:
-            update_running(running, mean, var, count, self.momentum)
-        return mean, torch.rsqrt(var + self.eps), count
 
 
 class _NormAct(Function):
     @staticmethod
     def forward(
-        ctx, input, residual, weight, bias, statistics, relu, quantizer, made
+        ctx,
+        input,
+        residual,
+        weight,
+        bias,
+        settings,
+        group,
+        relu,
+        inplace,
+        quantizer,
+        made,
     ):
         x = ops.layout.dense_channels(input)
-        mean, invstd, count = statistics.compute(x)
-        w, b = (t if t is None else t.float() for t in (weight, bias))
-        added = residual
-        if residual is not None:
-            added = ops.layout.with_strides(residual, x.stride())
-        kind = 'split' if relu and residual is None else 'plain'
+        adds = residual is not None
+        kind = 'split' if relu and not adds else 'plain'
         bits = quantizer.fused_bits
         norm = PayloadFormat.of(
             x, getattr(bits, kind), quantizer.group_size, kind
         )
-        act = norm._replace(bits=bits.zeroed, kind='zeroed')
+        inplace = inplace and x is input
+        exact = [counted(x.shape, x.dtype) if inplace else input]
         seed, offset = quantizer.generator.next()
-        output, codes, ranges, act_codes, act_ranges = ops.norm_act(
-            x,
-            added,
-            mean,
-            invstd,
-            w,
-            b,
+        arguments = (
             relu,
             norm.bits,
-            act.bits if residual is not None else 0,
+            bits.zeroed if adds else 0,
             quantizer.group_size,
-            seed=seed,
-            offset=offset,
         )
+        tensors = x, residual, _float(weight), _float(bias)
+        random = dict(seed=seed, offset=offset)
+        if group is not None:
+            output, invstd, ctx.count, codes = _normalise_batch_of_all(
+                tensors, settings, group, arguments, random
+            )
+        elif inplace:
+            output = input
+            invstd, codes = ops.batch_norm_act_(
+                *tensors, settings, *arguments, **random
+            )
+            ctx.mark_dirty(input)
+        else:
+            output, invstd, codes = ops.batch_norm_act(
+                *tensors, settings, *arguments, **random
+            )
         # The layers behind need no more of the output than is here already.
-        if residual is not None:
-            made.append(act.payload(act_codes, act_ranges))
+        act = None
+        if adds:
+            act = norm._replace(bits=bits.zeroed, kind='zeroed')
+            made.append(act.payload(*codes[2:]))
         elif relu:
-            made.append(norm.payload(codes, ranges, w, b))
-
+            made.append(norm.payload(*codes, *tensors[2:]))
         ctx.norm, ctx.act, ctx.relu = norm, act, relu
-        ctx.adds, ctx.statistics, ctx.count = (
-            residual is not None,
-            statistics,
-            count,
-        )
-        kept = codes, ranges, act_codes, act_ranges
-        ctx.save_for_backward(*kept, weight, invstd)
-        exact = [input, mean, invstd]
-        if relu:
-            exact.append(output)
-        quantizer.note(kept=kept, exact=tuple(exact))
+        ctx.group, ctx.of_batch = group, settings.of_batch
+        ctx.save_for_backward(weight, invstd, *codes)
+        if quantizer.meter is not None:
+            # As torch: mean and invstd, and what ReLU keeps.
+            exact += [invstd, counted(invstd.shape, invstd.dtype)]
+            exact += [output] * relu
+            quantizer.note(kept=tuple(codes), exact=tuple(exact))
         return output
 
     @staticmethod
     @first_order_only('A normalisation that is fused with what follows')
     def backward(ctx, grad_output):
-        codes, ranges, act_codes, _, weight, invstd = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        norm, statistics = ctx.norm, ctx.statistics
-        grad = ops.layout.with_strides(grad_output, norm.stride)
-        format = norm.bits, norm.group_size
-        masks = ctx.relu and not ctx.adds
-        if ctx.adds:
-            grad, sums = ops.norm_add_grad_sums(
-                grad,
-                codes,
-                ranges,
-                act_codes,
-                norm.bits,
-                ctx.act.bits,
-                norm.group_size,
-            )
-        else:
-            sums = ops.norm_grad_sums(grad, codes, ranges, *format, masks)
-        grad_input = None
-        if needs[0]:
-            if statistics.of_batch:
-                total = sums
-                if statistics.group is not None:
-                    # The gradients of weight and bias stay those of this
-                    # process: the optimiser's all-reduce adds them up.
-                    total = sums.clone()
-                    dist.all_reduce(total, group=statistics.group)
-                means = total / ctx.count
-            else:
-                means = torch.zeros_like(sums)
-            scale = invstd if weight is None else invstd * weight
-            grad_input = ops.norm_grad_input(
-                grad, codes, ranges, scale.float(), means, *format, masks
-            )
+        weight, invstd, codes, ranges, *act = ctx.saved_tensors
+        needs_input, needs_residual, needs_weight, needs_bias = (
+            ctx.needs_input_grad[:4]
+        )
+        grad = ops.layout.with_strides(grad_output, ctx.norm.stride)
+        compute = _gradients if ctx.group is None else _gradients_of_all
+        sums, grads = compute(
+            ctx, grad, codes, ranges, act, _float(weight), invstd, needs_input
+        )
+        grad_bias, grad_weight = sums.unbind()
         return (
-            grad_input,
-            grad if needs[1] else None,
-            sums[1] if needs[2] else None,
-            sums[0] if needs[3] else None,
-            *[None] * 4,
+            grads[0] if needs_input else None,
+            grads[-1] if needs_residual else None,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
+            *[None] * 6,
         )
 
 
-def norm_act(input, residual, weight, bias, statistics, relu, quantizer):
+def _float(vector):
+    return vector if vector is None else vector.float()
+
+
+def _gradients(ctx, grad, codes, ranges, act, weight, invstd, needs_input):
+    norm = ctx.norm
+    return ops.batch_norm_act_backward(
+        grad,
+        codes,
+        ranges,
+        act[0] if act else None,
+        weight,
+        invstd,
+        ctx.relu,
+        ctx.of_batch,
+        needs_input,
+        norm.bits,
+        ctx.act.bits if act else 0,
+        norm.group_size,
+    )
+
+
+def _normalise_batch_of_all(tensors, settings, group, arguments, random):
+    """The forward pass where several processes make up the batch."""
+    x, residual, weight, bias = tensors
+    mean, var, count = global_statistics(x, group)
+    running = settings.running_mean, settings.running_var
+    if running[0] is not None:
+        update_running(running, mean, var, count, settings.momentum)
+    if settings.num_batches_tracked is not None:
+        settings.num_batches_tracked.add_(1)
+    invstd = torch.rsqrt(var + settings.eps)
+    output, *codes = ops.norm_act(
+        x, residual, mean, invstd, weight, bias, *arguments, **random
+    )
+    return output, invstd, count, codes[: 2 if residual is None else 4]
+
+
+def _gradients_of_all(
+    ctx, grad, codes, ranges, act, weight, invstd, needs_input
+):
+    """The gradients where several processes make up the batch."""
+    bits, group_size = ctx.norm.bits, ctx.norm.group_size
+    masks = ctx.relu and not act
+    if act:
+        grad, sums = ops.norm_add_grad_sums(
+            grad, codes, ranges, act[0], bits, ctx.act.bits, group_size
+        )
+    else:
+        sums = ops.norm_grad_sums(grad, codes, ranges, bits, group_size, masks)
+    grads = [grad] if act else []
+    if needs_input:
+        # The gradients of weight and bias stay those of this process: the
+        # optimiser's all-reduce adds them up.
+        total = sums.clone()
+        dist.all_reduce(total, group=ctx.group)
+        scale = invstd if weight is None else invstd * weight
+        grad_input = ops.norm_grad_input(
+            grad,
+            codes,
+            ranges,
+            scale,
+            total / ctx.count,
+            bits,
+            group_size,
+            masks,
+        )
+        grads.insert(0, grad_input)
+    return sums, grads
+
+
+def norm_act(
+    input,
+    residual,
+    weight,
+    bias,
+    settings,
+    relu,
+    quantizer,
+    group=None,
+    inplace=False,
+):
     """Batch normalisation, then maybe an addition, then maybe ReLU.
 
     The backward pass of all of them, and that of the layers that read the
@@ -172,16 +194,30 @@ def norm_act(input, residual, weight, bias, statistics, relu, quantizer):
             with ReLU only.
         weight (Tensor[C], optional): Scale.
         bias (Tensor[C], optional): Shift.
-        statistics (Statistics): Where mean and variance come from.
+        settings (NormSettings): Where mean and variance come from.
         relu (bool): Whether to rectify.
         quantizer (LayerQuantizer): Settings of the layer.
+        group (ProcessGroup, optional): Processes whose parts make up the
+            batch. Defaults to this one.
+        inplace (bool, optional): Whether nobody needs the input any more, so
+            that the output may be written over it where its layout allows.
+            Defaults to False.
 
     Returns:
         Tensor[N, C, *]: The output.
     """
     made = []
     output = _NormAct.apply(
-        input, residual, weight, bias, statistics, relu, quantizer, made
+        input,
+        residual,
+        weight,
+        bias,
+        settings,
+        group,
+        relu,
+        inplace and group is None,
+        quantizer,
+        made,
     )
     for payload in made:
         share(output, payload)

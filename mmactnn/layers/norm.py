@@ -1,21 +1,36 @@
 """Compressed batch normalisation."""
 
+from typing import NamedTuple
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..autograd import Statistics, batch_norm, norm_act
+from ..autograd import batch_norm, norm_act
+from ..ops import NormSettings
 from ..ops.quantize import VALID_DTYPES
 from .base import CodedLayer
+
+
+class Fusing(NamedTuple):
+    """How a normalisation runs within a block that is fused.
+
+    What it keeps is then in the space of the normalised value.
+
+    Attributes:
+        relu (bool): Whether it rectifies.
+        inplace (bool): Whether it may overwrite its input.
+    """
+
+    relu: bool
+    inplace: bool
 
 
 class _QBatchNorm(CodedLayer, _BatchNorm):
     """Batch normalisation of the rank that ``_check_input_dim`` accepts.
 
     Attributes:
-        fusing (str, optional): What :meth:`forward` does where it can:
-            ``'norm'``, which is then kept in the space of the normalised
-            value, or ``'norm and ReLU'``. Set for the time of a call by
-            :mod:`mmactnn.fusion`.
+        fusing (Fusing, optional): What :meth:`forward` does where it can. Set
+            for the time of a call by :mod:`mmactnn.fusion`.
     """
 
     kind = 'norm'
@@ -45,42 +60,45 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         )
         return same and fits and valid
 
-    def norm_act(self, input, relu, residual=None):
+    def norm_act(self, input, fusing, residual=None):
         """Normalise, maybe add and rectify, as one.
 
         Args:
             input (Tensor[N, C, *]): Input of the layer; see :meth:`fuses`.
-            relu (bool): Whether to rectify.
-            residual (Tensor[N, C, *], optional): What is added before that.
+            fusing (Fusing): How.
+            residual (Tensor[N, C, *], optional): What is added before the
+                ReLU.
 
         Returns:
             Tensor[N, C, *]: The output.
         """
         self._check_input_dim(input)
-        momentum = self._next_momentum()
-        used = not self.training or self.track_running_stats
-        statistics = Statistics(
-            self.running_mean if used else None,
-            self.running_var if used else None,
+        tracks = self.training and self.track_running_stats
+        counts = tracks and self.momentum is not None
+        settings = NormSettings(
+            *self._running_stats(),
+            self.num_batches_tracked if counts else None,
             self._uses_batch_stats(),
-            momentum,
+            # Without one the host has to count the batches.
+            self.momentum if counts else self._next_momentum(),
             self.eps,
-            self._group(),
         )
         return norm_act(
             input,
             residual,
             self.weight,
             self.bias,
-            statistics,
-            relu,
+            settings,
+            fusing.relu,
             self.quantizer,
+            self._group(),
+            fusing.inplace,
         )
 
     def forward(self, input):
         """See ``nn.BatchNorm2d``."""
         if self.fusing is not None and self.fuses(input):
-            return self.norm_act(input, relu=self.fusing == 'norm and ReLU')
+            return self.norm_act(input, self.fusing)
         compresses = self.compresses(input, self.weight, self.bias)
         if not compresses or not input.numel():
             return super().forward(input)
@@ -89,21 +107,25 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         if batch_stats and (_has_one_value(input) or self.eps <= 0):
             # Torch's layer to refuse.
             return super().forward(input)
-        momentum = self._next_momentum()
-        # The buffers are neither read nor written where torch's layer
-        # passes None in their place.
-        used = not self.training or self.track_running_stats
         return batch_norm(
             input,
             self.weight,
             self.bias,
-            self.running_mean if used else None,
-            self.running_var if used else None,
+            *self._running_stats(),
             batch_stats,
-            momentum,
+            self._next_momentum(),
             self.eps,
             self.quantizer,
         )
+
+    def _running_stats(self):
+        """Mean and variance that are read or written, or None twice.
+
+        They are neither where torch's layer passes None in their place.
+        """
+        if self.training and not self.track_running_stats:
+            return None, None
+        return self.running_mean, self.running_var
 
     def _uses_batch_stats(self):
         return self.training or self.running_mean is None

@@ -50,7 +50,7 @@ class QSyncBatchNorm(_QBatchNorm, nn.SyncBatchNorm, _BatchNorm):
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         if self.fusing is not None and self.fuses(input):
-            return self.norm_act(input, relu=self.fusing == 'norm and ReLU')
+            return self.norm_act(input, self.fusing)
         compresses = self.compresses(input, self.weight, self.bias)
         if not self._synchronises():
             if compresses or input.is_cuda:

@@ -1,9 +1,15 @@
 """The kernels as functions of tensors, without autograd."""
 
 from . import _fake, layout  # noqa: F401  (registers the fake kernels)
+from .batch_norm_act import (
+    NormSettings,
+    batch_norm_act,
+    batch_norm_act_,
+    batch_norm_act_backward,
+)
 from .channel_stats import channel_stats
 from .dropout import dropout, dropout_
-from .norm_act import norm_act, norm_act_
+from .norm_act import norm_act
 from .norm_grad import norm_add_grad_sums, norm_grad_input, norm_grad_sums
 from .pool import MAX_TAPS, as_pair, max_pool2d, max_pool2d_backward
 from .quantize import (
@@ -22,8 +28,12 @@ __all__ = [
     'DEFAULT_GROUP_SIZE',
     'GROUP_SIZES',
     'MAX_TAPS',
+    'NormSettings',
     'VALID_BITS',
     'as_pair',
+    'batch_norm_act',
+    'batch_norm_act_',
+    'batch_norm_act_backward',
     'channel_stats',
     'check_format',
     'dequantize',
@@ -36,7 +46,6 @@ __all__ = [
     'max_pool2d',
     'max_pool2d_backward',
     'norm_act',
-    'norm_act_',
     'norm_add_grad_sums',
     'norm_grad_input',
     'norm_grad_sums',

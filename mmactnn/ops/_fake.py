@@ -133,7 +133,7 @@ def _norm_grad_input(
     return torch.empty_like(grad_output)
 
 
-def _norm_act_(
+def _norm_act(
     input,
     residual,
     mean,
@@ -147,17 +147,57 @@ def _norm_act_(
     seed,
     offset,
 ):
+    output = torch.empty_like(input)
     codes, ranges = _quantize(input, bits, group_size, seed, offset)
     if relu and residual is None:
         ranges = ranges.new_empty((*ranges.shape[:2], 4))
     if residual is None:
-        return codes, ranges, codes.new_empty(0), ranges.new_empty(0)
+        return output, codes, ranges, codes.new_empty(0), ranges.new_empty(0)
     act = _quantize(input, act_bits, group_size, seed, offset)
-    return codes, ranges, *act
+    return output, codes, ranges, *act
 
 
-def _norm_act(input, *args):
-    return torch.empty_like(input), *_norm_act_(input, *args)
+def _batch_norm_act(
+    input,
+    residual,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    num_batches_tracked,
+    of_batch,
+    momentum,
+    eps,
+    *format,
+):
+    invstd = input.new_empty((input.shape[1],), dtype=torch.float32)
+    output, *codes = _norm_act(
+        input, residual, invstd, invstd, weight, bias, *format
+    )
+    return output, invstd, codes[: 2 if residual is None else 4]
+
+
+def _batch_norm_act_(*args):
+    return _batch_norm_act(*args)[1:]
+
+
+def _batch_norm_act_backward(
+    grad_output,
+    codes,
+    ranges,
+    act_codes,
+    weight,
+    invstd,
+    relu,
+    of_batch,
+    needs_input,
+    bits,
+    act_bits,
+    group_size,
+):
+    sums = _norm_grad_sums(grad_output, codes, ranges, bits, group_size, relu)
+    count = needs_input + (act_codes is not None)
+    return sums, [torch.empty_like(grad_output) for _ in range(count)]
 
 
 def _dequantize_split(
@@ -191,6 +231,10 @@ if load_error() is None:
     )
     torch.library.register_fake('mmactnn::norm_grad_input', _norm_grad_input)
     torch.library.register_fake('mmactnn::norm_act', _norm_act)
-    torch.library.register_fake('mmactnn::norm_act_', _norm_act_)
+    torch.library.register_fake('mmactnn::batch_norm_act', _batch_norm_act)
+    torch.library.register_fake('mmactnn::batch_norm_act_', _batch_norm_act_)
+    torch.library.register_fake(
+        'mmactnn::batch_norm_act_backward', _batch_norm_act_backward
+    )
     torch.library.register_fake('mmactnn::dequantize_split', _dequantize_split)
     torch.library.register_fake('mmactnn::dequantize_zeroed', _dequantize)

@@ -111,7 +111,7 @@ def run_dropout(x):
 
 
 def run_norm_act(x, relu, add, bits, group_size):
-    """A fused normalisation, in place and not, and what its codes decode to.
+    """A fused normalisation, and what its codes decode to.
 
     Both widths of codes are ``bits``, but at 5 bits those of the output take
     6.
@@ -128,13 +128,9 @@ def run_norm_act(x, relu, add, bits, group_size):
     actual = ops.norm_act(
         x.cuda(), cuda_residual, *cuda_vectors, *format, seed=1
     )
-    inplace = x.cuda()
-    codes = ops.norm_act_(
-        inplace, cuda_residual, *cuda_vectors, *format, seed=1
-    )
-    for outputs in (actual, (inplace, *codes)):
-        for output, wanted in zip(outputs, expected):
-            check(output, wanted)
+    for output, wanted in zip(actual, expected):
+        check(output, wanted)
+    run_batch_norm_act(x, residual, vectors, format)
     like = (x.shape, x.stride(), x.dtype)
     if add:
         check(
@@ -147,6 +143,46 @@ def run_norm_act(x, relu, add, bits, group_size):
             ops.dequantize_split(*actual[1:3], *cuda_vectors[2:], *like),
             ops.dequantize_split(*expected[1:3], *vectors[2:], *like),
         )
+
+
+def run_batch_norm_act(x, residual, vectors, format):
+    """A whole normalisation by running statistics, and its backward.
+
+    Those of the batch, and sums, are equal but for rounding only.
+    """
+    mean, invstd, weight, bias = vectors
+    relu, bits, act_bits, group_size = format
+
+    def forward(device, inplace):
+        mean_, var, weight_, bias_ = (
+            v.to(device) for v in (mean, invstd.square(), weight, bias)
+        )
+        settings = ops.NormSettings(mean_, var, None, False, 0.1, 1e-5)
+        op = ops.batch_norm_act_ if inplace else ops.batch_norm_act
+        input = x.to(device, copy=True)
+        added = None if residual is None else residual.to(device)
+        found = op(input, added, weight_, bias_, settings, *format, seed=1)
+        output, invstd_, codes = (input, *found) if inplace else found
+        # The statistics are constants here: no sum goes into this gradient.
+        grads = ops.batch_norm_act_backward(
+            x.to(device),
+            *codes[:2],
+            codes[2] if relu and residual is not None else None,
+            weight_,
+            invstd_,
+            relu,
+            False,
+            True,
+            bits,
+            act_bits,
+            group_size,
+        )[1]
+        return output, invstd_, *codes, *grads
+
+    expected = forward('cpu', False)
+    for inplace in (False, True):
+        for output, wanted in zip(forward('cuda', inplace), expected):
+            check(output, wanted)
 
 
 def run_norm_acts(shape, dtype):

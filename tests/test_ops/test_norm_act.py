@@ -104,9 +104,6 @@ def test_as_specified(mode, shape, dtype, channels_last, special, device):
     tensors = make(shape, dtype, channels_last, special, device)
     expected = specified(tensors, mode)
     assert_as_specified(run(ops.norm_act, tensors, mode), expected)
-    x = tensors[0].clone()
-    found = run(ops.norm_act_, [x, *tensors[1:]], mode)
-    assert_as_specified((x, *found), expected)
 
 
 @pytest.mark.parametrize('channels_last', [False, True])
@@ -201,7 +198,7 @@ def test_wrong_arguments(device):
         (2, 4, 8, 8), torch.float32, False, device=device
     )
 
-    def call(op=ops.norm_act, **changes):
+    def call(**changes):
         arguments = dict(
             input=x,
             residual=None,
@@ -214,7 +211,7 @@ def test_wrong_arguments(device):
             act_bits=0,
             seed=1,
         )
-        return op(**{**arguments, **changes})
+        return ops.norm_act(**{**arguments, **changes})
 
     with pytest.raises(ValueError, match='from 2 to 8.*got 1'):
         call(bits=1)
@@ -234,10 +231,6 @@ def test_wrong_arguments(device):
         call(mean=mean[:2])
     with pytest.raises((RuntimeError, TypeError, ValueError), match='weight'):
         call(weight=weight.double())
-    with pytest.raises(
-        (RuntimeError, ValueError), match='strides|layout|overw'
-    ):
-        call(ops.norm_act_, input=x.transpose(2, 3))
     _, codes, ranges, *_ = call()
     layout = x.shape, x.stride(), x.dtype
     with pytest.raises(ValueError, match='from 2 to 8.*got 1'):
@@ -269,11 +262,6 @@ def test_opcheck(mode, device):
     checks = ('test_schema', 'test_faketensor')
     torch.library.opcheck(
         torch.ops.mmactnn.norm_act.default, (x, *arguments), test_utils=checks
-    )
-    torch.library.opcheck(
-        torch.ops.mmactnn.norm_act_.default,
-        (x.clone(), *arguments),
-        test_utils=checks,
     )
     _, *payload = torch.ops.mmactnn.norm_act.default(x, *arguments)
     layout = x.shape, x.stride(), x.dtype

@@ -1,0 +1,211 @@
+"""A whole batch normalisation with what follows it, and its backward pass.
+
+These put :func:`channel_stats`, :func:`norm_act` and the functions of
+:mod:`mmactnn.ops.norm_grad` together in one call each: a training step calls
+them for every layer, and what a call costs on the host counts. The kernels
+check their arguments.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ..extension import require_kernels
+from .layout import dense_channels, with_strides
+from .quantize import DEFAULT_GROUP_SIZE, as_int64
+
+
+class NormSettings(NamedTuple):
+    """Where a batch normalisation gets mean and variance from.
+
+    Attributes:
+        running_mean (Tensor[C], optional): float32, float16 or bfloat16,
+            contiguous; moved towards that of the batch, or used in its place.
+        running_var (Tensor[C], optional): Likewise.
+        num_batches_tracked (Tensor[], optional): int64, counts the batches.
+        of_batch (bool): Whether to normalise with the statistics of the
+            batch.
+        momentum (float): Weight of the batch in the running statistics.
+        eps (float): Added to the variance.
+    """
+
+    running_mean: torch.Tensor | None
+    running_var: torch.Tensor | None
+    num_batches_tracked: torch.Tensor | None
+    of_batch: bool
+    momentum: float
+    eps: float
+
+
+def batch_norm_act(
+    input,
+    residual,
+    weight,
+    bias,
+    settings,
+    relu,
+    bits,
+    act_bits,
+    group_size=DEFAULT_GROUP_SIZE,
+    *,
+    seed,
+    offset=0,
+):
+    """Statistics of the channels, and :func:`norm_act` with them.
+
+    Args:
+        input (Tensor[N, C, *]): See :func:`norm_act`.
+        residual (Tensor[N, C, *], optional): See :func:`norm_act`.
+        weight (Tensor[C], optional): float32.
+        bias (Tensor[C], optional): float32.
+        settings (NormSettings): Where mean and variance come from.
+        relu (bool): See :func:`norm_act`.
+        bits (int): See :func:`norm_act`.
+        act_bits (int): See :func:`norm_act`.
+        group_size (int, optional): See :func:`norm_act`.
+        seed (int): See :func:`norm_act`.
+        offset (int, optional): See :func:`norm_act`.
+
+    Returns:
+        tuple[Tensor, Tensor, list[Tensor]]: The output (Tensor[N, C, *]); one
+        over the standard deviations (Tensor[C], float32); ``codes`` and
+        ``ranges`` and, with a residual, ``act_codes`` and ``act_ranges`` of
+        :func:`norm_act`.
+
+    Raises:
+        RuntimeError: If the device has no kernels, or an argument is not
+            valid.
+    """
+    require_kernels(input.device)
+    input = dense_channels(input)
+    if residual is not None:
+        residual = with_strides(residual, input.stride())
+    return torch.ops.mmactnn.batch_norm_act.default(
+        input,
+        residual,
+        weight,
+        bias,
+        *settings,
+        relu,
+        bits,
+        act_bits,
+        group_size,
+        as_int64(seed),
+        as_int64(offset),
+    )
+
+
+def batch_norm_act_(
+    input,
+    residual,
+    weight,
+    bias,
+    settings,
+    relu,
+    bits,
+    act_bits,
+    group_size=DEFAULT_GROUP_SIZE,
+    *,
+    seed,
+    offset=0,
+):
+    """The same in place.
+
+    Args:
+        input (Tensor[N, C, *]): Contiguous or dense and channels_last;
+            overwritten with the output.
+        residual (Tensor[N, C, *], optional): Must not overlap ``input``.
+        weight (Tensor[C], optional): See :func:`batch_norm_act`.
+        bias (Tensor[C], optional): See :func:`batch_norm_act`.
+        settings (NormSettings): See :func:`batch_norm_act`.
+        relu (bool): See :func:`batch_norm_act`.
+        bits (int): See :func:`batch_norm_act`.
+        act_bits (int): See :func:`batch_norm_act`.
+        group_size (int, optional): See :func:`batch_norm_act`.
+        seed (int): See :func:`batch_norm_act`.
+        offset (int, optional): See :func:`batch_norm_act`.
+
+    Returns:
+        tuple[Tensor, list[Tensor]]: What :func:`batch_norm_act` returns after
+        the output.
+
+    Raises:
+        RuntimeError: As :func:`batch_norm_act`, or if the input is of another
+            layout or overlaps the residual.
+    """
+    require_kernels(input.device)
+    if residual is not None:
+        residual = with_strides(residual, input.stride())
+    return torch.ops.mmactnn.batch_norm_act_.default(
+        input,
+        residual,
+        weight,
+        bias,
+        *settings,
+        relu,
+        bits,
+        act_bits,
+        group_size,
+        as_int64(seed),
+        as_int64(offset),
+    )
+
+
+def batch_norm_act_backward(
+    grad_output,
+    codes,
+    ranges,
+    act_codes,
+    weight,
+    invstd,
+    relu,
+    of_batch,
+    needs_input,
+    bits,
+    act_bits,
+    group_size,
+):
+    """All gradients of :func:`batch_norm_act`.
+
+    Args:
+        grad_output (Tensor[N, C, *]): See :func:`norm_grad_sums`.
+        codes (Tensor[N, ceil(M / 8) * bits]): uint8.
+        ranges (Tensor[N, ceil(M / group_size), 2]): bfloat16; the last
+            dimension is 4 after a ReLU without a residual.
+        act_codes (Tensor[N, ceil(M / 8) * act_bits], optional): uint8, where
+            there was a residual.
+        weight (Tensor[C], optional): float32, contiguous.
+        invstd (Tensor[C]): float32.
+        relu (bool): Whether the output was rectified.
+        of_batch (bool): Whether the statistics were those of the batch, and
+            so depend on the input.
+        needs_input (bool): Whether the gradient of the input is wanted.
+        bits (int): Bits of ``codes``.
+        act_bits (int): Bits of ``act_codes``.
+        group_size (int): Elements a range.
+
+    Returns:
+        tuple[Tensor, list[Tensor]]: ``sums`` (Tensor[2, C], float32), the
+        gradients of bias and weight; and of the shape, dtype and strides of
+        ``grad_output`` the gradient of the input, if it is wanted, and then
+        that of the residual, if there was one.
+
+    Raises:
+        RuntimeError: If the device has no kernels, or an argument is not
+            valid.
+    """
+    require_kernels(grad_output.device)
+    return torch.ops.mmactnn.batch_norm_act_backward.default(
+        grad_output,
+        codes,
+        ranges,
+        act_codes,
+        weight,
+        invstd,
+        relu,
+        of_batch,
+        needs_input,
+        bits,
+        act_bits,
+        group_size,
+    )
