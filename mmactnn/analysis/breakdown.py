@@ -122,9 +122,7 @@ class Breakdown:
 
         From 0 to 1; losses count in neither.
         """
-        exact = self.exact_bytes - sum(
-            e.exact_bytes for e in self._of(Category.LOSS)
-        )
+        exact = self._exact_without_losses
         return self.kept_in(Category.LEFT) / exact if exact else 0.0
 
     @property
@@ -157,14 +155,22 @@ class Breakdown:
         loss = self.kept_in(Category.LOSS)
         text = (
             f'left uncompressed: {left / MIB:.1f} of '
-            f'{self.exact_bytes / MIB:.1f} MiB ({self.left_share:.1%}), '
-            f'losses apart ({loss / MIB:.1f} MiB)'
+            f'{self._exact_without_losses / MIB:.1f} MiB '
+            f'({self.left_share:.1%}), losses ({loss / MIB:.1f} MiB) apart'
         )
         causes = self.causes(Category.LEFT)
         named = [f'{c} {size / MIB:.1f}' for c, size in causes[:_NAMED]]
         if causes[_NAMED:]:
             named.append('...')
         return f'{text}: {", ".join(named)}' if named else text
+
+    @property
+    def _exact_without_losses(self):
+        return sum(
+            e.exact_bytes
+            for e in self.entries
+            if e.category is not Category.LOSS
+        )
 
     def _of(self, category):
         return (e for e in self.entries if e.category is category)
@@ -199,7 +205,7 @@ def _note(place, category, module, reasons):
     if place.source is not None:
         return place.source.text
     if category is not Category.LEFT:
-        return category.value
+        return ''
     if isinstance(module, QuantizedLayer):
         exact = module.quantizer.exact
         return 'exact at this level' if exact else 'statistics'

@@ -10,16 +10,13 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 
 from ..convert import convert_model, get_precision
-from ..layers import QuantizedLayer
 from ..levels import get_level
 from ..memory import measure_activations
 from ..ops import DEFAULT_GROUP_SIZE
 from ..random import RoundingGenerator
-from ..registry import HOOKS, LAYER_NAMES, ROOT_HOOKS
+from ..registry import HOOKS, ROOT_HOOKS, require_named_layers
 from ..units import MIB
 from .samples import SampleIndex
-
-_TYPE_NAMES = {name for names in LAYER_NAMES.values() for name in names}
 
 
 @ROOT_HOOKS.register_module()
@@ -123,16 +120,9 @@ class ActNNHook(Hook):
         )
         if any(item.adaptive for item in report.converted):
             self._precision = get_precision(model)
-        named = _named_types(runner.cfg.get('model'))
-        if named and not any(
-            isinstance(m, QuantizedLayer) for m in model.modules()
-        ):
-            raise RuntimeError(
-                f'the config names {", ".join(sorted(named))}, but no layer '
-                'of the model is compressed: something has turned them back '
-                'into plain layers, and include/exclude of ActNNHook keep '
-                f'them so (include={self.include}, exclude={self.exclude})'
-            )
+        require_named_layers(
+            model, runner.cfg.get('model'), self.include, self.exclude
+        )
         runner.logger.info(str(report))
         self._converted = True
         if self.interval is None:
@@ -271,19 +261,6 @@ def _refuse_efficient_conv_bn_eval(runner, model):
             'calls the layers, so that nothing would be saved. Remove '
             f'efficient_conv_bn_eval={asked!r} from the config, or ActNNHook'
         )
-
-
-def _named_types(config):
-    """The compressed layer types that a model's config names."""
-    if isinstance(config, dict):
-        name = config.get('type')
-        found = set()
-        if isinstance(name, str) and name.split('.')[-1] in _TYPE_NAMES:
-            found.add(name)
-        return found.union(*(_named_types(v) for v in config.values()))
-    if isinstance(config, (list, tuple)):
-        return set().union(*(_named_types(item) for item in config))
-    return set()
 
 
 def _peak_bytes():
