@@ -10,8 +10,12 @@ from torch import nn
 # Calls inside of these are a layer's own doing, not a line of the model's.
 _LIBRARIES = {'torch', 'mmactnn'}
 
-# How packages call the modules where their losses are.
+# How packages call the modules where their losses are, perhaps after what
+# they are losses of (`focal_loss`).
 _LOSSES = {'loss', 'losses'}
+
+# What is in the names of torch's functional losses.
+_FUNCTIONAL_LOSSES = ('loss', 'cross_entropy', 'kl_div')
 
 # What torch runs a module's forward pass through.
 _CALLS = {'__call__', '_call_impl', '_wrapped_call_impl'}
@@ -65,9 +69,9 @@ class Locator:
     What counts as part of the losses, looked for from the innermost call
     outwards:
 
-    1. code of a Python module or package called ``loss`` or ``losses``
-       (``mmdet.models.losses``, ``torch.nn.modules.loss``), and modules of
-       a class from there;
+    1. code of a Python module or package called ``loss``, ``losses`` or
+       ``*_loss`` (``mmdet.models.losses``, ``torch.nn.modules.loss``), modules
+       of a class from there, and the losses of ``torch.nn.functional``;
     2. a method of a module of the model with ``loss`` in its name
        (``loss_by_feat``), other than the ``loss`` of the model itself, which
        runs all of it;
@@ -130,11 +134,14 @@ def _source(frame):
 
 def _is_loss(frame, owner, module):
     """Whether a frame computes a loss; None if those around it decide."""
-    if _of_losses(frame.f_globals.get('__name__', '')):
+    name, method = frame.f_globals.get('__name__', ''), frame.f_code.co_name
+    if _of_losses(name) or (
+        name == 'torch.nn.functional'
+        and any(word in method for word in _FUNCTIONAL_LOSSES)
+    ):
         return True
     if owner is None:
         return None
-    method = frame.f_code.co_name
     if _of_losses(type(module).__module__):
         return True
     if method in _CALLS or 'forward' in method:
@@ -145,4 +152,5 @@ def _is_loss(frame, owner, module):
 
 
 def _of_losses(name):
-    return not _LOSSES.isdisjoint(name.split('.'))
+    """Whether a Python module is part of what computes losses."""
+    return any(p.rpartition('_')[2] in _LOSSES for p in name.split('.'))

@@ -9,6 +9,7 @@ from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 
+from ..analysis import Breakdown, Locator
 from ..convert import convert_model, get_precision
 from ..levels import get_level
 from ..memory import measure_activations
@@ -43,7 +44,9 @@ class ActNNHook(Hook):
     ============== =======================================================
 
     Activations are counted on the host in the iterations that are logged;
-    nothing waits for the device.
+    nothing waits for the device. After the first one, a line of the log tells
+    what the model leaves uncompressed, and where; all of it is told by
+    ``tools/analysis_tools/memory_report.py``.
 
     Args:
         level (str | dict | Level, optional): See :func:`mmactnn.get_level`.
@@ -82,6 +85,8 @@ class ActNNHook(Hook):
         self._samples = None
         self._precision = None
         self._converted = False
+        # Of the conversion, until it is known what is left in the model.
+        self._report = None
         self._loaded = None
         self._measured = False
         self._peak_mib = 0.0
@@ -125,6 +130,8 @@ class ActNNHook(Hook):
         )
         runner.logger.info(str(report))
         self._converted = True
+        if not self.level.exact:
+            self._report = report
         if self.interval is None:
             self.interval = next(
                 (
@@ -168,8 +175,10 @@ class ActNNHook(Hook):
         if self._measured and not self._is_due(batch_idx):
             return
         self._measured = True
+        model = _unwrap(runner.model)
+        locate = None if self._report is None else Locator(model)
         self._meter = self._measuring.enter_context(
-            measure_activations(_unwrap(runner.model))
+            measure_activations(model, locate)
         )
 
     def after_train_iter(
@@ -189,6 +198,10 @@ class ActNNHook(Hook):
             return
         self._measuring.close()
         meter, self._meter = self._meter, None
+        if self._report is not None:
+            model, report = _unwrap(runner.model), self._report
+            runner.logger.info(f'ActNN {Breakdown.of(meter, model, report)}')
+            self._report = None
         self._peak_mib = max(self._peak_mib, _peak_bytes() / MIB)
         scalars = dict(
             saved_mib=meter.saved_mib,

@@ -42,6 +42,10 @@ _DTYPES = dict(fp16=torch.float16, bf16=torch.bfloat16)
 _HOOK_TYPES = ('ActNNHook', 'mmactnn.ActNNHook')
 _HOOK_SETTINGS = ('level', 'include', 'exclude', 'group_size')
 
+# Characters of a line, where there is no terminal to ask, and of a note.
+_WIDTH = 180
+_NOTE_WIDTH = 60
+
 # Exit code for what the user has to change.
 _USAGE = 2
 
@@ -208,8 +212,8 @@ def make_table(report, top):
         table.add_column(title, no_wrap=True)
     for title in ('exact MiB', 'kept MiB', 'ratio'):
         table.add_column(title, justify='right')
-    table.add_column('as')
-    table.add_column('note', overflow='ellipsis', no_wrap=True)
+    table.add_column('kept as', no_wrap=True)
+    table.add_column('note', no_wrap=True, max_width=_NOTE_WIDTH)
     entries = report.breakdown.entries
     for entry in entries[:top]:
         table.add_row(
@@ -302,7 +306,7 @@ def main(argv=None):
     console = Console()
     if not console.is_terminal:
         # A log has no width of its own.
-        console = Console(width=160)
+        console = Console(width=_WIDTH)
     reports = [measure(name, args) for name in args.configs]
     if args.summary or len(reports) > 1:
         console.print(make_summary(reports))
