@@ -314,7 +314,13 @@ def main(argv=None):
         console.print(make_table(reports[0], args.top))
         console.print(summarize(reports[0]), markup=False)
     if args.out:
-        figures = [as_dict(report) for report in reports]
+        setting = dict(
+            batch_size=args.batch_size,
+            shape=args.shape,
+            precision=args.amp or 'fp32',
+            device=args.device,
+        )
+        figures = [{**as_dict(report), **setting} for report in reports]
         args.out.write_text(json.dumps(figures, indent=1) + '\n')
 
 
