@@ -1,14 +1,9 @@
 """Models of configs, and synthetic data for them."""
 
-import importlib.util
-import subprocess
-import sys
-
 import pytest
 import torch
 from mmengine.config import Config
-from support.tools import ROOT
-from support.torchvision_stub import TORCHVISION_DIR
+from support.torchvision_stub import run_with_mmpretrain
 
 from mmactnn.analysis import synthetic
 
@@ -94,14 +89,7 @@ def test_no_views():
 
 
 def test_self_supervised_models():
-    if importlib.util.find_spec('mmpretrain') is None or not (
-        TORCHVISION_DIR.exists() or importlib.util.find_spec('torchvision')
-    ):
-        pytest.skip('mmpretrain or torchvision is not installed')
-    # In a process of its own: MMDetection must not find torchvision here.
     script = """
-from support.torchvision_stub import make_torchvision_importable
-make_torchvision_importable()
 import torch
 from mmactnn.analysis import synthetic
 small = ['model.backbone.depth=18', 'model.neck.in_channels=512']
@@ -118,13 +106,4 @@ for name, options in (
         loss = compute_loss()
         assert loss.isfinite() and loss.requires_grad
 """
-    run = subprocess.run(
-        [sys.executable, '-c', script],
-        env={
-            'PYTHONPATH': f'{ROOT}:{ROOT}/tests',
-            'OMP_NUM_THREADS': '1',
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    run_with_mmpretrain(script)

@@ -46,7 +46,7 @@ class Tiny(BaseModel):
         self.norm = build_norm_layer(norm_cfg, 3)[1]
 
     def forward(self, inputs, data_samples, mode):
-        return dict(loss=self.norm(inputs).square().mean())
+        return dict(loss=self.norm(inputs)[:].square().mean())
 """
 
 
@@ -119,6 +119,13 @@ def test_summary(make_config, capsys):
     assert row[8].startswith('tiny.py:')
 
 
+def test_code_is_printed_as_it_is(make_config, capsys):
+    config = make_config(norm='QBN2d', exclude=[])
+    memory_report.main([config, '--shape', '32', '32'])
+    note = cells(capsys.readouterr().out)['(model)'][-1]
+    assert note.startswith('return dict(loss=self.norm(inputs)[:].square()')
+
+
 def test_settings(make_config, tmp_path, capsys):
     """Those of the config's hook, but for what the command line says."""
     out = tmp_path / 'report.json'
@@ -151,6 +158,7 @@ def test_named_layers_that_are_gone(make_config, capsys):
         (['mmdet::no_such_config.py'], 'is no file'),
         ([FASTER_RCNN, '--level', 'L9'], 'one of L0.*L9'),
         ([FASTER_RCNN, '--top', '0'], 'top must be 1 or more, got 0'),
+        ([FASTER_RCNN, '--shape', '9', '0'], r'shape must .*got \[9, 0\]'),
     ],
 )
 def test_usage(arguments, words, capsys):

@@ -2,16 +2,14 @@
 
 import csv
 import dataclasses
-import importlib.util
 import json
-import subprocess
 import sys
 import types
 
 import pytest
 import torch
 from support.tools import ROOT, load_tool
-from support.torchvision_stub import TORCHVISION_DIR
+from support.torchvision_stub import run_with_mmpretrain
 from torch import nn
 
 from training import models, plots, report, systems
@@ -183,14 +181,7 @@ class TestModels:
             models.parse_resnet(name)
 
     def test_torchvision_and_mmpretrain(self):
-        if importlib.util.find_spec('mmpretrain') is None or not (
-            TORCHVISION_DIR.exists() or importlib.util.find_spec('torchvision')
-        ):
-            pytest.skip('mmpretrain or torchvision is not installed')
-        # In a process of its own: MMDetection must not find torchvision here.
         script = """
-from support.torchvision_stub import make_torchvision_importable
-make_torchvision_importable()
 from training.measure import measure
 from training.trial import Trial
 for model in ('resnet:depth=38,width=8',
@@ -204,16 +195,7 @@ for model in ('resnet:depth=38,width=8',
     assert kept > 4 * ours['activations_mib'] > 0
     assert kept > blocks['activations_mib'] > 0
 """
-        run = subprocess.run(
-            [sys.executable, '-c', script],
-            env={
-                'PYTHONPATH': f'{ROOT}:{ROOT}/tests:{ROOT}/tools/benchmark',
-                'OMP_NUM_THREADS': '1',
-            },
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
+        run_with_mmpretrain(script, 'tools/benchmark')
 
 
 class TestMeasure:

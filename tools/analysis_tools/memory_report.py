@@ -31,6 +31,7 @@ import torch
 from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import mmactnn
 from mmactnn.analysis import Breakdown, Category, Locator, synthetic
@@ -126,9 +127,10 @@ def parse_args(argv=None):
         '--out', type=Path, metavar='JSON', help='file for all the figures'
     )
     args = parser.parse_args(argv)
-    for name in ('batch_size', 'top'):
-        if getattr(args, name) < 1:
-            parser.error(f'{name} must be 1 or more, got {vars(args)[name]}')
+    for name in ('batch_size', 'top', 'shape'):
+        value = getattr(args, name)
+        if min(value if isinstance(value, list) else [value]) < 1:
+            parser.error(f'{name} must be 1 or more, got {value}')
     if args.level is not None and args.level not in mmactnn.LEVELS:
         parser.error(
             f'--level must be one of {", ".join(mmactnn.LEVELS)}, got '
@@ -222,7 +224,8 @@ def make_table(report, top):
             entry.source or 'layer',
             *_sizes(entry.exact_bytes, entry.kept_bytes),
             entry.category.value,
-            entry.note,
+            # Code, in which brackets are no markup.
+            Text(entry.note),
         )
     rest = Breakdown(entries[top:])
     if rest.entries:
