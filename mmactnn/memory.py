@@ -1,6 +1,8 @@
 """Counts what a forward pass keeps for the backward pass."""
 
+import collections
 import contextlib
+from typing import NamedTuple
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -9,6 +11,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .layers import QuantizedLayer
 from .offload import attached_swap
 from .units import MIB
+
+
+class Counted(NamedTuple):
+    """Bytes that a place of the program accounts for.
+
+    Attributes:
+        exact (int): What torch would have kept without compression.
+        saved (int): What is kept.
+    """
+
+    exact: int
+    saved: int
 
 
 class ActivationMeter:
@@ -20,9 +34,13 @@ class ActivationMeter:
 
     Args:
         model (nn.Module): The model that is measured.
+        locate (Callable, optional): Called while something is kept, without
+            arguments; tells where, as something that can be hashed, for
+            :meth:`by_place`. Defaults to one place for all.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, locate=None):
+        self._locate = locate or (lambda: None)
         # Its hooks lie over this object's and tell what they see.
         self.swap = attached_swap(model)
         self._own = {
@@ -85,6 +103,22 @@ class ActivationMeter:
         saved = self.layers_saved_bytes
         return self.layers_exact_bytes / saved if saved else 1.0
 
+    def by_place(self):
+        """The same bytes, by where they came from.
+
+        A storage belongs to the place that kept it first, so that places add
+        up to ``exact_bytes`` and ``saved_bytes``.
+
+        Returns:
+            dict[tuple[Hashable, bool], Counted]: By the place, and by whether
+            a compressed layer keeps codes or a mask there, or nothing.
+        """
+        exact, saved = self._exact.by_origin(), self._saved.by_origin()
+        return {
+            origin: Counted(exact[origin], saved[origin])
+            for origin in dict.fromkeys([*exact, *saved])
+        }
+
     def note(self, kept, exact):
         """Take a compressed layer's word for what it replaces.
 
@@ -99,9 +133,10 @@ class ActivationMeter:
         if _in_backward() or not self._is_listening():
             return
         replaced = _Storages()
+        origin = self._locate(), True
         for tensor in exact:
             if not self._is_own(tensor):
-                replaced.add(tensor)
+                replaced.add(tensor, origin)
         if not kept:
             self._count_replaced(replaced)
             return
@@ -130,14 +165,16 @@ class ActivationMeter:
         return tensor.detach()
 
     def _count(self, tensor):
-        self._saved.add(tensor)
-        if tensor in self._payloads:
+        compressed = tensor in self._payloads
+        origin = self._locate(), compressed
+        self._saved.add(tensor, origin)
+        if compressed:
             self._layers_saved.add(tensor)
             key = tensor.untyped_storage()._cdata
             if key in self._replaced:
                 self._count_replaced(self._replaced.pop(key))
         else:
-            self._exact.add(tensor)
+            self._exact.add(tensor, origin)
 
     def _count_replaced(self, storages):
         self._exact.update(storages)
@@ -156,7 +193,7 @@ class ActivationMeter:
 
 
 class _Storages:
-    """A set of storages and their size.
+    """A set of storages, their size and what each was first added for.
 
     Weak references keep no memory alive, but keep the identity of a freed
     storage from being given to another one.
@@ -169,21 +206,28 @@ class _Storages:
     def __contains__(self, tensor):
         return tensor.untyped_storage()._cdata in self._entries
 
-    def add(self, tensor):
+    def add(self, tensor, origin=None):
         storage = tensor.untyped_storage()
         if storage._cdata not in self._entries:
             self._insert(
-                storage._cdata, StorageWeakRef(storage), storage.nbytes()
+                storage._cdata,
+                (StorageWeakRef(storage), storage.nbytes(), origin),
             )
 
     def update(self, other):
-        for key, (ref, nbytes) in other._entries.items():
+        for key, entry in other._entries.items():
             if key not in self._entries:
-                self._insert(key, ref, nbytes)
+                self._insert(key, entry)
 
-    def _insert(self, key, ref, nbytes):
-        self._entries[key] = (ref, nbytes)
-        self.nbytes += nbytes
+    def by_origin(self):
+        sizes = collections.Counter()
+        for _, nbytes, origin in self._entries.values():
+            sizes[origin] += nbytes
+        return sizes
+
+    def _insert(self, key, entry):
+        self._entries[key] = entry
+        self.nbytes += entry[1]
 
 
 def _in_backward():
@@ -195,13 +239,15 @@ def _identity(tensor):
 
 
 @contextlib.contextmanager
-def measure_activations(model):
+def measure_activations(model, locate=None):
     """Measure what forward passes inside of the block keep for backward.
 
     Costs host time only: no synchronisation with the device.
 
     Args:
         model (nn.Module): The model, converted or not.
+        locate (Callable, optional): Tells where something is kept; see
+            :class:`ActivationMeter` and :class:`mmactnn.analysis.Locator`.
 
     Yields:
         ActivationMeter: Counts up as the model runs.
@@ -211,7 +257,7 @@ def measure_activations(model):
         ...     loss = model(images).sum()
         >>> print(f'{meter.saved_mib:.1f} of {meter.exact_mib:.1f} MiB')
     """
-    meter = ActivationMeter(model)
+    meter = ActivationMeter(model, locate)
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
     for layer in layers:
         layer.quantizer.meter = meter

@@ -32,6 +32,7 @@ from .layers import (
     QReLU,
     QReLU6,
     QSyncBatchNorm,
+    QuantizedLayer,
 )
 
 MODELS = Registry(
@@ -67,6 +68,46 @@ LAYER_NAMES = {
 for _layer, _names in LAYER_NAMES.items():
     for _registry in (ROOT_MODELS, MODELS):
         _registry.register_module(name=list(_names), module=_layer)
+
+_TYPE_NAMES = {name for names in LAYER_NAMES.values() for name in names}
+
+
+def require_named_layers(model, config, include, exclude):
+    """Raise if a config names compressed layers and its model has none.
+
+    Args:
+        model (nn.Module): The model, after its conversion.
+        config (dict, optional): Config of the model.
+        include (list[str], optional): Filter of the conversion, for the
+            message.
+        exclude (list[str]): Likewise.
+
+    Raises:
+        RuntimeError: If that is so.
+    """
+    named = _named_types(config)
+    if named and not any(
+        isinstance(m, QuantizedLayer) for m in model.modules()
+    ):
+        raise RuntimeError(
+            f'the config names {", ".join(sorted(named))}, but no layer '
+            'of the model is compressed: something has turned them back '
+            'into plain layers, and include/exclude of ActNNHook keep '
+            f'them so (include={include}, exclude={exclude})'
+        )
+
+
+def _named_types(config):
+    """The compressed layer types that a model's config names."""
+    if isinstance(config, dict):
+        name = config.get('type')
+        found = set()
+        if isinstance(name, str) and name.split('.')[-1] in _TYPE_NAMES:
+            found.add(name)
+        return found.union(*(_named_types(v) for v in config.values()))
+    if isinstance(config, (list, tuple)):
+        return set().union(*(_named_types(item) for item in config))
+    return set()
 
 
 def _name_packages():

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
@@ -304,6 +305,41 @@ def test_backward_does_not_count(name, device):
     for key in ('saved_bytes', 'exact_bytes', 'layers_exact_bytes'):
         # A loss's shape is all that sum() keeps.
         assert getattr(whole, key) == getattr(forward, key)
+
+
+@pytest.mark.parametrize('level', [None, 'L0', 'L3'])
+@pytest.mark.parametrize('name', MODELS)
+def test_places_add_up(name, level, device):
+    model = MODELS[name]().to(device)
+    if level is not None:
+        convert_model(model, level)
+    x = torch.randn(2, 3, 34, 34, device=device)
+    # Every call is a place of its own.
+    with measure_activations(model, itertools.count().__next__) as meter:
+        model(x)
+    places = meter.by_place()
+    assert len(places) > 1
+    assert sum(c.exact for c in places.values()) == meter.exact_bytes
+    assert sum(c.saved for c in places.values()) == meter.saved_bytes
+    compressed = [c for (_, is_ours), c in places.items() if is_ours]
+    assert sum(c.saved for c in compressed) == meter.layers_saved_bytes
+
+
+def test_first_place_counts(device):
+    x = torch.randn(8, 8, device=device, requires_grad=True)
+    places = iter('abc')
+    with measure_activations(nn.Identity(), lambda: next(places)) as meter:
+        y = x.exp()
+        z = y.square() + y[:4].sin().sum()
+    del y, z
+    assert meter.by_place() == {('a', False): (x.nbytes, x.nbytes)}
+
+
+def test_one_place_without_a_locator(device):
+    x = torch.randn(8, 8, device=device, requires_grad=True)
+    with measure_activations(nn.Identity()) as meter:
+        x.exp()
+    assert meter.by_place() == {(None, False): (x.nbytes, x.nbytes)}
 
 
 def test_nothing_changes(device):

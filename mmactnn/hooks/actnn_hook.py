@@ -9,17 +9,15 @@ from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 
+from ..analysis import Breakdown, Locator
 from ..convert import convert_model, get_precision
-from ..layers import QuantizedLayer
 from ..levels import get_level
 from ..memory import measure_activations
 from ..ops import DEFAULT_GROUP_SIZE
 from ..random import RoundingGenerator
-from ..registry import HOOKS, LAYER_NAMES, ROOT_HOOKS
+from ..registry import HOOKS, ROOT_HOOKS, require_named_layers
 from ..units import MIB
 from .samples import SampleIndex
-
-_TYPE_NAMES = {name for names in LAYER_NAMES.values() for name in names}
 
 
 @ROOT_HOOKS.register_module()
@@ -46,7 +44,9 @@ class ActNNHook(Hook):
     ============== =======================================================
 
     Activations are counted on the host in the iterations that are logged;
-    nothing waits for the device.
+    nothing waits for the device. After the first one, a line of the log tells
+    what the model leaves uncompressed, and where; all of it is told by
+    ``tools/analysis_tools/memory_report.py``.
 
     Args:
         level (str | dict | Level, optional): See :func:`mmactnn.get_level`.
@@ -85,6 +85,8 @@ class ActNNHook(Hook):
         self._samples = None
         self._precision = None
         self._converted = False
+        # Of the conversion, until it is known what is left in the model.
+        self._report = None
         self._loaded = None
         self._measured = False
         self._peak_mib = 0.0
@@ -123,18 +125,13 @@ class ActNNHook(Hook):
         )
         if any(item.adaptive for item in report.converted):
             self._precision = get_precision(model)
-        named = _named_types(runner.cfg.get('model'))
-        if named and not any(
-            isinstance(m, QuantizedLayer) for m in model.modules()
-        ):
-            raise RuntimeError(
-                f'the config names {", ".join(sorted(named))}, but no layer '
-                'of the model is compressed: something has turned them back '
-                'into plain layers, and include/exclude of ActNNHook keep '
-                f'them so (include={self.include}, exclude={self.exclude})'
-            )
+        require_named_layers(
+            model, runner.cfg.get('model'), self.include, self.exclude
+        )
         runner.logger.info(str(report))
         self._converted = True
+        if not self.level.exact:
+            self._report = report
         if self.interval is None:
             self.interval = next(
                 (
@@ -178,8 +175,10 @@ class ActNNHook(Hook):
         if self._measured and not self._is_due(batch_idx):
             return
         self._measured = True
+        model = _unwrap(runner.model)
+        locate = None if self._report is None else Locator(model)
         self._meter = self._measuring.enter_context(
-            measure_activations(_unwrap(runner.model))
+            measure_activations(model, locate)
         )
 
     def after_train_iter(
@@ -199,6 +198,10 @@ class ActNNHook(Hook):
             return
         self._measuring.close()
         meter, self._meter = self._meter, None
+        if self._report is not None:
+            model, report = _unwrap(runner.model), self._report
+            runner.logger.info(f'ActNN {Breakdown.of(meter, model, report)}')
+            self._report = None
         self._peak_mib = max(self._peak_mib, _peak_bytes() / MIB)
         scalars = dict(
             saved_mib=meter.saved_mib,
@@ -271,19 +274,6 @@ def _refuse_efficient_conv_bn_eval(runner, model):
             'calls the layers, so that nothing would be saved. Remove '
             f'efficient_conv_bn_eval={asked!r} from the config, or ActNNHook'
         )
-
-
-def _named_types(config):
-    """The compressed layer types that a model's config names."""
-    if isinstance(config, dict):
-        name = config.get('type')
-        found = set()
-        if isinstance(name, str) and name.split('.')[-1] in _TYPE_NAMES:
-            found.add(name)
-        return found.union(*(_named_types(v) for v in config.values()))
-    if isinstance(config, (list, tuple)):
-        return set().union(*(_named_types(item) for item in config))
-    return set()
 
 
 def _peak_bytes():

@@ -120,6 +120,20 @@ class TestConversion:
         text = log(runner)
         assert text.count('ActNN level L3: 6 layers compressed') == 1
 
+    @pytest.mark.parametrize('level', ['L3', 'L0'])
+    def test_what_is_left_is_told_once(self, level, tmp_path):
+        hook = dict(ACTNN, level=level, interval=1)
+        runner = make_runner(tmp_path, hook, epochs=2)
+        runner.train()
+        told = [
+            line
+            for line in log(runner).splitlines()
+            if 'left uncompressed' in line
+        ]
+        # Exact training leaves everything.
+        assert len(told) == (level == 'L3')
+        assert all('losses' in line for line in told)
+
     def test_options(self, tmp_path):
         hook = dict(
             type='mmactnn.ActNNHook',
@@ -344,9 +358,9 @@ class TestLog:
         )
         iterations = []
 
-        def measure(model):
+        def measure(*args):
             iterations.append(runner.iter)
-            return measure_activations(model)
+            return measure_activations(*args)
 
         monkeypatch.setattr(actnn_hook, 'measure_activations', measure)
         runner.train()

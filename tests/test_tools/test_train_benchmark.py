@@ -2,19 +2,17 @@
 
 import csv
 import dataclasses
-import importlib.util
 import json
-import subprocess
 import sys
 import types
 
 import pytest
 import torch
 from support.tools import ROOT, load_tool
-from support.torchvision_stub import TORCHVISION_DIR
+from support.torchvision_stub import run_with_mmpretrain
 from torch import nn
 
-from training import models, openmmlab, plots, report, systems
+from training import models, plots, report, systems
 from training.measure import is_out_of_memory, limit_memory, measure
 from training.process import run_trial
 from training.search import search_largest
@@ -182,58 +180,8 @@ class TestModels:
         with pytest.raises(ValueError, match='resnet:depth=D,width=W'):
             models.parse_resnet(name)
 
-    @pytest.mark.parametrize(
-        'name', ['mmdet::none.py', 'no_such_package::x.py', 'no/such/file.py']
-    )
-    def test_rejects_configs(self, name):
-        with pytest.raises(ValueError, match='is no file|is not installed'):
-            openmmlab.load_config(name)
-
-    def test_pretrained_weights_are_dropped(self):
-        config = openmmlab.load_config(RETINANET).model
-        assert config.backbone.init_cfg.type == 'Pretrained'
-        openmmlab.drop_pretrained(config)
-        assert config.backbone.init_cfg is None
-
-    def test_detection_samples(self):
-        config = openmmlab.load_config(
-            'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
-        ).model
-        trial = make_trial(image_size=(48, 96))
-        first, second = openmmlab.make_samples('mmdet', config, trial)
-        boxes = first.gt_instances.bboxes
-        assert boxes.min() >= 0 and (boxes <= torch.tensor([96, 48] * 2)).all()
-        assert (boxes[:, 2:] > boxes[:, :2]).all()
-        assert first.gt_instances.labels.max() < 80
-        assert first.gt_instances.masks.masks.shape == (8, 48, 96)
-        assert not torch.equal(boxes, second.gt_instances.bboxes)
-
-    def test_panoptic_samples(self):
-        config = openmmlab.load_config(
-            'mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py'
-        ).model
-        trial = make_trial(image_size=(48, 96), batch_size=1)
-        (sample,) = openmmlab.make_samples('mmdet', config, trial)
-        assert sample.gt_sem_seg.sem_seg.shape == (1, 48, 96)
-
-    def test_segmentation_samples(self):
-        config = openmmlab.load_config(
-            'mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py'
-        ).model
-        trial = make_trial(image_size=(48, 96), batch_size=1)
-        (sample,) = openmmlab.make_samples('mmseg', config, trial)
-        assert sample.gt_sem_seg.data.shape == (1, 48, 96)
-        assert sample.gt_sem_seg.data.max() == 18
-
     def test_torchvision_and_mmpretrain(self):
-        if importlib.util.find_spec('mmpretrain') is None or not (
-            TORCHVISION_DIR.exists() or importlib.util.find_spec('torchvision')
-        ):
-            pytest.skip('mmpretrain or torchvision is not installed')
-        # In a process of its own: MMDetection must not find torchvision here.
         script = """
-from support.torchvision_stub import make_torchvision_importable
-make_torchvision_importable()
 from training.measure import measure
 from training.trial import Trial
 for model in ('resnet:depth=38,width=8',
@@ -247,16 +195,7 @@ for model in ('resnet:depth=38,width=8',
     assert kept > 4 * ours['activations_mib'] > 0
     assert kept > blocks['activations_mib'] > 0
 """
-        run = subprocess.run(
-            [sys.executable, '-c', script],
-            env={
-                'PYTHONPATH': f'{ROOT}:{ROOT}/tests:{ROOT}/tools/benchmark',
-                'OMP_NUM_THREADS': '1',
-            },
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
+        run_with_mmpretrain(script, 'tools/benchmark')
 
 
 class TestMeasure:

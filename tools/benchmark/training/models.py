@@ -45,9 +45,11 @@ def build_task(trial):
     torch.manual_seed(0)
     if is_config(trial.model):
         # Imports MMEngine, which classifiers do not need.
-        from .openmmlab import build_config_task
+        from mmactnn.analysis import synthetic
 
-        return build_config_task(trial)
+        config = synthetic.load_config(trial.model, trial.cfg_options)
+        model, compute_loss = synthetic.build_task(config, make_images(trial))
+        return Task(place(model, trial), compute_loss)
     model = build_classifier(trial.model).train()
     images = make_images(trial)
     labels = torch.randint(CLASSES, (trial.batch_size,), device=trial.device)

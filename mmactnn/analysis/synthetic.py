@@ -9,54 +9,55 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData, PixelData
-
-from .models import Task, make_images, place
 
 # Objects in an image: COCO has 7 on average.
 OBJECTS = 8
 
 
-def build_config_task(trial):
-    """Build the model of a config, and a batch it can train on.
+def build_task(config, images):
+    """Build the model of a config, and let it train on images.
 
-    The batch goes to the model directly, as its data preprocessor would hand
-    it over: neither pretrained weights nor data sets are read.
+    They go to the model directly, as its data preprocessor would hand them
+    over, with random ground truth: neither pretrained weights nor data sets
+    are read.
 
     Args:
-        trial (Trial): Its model is a config.
+        config (Config): From :func:`load_config`; loses its pretrained
+            weights.
+        images (Tensor[N, 3, H, W]): The batch. Where a model is given several
+            views of an image, the others are random.
 
     Returns:
-        Task: The task.
-
-    Raises:
-        ValueError: If there is no such config, or it is of another package.
+        tuple[nn.Module, Callable]: The model, in training mode and on the
+        device of the images; and what computes its loss.
     """
-    config = load_config(trial.model, trial.cfg_options)
-    scope = config.get('default_scope') or trial.model.partition('::')[0]
-    if scope not in _MAKERS:
-        raise ValueError(
-            f'default_scope of a config must be one of {", ".join(_MAKERS)}, '
-            f'got {scope!r} in {trial.model}'
-        )
+    scope = config.default_scope
     drop_pretrained(config.model)
     importlib.import_module(f'{scope}.utils').register_all_modules()
     with DefaultScope.overwrite_default_scope(scope):
         model = MODELS.build(config.model)
         model.init_weights()
     # As the runner does where there is one process.
-    model = place(revert_sync_batchnorm(model), trial).train()
-    images = make_images(trial)
-    samples = make_samples(scope, config.model, trial)
+    model = revert_sync_batchnorm(model).to(images.device).train()
+    samples = make_samples(config, images)
+    inputs = images
+    views = count_views(config)
+    if views:
+        others = [torch.randn_like(images) for _ in range(views - 1)]
+        inputs = [images, *others]
+        # Averages of weights ask how long the training is to be.
+        MessageHub.get_current_instance().update_info('max_iters', 1)
 
     def compute_loss():
         # Not model.loss: swapping and compilation begin at the call.
-        losses = model(images, samples, mode='loss')
+        losses = model(inputs, samples, mode='loss')
         return model.parse_losses(losses)[0]
 
-    return Task(model, compute_loss)
+    return model, compute_loss
 
 
 def load_config(name, options=()):
@@ -72,7 +73,8 @@ def load_config(name, options=()):
         Config: The config.
 
     Raises:
-        ValueError: If there is no such package or file.
+        ValueError: If there is no such package or file, or it is not of
+            MMDetection, MMSegmentation or MMPretrain.
     """
     path = Path(name)
     package, colons, inside = name.partition('::')
@@ -84,9 +86,17 @@ def load_config(name, options=()):
     if not path.is_file():
         raise ValueError(f'a model must name a config, but {path} is no file')
     config = Config.fromfile(path)
+    if colons:
+        config.setdefault('default_scope', package)
     parser = argparse.ArgumentParser()
     parser.add_argument('options', nargs='*', action=DictAction)
     config.merge_from_dict(parser.parse_args(list(options)).options or {})
+    scope = config.get('default_scope')
+    if scope not in _MAKERS:
+        raise ValueError(
+            f'default_scope of a config must be one of {", ".join(_MAKERS)}, '
+            f'got {scope!r} in {name}'
+        )
     return config
 
 
@@ -132,29 +142,48 @@ def count_classes(config):
     return min(counts)
 
 
-def make_samples(scope, config, trial):
+def count_views(config):
+    """How many views of each image a model learns from.
+
+    Args:
+        config (Config): The config.
+
+    Returns:
+        int: Their number; 0 for models that take images as they are.
+    """
+    loader = config.get('train_dataloader') or {}
+    for part in _walk(loader.get('dataset')):
+        if part.get('type') == 'MultiView':
+            views = part['num_views']
+            return views if isinstance(views, int) else sum(views)
+    return 0
+
+
+def make_samples(config, images):
     """Random ground truth, one sample for each image.
 
     Args:
-        scope (str): ``'mmdet'``, ``'mmseg'`` or ``'mmpretrain'``.
-        config (ConfigDict): Of the model.
-        trial (Trial): Says how many, how large, and where.
+        config (Config): The config, of ``default_scope`` ``'mmdet'``,
+            ``'mmseg'`` or ``'mmpretrain'``.
+        images (Tensor[N, 3, H, W]): The images.
 
     Returns:
-        list[BaseDataElement]: The samples.
+        list[BaseDataElement]: The samples, on the device of the images.
     """
     generator = torch.Generator().manual_seed(0)
-    height, width = trial.image_size
     shape = dict.fromkeys(
         ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'),
-        (height, width),
+        tuple(images.shape[2:]),
     )
     shape['scale_factor'] = (1.0, 1.0)
-    make = functools.partial(_MAKERS[scope], config, count_classes(config))
-    return [
-        make(shape, generator).to(trial.device)
-        for _ in range(trial.batch_size)
-    ]
+    if count_views(config):
+        make = _make_unlabelled
+    else:
+        classes = count_classes(config.model)
+        make = functools.partial(
+            _MAKERS[config.default_scope], config.model, classes
+        )
+    return [make(shape, generator).to(images.device) for _ in images]
 
 
 def _make_detection(config, classes, shape, generator):
@@ -195,6 +224,12 @@ def _make_classification(config, classes, shape, generator):
 
     label = torch.randint(classes, (1,), generator=generator)
     return DataSample(metainfo=shape).set_gt_label(label)
+
+
+def _make_unlabelled(shape, generator):
+    from mmpretrain.structures import DataSample
+
+    return DataSample(metainfo=shape)
 
 
 _MAKERS = dict(

@@ -1,0 +1,216 @@
+"""What each part of a model keeps, and what torch would have it keep."""
+
+import collections
+import dataclasses
+import enum
+
+from ..layers import QuantizedLayer
+from ..units import MIB
+
+# What is named in one line about what is left.
+_NAMED = 3
+
+
+class Category(enum.Enum):
+    """What is kept."""
+
+    COMPRESSED = 'compressed'
+    """Codes and their ranges."""
+    EXACT = 'exact by design'
+    """Masks, positions and the like, which lose nothing."""
+    LEFT = 'left'
+    """Tensors as they are."""
+    LOSS = 'loss'
+    """Whatever the losses keep, see :class:`Locator`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What one place in a model keeps.
+
+    Attributes:
+        module (str): Qualified name of the module.
+        type (str): Its class.
+        source (str): Line of the call, as in ``rpn_head.py:104``; empty for
+            layers.
+        python_module (str): Dotted name of the Python module of that line.
+        category (Category): What is kept.
+        exact_bytes (int): What torch would have kept.
+        kept_bytes (int): What is kept.
+        note (str): Why it is left, or the text of the line.
+    """
+
+    module: str
+    type: str
+    source: str
+    python_module: str
+    category: Category
+    exact_bytes: int
+    kept_bytes: int
+    note: str
+
+    @property
+    def cause(self):
+        """str: The line, or the class of the layer."""
+        return self.source or self.type
+
+
+@dataclasses.dataclass(frozen=True)
+class Breakdown:
+    """What the parts of a model keep in one forward pass.
+
+    A storage counts once, for the part that kept it first, so that entries
+    add up to what :class:`mmactnn.ActivationMeter` has counted.
+
+    Attributes:
+        entries (tuple[Entry]): Parts, the one that keeps most first.
+    """
+
+    entries: tuple
+
+    @classmethod
+    def of(cls, meter, model, report=None):
+        """Break down what a meter has counted.
+
+        Args:
+            meter (ActivationMeter): It has counted with a :class:`Locator`.
+            model (nn.Module): The model.
+            report (ConversionReport, optional): Tells why layers were left.
+
+        Returns:
+            Breakdown: The parts.
+        """
+        reasons = {} if report is None else _reasons(report)
+        modules = dict(model.named_modules())
+        entries = [
+            _entry(place, compressed, counted, modules, reasons)
+            for (place, compressed), counted in meter.by_place().items()
+            if any(counted)
+        ]
+        entries.sort(key=lambda e: (-e.kept_bytes, -e.exact_bytes, e.module))
+        return cls(tuple(entries))
+
+    @property
+    def exact_bytes(self):
+        """int: What torch would have kept, losses included."""
+        return sum(e.exact_bytes for e in self.entries)
+
+    @property
+    def kept_bytes(self):
+        """int: What is kept, losses included."""
+        return sum(e.kept_bytes for e in self.entries)
+
+    @property
+    def ratio(self):
+        """float: How many times less is kept than torch would keep."""
+        return self.exact_bytes / self.kept_bytes if self.kept_bytes else 1.0
+
+    def kept_in(self, category):
+        """Bytes that are kept of one category.
+
+        Args:
+            category (Category): The category.
+
+        Returns:
+            int: Bytes.
+        """
+        return sum(e.kept_bytes for e in self._of(category))
+
+    @property
+    def left_share(self):
+        """float: Bytes left uncompressed over what torch would have kept.
+
+        From 0 to 1; losses count in neither.
+        """
+        exact = self._exact_without_losses
+        return self.kept_in(Category.LEFT) / exact if exact else 0.0
+
+    @property
+    def left_share_of_kept(self):
+        """float: Bytes left uncompressed over what is kept.
+
+        From 0 to 1; losses count in neither.
+        """
+        kept = self.kept_bytes - self.kept_in(Category.LOSS)
+        return self.kept_in(Category.LEFT) / kept if kept else 0.0
+
+    def causes(self, category):
+        """What entries of one category come from.
+
+        Args:
+            category (Category): The category.
+
+        Returns:
+            list[tuple[str, int]]: Lines of code and classes of layers, and
+            the bytes that are kept there, most first.
+        """
+        sizes = collections.Counter()
+        for entry in self._of(category):
+            sizes[entry.cause] += entry.kept_bytes
+        return sizes.most_common()
+
+    def __str__(self):
+        """What is left, in one line."""
+        left = self.kept_in(Category.LEFT)
+        loss = self.kept_in(Category.LOSS)
+        text = (
+            f'left uncompressed: {left / MIB:.1f} of '
+            f'{self._exact_without_losses / MIB:.1f} MiB '
+            f'({self.left_share:.1%}), losses ({loss / MIB:.1f} MiB) apart'
+        )
+        causes = self.causes(Category.LEFT)
+        named = [f'{c} {size / MIB:.1f}' for c, size in causes[:_NAMED]]
+        if causes[_NAMED:]:
+            named.append('...')
+        return f'{text}: {", ".join(named)}' if named else text
+
+    @property
+    def _exact_without_losses(self):
+        return sum(
+            e.exact_bytes
+            for e in self.entries
+            if e.category is not Category.LOSS
+        )
+
+    def _of(self, category):
+        return (e for e in self.entries if e.category is category)
+
+
+def _entry(place, compressed, counted, modules, reasons):
+    module = modules.get(place.module)
+    category = _category(place, compressed, module)
+    source = place.source
+    return Entry(
+        module='' if place.module is None else place.module,
+        type='' if module is None else type(module).__name__,
+        source='' if source is None else str(source),
+        python_module='' if source is None else source.module,
+        category=category,
+        exact_bytes=counted.exact,
+        kept_bytes=counted.saved,
+        note=_note(place, category, module, reasons),
+    )
+
+
+def _category(place, compressed, module):
+    if place.loss:
+        return Category.LOSS
+    if not compressed:
+        return Category.LEFT
+    masks = isinstance(module, QuantizedLayer) and module.kind == 'mask'
+    return Category.EXACT if masks else Category.COMPRESSED
+
+
+def _note(place, category, module, reasons):
+    if place.source is not None:
+        return place.source.text
+    if category is not Category.LEFT:
+        return ''
+    if isinstance(module, QuantizedLayer):
+        exact = module.quantizer.exact
+        return 'exact at this level' if exact else 'statistics'
+    return reasons.get(place.module, 'no compressed layer of this type')
+
+
+def _reasons(report):
+    return {item.name: item.reason for item in report.left}
