@@ -41,7 +41,8 @@ class TestTable:
         assert level.exact == (name in ('L0', 'swap'))
         assert level.swap == (name in ('L4', 'L5', 'swap'))
         assert level.expandable == (name == 'L5')
-        assert (level.chunk_mib is not None) == (name == 'L3.1')
+        chunks = {'L0': None, 'swap': None, 'L3.1': 64}
+        assert level.chunk_mib == chunks.get(name, 256)
 
 
 class TestGetLevel:
