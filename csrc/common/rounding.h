@@ -1,0 +1,61 @@
+// The random bits that elements are rounded with.
+//
+// Each element has 16 that are uniform, which is all that an unbiased rounding
+// needs. Four elements share a word of 32 bits, each with the bytes i and
+// i + 1: the lower half of an element's bits is the upper half of the next
+// one's, so that what they are rounded to is correlated, by less than 2^-8.
+//
+// A call of Philox serves a block of 8 elements of either half of a group. It
+// is counted by the block of the first half.
+#pragma once
+
+#include <cstdint>
+
+#include "codec.h"
+#include "philox.h"
+#include "portability.h"
+
+namespace mmactnn {
+
+// Blocks of half a group.
+MMACTNN_HOST_DEVICE constexpr int half_blocks(int64_t group_size) {
+  return static_cast<int>(group_size / kBlock / 2);
+}
+
+// The random bits of a block in half `half` (0 or 1) of a group.
+struct BlockBits {
+  uint32_t word[2];
+
+  MMACTNN_HOST_DEVICE BlockBits(const PhiloxBlock& random, int half)
+      : word{random.word[2 * half], random.word[2 * half + 1]} {}
+
+  // Of element `i` (0 to 7).
+  MMACTNN_HOST_DEVICE uint32_t bits16(int i) const {
+    const uint64_t twice = word[i / 4] * UINT64_C(0x100000001);
+    return static_cast<uint32_t>(twice >> (8 * (i % 4))) & 0xFFFFu;
+  }
+
+#ifdef __CUDACC__
+  // See rounding_of(): the two bytes, a zero and the exponent of `integer`,
+  // which is kIntegerFloat, at once.
+  __device__ __forceinline__ float rounding(int i, int fraction,
+                                            uint32_t integer) const {
+    const uint32_t first = i % 4;
+    const uint32_t selector = 0x7400u | (first + 1) % 4 << 4 | first;
+    const uint32_t bits = __byte_perm(word[i / 4], integer, selector);
+    return fraction == 16 ? bits_float(bits)
+                          : rounding_of(bits & 0xFFFFu, fraction);
+  }
+#endif
+};
+
+#ifdef __CUDACC__
+// kIntegerFloat in a register, for a `count` that is not negative. The compiler
+// must not know: it would make a constant of it, and put what selects bytes
+// into a register instead, anew for every element.
+__device__ __forceinline__ uint32_t opaque_integer_float(int count) {
+  return kIntegerFloat ^ (static_cast<uint32_t>(count) & 0x80000000u);
+}
+#endif
+
+}  // namespace mmactnn
