@@ -49,13 +49,4 @@ struct BlockBits {
 #endif
 };
 
-#ifdef __CUDACC__
-// kIntegerFloat in a register, for a `count` that is not negative. The compiler
-// must not know: it would make a constant of it, and put what selects bytes
-// into a register instead, anew for every element.
-__device__ __forceinline__ uint32_t opaque_integer_float(int count) {
-  return kIntegerFloat ^ (static_cast<uint32_t>(count) & 0x80000000u);
-}
-#endif
-
 }  // namespace mmactnn

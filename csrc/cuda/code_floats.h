@@ -9,6 +9,13 @@
 
 namespace mmactnn {
 
+// kIntegerFloat in a register, for a `count` that is not negative. The compiler
+// must not know: it would make a constant of it, of which an instruction takes
+// only one, and spend another instruction on the other for every element.
+__device__ __forceinline__ uint32_t opaque_integer_float(uint32_t count) {
+  return kIntegerFloat ^ (count & 0x80000000u);
+}
+
 // Whether no code of a group is special or decodes to more than `largest`, so
 // that decode() needs no clamp and may round once: the product is exact.
 __device__ __forceinline__ bool decodes_plainly(Range range, uint32_t max_code,
@@ -22,11 +29,12 @@ __device__ __forceinline__ bool decodes_plainly(Range range, uint32_t max_code,
 // The codes of kItems elements in a word, each of kWidth bits from the lowest
 // of kStride bits on. A code becomes the last bits of a float of 2^23 where it
 // lies, which makes its number 2^place times as large, and the step is as much
-// smaller.
+// smaller. `integer` is opaque_integer_float().
 template <int kStride, int kItems, int kWidth = kStride>
 class CodeFloats {
  public:
-  explicit __device__ __forceinline__ CodeFloats(float step) {
+  __device__ __forceinline__ CodeFloats(float step, uint32_t integer)
+      : integer_(integer) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       steps_[i] = multiply(step, 1.0f / static_cast<float>(1u << place(i)));
@@ -39,7 +47,7 @@ class CodeFloats {
                                           uint32_t offset = 0) const {
     const auto bits = static_cast<uint32_t>(word >> shift(i));
     const uint32_t mask = max_code_of(kWidth) << place(i);
-    const float whole = bits_float(kIntegerFloat | (bits & mask));
+    const float whole = bits_float(integer_ | (bits & mask));
     return add(whole, -bits_float(kIntegerFloat + (offset << place(i))));
   }
   __device__ __forceinline__ float step(int i) const { return steps_[i]; }
@@ -56,6 +64,7 @@ class CodeFloats {
     return i * kStride - shift(i);
   }
 
+  uint32_t integer_;
   float steps_[kItems];
 };
 

@@ -1,7 +1,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cfloat>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -14,8 +13,11 @@
 #include "../common/norm_act_checks.h"
 #include "../common/philox.h"
 #include "../common/rectified_codec.h"
+#include "../common/rounding.h"
 #include "../common/tensor_checks.h"
+#include "bounds.h"
 #include "channel_index.h"
+#include "code_floats.h"
 #include "group.h"
 #include "launch.h"
 #include "packed_block.h"
@@ -70,40 +72,6 @@ struct NormAct {
   bool vectorized;  // every full block starts on a 16-byte boundary
 };
 
-// min() that is NaN where one of both is.
-__device__ __forceinline__ float min_or_nan(float a, float b) {
-#if __CUDA_ARCH__ >= 800
-  float result;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-#else
-  return is_nan(a) || is_nan(b) ? bits_float(0x7FC00000u) : fminf(a, b);
-#endif
-}
-
-// The bounds of one kind of elements, for as long as all may be finite: inf
-// and NaN, which `low` holds on to, show that they are not.
-struct Bounds {
-  float low = FLT_MAX;
-  float high = -FLT_MAX;
-
-  __device__ __forceinline__ void include(float value) {
-    low = min_or_nan(low, value);
-    high = fmaxf(high, value);
-  }
-  __device__ __forceinline__ void include(const Bounds& other) {
-    low = min_or_nan(low, other.low);
-    high = fmaxf(high, other.high);
-  }
-  __device__ __forceinline__ Bounds from_lane(int step) const {
-    return {__shfl_xor_sync(0xFFFFFFFFu, low, step),
-            __shfl_xor_sync(0xFFFFFFFFu, high, step)};
-  }
-  __device__ __forceinline__ bool all_finite() const {
-    return low >= -FLT_MAX && high <= FLT_MAX;
-  }
-};
-
 // One of both by its members: a reference to one of two objects would put them
 // into memory.
 __device__ __forceinline__ Bounds select(bool second, const Bounds& a,
@@ -141,17 +109,17 @@ __device__ __forceinline__ Coding select(bool second, const Coding& a,
   return {second ? b.low : a.low, second ? b.scale : a.scale};
 }
 
-// The code of a value, above the lower 16 bits.
+// The sum that holds the code of a value, see encode_sum().
 template <int kBits>
 __device__ __forceinline__ uint32_t code_sum(float value, const Coding& coding,
-                                             uint32_t random16,
+                                             float rounding,
                                              uint32_t max_code) {
-  const uint32_t sum = encode_sum(value, coding.low, coding.scale, random16);
+  const uint32_t sum = encode_sum(value, coding.low, coding.scale, rounding);
   if constexpr (kBits != kAnyBits) {
-    static_assert(kBits <= kMaxUnclampedBits);
+    static_assert(max_code_of(kBits) <= kMaxUnclampedCode);
     return sum;
   } else {
-    return min(sum, (max_code << 16) | 0xFFFFu);
+    return min(sum, largest_sum(max_code));
   }
 }
 
@@ -159,15 +127,15 @@ __device__ __forceinline__ uint32_t code_sum(float value, const Coding& coding,
 template <bool kZeroed>
 __device__ __forceinline__ uint32_t special_sum(float value,
                                                 const Coding& coding,
-                                                uint32_t random16,
+                                                float rounding,
                                                 uint32_t max_code) {
-  const Range range{coding.low, coding.scale};
   if (!coding.special()) {
-    return encode(value, range, coding.scale, random16, max_code) << 16;
+    return code_sum<kAnyBits>(value, coding, rounding, max_code);
   }
-  return (kZeroed ? encode_zeroed_special(value, range)
-                  : encode_special(value, range, max_code))
-         << 16;
+  const Range range{coding.low, coding.scale};
+  const uint32_t code = kZeroed ? encode_zeroed_special(value, range)
+                                : encode_special(value, range, max_code);
+  return kIntegerFloat | code << fraction_bits(max_code);
 }
 
 // kBits is the width of all codes, or kAnyBits.
@@ -209,9 +177,9 @@ __global__ void __launch_bounds__(kNormThreads)
       input[b].load(op.input + base + begin);
       if constexpr (kZeroed) residual[b].load(op.residual + base + begin);
     } else if (left > 0) {
-      input[b].load(op.input + base + begin, left);
+      input[b].load(op.input + base + begin, 0, left);
       if constexpr (kZeroed) {
-        residual[b].load(op.residual + base + begin, left);
+        residual[b].load(op.residual + base + begin, 0, left);
       }
     }
   }
@@ -353,9 +321,9 @@ __global__ void __launch_bounds__(kNormThreads)
   const uint32_t max_code = kSplit ? max_split_code(bits) : max_code_of(bits);
   const uint32_t second_max = kSplit ? max_code : max_zeroed_code(act_bits);
   const Extent extent{mine.low, mine.high, all_finite};
-  const Range range =
-      make_kind_range(extent, kTwo && odd && !kSplit ? second_max : max_code);
-  const Coding coding{range.low, encode_scale(range)};
+  const uint32_t mine_max = kTwo && odd && !kSplit ? second_max : max_code;
+  const Range range = make_kind_range(extent, mine_max);
+  const Coding coding{range.low, encode_scale(range, mine_max)};
   Coding first_coding = coding, second_coding = coding;
   if constexpr (kTwo) {
     const Coding other{__shfl_xor_sync(0xFFFFFFFFu, coding.low, 1),
@@ -375,62 +343,79 @@ __global__ void __launch_bounds__(kNormThreads)
 
   const int64_t first_block =
       static_cast<int64_t>(row) * launch.row_blocks + start / kBlock;
+  const uint32_t integer = opaque_integer_float(row_numel);
+  const int fraction = fraction_bits(max_code);
+  const int second_fraction = fraction_bits(second_max);
+  const PhiloxStream zeroed_stream{op.stream.seed,
+                                   op.stream.offset ^ kZeroedStream};
 #pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-    const int left = left_of(b);
-    if (left <= 0) continue;
-    const int64_t block = first_block + b * lanes + lane;
-    const uint64_t random_block = op.first_block + static_cast<uint64_t>(block);
-    const PhiloxBlock random = philox(op.stream, random_block);
-    uint32_t sums[kBlock];
+  for (int p = 0; p < kBlocks / 2; ++p) {
+    const uint64_t call =
+        op.first_block + static_cast<uint64_t>(first_block + p * lanes + lane);
+    const PhiloxBlock random = philox(op.stream, call);
+    const PhiloxBlock zeroed_random =
+        kZeroed ? philox(zeroed_stream, call) : random;
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      const bool positive =
-          kSplit && (positives & (1u << (b * kBlock + i))) != 0u;
-      const Coding kind = select(positive, first_coding, second_coding);
-      sums[i] = code_sum<kBits>(normal[b][i], kind, random.bits16(i), max_code);
-    }
-    if (special) {
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        const bool positive =
-            kSplit && (positives & (1u << (b * kBlock + i))) != 0u;
-        const Coding kind = select(positive, first_coding, second_coding);
-        sums[i] =
-            special_sum<false>(normal[b][i], kind, random.bits16(i), max_code);
-      }
-    }
-    if constexpr (kSplit) {
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        if ((positives & (1u << (b * kBlock + i))) != 0u) {
-          sums[i] += 1u << (15 + bits);
-        }
-      }
-    }
-    store_word<kBits>(pack_sums<kBits>(sums, bits), bits, left,
-                      op.codes + block * bits);
-    if constexpr (kZeroed) {
-      const PhiloxBlock zeroed_random = philox(
-          {op.stream.seed, op.stream.offset ^ kZeroedStream}, random_block);
+    for (int half = 0; half < 2; ++half) {
+      const int b = p + half * (kBlocks / 2);
+      const int left = left_of(b);
+      if (left <= 0) continue;
+      const int64_t block = first_block + b * lanes + lane;
+      const BlockBits random_bits(random, half);
+      const auto rounding = [&](int i) {
+        return random_bits.rounding(i, fraction, integer);
+      };
+      const auto positive = [&](int i) {
+        return kSplit && (positives & (1u << (b * kBlock + i))) != 0u;
+      };
+      uint32_t sums[kBlock];
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        sums[i] = code_sum<kBits>(output[b].get(i), second_coding,
-                                  zeroed_random.bits16(i), second_max);
+        const Coding kind = select(positive(i), first_coding, second_coding);
+        sums[i] = code_sum<kBits>(normal[b][i], kind, rounding(i), max_code);
       }
       if (special) {
 #pragma unroll
         for (int i = 0; i < kBlock; ++i) {
-          sums[i] = special_sum<true>(output[b].get(i), second_coding,
-                                      zeroed_random.bits16(i), second_max);
+          const Coding kind = select(positive(i), first_coding, second_coding);
+          sums[i] =
+              special_sum<false>(normal[b][i], kind, rounding(i), max_code);
         }
       }
+      if constexpr (kSplit) {
 #pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        sums[i] = is_positive(output[b].get(i)) ? sums[i] + 0x10000u : 0u;
+        for (int i = 0; i < kBlock; ++i) {
+          if (positive(i)) sums[i] += 1u << (fraction + bits - 1);
+        }
       }
-      store_word<kBits>(pack_sums<kBits>(sums, act_bits), act_bits, left,
-                        op.act_codes + block * act_bits);
+      store_word<kBits>(pack_sums<kBits>(sums, bits, fraction), bits, left,
+                        op.codes + block * bits);
+      if constexpr (kZeroed) {
+        const BlockBits zeroed_bits(zeroed_random, half);
+        const auto zeroed_rounding = [&](int i) {
+          return zeroed_bits.rounding(i, second_fraction, integer);
+        };
+#pragma unroll
+        for (int i = 0; i < kBlock; ++i) {
+          sums[i] = code_sum<kBits>(output[b].get(i), second_coding,
+                                    zeroed_rounding(i), second_max);
+        }
+        if (special) {
+#pragma unroll
+          for (int i = 0; i < kBlock; ++i) {
+            sums[i] = special_sum<true>(output[b].get(i), second_coding,
+                                        zeroed_rounding(i), second_max);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kBlock; ++i) {
+          sums[i] = is_positive(output[b].get(i))
+                        ? sums[i] + (1u << second_fraction)
+                        : kIntegerFloat;
+        }
+        store_word<kBits>(pack_sums<kBits>(sums, act_bits, second_fraction),
+                          act_bits, left, op.act_codes + block * act_bits);
+      }
     }
   }
 }

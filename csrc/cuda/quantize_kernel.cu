@@ -174,70 +174,81 @@ constexpr int kSteps = 4;
 template <typename T, int kGroup>
 constexpr int kLanesPerStep = kGroup / kItemsPerStep<T> / kSteps;
 
-// Decodes what one thread holds of a group, each step's elements written as
-// one word of 16 bytes; kWhole: there is no end of a row in the group.
-template <typename T, int kBits, int kGroup, bool kWhole>
-__device__ __forceinline__ void decode_group(const uint8_t* source, Range range,
-                                             int count, int lane, T* target) {
-  constexpr int kItems = kItemsPerStep<T>;
-  constexpr int kLanes = kLanesPerStep<T, kGroup>;
+// Reads the codes of one step, of elements from `begin` on.
+template <int kBits, int kItems>
+__device__ __forceinline__ auto load_step(const uint8_t* source, int begin) {
   // The items begin inside of a byte unless they fill whole ones.
   constexpr int kLeftBits = kItems * kBits % 8;
   constexpr int kBytes = (kItems * kBits + kLeftBits + 7) / 8;
   using Unit = std::conditional_t<kLeftBits == 0, UnitOf<kBytes>, UnitOf<1>>;
   using Word = UnsignedInt<kBytes>;
-  constexpr uint32_t kMaxCode = max_code_of(kBits);
-
-  // All reads first.
-  Word words[kSteps];
+  const uint8_t* bytes = source + begin * kBits / 8;
+  Word word = 0;
 #pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    const int begin = (s * kLanes + lane) * kItems;
-    words[s] = 0;
-    // A word ends inside of its block, and blocks are always whole.
-    if (kWhole || begin < count) {
-      const uint8_t* bytes = source + begin * kBits / 8;
-#pragma unroll
-      for (int byte = 0; byte < kBytes; byte += sizeof(Unit)) {
-        const Unit unit = *reinterpret_cast<const Unit*>(bytes + byte);
-        words[s] |= static_cast<Word>(unit) << (8 * byte);
-      }
-      if constexpr (kLeftBits != 0) words[s] >>= begin * kBits % 8;
-    }
+  for (int byte = 0; byte < kBytes; byte += sizeof(Unit)) {
+    const Unit unit = *reinterpret_cast<const Unit*>(bytes + byte);
+    word |= static_cast<Word>(unit) << (8 * byte);
   }
-  const CodeFloats<kBits, kItems> floats(range.step);
-  const bool plain = decodes_plainly(range, kMaxCode, Number<T>::kLargest);
+  if constexpr (kLeftBits != 0) word >>= begin * kBits % 8;
+  return word;
+}
+
+// Decodes what one thread holds of a whole group, each step's elements written
+// as one word of 16 bytes; returns false and does not if the group does not
+// decode plainly.
+template <typename T, int kBits, int kGroup>
+__device__ __forceinline__ bool decode_plain_group(const uint8_t* source,
+                                                   Range range,
+                                                   uint32_t integer, int lane,
+                                                   T* target) {
+  constexpr int kItems = kItemsPerStep<T>;
+  constexpr int kLanes = kLanesPerStep<T, kGroup>;
+  const auto begin = [&](int s) { return (s * kLanes + lane) * kItems; };
+  // All reads first, before that of the range is needed.
+  decltype(load_step<kBits, kItems>(source, 0)) words[kSteps];
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    words[s] = load_step<kBits, kItems>(source, begin(s));
+  }
+  if (!decodes_plainly(range, max_code_of(kBits), Number<T>::kLargest)) {
+    return false;
+  }
+  const CodeFloats<kBits, kItems> floats(range.step, integer);
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    float values[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      values[i] = __fmaf_rn(floats.number(words[s], i), floats.step(i),
+                            range.low);
+    }
+    store_16_bytes(target + begin(s), values);
+  }
+  return true;
+}
+
+// The same of any group.
+template <typename T, int kBits, int kGroup>
+__device__ __forceinline__ void decode_group(const uint8_t* source, Range range,
+                                             int count, int lane, T* target) {
+  constexpr int kItems = kItemsPerStep<T>;
+  constexpr int kLanes = kLanesPerStep<T, kGroup>;
+  constexpr uint32_t kMaxCode = max_code_of(kBits);
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
     const int begin = (s * kLanes + lane) * kItems;
-    if (!kWhole && begin >= count) continue;
-    float values[kItems];
-    if (plain) {
+    // A word ends inside of its block, and blocks are always whole.
+    if (begin >= count) continue;
+    const auto word = load_step<kBits, kItems>(source, begin);
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        values[i] = __fmaf_rn(floats.number(words[s], i), floats.step(i),
-                              range.low);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        const uint32_t code =
-            static_cast<uint32_t>(words[s] >> (i * kBits)) & kMaxCode;
-        values[i] = range.special()
-                        ? decode_special(code, range, kMaxCode)
-                        : clamp_finite(decode(code, range),
-                                       Number<T>::kLargest);
-      }
-    }
-    if (kWhole || begin + kItems <= count) {
-      store_16_bytes(target + begin, values);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        if (begin + i < count) {
-          target[begin + i] = Number<T>::store(values[i]);
-        }
-      }
+    for (int i = 0; i < kItems; ++i) {
+      const uint32_t code =
+          static_cast<uint32_t>(word >> (i * kBits)) & kMaxCode;
+      const float value =
+          range.special()
+              ? decode_special(code, range, kMaxCode)
+              : clamp_finite(decode(code, range), Number<T>::kLargest);
+      if (begin + i < count) target[begin + i] = Number<T>::store(value);
     }
   }
 }
@@ -262,12 +273,10 @@ __global__ void __launch_bounds__(kThreads)
   T* target = output + group.row * launch.row_numel + group.start;
   with_width<kBits>(row.bits, [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
-    if (launch.vectorized && group.count == kGroup) {
-      decode_group<T, kWidth, kGroup, true>(source, range, group.count, lane,
-                                            target);
-    } else {
-      decode_group<T, kWidth, kGroup, false>(source, range, group.count, lane,
-                                             target);
+    if (!launch.vectorized || group.count != kGroup ||
+        !decode_plain_group<T, kWidth, kGroup>(
+            source, range, opaque_integer_float(index), lane, target)) {
+      decode_group<T, kWidth, kGroup>(source, range, group.count, lane, target);
     }
   });
 }
