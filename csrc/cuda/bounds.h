@@ -119,4 +119,47 @@ struct PackedBounds<float> {
   }
 };
 
+// The bounds of the numbers that are not 0, where none is negative.
+template <typename T>
+struct PositiveBounds {
+  // Two numbers each, by their bits, whose order is that of the numbers; of
+  // the smallest one less, so that 0 becomes the largest.
+  uint32_t low_less = 0xFFFFFFFFu;
+  uint32_t high = 0;
+
+  __device__ __forceinline__ void include(const PackedBlock<T>& block) {
+#pragma unroll
+    for (int w = 0; w < PackedBlock<T>::kWords; w += 2) {
+      const uint32_t a = block.word[w], b = block.word[w + 1];
+      low_less = __viaddmin_u16x2(a, 0xFFFFFFFFu, low_less);
+      low_less = __viaddmin_u16x2(b, 0xFFFFFFFFu, low_less);
+      high = __vimax3_u16x2(a, b, high);
+    }
+  }
+  __device__ __forceinline__ Bounds finish() const {
+    const uint32_t less = min(low_less & 0xFFFFu, low_less >> 16);
+    const uint32_t most = max(high & 0xFFFFu, high >> 16);
+    if (less == 0xFFFFu) return {};
+    const auto number = [](uint32_t bits) {
+      const PairOf<T> pair = as_pair<T>(bits);
+      return Number<T>::load(pair.x);
+    };
+    const float highest = number(most);
+    return {is_nan(highest) ? highest : number(less + 1u), highest};
+  }
+};
+
+template <>
+struct PositiveBounds<float> {
+  Bounds bounds;
+
+  __device__ __forceinline__ void include(const PackedBlock<float>& block) {
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      if (!(block.get(i) <= 0.0f)) bounds.include(block.get(i));
+    }
+  }
+  __device__ __forceinline__ Bounds finish() const { return bounds; }
+};
+
 }  // namespace mmactnn

@@ -78,16 +78,12 @@ struct Affine {
         block.bias[i] = biases;
       }
     } else if (channels.vectorized && left >= kBlock) {
+      const ChannelWords weights(weight + place.channel);
+      const ChannelWords biases(bias + place.channel);
 #pragma unroll
-      for (int w = 0; w < kBlock; w += kChannelsPerWord) {
-        const uint32_t channel = place.channel + w;
-        const ChannelWord weights = load_channels(weight, channel, kNoWeight);
-        const ChannelWord biases = load_channels(bias, channel, kNoBias);
-#pragma unroll
-        for (int i = 0; i < kChannelsPerWord; ++i) {
-          block.weight[w + i] = weights.item[i];
-          block.bias[w + i] = biases.item[i];
-        }
+      for (int i = 0; i < kBlock; ++i) {
+        block.weight[i] = weights.item[i];
+        block.bias[i] = biases.item[i];
       }
     } else {
 #pragma unroll
@@ -361,8 +357,7 @@ Tensor dequantize_split(Tensor codes, Tensor ranges,
   if (output.numel() == 0) return output;
   const auto* weights = static_cast<const float*>(data_or_null(weight));
   const auto* biases = static_cast<const float*>(data_or_null(bias));
-  const ChannelIndex index = index_channels(
-      channels, is_aligned(weights, 16) && is_aligned(biases, 16));
+  const ChannelIndex index = index_channels(channels, {weights, biases});
   // A thread's next block is kThreads blocks, here whole pixels, further on.
   const bool repeats = index.vectorized && geometry.row_numel % kBlock == 0 &&
                        kThreads * kBlock % channels.count == 0;

@@ -186,8 +186,9 @@ __global__ void __launch_bounds__(kNormThreads)
 
   float normal[kBlocks][kBlock];
   PackedBlock<T> output[kBlocks];
-  uint32_t positives = 0;  // a bit for each element
+  uint32_t positives = 0;  // a bit for each element, if there is a rectifier
   Bounds first, second;
+  PositiveBounds<T> outputs;
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
     const int left = left_of(b);
@@ -205,20 +206,16 @@ __global__ void __launch_bounds__(kNormThreads)
         total[i] = norm.scale(normal[b][i]);
       }
     } else if (op.channels.vectorized && left >= kBlock) {
+      const ChannelWords mean(op.mean + place.channel);
+      const ChannelWords invstd(op.invstd + place.channel);
+      const ChannelWords weight(op.weight + place.channel);
+      const ChannelWords bias(op.bias + place.channel);
 #pragma unroll
-      for (int w = 0; w < kBlock; w += kChannelsPerWord) {
-        const uint32_t channel = place.channel + w;
-        const ChannelWord mean = load_channels(op.mean, channel, 0.0f);
-        const ChannelWord invstd = load_channels(op.invstd, channel, 1.0f);
-        const ChannelWord weight = load_channels(op.weight, channel, kNoWeight);
-        const ChannelWord bias = load_channels(op.bias, channel, kNoBias);
-#pragma unroll
-        for (int i = 0; i < kChannelsPerWord; ++i) {
-          const ChannelNorm norm{mean.item[i], invstd.item[i], weight.item[i],
-                                 bias.item[i]};
-          normal[b][w + i] = norm.normalise(input[b].get(w + i));
-          total[w + i] = norm.scale(normal[b][w + i]);
-        }
+      for (int i = 0; i < kBlock; ++i) {
+        const ChannelNorm norm{mean.item[i], invstd.item[i], weight.item[i],
+                               bias.item[i]};
+        normal[b][i] = norm.normalise(input[b].get(i));
+        total[i] = norm.scale(normal[b][i]);
       }
     } else {
 #pragma unroll
@@ -255,27 +252,16 @@ __global__ void __launch_bounds__(kNormThreads)
       } else {
         const bool positive = !(total[i] <= kLargestZero<T>);
         if (!positive) total[i] = 0.0f;
-        if constexpr (kSplit) {
-          if (positive) {
-            positives |= 1u << (b * kBlock + i);
-            second.include(normal[b][i]);
-          } else {
-            first.include(normal[b][i]);
-          }
+        if (positive) positives |= 1u << (b * kBlock + i);
+        if (kSplit && positive) {
+          second.include(normal[b][i]);
         } else {
           first.include(normal[b][i]);
         }
       }
     }
     output[b].set(total);
-    if constexpr (kZeroed) {
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        // Of the values as they are stored.
-        const float value = output[b].get(i);
-        if (is_positive(value)) second.include(value);
-      }
-    }
+    if constexpr (kZeroed) outputs.include(output[b]);
     T* target = op.output + base + begin;
     if (op.vectorized && left >= kBlock) {
       output[b].store(target);
@@ -285,6 +271,7 @@ __global__ void __launch_bounds__(kNormThreads)
   }
 
   constexpr bool kTwo = kPayload != NormActPayload::kPlain;
+  if constexpr (kZeroed) second = outputs.finish();
   Bounds mine = reduce_bounds<kTwo>(first, second, lanes, odd);
   bool all_finite = mine.all_finite();
   // Warps with several groups take the slow path together when one of their
@@ -382,14 +369,18 @@ __global__ void __launch_bounds__(kNormThreads)
               special_sum<false>(normal[b][i], kind, rounding(i), max_code);
         }
       }
-      if constexpr (kSplit) {
+      const uint32_t flags = positives >> (b * kBlock) & 0xFFu;
+      if constexpr (kSplit && kBits == kAnyBits) {
 #pragma unroll
         for (int i = 0; i < kBlock; ++i) {
           if (positive(i)) sums[i] += 1u << (fraction + bits - 1);
         }
       }
-      store_word<kBits>(pack_sums<kBits>(sums, bits, fraction), bits, left,
-                        op.codes + block * bits);
+      CodeWord<kBits> word = pack_sums<kBits>(sums, bits, fraction);
+      if constexpr (kSplit && kBits != kAnyBits) {
+        word |= spread_flags<kBits>(flags) << (kBits - 1);
+      }
+      store_word<kBits>(word, bits, left, op.codes + block * bits);
       if constexpr (kZeroed) {
         const BlockBits zeroed_bits(zeroed_random, half);
         const auto zeroed_rounding = [&](int i) {
@@ -397,8 +388,10 @@ __global__ void __launch_bounds__(kNormThreads)
         };
 #pragma unroll
         for (int i = 0; i < kBlock; ++i) {
-          sums[i] = code_sum<kBits>(output[b].get(i), second_coding,
-                                    zeroed_rounding(i), second_max);
+          // Zeros get the lowest code, and lose it below.
+          sums[i] = code_sum<kBits>(fmaxf(output[b].get(i), second_coding.low),
+                                    second_coding, zeroed_rounding(i),
+                                    second_max);
         }
         if (special) {
 #pragma unroll
@@ -407,14 +400,20 @@ __global__ void __launch_bounds__(kNormThreads)
                                         zeroed_rounding(i), second_max);
           }
         }
+        if constexpr (kBits == kAnyBits) {
 #pragma unroll
-        for (int i = 0; i < kBlock; ++i) {
-          sums[i] = is_positive(output[b].get(i))
-                        ? sums[i] + (1u << second_fraction)
-                        : kIntegerFloat;
+          for (int i = 0; i < kBlock; ++i) {
+            sums[i] = (flags & (1u << i)) != 0u
+                          ? sums[i] + (1u << second_fraction)
+                          : kIntegerFloat;
+          }
         }
-        store_word<kBits>(pack_sums<kBits>(sums, act_bits, second_fraction),
-                          act_bits, left, op.act_codes + block * act_bits);
+        word = pack_sums<kBits>(sums, act_bits, second_fraction);
+        if constexpr (kBits != kAnyBits) {
+          const uint32_t ones = spread_flags<kBits>(flags);
+          word = (word + ones) & (ones * max_code_of(kBits));
+        }
+        store_word<kBits>(word, act_bits, left, op.act_codes + block * act_bits);
       }
     }
   }
@@ -489,9 +488,8 @@ NormActCodes run(const NormActArguments& arguments, Tensor& output,
   const auto* weight =
       static_cast<const float*>(data_or_null(arguments.weight));
   const auto* bias = static_cast<const float*>(data_or_null(arguments.bias));
-  const ChannelIndex index = index_channels(
-      channels, is_aligned(mean, 16) && is_aligned(invstd, 16) &&
-                    is_aligned(weight, 16) && is_aligned(bias, 16));
+  const ChannelIndex index =
+      index_channels(channels, {mean, invstd, weight, bias});
   const cudaStream_t stream = current_stream(input.get_device_index());
   dispatch_dtype(input.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;

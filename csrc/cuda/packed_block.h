@@ -131,6 +131,21 @@ __device__ __forceinline__ CodeWord<kBits> pack_sums(const uint32_t* sums,
   }
 }
 
+// The 8 bits of `flags` where the codes of a block begin.
+template <int kBits>
+__device__ __forceinline__ uint32_t spread_flags(uint32_t flags) {
+  static_assert(kBits >= 2 && kBits <= 4);
+  // Ones of 4, 2 and 1 bits at the distance of as many codes.
+  constexpr uint32_t kFours = 0xFu * (1u + (1u << (4 * kBits)));
+  constexpr uint32_t kTwos =
+      0x3u * (1u + (1u << (2 * kBits))) * (1u + (1u << (4 * kBits)));
+  constexpr uint32_t kOnes = (1u + (1u << kBits)) * (1u + (1u << (2 * kBits))) *
+                             (1u + (1u << (4 * kBits)));
+  flags = (flags | flags << (4 * (kBits - 1))) & kFours;
+  flags = (flags | flags << (2 * (kBits - 1))) & kTwos;
+  return (flags | flags << (kBits - 1)) & kOnes;
+}
+
 // Writes the codes of a block; those from `count` on become 0.
 template <int kBits>
 __device__ __forceinline__ void store_word(CodeWord<kBits> word, int bits,
