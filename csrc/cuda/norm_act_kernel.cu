@@ -44,8 +44,10 @@ constexpr int kNormBlocks =
         ? 2
         : 4;
 
-// Small thread blocks leave fewer registers of a multiprocessor unused.
+// Small thread blocks leave fewer registers of a multiprocessor unused, which
+// must suffice for as many of them.
 constexpr int kNormThreads = 128;
+constexpr int kNormResident = 5;
 
 // One launch of norm_act(); pointers are those of its first row. The output
 // may be the input.
@@ -109,6 +111,26 @@ __device__ __forceinline__ Coding select(bool second, const Coding& a,
   return {second ? b.low : a.low, second ? b.scale : a.scale};
 }
 
+// The second where bit `i` of `flags` is set. In assembly, because the compiler
+// moves the bit to the lowest place before it tests it.
+__device__ __forceinline__ Coding select_by_flag(uint32_t flags, int i,
+                                                 const Coding& a,
+                                                 const Coding& b) {
+  Coding selected;
+  asm("{\n\t"
+      ".reg .pred set;\n\t"
+      ".reg .b32 bit;\n\t"
+      "and.b32 bit, %2, %3;\n\t"
+      "setp.ne.u32 set, bit, 0;\n\t"
+      "selp.f32 %0, %5, %4, set;\n\t"
+      "selp.f32 %1, %7, %6, set;\n\t"
+      "}"
+      : "=f"(selected.low), "=f"(selected.scale)
+      : "r"(flags), "r"(1u << i), "f"(a.low), "f"(b.low), "f"(a.scale),
+        "f"(b.scale));
+  return selected;
+}
+
 // The sum that holds the code of a value, see encode_sum().
 template <int kBits>
 __device__ __forceinline__ uint32_t code_sum(float value, const Coding& coding,
@@ -138,9 +160,16 @@ __device__ __forceinline__ uint32_t special_sum(float value,
   return kIntegerFloat | code << fraction_bits(max_code);
 }
 
+// What is known of the groups of a tensor.
+enum class NormActShape {
+  kColumns,  // whole ones, ChannelIndex::vectorized
+  kWhole,    // whole ones
+  kAny,
+};
+
 // kBits is the width of all codes, or kAnyBits.
-template <typename T, NormActPayload kPayload, int kBits>
-__global__ void __launch_bounds__(kNormThreads)
+template <typename T, NormActPayload kPayload, int kBits, NormActShape kShape>
+__global__ void __launch_bounds__(kNormThreads, kNormResident)
     norm_act_kernel(const NormAct<T> op, const Launch launch) {
   constexpr bool kSplit = kPayload == NormActPayload::kSplit;
   constexpr bool kZeroed = kPayload == NormActPayload::kPlainAndZeroed;
@@ -167,13 +196,14 @@ __global__ void __launch_bounds__(kNormThreads)
   PackedBlock<T> residual[kZeroed ? kBlocks : 1];
   // Elements from the start of a block to the end of the group.
   const auto left_of = [&](int b) {
-    return count - (b * lanes + lane) * kBlock;
+    return kShape == NormActShape::kAny ? count - (b * lanes + lane) * kBlock
+                                        : kBlock;
   };
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
     const int begin = (b * lanes + lane) * kBlock;
     const int left = left_of(b);
-    if (op.vectorized && left >= kBlock) {
+    if (kShape != NormActShape::kAny || (op.vectorized && left >= kBlock)) {
       input[b].load(op.input + base + begin);
       if constexpr (kZeroed) residual[b].load(op.residual + base + begin);
     } else if (left > 0) {
@@ -183,6 +213,8 @@ __global__ void __launch_bounds__(kNormThreads)
       }
     }
   }
+  // The compiler would put reads off until there are more registers.
+  __syncwarp();
 
   float normal[kBlocks][kBlock];
   PackedBlock<T> output[kBlocks];
@@ -196,7 +228,7 @@ __global__ void __launch_bounds__(kNormThreads)
     const int begin = (b * lanes + lane) * kBlock;
     float total[kBlock];
     ChannelIndex::Place place = op.channels.of(start + begin);
-    if (place.left >= kBlock) {
+    if (kShape != NormActShape::kColumns && place.left >= kBlock) {
       const ChannelNorm norm{op.mean[place.channel], op.invstd[place.channel],
                              load_channel(op.weight, place.channel, kNoWeight),
                              load_channel(op.bias, place.channel, kNoBias)};
@@ -205,7 +237,8 @@ __global__ void __launch_bounds__(kNormThreads)
         normal[b][i] = norm.normalise(input[b].get(i));
         total[i] = norm.scale(normal[b][i]);
       }
-    } else if (op.channels.vectorized && left >= kBlock) {
+    } else if (kShape == NormActShape::kColumns ||
+               (op.channels.vectorized && left >= kBlock)) {
       const ChannelWords mean(op.mean + place.channel);
       const ChannelWords invstd(op.invstd + place.channel);
       const ChannelWords weight(op.weight + place.channel);
@@ -263,7 +296,9 @@ __global__ void __launch_bounds__(kNormThreads)
     output[b].set(total);
     if constexpr (kZeroed) outputs.include(output[b]);
     T* target = op.output + base + begin;
-    if (op.vectorized && left >= kBlock) {
+    if (kShape != NormActShape::kAny) {
+      if (inside) output[b].store(target);
+    } else if (op.vectorized && left >= kBlock) {
       output[b].store(target);
     } else {
       output[b].store(target, left);
@@ -358,7 +393,10 @@ __global__ void __launch_bounds__(kNormThreads)
       uint32_t sums[kBlock];
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        const Coding kind = select(positive(i), first_coding, second_coding);
+        const Coding kind =
+            kSplit ? select_by_flag(positives, b * kBlock + i, first_coding,
+                                    second_coding)
+                   : first_coding;
         sums[i] = code_sum<kBits>(normal[b][i], kind, rounding(i), max_code);
       }
       if (special) {
@@ -419,20 +457,28 @@ __global__ void __launch_bounds__(kNormThreads)
   }
 }
 
-// Calls `body` with the width of all codes as a Constant, kAnyBits for those
-// of the one kernel.
+// Calls `body` with the width of all codes, kAnyBits for those of the one
+// kernel, and a NormActShape as constants.
 template <typename Body>
-void dispatch_widths(const NormActArguments& arguments, const Body& body) {
+void dispatch_kernels(const NormActArguments& arguments, bool whole,
+                      bool columns, const Body& body) {
   const bool equal = arguments.payload() != NormActPayload::kPlainAndZeroed ||
                      arguments.bits == arguments.act_bits;
-  if (equal && arguments.bits == 2) {
-    body(Constant<2>{});
-  } else if (equal && arguments.bits == 3) {
-    body(Constant<3>{});
-  } else if (equal && arguments.bits == 4) {
-    body(Constant<4>{});
+  const auto with_shape = [&](auto width) {
+    if (columns) {
+      body(width, Constant<NormActShape::kColumns>{});
+    } else {
+      body(width, Constant<NormActShape::kWhole>{});
+    }
+  };
+  if (whole && equal && arguments.bits == 2) {
+    with_shape(Constant<2>{});
+  } else if (whole && equal && arguments.bits == 3) {
+    with_shape(Constant<3>{});
+  } else if (whole && equal && arguments.bits == 4) {
+    with_shape(Constant<4>{});
   } else {
-    body(Constant<kAnyBits>{});
+    body(Constant<kAnyBits>{}, Constant<NormActShape::kAny>{});
   }
 }
 
@@ -458,14 +504,19 @@ void launch_payload(const NormActArguments& arguments, const Geometry& geometry,
           op.act_ranges = whole.act_ranges + group;
         }
         op.first_block = static_cast<uint64_t>(block);
-        dispatch_widths(arguments, [&](auto width) {
+        const bool whole =
+            op.vectorized && geometry.row_numel % geometry.group_size == 0;
+        const bool columns = op.channels.vectorized;
+        dispatch_kernels(arguments, whole, columns, [&](auto width,
+                                                        auto shape) {
           constexpr int kBits = decltype(width)::value;
+          constexpr NormActShape kShape = decltype(shape)::value;
           const auto lanes = static_cast<int>(geometry.group_size / kBlock /
                                               kNormBlocks<T, kPayload, kBits>);
           op.lane_shift = 0;
           while ((1 << op.lane_shift) < lanes) ++op.lane_shift;
           const int64_t threads = int64_t{launch.groups} * lanes;
-          norm_act_kernel<T, kPayload, kBits>
+          norm_act_kernel<T, kPayload, kBits, kShape>
               <<<static_cast<unsigned int>((threads + kNormThreads - 1) /
                                            kNormThreads),
                  kNormThreads, 0, stream>>>(op, launch);
