@@ -1,9 +1,10 @@
 // The random bits that elements are rounded with.
 //
 // Each element has 16 that are uniform, which is all that an unbiased rounding
-// needs. Four elements share a word of 32 bits, each with the bytes i and
-// i + 1: the lower half of an element's bits is the upper half of the next
-// one's, so that what they are rounded to is correlated, by less than 2^-8.
+// needs. Four elements share a word of 32 bits, and element i has its bytes i
+// (the lower) and i + 1. What neighbours are rounded to has a covariance, then,
+// of at most 2^-10 of a squared step: the shared byte matters to the one only
+// where its other byte is just that of the threshold, one in 256.
 //
 // A call of Philox serves a block of 8 elements of either half of a group. It
 // is counted by the block of the first half.
