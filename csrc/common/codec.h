@@ -187,8 +187,8 @@ MMACTNN_HOST_DEVICE float encode_scale(Range range, uint32_t max_code) {
   const float step = multiply(range.step, kShift);
   float reciprocal;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(step));
-  reciprocal = __fmaf_rn(__fmaf_rn(-step, reciprocal, 1.0f), reciprocal,
-                         reciprocal);
+  reciprocal =
+      __fmaf_rn(__fmaf_rn(-step, reciprocal, 1.0f), reciprocal, reciprocal);
   return multiply(reciprocal, ones * kShift);
 #else
   return ones / range.step;
@@ -222,8 +222,8 @@ MMACTNN_HOST_DEVICE constexpr uint32_t largest_sum(uint32_t max_code) {
 MMACTNN_HOST_DEVICE uint32_t encode(float value, Range range, float scale,
                                     uint32_t random16, uint32_t max_code) {
   const int fraction = fraction_bits(max_code);
-  const uint32_t sum = encode_sum(value, range.low, scale,
-                                  rounding_of(random16, fraction));
+  const uint32_t sum =
+      encode_sum(value, range.low, scale, rounding_of(random16, fraction));
   const uint32_t largest = largest_sum(max_code);
   return ((sum < largest ? sum : largest) - kIntegerFloat) >> fraction;
 }

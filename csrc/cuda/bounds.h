@@ -96,8 +96,8 @@ struct PackedBounds {
 #pragma unroll
     for (int step = 1; step < kLanes; step *= 2) {
       const uint32_t word = pair_bits(both);
-      both = __hmin2_nan(
-          both, as_pair<T>(__shfl_xor_sync(0xFFFFFFFFu, word, step)));
+      both = __hmin2_nan(both,
+                         as_pair<T>(__shfl_xor_sync(0xFFFFFFFFu, word, step)));
     }
     return {Number<T>::load(both.x), -Number<T>::load(both.y)};
   }

@@ -41,10 +41,9 @@ struct ChannelIndex {
 // `parameters` are those of all channels; null are what a layer does not have.
 inline ChannelIndex index_channels(
     const Channels& channels, std::initializer_list<const void*> parameters) {
-  const bool aligned =
-      std::all_of(parameters.begin(), parameters.end(), [](const void* data) {
-        return data != nullptr && is_aligned(data, 16);
-      });
+  const bool aligned = std::all_of(
+      parameters.begin(), parameters.end(),
+      [](const void* data) { return data != nullptr && is_aligned(data, 16); });
   STD_TORCH_CHECK(channels.row_numel() <= kMaxIndex,
                   "a sample may have at most ", kMaxIndex, " elements, got ",
                   channels.row_numel());

@@ -194,9 +194,11 @@ __device__ __forceinline__ bool any_infinite(const PackedBlock<T>& block) {
 
 // Blocks that need neither special codes nor a clamp; returns false for others.
 template <typename T, int kBits, typename Decoder>
-__device__ __forceinline__ bool decode_plain_block(
-    const Decoder& decoder, CodeWord<kBits> word, Range range,
-    uint32_t integer, PackedBlock<T>& block) {
+__device__ __forceinline__ bool decode_plain_block(const Decoder& decoder,
+                                                   CodeWord<kBits> word,
+                                                   Range range,
+                                                   uint32_t integer,
+                                                   PackedBlock<T>& block) {
   if (!decodes_plainly(range, decoder.max_code(), Decoder::kLargestValue)) {
     return false;
   }
@@ -205,9 +207,8 @@ __device__ __forceinline__ bool decode_plain_block(
   float values[kBlock];
 #pragma unroll
   for (int i = 0; i < kBlock; ++i) {
-    const float value =
-        __fmaf_rn(floats.number(word, i, Decoder::kOffset), floats.step(i),
-                  range.low);
+    const float value = __fmaf_rn(floats.number(word, i, Decoder::kOffset),
+                                  floats.step(i), range.low);
     const auto code =
         static_cast<uint32_t>(word >> (i * kBits)) & max_code_of(kBits);
     values[i] = decoder.kept(code) ? decoder.output(i, value) : 0.0f;

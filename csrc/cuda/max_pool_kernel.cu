@@ -128,8 +128,7 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t inner = static_cast<int32_t>(layout.pool.inner);
   const int32_t first_row = at.row * Window::kStride - Window::kPadding;
   const int32_t first_column = at.column * Window::kStride - Window::kPadding;
-  const T* source =
-      input + at.outer * layout.input_plane + at.inner * kItems;
+  const T* source = input + at.outer * layout.input_plane + at.inner * kItems;
   // All reads first; what is outside is never larger than anything.
   Items<T, kItems> items[kKernel][kKernel];
 #pragma unroll
@@ -149,8 +148,8 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   // The first element inside wins if there is nothing but -inf.
-  const uint32_t first =
-      static_cast<uint32_t>(max(-first_row, 0) * kKernel + max(-first_column, 0));
+  const uint32_t first = static_cast<uint32_t>(max(-first_row, 0) * kKernel +
+                                               max(-first_column, 0));
   Items<T, kItems> result;
   uint32_t taps = 0;
 #pragma unroll
@@ -224,11 +223,11 @@ __global__ void __launch_bounds__(kThreads)
           column >= layout.pool.width.output) {
         continue;
       }
-      const int32_t output =
-          at.outer * layout.output_plane +
-          (row * layout.pool.width.output + column) * inner + channel;
-      grads[i][j] = *reinterpret_cast<const Items<T, kItems>*>(grad_output +
-                                                               output);
+      const int32_t output = at.outer * layout.output_plane +
+                             (row * layout.pool.width.output + column) * inner +
+                             channel;
+      grads[i][j] =
+          *reinterpret_cast<const Items<T, kItems>*>(grad_output + output);
       const uint8_t* bytes = indices + (output >> 1);
       if constexpr (kItems == 1) {
         taps[i][j] = *bytes >> ((output & 1) * 4) & 15u;
@@ -308,8 +307,7 @@ void for_each_launch(const Pool& pool, int32_t height, int32_t width,
                       pairs};
   for (int64_t first = 0; first < pool.outer; first += planes) {
     const int64_t count = std::min(planes, pool.outer - first);
-    body(layout, first,
-         static_cast<uint32_t>(count * height * width * inner));
+    body(layout, first, static_cast<uint32_t>(count * height * width * inner));
   }
 }
 
@@ -367,8 +365,7 @@ std::tuple<Tensor, Tensor> max_pool2d(
     };
     if (!is_stem(pool)) return launch(Constant<1>{}, pool_kernel<T>);
     dispatch_items(pool, source, target, index_bytes, [&](auto items) {
-      launch(items,
-             fixed_pool_kernel<T, StemWindow, decltype(items)::value>);
+      launch(items, fixed_pool_kernel<T, StemWindow, decltype(items)::value>);
     });
   });
   return {output, indices};

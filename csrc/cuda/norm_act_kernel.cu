@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 
 #include "../common/channels.h"
 #include "../common/codec.h"
@@ -166,6 +167,9 @@ enum class NormActShape {
   kWhole,    // whole ones
   kAny,
 };
+
+template <NormActShape kShape>
+using ShapeConstant = std::integral_constant<NormActShape, kShape>;
 
 // kBits is the width of all codes, or kAnyBits.
 template <typename T, NormActPayload kPayload, int kBits, NormActShape kShape>
@@ -393,10 +397,9 @@ __global__ void __launch_bounds__(kNormThreads, kNormResident)
       uint32_t sums[kBlock];
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        const Coding kind =
-            kSplit ? select_by_flag(positives, b * kBlock + i, first_coding,
-                                    second_coding)
-                   : first_coding;
+        const Coding kind = kSplit ? select_by_flag(positives, b * kBlock + i,
+                                                    first_coding, second_coding)
+                                   : first_coding;
         sums[i] = code_sum<kBits>(normal[b][i], kind, rounding(i), max_code);
       }
       if (special) {
@@ -427,9 +430,9 @@ __global__ void __launch_bounds__(kNormThreads, kNormResident)
 #pragma unroll
         for (int i = 0; i < kBlock; ++i) {
           // Zeros get the lowest code, and lose it below.
-          sums[i] = code_sum<kBits>(fmaxf(output[b].get(i), second_coding.low),
-                                    second_coding, zeroed_rounding(i),
-                                    second_max);
+          sums[i] =
+              code_sum<kBits>(fmaxf(output[b].get(i), second_coding.low),
+                              second_coding, zeroed_rounding(i), second_max);
         }
         if (special) {
 #pragma unroll
@@ -451,7 +454,8 @@ __global__ void __launch_bounds__(kNormThreads, kNormResident)
           const uint32_t ones = spread_flags<kBits>(flags);
           word = (word + ones) & (ones * max_code_of(kBits));
         }
-        store_word<kBits>(word, act_bits, left, op.act_codes + block * act_bits);
+        store_word<kBits>(word, act_bits, left,
+                          op.act_codes + block * act_bits);
       }
     }
   }
@@ -466,9 +470,9 @@ void dispatch_kernels(const NormActArguments& arguments, bool whole,
                      arguments.bits == arguments.act_bits;
   const auto with_shape = [&](auto width) {
     if (columns) {
-      body(width, Constant<NormActShape::kColumns>{});
+      body(width, ShapeConstant<NormActShape::kColumns>{});
     } else {
-      body(width, Constant<NormActShape::kWhole>{});
+      body(width, ShapeConstant<NormActShape::kWhole>{});
     }
   };
   if (whole && equal && arguments.bits == 2) {
@@ -478,7 +482,7 @@ void dispatch_kernels(const NormActArguments& arguments, bool whole,
   } else if (whole && equal && arguments.bits == 4) {
     with_shape(Constant<4>{});
   } else {
-    body(Constant<kAnyBits>{}, Constant<NormActShape::kAny>{});
+    body(Constant<kAnyBits>{}, ShapeConstant<NormActShape::kAny>{});
   }
 }
 
@@ -507,21 +511,22 @@ void launch_payload(const NormActArguments& arguments, const Geometry& geometry,
         const bool whole =
             op.vectorized && geometry.row_numel % geometry.group_size == 0;
         const bool columns = op.channels.vectorized;
-        dispatch_kernels(arguments, whole, columns, [&](auto width,
-                                                        auto shape) {
-          constexpr int kBits = decltype(width)::value;
-          constexpr NormActShape kShape = decltype(shape)::value;
-          const auto lanes = static_cast<int>(geometry.group_size / kBlock /
-                                              kNormBlocks<T, kPayload, kBits>);
-          op.lane_shift = 0;
-          while ((1 << op.lane_shift) < lanes) ++op.lane_shift;
-          const int64_t threads = int64_t{launch.groups} * lanes;
-          norm_act_kernel<T, kPayload, kBits, kShape>
-              <<<static_cast<unsigned int>((threads + kNormThreads - 1) /
-                                           kNormThreads),
-                 kNormThreads, 0, stream>>>(op, launch);
-          check_launch();
-        });
+        dispatch_kernels(
+            arguments, whole, columns, [&](auto width, auto shape) {
+              constexpr int kBits = decltype(width)::value;
+              constexpr NormActShape kShape = decltype(shape)::value;
+              const auto lanes =
+                  static_cast<int>(geometry.group_size / kBlock /
+                                   kNormBlocks<T, kPayload, kBits>);
+              op.lane_shift = 0;
+              while ((1 << op.lane_shift) < lanes) ++op.lane_shift;
+              const int64_t threads = int64_t{launch.groups} * lanes;
+              norm_act_kernel<T, kPayload, kBits, kShape>
+                  <<<static_cast<unsigned int>((threads + kNormThreads - 1) /
+                                               kNormThreads),
+                     kNormThreads, 0, stream>>>(op, launch);
+              check_launch();
+            });
       });
 }
 

@@ -88,8 +88,8 @@ struct PackedBlock {
 
 // The codes of a block, the first in the lowest bits.
 template <int kBits>
-using CodeWord = std::conditional_t<kBits == kAnyBits || (kBits > 4), uint64_t,
-                                    uint32_t>;
+using CodeWord =
+    std::conditional_t<kBits == kAnyBits || (kBits > 4), uint64_t, uint32_t>;
 
 // Puts the codes of a block into a word, from the sums of encode_sum() with
 // `fraction` bits below the code.

@@ -61,8 +61,8 @@ struct GroupCodes {
 
 // kWhole: there is no end of a row in the group.
 template <int kBits, bool kWhole, typename T, int kGroup>
-__device__ __forceinline__ void encode_group(
-    const GroupCodes<T, kGroup>& group, Range range, PhiloxStream stream) {
+__device__ __forceinline__ void encode_group(const GroupCodes<T, kGroup>& group,
+                                             Range range, PhiloxStream stream) {
   constexpr int kLanes = kLanesPerGroup<kGroup>;
   constexpr int kHalf = kBlocksPerThread / 2;
   static_assert(half_blocks(kGroup) == kHalf * kLanes);
@@ -83,9 +83,9 @@ __device__ __forceinline__ void encode_group(
       uint32_t sums[kBlock];
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        sums[i] = encode_sum(
-            group.share.blocks[b].get(i), range.low, scale,
-            bits.rounding(i, fraction_bits(kMaxCode), integer));
+        sums[i] =
+            encode_sum(group.share.blocks[b].get(i), range.low, scale,
+                       bits.rounding(i, fraction_bits(kMaxCode), integer));
         if constexpr (kMaxCode > kMaxUnclampedCode) {
           sums[i] = min(sums[i], largest_sum(kMaxCode));
         }
@@ -219,8 +219,8 @@ __device__ __forceinline__ bool decode_plain_group(const uint8_t* source,
     float values[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      values[i] = __fmaf_rn(floats.number(words[s], i), floats.step(i),
-                            range.low);
+      values[i] =
+          __fmaf_rn(floats.number(words[s], i), floats.step(i), range.low);
     }
     store_16_bytes(target + begin(s), values);
   }

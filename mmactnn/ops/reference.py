@@ -127,9 +127,7 @@ def quantize(input, bits, group_size, seed, offset):
     low, step = _make_range(groups, valid, levels)
     low_, step_ = low[:, None], step[:, None]
 
-    random = _random16(
-        rows, row_numel, group_size, seed, offset, input.device
-    )
+    random = _random16(rows, row_numel, group_size, seed, offset, input.device)
     codes = _round(groups, low_, step_, levels, random)
 
     special = torch.zeros_like(codes)
@@ -174,8 +172,8 @@ def _random16(rows, row_numel, group_size, seed, offset, device):
     """16 random bits (Tensor[G, S]) for each element of the groups."""
     row_blocks = -(-row_numel // 8)
     half = group_size // 8 // 2
-    row_starts = torch.arange(0, row_blocks, 2 * half, device=device)
-    starts = row_starts + torch.arange(rows, device=device)[:, None] * row_blocks
+    starts = torch.arange(rows, device=device)[:, None] * row_blocks
+    starts = starts + torch.arange(0, row_blocks, 2 * half, device=device)
     calls = starts.view(-1, 1) + torch.arange(half, device=device)
     words = philox(calls.flatten(), seed, offset).view(-1, half, 2, 2)
     # The halves of a group, their blocks, two words of each.
