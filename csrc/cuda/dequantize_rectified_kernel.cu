@@ -47,6 +47,12 @@ struct Decode {
   bool vectorized;  // every full block starts on a 16-byte boundary
 };
 
+// The elements of a block, within a row.
+struct Elements {
+  uint32_t first;
+  int count;
+};
+
 // What becomes of the values of a block's elements, by channel.
 struct Affine {
   const float* weight;  // null: none
@@ -55,8 +61,7 @@ struct Affine {
   // Blocks that a thread decodes one after the other are of the same channels.
   bool repeats;
 
-  // Weight and bias of 8 elements from `element` on, of which `left` are in
-  // the row; the others have those of the last.
+  // Weight and bias of 8 elements, the last one's again past their end.
   struct Block {
     float weight[kBlock];
     float bias[kBlock];
@@ -66,9 +71,8 @@ struct Affine {
     }
   };
 
-  __device__ __forceinline__ void load(uint32_t element, int left,
-                                       Block& block) const {
-    ChannelIndex::Place place = channels.of(element);
+  __device__ __forceinline__ void load(Elements elements, Block& block) const {
+    ChannelIndex::Place place = channels.of(elements.first);
     if (place.left >= kBlock) {
       const float weights = load_channel(weight, place.channel, kNoWeight);
       const float biases = load_channel(bias, place.channel, kNoBias);
@@ -77,7 +81,7 @@ struct Affine {
         block.weight[i] = weights;
         block.bias[i] = biases;
       }
-    } else if (channels.vectorized && left >= kBlock) {
+    } else if (channels.vectorized && elements.count >= kBlock) {
       const ChannelWords weights(weight + place.channel);
       const ChannelWords biases(bias + place.channel);
 #pragma unroll
@@ -90,7 +94,7 @@ struct Affine {
       for (int i = 0; i < kBlock; ++i) {
         block.weight[i] = load_channel(weight, place.channel, kNoWeight);
         block.bias[i] = load_channel(bias, place.channel, kNoBias);
-        if (i + 1 < left) place = channels.next(place);
+        if (i + 1 < elements.count) place = channels.next(place);
       }
     }
   }
@@ -114,8 +118,10 @@ class SplitDecoder {
   static constexpr float kLargestValue = FLT_MAX;
   static constexpr bool kChecked = !std::is_same_v<T, float>;
 
-  __device__ __forceinline__ void begin(uint32_t element, int left) {
-    if (!loaded_ || !affine_.repeats) affine_.load(element, left, block_);
+  // `where()` returns the Elements of the block.
+  template <typename Where>
+  __device__ __forceinline__ void begin(const Where& where) {
+    if (!loaded_ || !affine_.repeats) affine_.load(where(), block_);
     loaded_ = true;
   }
   __device__ __forceinline__ uint32_t max_code() const {
@@ -163,7 +169,8 @@ class ZeroedDecoder {
   static constexpr float kLargestValue = Number<T>::kLargest;
   static constexpr bool kChecked = false;
 
-  __device__ __forceinline__ void begin(uint32_t, int) {}
+  template <typename Where>
+  __device__ __forceinline__ void begin(const Where&) {}
   __device__ __forceinline__ uint32_t max_code() const {
     return max_zeroed_code(bits_);
   }
@@ -234,47 +241,76 @@ __device__ __forceinline__ void decode_block(const Decoder& decoder,
   block.set(values);
 }
 
+// The last range of a group is that of the values that are not 0.
+template <typename Decoder>
+__device__ __forceinline__ uint32_t load_range(const uint32_t* ranges,
+                                               int64_t group) {
+  return ranges[group * Decoder::kRanges + Decoder::kRanges - 1];
+}
+
+// Tensors of whole groups only, aligned ones: blocks are at their places
+// whatever rows they are in.
 template <typename T, int kBits, typename Decoder>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(const Decode<T> op,
-                      const typename Decoder::Parameters parameters) {
-  const int bits = kBits == kAnyBits ? op.bits : kBits;
+    dequantize_whole_kernel(const Decode<T> op,
+                            const typename Decoder::Parameters parameters) {
   const uint32_t first = blockIdx.x * (kThreads * kDecodedBlocks) + threadIdx.x;
-  uint32_t row[kDecodedBlocks], place[kDecodedBlocks];
   CodeWord<kBits> word[kDecodedBlocks];
   uint32_t range[kDecodedBlocks];
 #pragma unroll
   for (int b = 0; b < kDecodedBlocks; ++b) {
     const uint32_t block = first + b * kThreads;
     if (block >= op.blocks) continue;
-    row[b] = op.by_row_blocks.quotient(block);
-    place[b] = block - row[b] * op.by_row_blocks.divisor;
     word[b] =
-        load_word<kBits>(op.codes + static_cast<int64_t>(block) * bits, bits);
-    const int64_t group = static_cast<int64_t>(row[b]) * op.groups_per_row +
-                          (place[b] >> op.group_shift);
-    // The last range of a group is that of the values that are not 0.
-    range[b] = op.ranges[group * Decoder::kRanges + Decoder::kRanges - 1];
+        load_word<kBits>(op.codes + static_cast<int64_t>(block) * kBits, kBits);
+    range[b] = load_range<Decoder>(op.ranges, block >> op.group_shift);
   }
-  Decoder decoder(parameters, bits);
+  Decoder decoder(parameters, kBits);
   const uint32_t integer = opaque_integer_float(op.blocks);
 #pragma unroll
   for (int b = 0; b < kDecodedBlocks; ++b) {
-    if (first + b * kThreads >= op.blocks) continue;
-    const uint32_t element = place[b] * kBlock;
-    const auto row_left = static_cast<uint32_t>(op.row_numel) - element;
-    const int left = row_left < kBlock ? static_cast<int>(row_left) : kBlock;
-    decoder.begin(element, left);
+    const uint32_t block = first + b * kThreads;
+    if (block >= op.blocks) continue;
+    decoder.begin([&] {
+      const uint32_t row = op.by_row_blocks.quotient(block);
+      return Elements{(block - row * op.by_row_blocks.divisor) * kBlock,
+                      kBlock};
+    });
     PackedBlock<T> packed;
     const Range unpacked = Range::unpack(range[b]);
-    bool done = false;
-    if constexpr (kBits != kAnyBits) {
-      done = decode_plain_block<T, kBits>(decoder, word[b], unpacked, integer,
-                                          packed);
+    if (!decode_plain_block<T, kBits>(decoder, word[b], unpacked, integer,
+                                      packed)) {
+      decode_block<T, kBits>(decoder, word[b], unpacked, kBits, packed);
     }
-    if (!done) decode_block<T, kBits>(decoder, word[b], unpacked, bits, packed);
-    T* target =
-        op.output + static_cast<int64_t>(row[b]) * op.row_numel + element;
+    packed.store(op.output + static_cast<int64_t>(block) * kBlock);
+  }
+}
+
+// Any tensor, codes of any width.
+template <typename T, typename Decoder>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(const Decode<T> op,
+                      const typename Decoder::Parameters parameters) {
+  Decoder decoder(parameters, op.bits);
+  const uint32_t first = blockIdx.x * (kThreads * kDecodedBlocks) + threadIdx.x;
+#pragma unroll 1
+  for (int b = 0; b < kDecodedBlocks; ++b) {
+    const uint32_t block = first + b * kThreads;
+    if (block >= op.blocks) return;
+    const uint32_t row = op.by_row_blocks.quotient(block);
+    const uint32_t place = block - row * op.by_row_blocks.divisor;
+    const uint64_t word = load_word<kAnyBits>(
+        op.codes + static_cast<int64_t>(block) * op.bits, op.bits);
+    const int64_t group = static_cast<int64_t>(row) * op.groups_per_row +
+                          (place >> op.group_shift);
+    const Range range = Range::unpack(load_range<Decoder>(op.ranges, group));
+    const uint32_t element = place * kBlock;
+    const auto row_left = static_cast<uint32_t>(op.row_numel) - element;
+    const int left = row_left < kBlock ? static_cast<int>(row_left) : kBlock;
+    decoder.begin([&] { return Elements{element, left}; });
+    PackedBlock<T> packed;
+    decode_block<T, kAnyBits>(decoder, word, range, op.bits, packed);
+    T* target = op.output + static_cast<int64_t>(row) * op.row_numel + element;
     if (op.vectorized && left >= kBlock) {
       packed.store(target);
     } else {
@@ -283,14 +319,17 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Calls `body` with a width that whole groups have a kernel of, or kAnyBits.
 template <typename Body>
-void dispatch_widths(int64_t bits, const Body& body) {
-  if (bits == 2) {
+void dispatch_widths(bool whole, int64_t bits, const Body& body) {
+  if (whole && bits == 2) {
     body(Constant<2>{});
-  } else if (bits == 3) {
+  } else if (whole && bits == 3) {
     body(Constant<3>{});
-  } else if (bits == 4) {
+  } else if (whole && bits == 4) {
     body(Constant<4>{});
+  } else if (whole && bits == 8) {
+    body(Constant<8>{});
   } else {
     body(Constant<kAnyBits>{});
   }
@@ -315,7 +354,11 @@ void decode_into(const Tensor& codes, const Tensor& ranges, Tensor& output,
   dispatch_dtype(output.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     T* target = static_cast<T*>(output.mutable_data_ptr());
-    dispatch_widths(bits, [&](auto width) {
+    const bool vectorized =
+        is_aligned(target, 16) && geometry.row_numel * sizeof(T) % 16 == 0;
+    const bool whole =
+        vectorized && geometry.row_numel % geometry.group_size == 0;
+    dispatch_widths(whole, bits, [&](auto width) {
       constexpr int kBits = decltype(width)::value;
       using Decoder = DecoderOf<T, kBits>;
       for (int64_t row = 0; row < geometry.rows; row += max_rows) {
@@ -331,12 +374,17 @@ void decode_into(const Tensor& codes, const Tensor& ranges, Tensor& output,
             Divider(static_cast<uint32_t>(row_blocks)),
             group_shift,
             static_cast<int>(bits),
-            is_aligned(target, 16) && geometry.row_numel * sizeof(T) % 16 == 0};
+            vectorized};
         constexpr int64_t kPerGridBlock = int64_t{kThreads} * kDecodedBlocks;
-        dequantize_kernel<T, kBits, Decoder>
-            <<<static_cast<unsigned int>((blocks + kPerGridBlock - 1) /
-                                         kPerGridBlock),
-               kThreads, 0, stream>>>(op, parameters);
+        const auto grid = static_cast<unsigned int>(
+            (blocks + kPerGridBlock - 1) / kPerGridBlock);
+        if constexpr (kBits == kAnyBits) {
+          dequantize_kernel<T, Decoder>
+              <<<grid, kThreads, 0, stream>>>(op, parameters);
+        } else {
+          dequantize_whole_kernel<T, kBits, Decoder>
+              <<<grid, kThreads, 0, stream>>>(op, parameters);
+        }
         check_launch();
       }
     });
