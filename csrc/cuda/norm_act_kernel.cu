@@ -153,7 +153,8 @@ __device__ __forceinline__ uint32_t special_sum(float value,
                                                 float rounding,
                                                 uint32_t max_code) {
   if (!coding.special()) {
-    return code_sum<kAnyBits>(value, coding, rounding, max_code);
+    return code_sum<kAnyBits>(kZeroed ? fmaxf(value, coding.low) : value,
+                              coding, rounding, max_code);
   }
   const Range range{coding.low, coding.scale};
   const uint32_t code = kZeroed ? encode_zeroed_special(value, range)
@@ -185,10 +186,12 @@ __global__ void __launch_bounds__(kNormThreads, kNormResident)
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const bool odd = lane % 2 != 0;
   // Whole warps stay: shuffles name every lane of the warp.
+  // Those past the end read the first group, and write nothing.
   const bool inside = index < launch.groups;
-  const uint32_t row = launch.by_groups_per_row.quotient(inside ? index : 0u);
+  const uint32_t group = inside ? index : 0u;
+  const uint32_t row = launch.by_groups_per_row.quotient(group);
   const uint32_t row_numel = static_cast<uint32_t>(launch.row_numel);
-  const uint32_t start = (index - row * launch.groups_per_row) * op.group_size;
+  const uint32_t start = (group - row * launch.groups_per_row) * op.group_size;
   const int count =
       inside ? static_cast<int>(
                    min(static_cast<uint32_t>(op.group_size), row_numel - start))
