@@ -112,11 +112,11 @@ class SplitDecoder {
       : affine_(affine), bits_(bits) {}
 
   // The value of the code is in the lower bits - 1 of its bits.
-  static constexpr int kValueBits = kBits - 1;
-  static constexpr uint32_t kOffset = 0;
+  [[maybe_unused]] static constexpr int kValueBits = kBits - 1;
+  [[maybe_unused]] static constexpr uint32_t kOffset = 0;
   // Outputs are clamped, and those of float32 need not be.
-  static constexpr float kLargestValue = FLT_MAX;
-  static constexpr bool kChecked = !std::is_same_v<T, float>;
+  [[maybe_unused]] static constexpr float kLargestValue = FLT_MAX;
+  [[maybe_unused]] static constexpr bool kChecked = !std::is_same_v<T, float>;
 
   // `where()` returns the Elements of the block.
   template <typename Where>
@@ -164,10 +164,10 @@ class ZeroedDecoder {
   __device__ __forceinline__ ZeroedDecoder(const NoParameters&, int bits)
       : bits_(bits) {}
 
-  static constexpr int kValueBits = kBits;
-  static constexpr uint32_t kOffset = 1;
-  static constexpr float kLargestValue = Number<T>::kLargest;
-  static constexpr bool kChecked = false;
+  [[maybe_unused]] static constexpr int kValueBits = kBits;
+  [[maybe_unused]] static constexpr uint32_t kOffset = 1;
+  [[maybe_unused]] static constexpr float kLargestValue = Number<T>::kLargest;
+  [[maybe_unused]] static constexpr bool kChecked = false;
 
   template <typename Where>
   __device__ __forceinline__ void begin(const Where&) {}
