@@ -17,6 +17,7 @@
 #include "../common/geometry.h"
 #include "../common/norm_act.h"
 #include "../common/norm_act_checks.h"
+#include "../common/portability.h"
 #include "../common/rectified_codec.h"
 #include "../common/tensor_checks.h"
 #include "bounds.h"
@@ -112,11 +113,13 @@ class SplitDecoder {
       : affine_(affine), bits_(bits) {}
 
   // The value of the code is in the lower bits - 1 of its bits.
-  [[maybe_unused]] static constexpr int kValueBits = kBits - 1;
-  [[maybe_unused]] static constexpr uint32_t kOffset = 0;
+  static MMACTNN_HOST_DEVICE constexpr int value_bits() { return kBits - 1; }
+  static MMACTNN_HOST_DEVICE constexpr uint32_t offset() { return 0; }
   // Outputs are clamped, and those of float32 need not be.
-  [[maybe_unused]] static constexpr float kLargestValue = FLT_MAX;
-  [[maybe_unused]] static constexpr bool kChecked = !std::is_same_v<T, float>;
+  static MMACTNN_HOST_DEVICE constexpr float largest_value() { return FLT_MAX; }
+  static MMACTNN_HOST_DEVICE constexpr bool checked() {
+    return !std::is_same_v<T, float>;
+  }
 
   // `where()` returns the Elements of the block.
   template <typename Where>
@@ -164,10 +167,12 @@ class ZeroedDecoder {
   __device__ __forceinline__ ZeroedDecoder(const NoParameters&, int bits)
       : bits_(bits) {}
 
-  [[maybe_unused]] static constexpr int kValueBits = kBits;
-  [[maybe_unused]] static constexpr uint32_t kOffset = 1;
-  [[maybe_unused]] static constexpr float kLargestValue = Number<T>::kLargest;
-  [[maybe_unused]] static constexpr bool kChecked = false;
+  static MMACTNN_HOST_DEVICE constexpr int value_bits() { return kBits; }
+  static MMACTNN_HOST_DEVICE constexpr uint32_t offset() { return 1; }
+  static MMACTNN_HOST_DEVICE constexpr float largest_value() {
+    return Number<T>::kLargest;
+  }
+  static MMACTNN_HOST_DEVICE constexpr bool checked() { return false; }
 
   template <typename Where>
   __device__ __forceinline__ void begin(const Where&) {}
@@ -206,22 +211,22 @@ __device__ __forceinline__ bool decode_plain_block(const Decoder& decoder,
                                                    Range range,
                                                    uint32_t integer,
                                                    PackedBlock<T>& block) {
-  if (!decodes_plainly(range, decoder.max_code(), Decoder::kLargestValue)) {
+  if (!decodes_plainly(range, decoder.max_code(), Decoder::largest_value())) {
     return false;
   }
-  const CodeFloats<kBits, kBlock, Decoder::kValueBits> floats(range.step,
-                                                              integer);
+  const CodeFloats<kBits, kBlock, Decoder::value_bits()> floats(range.step,
+                                                                integer);
   float values[kBlock];
 #pragma unroll
   for (int i = 0; i < kBlock; ++i) {
-    const float value = __fmaf_rn(floats.number(word, i, Decoder::kOffset),
+    const float value = __fmaf_rn(floats.number(word, i, Decoder::offset()),
                                   floats.step(i), range.low);
     const auto code =
         static_cast<uint32_t>(word >> (i * kBits)) & max_code_of(kBits);
     values[i] = decoder.kept(code) ? decoder.output(i, value) : 0.0f;
   }
   block.set(values);
-  return !Decoder::kChecked || !any_infinite(block);
+  return !Decoder::checked() || !any_infinite(block);
 }
 
 template <typename T, int kBits, typename Decoder>
