@@ -23,10 +23,12 @@
 namespace mmactnn {
 
 constexpr int kMaxBits = 8;
-constexpr int kBlock = 8;                 // elements that share a Philox call
+constexpr int kBlock = 8;                 // elements whose codes fill bytes
 constexpr float kRandomScale = 65536.0f;  // 16 random bits an element
 // Smaller steps would make kRandomScale / step overflow.
 constexpr float kMinStep = 0x1p-111f;
+// 2^23: in floats from here up to its double, the last bit counts ones.
+constexpr uint32_t kIntegerFloat = 0x4B000000u;
 
 enum Special : uint32_t {
   kFinite = 0,
@@ -130,6 +132,22 @@ MMACTNN_HOST_DEVICE float group_spread(Extent extent, int64_t count) {
   return spread < FLT_MAX ? spread : FLT_MAX;
 }
 
+// span / max_code, rounded once.
+MMACTNN_HOST_DEVICE float divide_by_code(float span, uint32_t max_code) {
+  const auto divisor = static_cast<float>(max_code);
+#ifdef __CUDA_ARCH__
+  // By its rounded reciprocal, a constant where the code is, with the
+  // remainder put right (Markstein's theorem). The remainder is exact for
+  // every span whose quotient is above kMinStep.
+  const float reciprocal = 1.0f / divisor;
+  const float quotient = multiply(span, reciprocal);
+  const float remainder = __fmaf_rn(-divisor, quotient, span);
+  return __fmaf_rn(remainder, reciprocal, quotient);
+#else
+  return span / divisor;
+#endif
+}
+
 MMACTNN_HOST_DEVICE Range make_range(Extent extent, uint32_t max_code) {
   const auto [low, high, all_finite] = extent;
   const float nan = bits_float(0x7FC00000u);
@@ -138,7 +156,7 @@ MMACTNN_HOST_DEVICE Range make_range(Extent extent, uint32_t max_code) {
     const float base = bfloat16_down(add(low, 0.0f));
     const float span = add(high, -base);
     if (span == 0.0f) return {base, 0.0f};
-    const float step = bfloat16_up(span / static_cast<float>(max_code));
+    const float step = bfloat16_up(divide_by_code(span, max_code));
     if (is_finite(base) && is_finite(step)) {
       return {base, step < kMinStep ? kMinStep : step};
     }
@@ -150,31 +168,64 @@ MMACTNN_HOST_DEVICE Range make_range(Extent extent, uint32_t max_code) {
   return {bfloat16_down(add(middle, 0.0f)), nan};
 }
 
+// The bits of a sum below the code: as many as the 23 bits that a float keeps
+// leave, 16 at most.
+MMACTNN_HOST_DEVICE constexpr int fraction_bits(uint32_t max_code) {
+  return max_code < 128u ? 16 : 15;
+}
+
 // What a value is multiplied with before its random bits are added.
-MMACTNN_HOST_DEVICE float encode_scale(Range range) {
-  return range.step == 0.0f ? 0.0f : kRandomScale / range.step;
+MMACTNN_HOST_DEVICE float encode_scale(Range range, uint32_t max_code) {
+  if (range.step == 0.0f) return 0.0f;
+  const auto ones = static_cast<float>(1 << fraction_bits(max_code));
+#ifdef __CUDA_ARCH__
+  // The rounded quotient without a division: the correction of an approximate
+  // reciprocal errs by 2^-46 of it, and the reciprocal of 8 significant bits
+  // is no closer than 2^-34 to where rounding changes. The shift of the
+  // exponent keeps all of that within the normal numbers.
+  constexpr float kShift = 0x1p-8f;
+  const float step = multiply(range.step, kShift);
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(step));
+  reciprocal =
+      __fmaf_rn(__fmaf_rn(-step, reciprocal, 1.0f), reciprocal, reciprocal);
+  return multiply(reciprocal, ones * kShift);
+#else
+  return ones / range.step;
+#endif
 }
 
-// floor((value - low) / step + u) with u = random16 / 2^16: the value rounded
-// up with the probability of its distance from the code below. The code is
-// what the sum has above its lower 16 bits.
+// The random bits of an element as what its scaled value is added to.
+MMACTNN_HOST_DEVICE float rounding_of(uint32_t random16, int fraction) {
+  return bits_float(kIntegerFloat | random16 >> (16 - fraction));
+}
+
+// floor((value - low) / step + u), u being the random bits as a fraction: the
+// value rounded up with the probability of its distance from the code below.
+// The sum is a float of 2^23 and above, whose last bits are an integer: its
+// fraction and, above it, the code.
 MMACTNN_HOST_DEVICE uint32_t encode_sum(float value, float low, float scale,
-                                        uint32_t random16) {
-  const float scaled = multiply(add(value, -low), scale);
-  const int32_t fixed = static_cast<int32_t>(add(scaled, 0.5f));
-  return static_cast<uint32_t>(fixed) + random16;
+                                        float rounding) {
+  return float_bits(add(multiply(add(value, -low), scale), rounding));
 }
 
-// Up to this width no sum exceeds the highest code c: `step` is at least the
-// span over c but for 2^-24 of it, so that `scaled` is at most c * 2^16 and,
-// with three roundings for c <= 15, a quarter; half added, that is less than
-// c * 2^16 + 1.
-constexpr int kMaxUnclampedBits = 4;
+// Up to this highest code c no sum exceeds it: `step` is at least the span
+// over c but for 2^-24 of it, so that the scaled value is at most c * 2^16 and,
+// with three roundings, a quarter, which the sum rounds off.
+constexpr uint32_t kMaxUnclampedCode = 15;
+
+// The largest sum of a code.
+MMACTNN_HOST_DEVICE constexpr uint32_t largest_sum(uint32_t max_code) {
+  return kIntegerFloat + ((max_code + 1u) << fraction_bits(max_code)) - 1u;
+}
 
 MMACTNN_HOST_DEVICE uint32_t encode(float value, Range range, float scale,
                                     uint32_t random16, uint32_t max_code) {
-  const uint32_t code = encode_sum(value, range.low, scale, random16) >> 16;
-  return code < max_code ? code : max_code;
+  const int fraction = fraction_bits(max_code);
+  const uint32_t sum =
+      encode_sum(value, range.low, scale, rounding_of(random16, fraction));
+  const uint32_t largest = largest_sum(max_code);
+  return ((sum < largest ? sum : largest) - kIntegerFloat) >> fraction;
 }
 
 MMACTNN_HOST_DEVICE uint32_t encode_special(float value, Range range,

@@ -17,8 +17,8 @@ constexpr uint32_t kPhiloxMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u;
 constexpr uint32_t kPhiloxWeyl1 = 0xBB67AE85u;
 
-// Which random stream a tensor is rounded with: `seed` is the key, `offset`
-// the upper half of the counter; the lower half is the block of 8 elements.
+// Which random stream an op uses: `seed` is the key, `offset` the upper half of
+// the counter; what the lower half counts is up to the op.
 struct PhiloxStream {
   uint64_t seed;
   uint64_t offset;
@@ -27,7 +27,7 @@ struct PhiloxStream {
 struct PhiloxBlock {
   uint32_t word[4];
 
-  // 16 random bits for element `i` (0 to 7) of the block.
+  // 16 random bits for each of 8 elements `i`.
   MMACTNN_HOST_DEVICE uint32_t bits16(int i) const {
     return (word[i >> 1] >> ((i & 1) * 16)) & 0xFFFFu;
   }

@@ -1,27 +1,30 @@
 // Random bits and packed codes of consecutive blocks.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../common/codec.h"
 #include "../common/philox.h"
+#include "../common/rounding.h"
 #include "group.h"
 
 namespace mmactnn {
 
-constexpr int64_t kMaxGroupBlocks = kMaxGroup / kBlock;
-
-// The 16 random bits of each element of `count` consecutive blocks. Blocks
-// lie side by side in every step, so that the compiler can vectorise it.
+// The 16 random bits of each element of the first `count` blocks of a group.
+// Blocks lie side by side in every step, so that the compiler can vectorise it.
 inline void random_bits(PhiloxStream stream, uint64_t first_block,
-                        int64_t count, uint16_t* random) {
-  PhiloxBlock blocks[kMaxGroupBlocks];
-  for (int64_t b = 0; b < count; ++b) {
-    blocks[b] = philox(stream, first_block + static_cast<uint64_t>(b));
+                        int64_t count, int64_t group_size, uint16_t* random) {
+  const int64_t half = half_blocks(group_size);
+  PhiloxBlock calls[half_blocks(kMaxGroup)];
+  for (int64_t b = 0; b < std::min(count, half); ++b) {
+    calls[b] = philox(stream, first_block + static_cast<uint64_t>(b));
   }
   for (int64_t b = 0; b < count; ++b) {
+    const bool second = b >= half;
+    const BlockBits bits(calls[second ? b - half : b], second);
     for (int i = 0; i < kBlock; ++i) {
-      random[b * kBlock + i] = static_cast<uint16_t>(blocks[b].bits16(i));
+      random[b * kBlock + i] = static_cast<uint16_t>(bits.bits16(i));
     }
   }
 }

@@ -83,7 +83,7 @@ Range encode_kind(const float* values, int64_t count, uint32_t max_code,
     if (of(i)) kind[kind_count++] = values[i];
   }
   const Range range = make_kind_range(find_extent(kind, kind_count), max_code);
-  const float scale = encode_scale(range);
+  const float scale = encode_scale(range, max_code);
   for (int64_t i = 0; i < count; ++i) {
     if (!of(i)) continue;
     codes[i] = static_cast<uint8_t>(
@@ -192,7 +192,8 @@ NormActCodes run(const NormActArguments& arguments, Tensor& output,
             const int64_t blocks = (group.count + kBlock - 1) / kBlock;
             normalise_group(source, residual, target, channels, parameters,
                             arguments.relu, group, values);
-            random_bits({seed, offset}, first_block, blocks, random);
+            random_bits({seed, offset}, first_block, blocks,
+                        geometry.group_size, random);
             if (payload == NormActPayload::kSplit) {
               encode_split(values, bits, random, unpacked, ranges + 2 * index);
             } else {
@@ -202,7 +203,7 @@ NormActCodes run(const NormActArguments& arguments, Tensor& output,
             store_group(unpacked, geometry, group, bits, codes);
             if (payload != NormActPayload::kPlainAndZeroed) continue;
             random_bits({seed, offset ^ kZeroedStream}, first_block, blocks,
-                        random);
+                        geometry.group_size, random);
             act_ranges[index] =
                 encode_zeroed(values, act_bits, random, unpacked).pack();
             store_group(unpacked, geometry, group, act_bits, act_codes);

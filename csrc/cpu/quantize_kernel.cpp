@@ -48,8 +48,8 @@ void quantize_groups(const T* input, uint8_t* codes, uint32_t* ranges,
       const int64_t first_block =
           group.row * geometry.blocks_per_row() + row_block;
       random_bits(stream, static_cast<uint64_t>(first_block),
-                  (count + kBlock - 1) / kBlock, random);
-      const float scale = encode_scale(range);
+                  (count + kBlock - 1) / kBlock, geometry.group_size, random);
+      const float scale = encode_scale(range, max_code);
       for (int64_t i = 0; i < count; ++i) {
         unpacked[i] = static_cast<uint8_t>(
             encode(values[i], range, scale, random[i], max_code));

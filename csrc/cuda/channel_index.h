@@ -1,7 +1,9 @@
 // Which channels the elements of a block are of.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 
 #include "../common/channels.h"
 #include "../common/codec.h"
@@ -15,7 +17,8 @@ struct ChannelIndex {
   Divider by_period;  // elements of a channel or, channels last, channels
   uint32_t channels;
   bool last;
-  bool vectorized;  // blocks begin where 8 parameters lie on a 16-byte boundary
+  // Blocks begin where 8 of every parameter lie on a 16-byte boundary.
+  bool vectorized;
 
   // What the elements from the first of a block on are of.
   struct Place {
@@ -35,8 +38,12 @@ struct ChannelIndex {
   }
 };
 
-// `aligned`: whether the parameters of all channels are on 16-byte boundaries.
-inline ChannelIndex index_channels(const Channels& channels, bool aligned) {
+// `parameters` are those of all channels; null are what a layer does not have.
+inline ChannelIndex index_channels(
+    const Channels& channels, std::initializer_list<const void*> parameters) {
+  const bool aligned = std::all_of(
+      parameters.begin(), parameters.end(),
+      [](const void* data) { return data != nullptr && is_aligned(data, 16); });
   STD_TORCH_CHECK(channels.row_numel() <= kMaxIndex,
                   "a sample may have at most ", kMaxIndex, " elements, got ",
                   channels.row_numel());
@@ -52,15 +59,20 @@ __device__ __forceinline__ float load_channel(const float* source,
   return source == nullptr ? none : source[channel];
 }
 
-// Those of 4 consecutive channels, from a 16-byte boundary on.
-constexpr int kChannelsPerWord = 4;
-using ChannelWord = Vector<float, kChannelsPerWord>;
+// Those of the 8 channels of a block, where vectorized().
+struct ChannelWords {
+  float item[kBlock];
 
-__device__ __forceinline__ ChannelWord load_channels(const float* source,
-                                                     uint32_t channel,
-                                                     float none) {
-  if (source == nullptr) return {{none, none, none, none}};
-  return *reinterpret_cast<const ChannelWord*>(source + channel);
-}
+  explicit __device__ __forceinline__ ChannelWords(const float* source) {
+    constexpr int kPerWord = 4;
+#pragma unroll
+    for (int w = 0; w < kBlock; w += kPerWord) {
+      const auto word =
+          *reinterpret_cast<const Vector<float, kPerWord>*>(source + w);
+#pragma unroll
+      for (int i = 0; i < kPerWord; ++i) item[w + i] = word.item[i];
+    }
+  }
+};
 
 }  // namespace mmactnn

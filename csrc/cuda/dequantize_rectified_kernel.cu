@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -16,9 +17,12 @@
 #include "../common/geometry.h"
 #include "../common/norm_act.h"
 #include "../common/norm_act_checks.h"
+#include "../common/portability.h"
 #include "../common/rectified_codec.h"
 #include "../common/tensor_checks.h"
+#include "bounds.h"
 #include "channel_index.h"
+#include "code_floats.h"
 #include "launch.h"
 #include "packed_block.h"
 
@@ -44,147 +48,274 @@ struct Decode {
   bool vectorized;  // every full block starts on a 16-byte boundary
 };
 
-// decode(), for ranges that are not special.
-__device__ __forceinline__ float code_value(uint32_t code, const Range& range) {
-  // To float without the slow conversion: exact for codes.
-  const float number = add(bits_float(0x4B000000u | code), -8388608.0f);
-  return add(multiply(number, range.step), range.low);
-}
+// The elements of a block, within a row.
+struct Elements {
+  uint32_t first;
+  int count;
+};
 
-// The positive kind of split codes, normalised values that become outputs.
-template <typename T, int kBits>
-struct SplitDecoder {
-  static constexpr int kRanges = 2;
+// What becomes of the values of a block's elements, by channel.
+struct Affine {
   const float* weight;  // null: none
   const float* bias;    // null: none
   ChannelIndex channels;
+  // Blocks that a thread decodes one after the other are of the same channels.
+  bool repeats;
 
-  __device__ __forceinline__ void operator()(CodeWord<kBits> word, Range range,
-                                             uint32_t element, int bits,
-                                             int left, float* values) const {
-    const uint32_t max_code = max_split_code(bits);
-    bool positive[kBlock];
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      const auto code = static_cast<uint32_t>(word >> (i * bits));
-      positive[i] = (code >> (bits - 1)) & 1u;
-      values[i] = code_value(code & max_code, range);
+  // Weight and bias of 8 elements, the last one's again past their end.
+  struct Block {
+    float weight[kBlock];
+    float bias[kBlock];
+
+    __device__ __forceinline__ float apply(int i, float value) const {
+      return ChannelNorm{0.0f, 1.0f, weight[i], bias[i]}.scale(value);
     }
-    if (range.special()) {
+  };
+
+  __device__ __forceinline__ void load(Elements elements, Block& block) const {
+    ChannelIndex::Place place = channels.of(elements.first);
+    if (place.left >= kBlock) {
+      const float weights = load_channel(weight, place.channel, kNoWeight);
+      const float biases = load_channel(bias, place.channel, kNoBias);
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        const auto code = static_cast<uint32_t>(word >> (i * bits));
-        values[i] = decode_special(code & max_code, range, max_code);
+        block.weight[i] = weights;
+        block.bias[i] = biases;
       }
-    }
-    ChannelIndex::Place place = channels.of(element);
-    if (place.left >= kBlock) {
-      const ChannelNorm norm{0.0f, 1.0f,
-                             load_channel(weight, place.channel, kNoWeight),
-                             load_channel(bias, place.channel, kNoBias)};
+    } else if (channels.vectorized && elements.count >= kBlock) {
+      const ChannelWords weights(weight + place.channel);
+      const ChannelWords biases(bias + place.channel);
 #pragma unroll
-      for (int i = 0; i < kBlock; ++i) values[i] = norm.scale(values[i]);
-    } else if (channels.vectorized && left >= kBlock) {
-#pragma unroll
-      for (int w = 0; w < kBlock; w += kChannelsPerWord) {
-        const uint32_t channel = place.channel + w;
-        const ChannelWord weights = load_channels(weight, channel, kNoWeight);
-        const ChannelWord biases = load_channels(bias, channel, kNoBias);
-#pragma unroll
-        for (int i = 0; i < kChannelsPerWord; ++i) {
-          const ChannelNorm norm{0.0f, 1.0f, weights.item[i], biases.item[i]};
-          values[w + i] = norm.scale(values[w + i]);
-        }
+      for (int i = 0; i < kBlock; ++i) {
+        block.weight[i] = weights.item[i];
+        block.bias[i] = biases.item[i];
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        const ChannelNorm norm{0.0f, 1.0f,
-                               load_channel(weight, place.channel, kNoWeight),
-                               load_channel(bias, place.channel, kNoBias)};
-        values[i] = norm.scale(values[i]);
-        if (i + 1 < left) place = channels.next(place);
-      }
-    }
-    float largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      if (!positive[i]) values[i] = 0.0f;
-      largest = fmaxf(largest, fabsf(values[i]));
-    }
-    // Of float32 a finite number is never too large.
-    if constexpr (!std::is_same_v<T, float>) {
-      if (largest > Number<T>::kLargest) {
-#pragma unroll
-        for (int i = 0; i < kBlock; ++i) {
-          if (is_finite(values[i])) {
-            values[i] = clamp_finite(values[i], Number<T>::kLargest);
-          }
-        }
+        block.weight[i] = load_channel(weight, place.channel, kNoWeight);
+        block.bias[i] = load_channel(bias, place.channel, kNoBias);
+        if (i + 1 < elements.count) place = channels.next(place);
       }
     }
   }
 };
 
+// The positive kind of split codes, normalised values that become outputs. A
+// decoder decodes the block that comes after those it has decoded before.
 template <typename T, int kBits>
-struct ZeroedDecoder {
-  static constexpr int kRanges = 1;
+class SplitDecoder {
+ public:
+  static constexpr int kRanges = 2;
+  using Parameters = Affine;
 
-  __device__ __forceinline__ void operator()(CodeWord<kBits> word, Range range,
-                                             uint32_t, int bits, int,
-                                             float* values) const {
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      const uint32_t code =
-          static_cast<uint32_t>(word >> (i * bits)) & max_code_of(bits);
-      // Unsigned, code 0 would wrap; what it decodes to is not used.
-      const float value = code_value(code == 0u ? 0u : code - 1u, range);
-      values[i] = code == 0u ? 0.0f : clamp_finite(value, Number<T>::kLargest);
-    }
-    if (range.special()) {
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        const uint32_t code =
-            static_cast<uint32_t>(word >> (i * bits)) & max_code_of(bits);
-        values[i] = code == 0u ? 0.0f : decode_zeroed_special(code - 1u, range);
-      }
-    }
+  __device__ __forceinline__ SplitDecoder(const Affine& affine, int bits)
+      : affine_(affine), bits_(bits) {}
+
+  // The value of the code is in the lower bits - 1 of its bits.
+  static MMACTNN_HOST_DEVICE constexpr int value_bits() { return kBits - 1; }
+  static MMACTNN_HOST_DEVICE constexpr uint32_t offset() { return 0; }
+  // Outputs are clamped, and those of float32 need not be.
+  static MMACTNN_HOST_DEVICE constexpr float largest_value() { return FLT_MAX; }
+  static MMACTNN_HOST_DEVICE constexpr bool checked() {
+    return !std::is_same_v<T, float>;
   }
+
+  // `where()` returns the Elements of the block.
+  template <typename Where>
+  __device__ __forceinline__ void begin(const Where& where) {
+    if (!loaded_ || !affine_.repeats) affine_.load(where(), block_);
+    loaded_ = true;
+  }
+  __device__ __forceinline__ uint32_t max_code() const {
+    return max_split_code(bits_);
+  }
+  __device__ __forceinline__ bool kept(uint32_t code) const {
+    return split_positive(code, bits_);
+  }
+  // Of a code that is kept.
+  __device__ __forceinline__ float value(uint32_t code, Range range) const {
+    const uint32_t whole = split_value_code(code, bits_);
+    return range.special() ? decode_special(whole, range, max_code())
+                           : decode(whole, range);
+  }
+  __device__ __forceinline__ float output(int i, float value) const {
+    return block_.apply(i, value);
+  }
+  // An infinite output stays what it is.
+  __device__ __forceinline__ float clamp(float output) const {
+    return is_finite(output) ? clamp_finite(output, Number<T>::kLargest)
+                             : output;
+  }
+
+ private:
+  const Affine& affine_;
+  int bits_;
+  bool loaded_ = false;
+  Affine::Block block_;
 };
+
+struct NoParameters {};
+
+// Zeroed codes.
+template <typename T, int kBits>
+class ZeroedDecoder {
+ public:
+  static constexpr int kRanges = 1;
+  using Parameters = NoParameters;
+
+  __device__ __forceinline__ ZeroedDecoder(const NoParameters&, int bits)
+      : bits_(bits) {}
+
+  static MMACTNN_HOST_DEVICE constexpr int value_bits() { return kBits; }
+  static MMACTNN_HOST_DEVICE constexpr uint32_t offset() { return 1; }
+  static MMACTNN_HOST_DEVICE constexpr float largest_value() {
+    return Number<T>::kLargest;
+  }
+  static MMACTNN_HOST_DEVICE constexpr bool checked() { return false; }
+
+  template <typename Where>
+  __device__ __forceinline__ void begin(const Where&) {}
+  __device__ __forceinline__ uint32_t max_code() const {
+    return max_zeroed_code(bits_);
+  }
+  __device__ __forceinline__ bool kept(uint32_t code) const {
+    return code != 0u;
+  }
+  __device__ __forceinline__ float value(uint32_t code, Range range) const {
+    return range.special()
+               ? decode_zeroed_special(code - 1u, range)
+               : clamp_finite(decode(code - 1u, range), Number<T>::kLargest);
+  }
+  __device__ __forceinline__ float output(int, float value) const {
+    return value;
+  }
+  __device__ __forceinline__ float clamp(float output) const { return output; }
+
+ private:
+  int bits_;
+};
+
+// Whether a number of the block is not finite.
+template <typename T>
+__device__ __forceinline__ bool any_infinite(const PackedBlock<T>& block) {
+  PackedBounds<T> bounds(block);
+  bounds.include(block);
+  return !bounds.template of_lanes<1>().all_finite();
+}
+
+// Blocks that need neither special codes nor a clamp; returns false for others.
+template <typename T, int kBits, typename Decoder>
+__device__ __forceinline__ bool decode_plain_block(const Decoder& decoder,
+                                                   CodeWord<kBits> word,
+                                                   Range range,
+                                                   uint32_t integer,
+                                                   PackedBlock<T>& block) {
+  if (!decodes_plainly(range, decoder.max_code(), Decoder::largest_value())) {
+    return false;
+  }
+  const CodeFloats<kBits, kBlock, Decoder::value_bits()> floats(range.step,
+                                                                integer);
+  float values[kBlock];
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) {
+    const float value = __fmaf_rn(floats.number(word, i, Decoder::offset()),
+                                  floats.step(i), range.low);
+    const auto code =
+        static_cast<uint32_t>(word >> (i * kBits)) & max_code_of(kBits);
+    values[i] = decoder.kept(code) ? decoder.output(i, value) : 0.0f;
+  }
+  block.set(values);
+  return !Decoder::checked() || !any_infinite(block);
+}
 
 template <typename T, int kBits, typename Decoder>
+__device__ __forceinline__ void decode_block(const Decoder& decoder,
+                                             CodeWord<kBits> word, Range range,
+                                             int bits, PackedBlock<T>& block) {
+  float values[kBlock];
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) {
+    const auto code =
+        static_cast<uint32_t>(word >> (i * bits)) & max_code_of(bits);
+    values[i] =
+        decoder.kept(code)
+            ? decoder.clamp(decoder.output(i, decoder.value(code, range)))
+            : 0.0f;
+  }
+  block.set(values);
+}
+
+// The last range of a group is that of the values that are not 0.
+template <typename Decoder>
+__device__ __forceinline__ uint32_t load_range(const uint32_t* ranges,
+                                               int64_t group) {
+  return ranges[group * Decoder::kRanges + Decoder::kRanges - 1];
+}
+
+// Tensors of whole groups only, aligned ones: blocks are at their places
+// whatever rows they are in.
+template <typename T, int kBits, typename Decoder>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(const Decode<T> op, const Decoder decoder) {
-  const int bits = kBits == kAnyBits ? op.bits : kBits;
+    dequantize_whole_kernel(const Decode<T> op,
+                            const typename Decoder::Parameters parameters) {
   const uint32_t first = blockIdx.x * (kThreads * kDecodedBlocks) + threadIdx.x;
-  uint32_t row[kDecodedBlocks], place[kDecodedBlocks];
   CodeWord<kBits> word[kDecodedBlocks];
   uint32_t range[kDecodedBlocks];
 #pragma unroll
   for (int b = 0; b < kDecodedBlocks; ++b) {
     const uint32_t block = first + b * kThreads;
     if (block >= op.blocks) continue;
-    row[b] = op.by_row_blocks.quotient(block);
-    place[b] = block - row[b] * op.by_row_blocks.divisor;
     word[b] =
-        load_word<kBits>(op.codes + static_cast<int64_t>(block) * bits, bits);
-    const int64_t group = static_cast<int64_t>(row[b]) * op.groups_per_row +
-                          (place[b] >> op.group_shift);
-    // The last range of a group is that of the values that are not 0.
-    range[b] = op.ranges[group * Decoder::kRanges + Decoder::kRanges - 1];
+        load_word<kBits>(op.codes + static_cast<int64_t>(block) * kBits, kBits);
+    range[b] = load_range<Decoder>(op.ranges, block >> op.group_shift);
   }
+  Decoder decoder(parameters, kBits);
+  const uint32_t integer = opaque_integer_float(op.blocks);
 #pragma unroll
   for (int b = 0; b < kDecodedBlocks; ++b) {
-    if (first + b * kThreads >= op.blocks) continue;
-    const uint32_t element = place[b] * kBlock;
+    const uint32_t block = first + b * kThreads;
+    if (block >= op.blocks) continue;
+    decoder.begin([&] {
+      const uint32_t row = op.by_row_blocks.quotient(block);
+      return Elements{(block - row * op.by_row_blocks.divisor) * kBlock,
+                      kBlock};
+    });
+    PackedBlock<T> packed;
+    const Range unpacked = Range::unpack(range[b]);
+    if (!decode_plain_block<T, kBits>(decoder, word[b], unpacked, integer,
+                                      packed)) {
+      decode_block<T, kBits>(decoder, word[b], unpacked, kBits, packed);
+    }
+    packed.store(op.output + static_cast<int64_t>(block) * kBlock);
+  }
+}
+
+// Any tensor, codes of any width.
+template <typename T, typename Decoder>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(const Decode<T> op,
+                      const typename Decoder::Parameters parameters) {
+  Decoder decoder(parameters, op.bits);
+  const uint32_t first = blockIdx.x * (kThreads * kDecodedBlocks) + threadIdx.x;
+#pragma unroll 1
+  for (int b = 0; b < kDecodedBlocks; ++b) {
+    const uint32_t block = first + b * kThreads;
+    if (block >= op.blocks) return;
+    const uint32_t row = op.by_row_blocks.quotient(block);
+    const uint32_t place = block - row * op.by_row_blocks.divisor;
+    const uint64_t word = load_word<kAnyBits>(
+        op.codes + static_cast<int64_t>(block) * op.bits, op.bits);
+    const int64_t group = static_cast<int64_t>(row) * op.groups_per_row +
+                          (place >> op.group_shift);
+    const Range range = Range::unpack(load_range<Decoder>(op.ranges, group));
+    const uint32_t element = place * kBlock;
     const auto row_left = static_cast<uint32_t>(op.row_numel) - element;
     const int left = row_left < kBlock ? static_cast<int>(row_left) : kBlock;
-    float values[kBlock];
-    decoder(word[b], Range::unpack(range[b]), element, bits, left, values);
+    decoder.begin([&] { return Elements{element, left}; });
     PackedBlock<T> packed;
-    packed.set(values);
-    T* target =
-        op.output + static_cast<int64_t>(row[b]) * op.row_numel + element;
+    decode_block<T, kAnyBits>(decoder, word, range, op.bits, packed);
+    T* target = op.output + static_cast<int64_t>(row) * op.row_numel + element;
     if (op.vectorized && left >= kBlock) {
       packed.store(target);
     } else {
@@ -193,23 +324,27 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Calls `body` with a width that whole groups have a kernel of, or kAnyBits.
 template <typename Body>
-void dispatch_widths(int64_t bits, const Body& body) {
-  if (bits == 2) {
+void dispatch_widths(bool whole, int64_t bits, const Body& body) {
+  if (whole && bits == 2) {
     body(Constant<2>{});
-  } else if (bits == 3) {
+  } else if (whole && bits == 3) {
     body(Constant<3>{});
-  } else if (bits == 4) {
+  } else if (whole && bits == 4) {
     body(Constant<4>{});
+  } else if (whole && bits == 8) {
+    body(Constant<8>{});
   } else {
     body(Constant<kAnyBits>{});
   }
 }
 
-// Decodes everything, with decoders that `make(type, width)` returns.
-template <typename Make>
+// Decodes everything.
+template <template <typename, int> typename DecoderOf, typename Parameters>
 void decode_into(const Tensor& codes, const Tensor& ranges, Tensor& output,
-                 const Geometry& geometry, int64_t bits, const Make& make) {
+                 const Geometry& geometry, int64_t bits,
+                 const Parameters& parameters) {
   const int64_t row_blocks = geometry.blocks_per_row();
   STD_TORCH_CHECK(geometry.row_numel <= kMaxIndex, "a sample may have at most ",
                   kMaxIndex, " elements, got ", geometry.row_numel);
@@ -224,10 +359,13 @@ void decode_into(const Tensor& codes, const Tensor& ranges, Tensor& output,
   dispatch_dtype(output.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     T* target = static_cast<T*>(output.mutable_data_ptr());
-    dispatch_widths(bits, [&](auto width) {
+    const bool vectorized =
+        is_aligned(target, 16) && geometry.row_numel * sizeof(T) % 16 == 0;
+    const bool whole =
+        vectorized && geometry.row_numel % geometry.group_size == 0;
+    dispatch_widths(whole, bits, [&](auto width) {
       constexpr int kBits = decltype(width)::value;
-      const auto decoder = make(type, width);
-      using Decoder = std::remove_const_t<decltype(decoder)>;
+      using Decoder = DecoderOf<T, kBits>;
       for (int64_t row = 0; row < geometry.rows; row += max_rows) {
         const int64_t rows = std::min(max_rows, geometry.rows - row);
         const int64_t blocks = rows * row_blocks;
@@ -241,12 +379,17 @@ void decode_into(const Tensor& codes, const Tensor& ranges, Tensor& output,
             Divider(static_cast<uint32_t>(row_blocks)),
             group_shift,
             static_cast<int>(bits),
-            is_aligned(target, 16) && geometry.row_numel * sizeof(T) % 16 == 0};
+            vectorized};
         constexpr int64_t kPerGridBlock = int64_t{kThreads} * kDecodedBlocks;
-        dequantize_kernel<T, kBits, Decoder>
-            <<<static_cast<unsigned int>((blocks + kPerGridBlock - 1) /
-                                         kPerGridBlock),
-               kThreads, 0, stream>>>(op, decoder);
+        const auto grid = static_cast<unsigned int>(
+            (blocks + kPerGridBlock - 1) / kPerGridBlock);
+        if constexpr (kBits == kAnyBits) {
+          dequantize_kernel<T, Decoder>
+              <<<grid, kThreads, 0, stream>>>(op, parameters);
+        } else {
+          dequantize_whole_kernel<T, kBits, Decoder>
+              <<<grid, kThreads, 0, stream>>>(op, parameters);
+        }
         check_launch();
       }
     });
@@ -268,13 +411,12 @@ Tensor dequantize_split(Tensor codes, Tensor ranges,
   if (output.numel() == 0) return output;
   const auto* weights = static_cast<const float*>(data_or_null(weight));
   const auto* biases = static_cast<const float*>(data_or_null(bias));
-  const ChannelIndex index = index_channels(
-      channels, is_aligned(weights, 16) && is_aligned(biases, 16));
-  decode_into(
-      codes, ranges, output, geometry, bits, [&](auto type, auto width) {
-        using T = typename decltype(type)::type;
-        return SplitDecoder<T, decltype(width)::value>{weights, biases, index};
-      });
+  const ChannelIndex index = index_channels(channels, {weights, biases});
+  // A thread's next block is kThreads blocks, here whole pixels, further on.
+  const bool repeats = index.vectorized && geometry.row_numel % kBlock == 0 &&
+                       kThreads * kBlock % channels.count == 0;
+  decode_into<SplitDecoder>(codes, ranges, output, geometry, bits,
+                            Affine{weights, biases, index, repeats});
   return output;
 }
 
@@ -288,10 +430,8 @@ Tensor dequantize_zeroed(Tensor codes, Tensor ranges, std::vector<int64_t> size,
   check_dtype("dtype", output);
   check_dense("the output", output);
   if (output.numel() == 0) return output;
-  decode_into(codes, ranges, output, geometry, bits, [](auto type, auto width) {
-    using T = typename decltype(type)::type;
-    return ZeroedDecoder<T, decltype(width)::value>{};
-  });
+  decode_into<ZeroedDecoder>(codes, ranges, output, geometry, bits,
+                             NoParameters{});
   return output;
 }
 

@@ -3,14 +3,15 @@
 #pragma once
 
 #include <algorithm>
-#include <cfloat>
 #include <cstdint>
 
 #include "../common/codec.h"
 #include "../common/dispatch.h"
 #include "../common/divider.h"
 #include "../common/geometry.h"
+#include "bounds.h"
 #include "launch.h"
+#include "packed_block.h"
 
 namespace mmactnn {
 
@@ -39,29 +40,6 @@ __device__ __forceinline__ Group locate(const Launch& launch, uint32_t index) {
   return {row, start, left < kGroup ? static_cast<int>(left) : kGroup};
 }
 
-// Reads the 8 elements of a block; those past `count` repeat the first, so
-// that they cannot widen the range.
-template <typename T>
-__device__ __forceinline__ void load_block(const T* source, int count,
-                                           bool vectorized, float* values) {
-  constexpr int kPerWord = 16 / sizeof(T);
-  if (vectorized && count >= kBlock) {
-#pragma unroll
-    for (int w = 0; w < kBlock / kPerWord; ++w) {
-      const auto word = reinterpret_cast<const Vector<T, kPerWord>*>(source)[w];
-#pragma unroll
-      for (int i = 0; i < kPerWord; ++i) {
-        values[w * kPerWord + i] = Number<T>::load(word.item[i]);
-      }
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      values[i] = Number<T>::load(source[i < count ? i : 0]);
-    }
-  }
-}
-
 // The blocks of a group that one thread holds: the more, the less the work
 // that is done once a group and thread costs each element.
 constexpr int kBlocksPerThread = 4;
@@ -69,67 +47,52 @@ constexpr int kBlocksPerThread = 4;
 template <int kGroup>
 constexpr int kLanesPerGroup = kGroup / kBlock / kBlocksPerThread;
 
-// What one thread holds of a group.
+// What one thread holds of a group: blocks `lane`, `lane` + kLanesPerGroup and
+// so on. What lies past the end of the group repeats its first element, so that
+// it cannot widen the range.
+template <typename T>
 struct Share {
-  float values[kBlocksPerThread][kBlock];
-  // Elements from the start of each block to the end of the group; where it
-  // is not positive, there is no such block and the values are not set.
-  int counts[kBlocksPerThread];
+  PackedBlock<T> blocks[kBlocksPerThread];
 };
 
-// Reads a group and finds its extent. All threads of a warp call it together;
-// those that are not `active` read nothing.
+// Reads a group and finds its extent. All threads of a warp call it together.
 template <int kGroup, typename T>
 __device__ __forceinline__ Extent load_group(const T* source, int count,
-                                             int lane, bool active,
-                                             bool vectorized, Share& share) {
+                                             int lane, bool vectorized,
+                                             Share<T>& share) {
   constexpr int kLanes = kLanesPerGroup<kGroup>;
-  float low = FLT_MAX, high = -FLT_MAX, poison = 0.0f;
-#pragma unroll
-  for (int b = 0; b < kBlocksPerThread; ++b) {
-    const int begin = (b * kLanes + lane) * kBlock;
-    share.counts[b] = active ? count - begin : 0;
-    if (share.counts[b] <= 0) continue;
-    load_block(source + begin, share.counts[b], vectorized, share.values[b]);
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      low = fminf(low, share.values[b][i]);
-      high = fmaxf(high, share.values[b][i]);
-      // NaN if one is not finite.
-      poison = fmaf(share.values[b][i], 0.0f, poison);
-    }
-  }
-#pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    low = fminf(low, __shfl_xor_sync(0xFFFFFFFFu, low, step));
-    high = fmaxf(high, __shfl_xor_sync(0xFFFFFFFFu, high, step));
-  }
-  // All lanes of the group must agree; warps with sub-warp groups take the
-  // slow path together when one of their groups needs it.
-  bool all_finite = true;
-  if (__any_sync(0xFFFFFFFFu, is_nan(poison))) {
-    low = FLT_MAX;
-    high = -FLT_MAX;
+  if (vectorized && count == kGroup) {
 #pragma unroll
     for (int b = 0; b < kBlocksPerThread; ++b) {
-      if (share.counts[b] <= 0) continue;
+      share.blocks[b].load(source + (b * kLanes + lane) * kBlock);
+    }
+  } else {
+#pragma unroll
+    for (int b = 0; b < kBlocksPerThread; ++b) {
+      share.blocks[b].load(source, (b * kLanes + lane) * kBlock, count);
+    }
+  }
+  PackedBounds<T> packed(share.blocks[0]);
+#pragma unroll
+  for (int b = 0; b < kBlocksPerThread; ++b) packed.include(share.blocks[b]);
+  Bounds bounds = packed.template of_lanes<kLanes>();
+  const bool all_finite = bounds.all_finite();
+  // Warps with several groups take the slow path together when one of their
+  // groups needs it.
+  if (__any_sync(0xFFFFFFFFu, !all_finite)) {
+    // Once more, without NaN and inf.
+    bounds = Bounds();
+#pragma unroll
+    for (int b = 0; b < kBlocksPerThread; ++b) {
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        if (is_finite(share.values[b][i])) {
-          low = fminf(low, share.values[b][i]);
-          high = fmaxf(high, share.values[b][i]);
-        }
+        const float value = share.blocks[b].get(i);
+        if (is_finite(value)) bounds.include(value);
       }
     }
-#pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) {
-      low = fminf(low, __shfl_xor_sync(0xFFFFFFFFu, low, step));
-      high = fmaxf(high, __shfl_xor_sync(0xFFFFFFFFu, high, step));
-      poison = add(poison, __shfl_xor_sync(0xFFFFFFFFu, poison, step));
-    }
-    all_finite = !is_nan(poison);
+    bounds = bounds.of_lanes(kLanes);
   }
-  return {low, high, all_finite};
+  return {bounds.low, bounds.high, all_finite};
 }
 
 // Calls `body` with the group size as a Constant; checked by

@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstdint>
 #include <tuple>
 #include <vector>
 
@@ -10,6 +12,7 @@
 #include "../common/pool_checks.h"
 #include "../common/tensor_checks.h"
 #include "launch.h"
+#include "words.h"
 
 namespace mmactnn {
 namespace {
@@ -45,6 +48,7 @@ struct Layout {
   Locator locate;
   int32_t input_plane;
   int32_t output_plane;
+  bool pairs;  // two elements of the input from an even one on are aligned
 };
 
 // An output a thread; neighbours share a byte of indices.
@@ -84,12 +88,207 @@ __global__ void __launch_bounds__(kThreads)
       at.outer * layout.output_plane + at.inner, at.row, at.column);
 }
 
+// A square window without dilation that the compiler knows.
+template <int kSize, int kStep, int kPad>
+struct FixedWindow {
+  static constexpr int kKernel = kSize;
+  static constexpr int kStride = kStep;
+  static constexpr int kPadding = kPad;
+
+  static bool matches(const PoolAxis& axis) {
+    return axis.kernel == kKernel && axis.stride.divisor == kStride &&
+           axis.padding == kPadding && axis.dilation.divisor == 1;
+  }
+};
+
+// That of the stem of residual networks.
+using StemWindow = FixedWindow<3, 2, 1>;
+
+// The taps of kItems outputs side by side, 4 bits each.
+template <int kItems>
+using TapWord = UnsignedInt<(kItems + 1) / 2>;
+
+// kItems elements side by side, of neighbouring channels.
+template <typename T, int kItems>
+using Items = Vector<T, kItems>;
+
+// kItems outputs a thread, one pixel's.
+template <typename T, typename Window, int kItems>
+__global__ void __launch_bounds__(kThreads)
+    fixed_pool_kernel(const T* __restrict__ input, T* __restrict__ output,
+                      uint8_t* __restrict__ indices, Layout layout,
+                      uint32_t count) {
+  constexpr int kKernel = Window::kKernel;
+  const uint32_t index = blockIdx.x * kThreads + threadIdx.x;
+  // Whole warps stay, see pool_kernel().
+  const bool active = index < count;
+  const Place at = layout.locate(active ? index : 0u);
+  const int32_t height = layout.pool.height.input;
+  const int32_t width = layout.pool.width.input;
+  const int32_t inner = static_cast<int32_t>(layout.pool.inner);
+  const int32_t first_row = at.row * Window::kStride - Window::kPadding;
+  const int32_t first_column = at.column * Window::kStride - Window::kPadding;
+  const T* source = input + at.outer * layout.input_plane + at.inner * kItems;
+  // All reads first; what is outside is never larger than anything.
+  Items<T, kItems> items[kKernel][kKernel];
+#pragma unroll
+  for (int i = 0; i < kKernel; ++i) {
+#pragma unroll
+    for (int j = 0; j < kKernel; ++j) {
+      const int32_t row = first_row + i;
+      const int32_t column = first_column + j;
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) {
+        items[i][j].item[k] = Number<T>::store(-INFINITY);
+      }
+      if (row >= 0 && row < height && column >= 0 && column < width) {
+        items[i][j] = *reinterpret_cast<const Items<T, kItems>*>(
+            source + (row * width + column) * inner);
+      }
+    }
+  }
+  // The first element inside wins if there is nothing but -inf.
+  const uint32_t first = static_cast<uint32_t>(max(-first_row, 0) * kKernel +
+                                               max(-first_column, 0));
+  Items<T, kItems> result;
+  uint32_t taps = 0;
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    float best = -INFINITY;
+    uint32_t tap = first;
+#pragma unroll
+    for (int i = 0; i < kKernel; ++i) {
+#pragma unroll
+      for (int j = 0; j < kKernel; ++j) {
+        const float value = Number<T>::load(items[i][j].item[k]);
+        // The second is for NaN.
+        const bool wins = value > best || value != value;
+        best = wins ? value : best;
+        tap = wins ? i * kKernel + j : tap;
+      }
+    }
+    result.item[k] = Number<T>::store(best);
+    taps |= tap << (4 * k);
+  }
+  if (active) {
+    reinterpret_cast<Items<T, kItems>*>(output)[index] = result;
+  }
+  if constexpr (kItems == 1) {
+    const uint32_t next = __shfl_down_sync(0xFFFFFFFFu, active ? taps : 0u, 1);
+    if (active && index % 2 == 0) {
+      indices[index / 2] = static_cast<uint8_t>(taps | (next << 4));
+    }
+  } else if (active) {
+    reinterpret_cast<TapWord<kItems>*>(indices)[index] =
+        static_cast<TapWord<kItems>>(taps);
+  }
+}
+
+// A cell of kStride by kStride elements of the input a thread, kItems channels
+// of each: elements of a cell share most of their windows.
+template <typename T, typename Window, int kItems>
+__global__ void __launch_bounds__(kThreads)
+    fixed_gather_kernel(const T* __restrict__ grad_output,
+                        const uint8_t* __restrict__ indices,
+                        T* __restrict__ grad_input, Layout layout,
+                        uint32_t count) {
+  constexpr int kKernel = Window::kKernel;
+  constexpr int kStride = Window::kStride;
+  constexpr int kPadding = Window::kPadding;
+  // The windows of a cell, counted from that of the same number.
+  constexpr int kFirst = -((kKernel - 1 - kPadding) / kStride);
+  constexpr int kWindows = (kStride - 1 + kPadding) / kStride - kFirst + 1;
+  constexpr uint32_t kNoTaps = 0xFFFFFFFFu;
+  static_assert(kPadding < kKernel && kKernel * kKernel < 16);
+
+  const uint32_t index = blockIdx.x * kThreads + threadIdx.x;
+  if (index >= count) return;
+  const Place at = layout.locate(index);
+  const int32_t inner = static_cast<int32_t>(layout.pool.inner);
+  const int32_t channel = at.inner * kItems;
+  Items<T, kItems> grads[kWindows][kWindows];
+  uint32_t taps[kWindows][kWindows];
+#pragma unroll
+  for (int i = 0; i < kWindows; ++i) {
+#pragma unroll
+    for (int j = 0; j < kWindows; ++j) {
+      const int32_t row = at.row + kFirst + i;
+      const int32_t column = at.column + kFirst + j;
+      taps[i][j] = kNoTaps;
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) {
+        grads[i][j].item[k] = Number<T>::store(0.0f);
+      }
+      if (row < 0 || row >= layout.pool.height.output || column < 0 ||
+          column >= layout.pool.width.output) {
+        continue;
+      }
+      const int32_t output = at.outer * layout.output_plane +
+                             (row * layout.pool.width.output + column) * inner +
+                             channel;
+      grads[i][j] =
+          *reinterpret_cast<const Items<T, kItems>*>(grad_output + output);
+      const uint8_t* bytes = indices + (output >> 1);
+      if constexpr (kItems == 1) {
+        taps[i][j] = *bytes >> ((output & 1) * 4) & 15u;
+      } else {
+        taps[i][j] = *reinterpret_cast<const TapWord<kItems>*>(bytes);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kStride; ++r) {
+    Items<T, kItems> sums[kStride];
+#pragma unroll
+    for (int c = 0; c < kStride; ++c) {
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kWindows; ++i) {
+#pragma unroll
+          for (int j = 0; j < kWindows; ++j) {
+            const int row_tap = r + kPadding - kStride * (kFirst + i);
+            const int column_tap = c + kPadding - kStride * (kFirst + j);
+            if (row_tap < 0 || row_tap >= kKernel || column_tap < 0 ||
+                column_tap >= kKernel) {
+              continue;
+            }
+            const uint32_t tap = row_tap * kKernel + column_tap;
+            if ((taps[i][j] & (15u << (4 * k))) == tap << (4 * k)) {
+              sum = add(sum, Number<T>::load(grads[i][j].item[k]));
+            }
+          }
+        }
+        sums[c].item[k] = Number<T>::store(sum);
+      }
+    }
+    const int32_t row = at.row * kStride + r;
+    const int32_t column = at.column * kStride;
+    const int32_t width = layout.pool.width.input;
+    if (row >= layout.pool.height.input) continue;
+    T* target = grad_input + at.outer * layout.input_plane +
+                (row * width + column) * inner + channel;
+    if (kItems == 1 && kStride == 2 && layout.pairs) {
+      *reinterpret_cast<Items<T, 2>*>(target) = {sums[0].item[0],
+                                                 sums[kStride - 1].item[0]};
+      continue;
+    }
+#pragma unroll
+    for (int c = 0; c < kStride; ++c) {
+      if (column + c < width) {
+        *reinterpret_cast<Items<T, kItems>*>(target + c * inner) = sums[c];
+      }
+    }
+  }
+}
+
 // Calls `body(layout, first, count)` for as many planes at a time as 32-bit
-// indices can count; `height` and `width` are those of the tensor that has a
-// thread an element.
+// indices can count; `height`, `width` and `inner` are what threads are
+// counted by.
 template <typename Body>
 void for_each_launch(const Pool& pool, int32_t height, int32_t width,
-                     const Body& body) {
+                     int64_t inner, bool pairs, const Body& body) {
   const int64_t plane = std::max(pool.input_plane(), pool.output_plane());
   // A multiple of kThreads less than the limit, for the threads past the end.
   int64_t planes = (kMaxIndex - kThreads) / plane;
@@ -102,14 +301,32 @@ void for_each_launch(const Pool& pool, int32_t height, int32_t width,
   const Layout layout{pool,
                       {Divider(static_cast<uint32_t>(height)),
                        Divider(static_cast<uint32_t>(width)),
-                       Divider(static_cast<uint32_t>(pool.inner))},
+                       Divider(static_cast<uint32_t>(inner))},
                       static_cast<int32_t>(pool.input_plane()),
-                      static_cast<int32_t>(pool.output_plane())};
+                      static_cast<int32_t>(pool.output_plane()),
+                      pairs};
   for (int64_t first = 0; first < pool.outer; first += planes) {
     const int64_t count = std::min(planes, pool.outer - first);
-    body(layout, first,
-         static_cast<uint32_t>(count * height * width * pool.inner));
+    body(layout, first, static_cast<uint32_t>(count * height * width * inner));
   }
+}
+
+// Calls `body` with the elements of a thread as a Constant, 16 bytes of
+// neighbouring channels where all of them are aligned.
+template <typename T, typename Body>
+void dispatch_items(const Pool& pool, const T* input, const T* output,
+                    const uint8_t* indices, const Body& body) {
+  constexpr int kItems = 16 / sizeof(T);
+  if (pool.inner % kItems == 0 && is_aligned(input, 16) &&
+      is_aligned(output, 16) && is_aligned(indices, kItems / 2)) {
+    body(Constant<kItems>{});
+  } else {
+    body(Constant<1>{});
+  }
+}
+
+bool is_stem(const Pool& pool) {
+  return StemWindow::matches(pool.height) && StemWindow::matches(pool.width);
 }
 
 unsigned int grid_size(uint32_t count) {
@@ -134,15 +351,22 @@ std::tuple<Tensor, Tensor> max_pool2d(
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(input.const_data_ptr());
     T* target = static_cast<T*>(output.mutable_data_ptr());
-    for_each_launch(pool, pool.height.output, pool.width.output,
-                    [&](const Layout& layout, int64_t first, uint32_t count) {
-                      const int64_t first_output = first * pool.output_plane();
-                      pool_kernel<T><<<grid_size(count), kThreads, 0, stream>>>(
-                          source + first * pool.input_plane(),
-                          target + first_output, index_bytes + first_output / 2,
-                          layout, count);
-                      check_launch();
-                    });
+    const auto launch = [&](auto items, const auto& kernel) {
+      for_each_launch(
+          pool, pool.height.output, pool.width.output,
+          pool.inner / decltype(items)::value, false,
+          [&](const Layout& layout, int64_t first, uint32_t count) {
+            const int64_t first_output = first * pool.output_plane();
+            kernel<<<grid_size(count), kThreads, 0, stream>>>(
+                source + first * pool.input_plane(), target + first_output,
+                index_bytes + first_output / 2, layout, count);
+            check_launch();
+          });
+    };
+    if (!is_stem(pool)) return launch(Constant<1>{}, pool_kernel<T>);
+    dispatch_items(pool, source, target, index_bytes, [&](auto items) {
+      launch(items, fixed_pool_kernel<T, StemWindow, decltype(items)::value>);
+    });
   });
   return {output, indices};
 }
@@ -170,15 +394,26 @@ Tensor max_pool2d_backward(Tensor grad_output, Tensor indices,
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(grad_output.const_data_ptr());
     T* target = static_cast<T*>(grad_input.mutable_data_ptr());
-    for_each_launch(
-        pool, pool.height.input, pool.width.input,
-        [&](const Layout& layout, int64_t first, uint32_t count) {
-          const int64_t first_output = first * pool.output_plane();
-          gather_kernel<T><<<grid_size(count), kThreads, 0, stream>>>(
-              source + first_output, index_bytes + first_output / 2,
-              target + first * pool.input_plane(), layout, count);
-          check_launch();
-        });
+    const auto launch = [&](auto items, int32_t step, const auto& kernel) {
+      const bool pairs = pool.inner == 1 && pool.width.input % 2 == 0 &&
+                         is_aligned(target, 2 * sizeof(T));
+      for_each_launch(
+          pool, (pool.height.input + step - 1) / step,
+          (pool.width.input + step - 1) / step,
+          pool.inner / decltype(items)::value, pairs,
+          [&](const Layout& layout, int64_t first, uint32_t count) {
+            const int64_t first_output = first * pool.output_plane();
+            kernel<<<grid_size(count), kThreads, 0, stream>>>(
+                source + first_output, index_bytes + first_output / 2,
+                target + first * pool.input_plane(), layout, count);
+            check_launch();
+          });
+    };
+    if (!is_stem(pool)) return launch(Constant<1>{}, 1, gather_kernel<T>);
+    dispatch_items(pool, target, source, index_bytes, [&](auto items) {
+      launch(items, StemWindow::kStride,
+             fixed_gather_kernel<T, StemWindow, decltype(items)::value>);
+    });
   });
   return grad_input;
 }

@@ -1,10 +1,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cfloat>
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../common/channels.h"
@@ -15,9 +15,12 @@
 #include "../common/norm_act_checks.h"
 #include "../common/philox.h"
 #include "../common/rectified_codec.h"
+#include "../common/rounding.h"
 #include "../common/stats_checks.h"
 #include "../common/tensor_checks.h"
+#include "bounds.h"
 #include "channel_index.h"
+#include "code_floats.h"
 #include "group.h"
 #include "launch.h"
 #include "packed_block.h"
@@ -44,8 +47,10 @@ constexpr int kNormBlocks =
         ? 2
         : 4;
 
-// Small thread blocks leave fewer registers of a multiprocessor unused.
+// Small thread blocks leave fewer registers of a multiprocessor unused, which
+// must suffice for as many of them.
 constexpr int kNormThreads = 128;
+constexpr int kNormResident = 5;
 
 // One launch of norm_act(); pointers are those of its first row. The output
 // may be the input.
@@ -70,40 +75,6 @@ struct NormAct {
   int group_size;
   int lane_shift;   // binary logarithm of the threads that share a group
   bool vectorized;  // every full block starts on a 16-byte boundary
-};
-
-// min() that is NaN where one of both is.
-__device__ __forceinline__ float min_or_nan(float a, float b) {
-#if __CUDA_ARCH__ >= 800
-  float result;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-#else
-  return is_nan(a) || is_nan(b) ? bits_float(0x7FC00000u) : fminf(a, b);
-#endif
-}
-
-// The bounds of one kind of elements, for as long as all may be finite: inf
-// and NaN, which `low` holds on to, show that they are not.
-struct Bounds {
-  float low = FLT_MAX;
-  float high = -FLT_MAX;
-
-  __device__ __forceinline__ void include(float value) {
-    low = min_or_nan(low, value);
-    high = fmaxf(high, value);
-  }
-  __device__ __forceinline__ void include(const Bounds& other) {
-    low = min_or_nan(low, other.low);
-    high = fmaxf(high, other.high);
-  }
-  __device__ __forceinline__ Bounds from_lane(int step) const {
-    return {__shfl_xor_sync(0xFFFFFFFFu, low, step),
-            __shfl_xor_sync(0xFFFFFFFFu, high, step)};
-  }
-  __device__ __forceinline__ bool all_finite() const {
-    return low >= -FLT_MAX && high <= FLT_MAX;
-  }
 };
 
 // One of both by its members: a reference to one of two objects would put them
@@ -143,17 +114,37 @@ __device__ __forceinline__ Coding select(bool second, const Coding& a,
   return {second ? b.low : a.low, second ? b.scale : a.scale};
 }
 
-// The code of a value, above the lower 16 bits.
+// The second where bit `i` of `flags` is set. In assembly, because the compiler
+// moves the bit to the lowest place before it tests it.
+__device__ __forceinline__ Coding select_by_flag(uint32_t flags, int i,
+                                                 const Coding& a,
+                                                 const Coding& b) {
+  Coding selected;
+  asm("{\n\t"
+      ".reg .pred set;\n\t"
+      ".reg .b32 bit;\n\t"
+      "and.b32 bit, %2, %3;\n\t"
+      "setp.ne.u32 set, bit, 0;\n\t"
+      "selp.f32 %0, %5, %4, set;\n\t"
+      "selp.f32 %1, %7, %6, set;\n\t"
+      "}"
+      : "=f"(selected.low), "=f"(selected.scale)
+      : "r"(flags), "r"(1u << i), "f"(a.low), "f"(b.low), "f"(a.scale),
+        "f"(b.scale));
+  return selected;
+}
+
+// The sum that holds the code of a value, see encode_sum().
 template <int kBits>
 __device__ __forceinline__ uint32_t code_sum(float value, const Coding& coding,
-                                             uint32_t random16,
+                                             float rounding,
                                              uint32_t max_code) {
-  const uint32_t sum = encode_sum(value, coding.low, coding.scale, random16);
+  const uint32_t sum = encode_sum(value, coding.low, coding.scale, rounding);
   if constexpr (kBits != kAnyBits) {
-    static_assert(kBits <= kMaxUnclampedBits);
+    static_assert(max_code_of(kBits) <= kMaxUnclampedCode);
     return sum;
   } else {
-    return min(sum, (max_code << 16) | 0xFFFFu);
+    return min(sum, largest_sum(max_code));
   }
 }
 
@@ -161,20 +152,31 @@ __device__ __forceinline__ uint32_t code_sum(float value, const Coding& coding,
 template <bool kZeroed>
 __device__ __forceinline__ uint32_t special_sum(float value,
                                                 const Coding& coding,
-                                                uint32_t random16,
+                                                float rounding,
                                                 uint32_t max_code) {
-  const Range range{coding.low, coding.scale};
   if (!coding.special()) {
-    return encode(value, range, coding.scale, random16, max_code) << 16;
+    return code_sum<kAnyBits>(kZeroed ? fmaxf(value, coding.low) : value,
+                              coding, rounding, max_code);
   }
-  return (kZeroed ? encode_zeroed_special(value, range)
-                  : encode_special(value, range, max_code))
-         << 16;
+  const Range range{coding.low, coding.scale};
+  const uint32_t code = kZeroed ? encode_zeroed_special(value, range)
+                                : encode_special(value, range, max_code);
+  return kIntegerFloat | code << fraction_bits(max_code);
 }
 
+// What is known of the groups of a tensor.
+enum class NormActShape {
+  kColumns,  // whole ones, ChannelIndex::vectorized
+  kWhole,    // whole ones
+  kAny,
+};
+
+template <NormActShape kShape>
+using ShapeConstant = std::integral_constant<NormActShape, kShape>;
+
 // kBits is the width of all codes, or kAnyBits.
-template <typename T, NormActPayload kPayload, int kBits>
-__global__ void __launch_bounds__(kNormThreads)
+template <typename T, NormActPayload kPayload, int kBits, NormActShape kShape>
+__global__ void __launch_bounds__(kNormThreads, kNormResident)
     norm_act_kernel(const NormAct<T> op, const Launch launch) {
   constexpr bool kSplit = kPayload == NormActPayload::kSplit;
   constexpr bool kZeroed = kPayload == NormActPayload::kPlainAndZeroed;
@@ -186,10 +188,12 @@ __global__ void __launch_bounds__(kNormThreads)
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const bool odd = lane % 2 != 0;
   // Whole warps stay: shuffles name every lane of the warp.
+  // Those past the end read the first group, and write nothing.
   const bool inside = index < launch.groups;
-  const uint32_t row = launch.by_groups_per_row.quotient(inside ? index : 0u);
+  const uint32_t group = inside ? index : 0u;
+  const uint32_t row = launch.by_groups_per_row.quotient(group);
   const uint32_t row_numel = static_cast<uint32_t>(launch.row_numel);
-  const uint32_t start = (index - row * launch.groups_per_row) * op.group_size;
+  const uint32_t start = (group - row * launch.groups_per_row) * op.group_size;
   const int count =
       inside ? static_cast<int>(
                    min(static_cast<uint32_t>(op.group_size), row_numel - start))
@@ -201,27 +205,31 @@ __global__ void __launch_bounds__(kNormThreads)
   PackedBlock<T> residual[kZeroed ? kBlocks : 1];
   // Elements from the start of a block to the end of the group.
   const auto left_of = [&](int b) {
-    return count - (b * lanes + lane) * kBlock;
+    return kShape == NormActShape::kAny ? count - (b * lanes + lane) * kBlock
+                                        : kBlock;
   };
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
     const int begin = (b * lanes + lane) * kBlock;
     const int left = left_of(b);
-    if (op.vectorized && left >= kBlock) {
+    if (kShape != NormActShape::kAny || (op.vectorized && left >= kBlock)) {
       input[b].load(op.input + base + begin);
       if constexpr (kZeroed) residual[b].load(op.residual + base + begin);
     } else if (left > 0) {
-      input[b].load(op.input + base + begin, left);
+      input[b].load(op.input + base + begin, 0, left);
       if constexpr (kZeroed) {
-        residual[b].load(op.residual + base + begin, left);
+        residual[b].load(op.residual + base + begin, 0, left);
       }
     }
   }
+  // The compiler would put reads off until there are more registers.
+  __syncwarp();
 
   float normal[kBlocks][kBlock];
   PackedBlock<T> output[kBlocks];
-  uint32_t positives = 0;  // a bit for each element
+  uint32_t positives = 0;  // a bit for each element, if there is a rectifier
   Bounds first, second;
+  PositiveBounds<T> outputs;
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
     const int left = left_of(b);
@@ -229,7 +237,7 @@ __global__ void __launch_bounds__(kNormThreads)
     const int begin = (b * lanes + lane) * kBlock;
     float total[kBlock];
     ChannelIndex::Place place = op.channels.of(start + begin);
-    if (place.left >= kBlock) {
+    if (kShape != NormActShape::kColumns && place.left >= kBlock) {
       const ChannelNorm norm{op.mean[place.channel], op.invstd[place.channel],
                              load_channel(op.weight, place.channel, kNoWeight),
                              load_channel(op.bias, place.channel, kNoBias)};
@@ -238,21 +246,18 @@ __global__ void __launch_bounds__(kNormThreads)
         normal[b][i] = norm.normalise(input[b].get(i));
         total[i] = norm.scale(normal[b][i]);
       }
-    } else if (op.channels.vectorized && left >= kBlock) {
+    } else if (kShape == NormActShape::kColumns ||
+               (op.channels.vectorized && left >= kBlock)) {
+      const ChannelWords mean(op.mean + place.channel);
+      const ChannelWords invstd(op.invstd + place.channel);
+      const ChannelWords weight(op.weight + place.channel);
+      const ChannelWords bias(op.bias + place.channel);
 #pragma unroll
-      for (int w = 0; w < kBlock; w += kChannelsPerWord) {
-        const uint32_t channel = place.channel + w;
-        const ChannelWord mean = load_channels(op.mean, channel, 0.0f);
-        const ChannelWord invstd = load_channels(op.invstd, channel, 1.0f);
-        const ChannelWord weight = load_channels(op.weight, channel, kNoWeight);
-        const ChannelWord bias = load_channels(op.bias, channel, kNoBias);
-#pragma unroll
-        for (int i = 0; i < kChannelsPerWord; ++i) {
-          const ChannelNorm norm{mean.item[i], invstd.item[i], weight.item[i],
-                                 bias.item[i]};
-          normal[b][w + i] = norm.normalise(input[b].get(w + i));
-          total[w + i] = norm.scale(normal[b][w + i]);
-        }
+      for (int i = 0; i < kBlock; ++i) {
+        const ChannelNorm norm{mean.item[i], invstd.item[i], weight.item[i],
+                               bias.item[i]};
+        normal[b][i] = norm.normalise(input[b].get(i));
+        total[i] = norm.scale(normal[b][i]);
       }
     } else {
 #pragma unroll
@@ -289,29 +294,20 @@ __global__ void __launch_bounds__(kNormThreads)
       } else {
         const bool positive = !(total[i] <= kLargestZero<T>);
         if (!positive) total[i] = 0.0f;
-        if constexpr (kSplit) {
-          if (positive) {
-            positives |= 1u << (b * kBlock + i);
-            second.include(normal[b][i]);
-          } else {
-            first.include(normal[b][i]);
-          }
+        if (positive) positives |= 1u << (b * kBlock + i);
+        if (kSplit && positive) {
+          second.include(normal[b][i]);
         } else {
           first.include(normal[b][i]);
         }
       }
     }
     output[b].set(total);
-    if constexpr (kZeroed) {
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        // Of the values as they are stored.
-        const float value = output[b].get(i);
-        if (is_positive(value)) second.include(value);
-      }
-    }
+    if constexpr (kZeroed) outputs.include(output[b]);
     T* target = op.output + base + begin;
-    if (op.vectorized && left >= kBlock) {
+    if (kShape != NormActShape::kAny) {
+      if (inside) output[b].store(target);
+    } else if (op.vectorized && left >= kBlock) {
       output[b].store(target);
     } else {
       output[b].store(target, left);
@@ -319,6 +315,7 @@ __global__ void __launch_bounds__(kNormThreads)
   }
 
   constexpr bool kTwo = kPayload != NormActPayload::kPlain;
+  if constexpr (kZeroed) second = outputs.finish();
   Bounds mine = reduce_bounds<kTwo>(first, second, lanes, odd);
   bool all_finite = mine.all_finite();
   // Warps with several groups take the slow path together when one of their
@@ -355,9 +352,9 @@ __global__ void __launch_bounds__(kNormThreads)
   const uint32_t max_code = kSplit ? max_split_code(bits) : max_code_of(bits);
   const uint32_t second_max = kSplit ? max_code : max_zeroed_code(act_bits);
   const Extent extent{mine.low, mine.high, all_finite};
-  const Range range =
-      make_kind_range(extent, kTwo && odd && !kSplit ? second_max : max_code);
-  const Coding coding{range.low, encode_scale(range)};
+  const uint32_t mine_max = kTwo && odd && !kSplit ? second_max : max_code;
+  const Range range = make_kind_range(extent, mine_max);
+  const Coding coding{range.low, encode_scale(range, mine_max)};
   Coding first_coding = coding, second_coding = coding;
   if constexpr (kTwo) {
     const Coding other{__shfl_xor_sync(0xFFFFFFFFu, coding.low, 1),
@@ -377,80 +374,120 @@ __global__ void __launch_bounds__(kNormThreads)
 
   const int64_t first_block =
       static_cast<int64_t>(row) * launch.row_blocks + start / kBlock;
+  const uint32_t integer = opaque_integer_float(row_numel);
+  const int fraction = fraction_bits(max_code);
+  const int second_fraction = fraction_bits(second_max);
+  const PhiloxStream zeroed_stream{op.stream.seed,
+                                   op.stream.offset ^ kZeroedStream};
 #pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-    const int left = left_of(b);
-    if (left <= 0) continue;
-    const int64_t block = first_block + b * lanes + lane;
-    const uint64_t random_block = op.first_block + static_cast<uint64_t>(block);
-    const PhiloxBlock random = philox(op.stream, random_block);
-    uint32_t sums[kBlock];
+  for (int p = 0; p < kBlocks / 2; ++p) {
+    const uint64_t call =
+        op.first_block + static_cast<uint64_t>(first_block + p * lanes + lane);
+    const PhiloxBlock random = philox(op.stream, call);
+    const PhiloxBlock zeroed_random =
+        kZeroed ? philox(zeroed_stream, call) : random;
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      const bool positive =
-          kSplit && (positives & (1u << (b * kBlock + i))) != 0u;
-      const Coding kind = select(positive, first_coding, second_coding);
-      sums[i] = code_sum<kBits>(normal[b][i], kind, random.bits16(i), max_code);
-    }
-    if (special) {
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        const bool positive =
-            kSplit && (positives & (1u << (b * kBlock + i))) != 0u;
-        const Coding kind = select(positive, first_coding, second_coding);
-        sums[i] =
-            special_sum<false>(normal[b][i], kind, random.bits16(i), max_code);
-      }
-    }
-    if constexpr (kSplit) {
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        if ((positives & (1u << (b * kBlock + i))) != 0u) {
-          sums[i] += 1u << (15 + bits);
-        }
-      }
-    }
-    store_word<kBits>(pack_sums<kBits>(sums, bits), bits, left,
-                      op.codes + block * bits);
-    if constexpr (kZeroed) {
-      const PhiloxBlock zeroed_random = philox(
-          {op.stream.seed, op.stream.offset ^ kZeroedStream}, random_block);
+    for (int half = 0; half < 2; ++half) {
+      const int b = p + half * (kBlocks / 2);
+      const int left = left_of(b);
+      if (left <= 0) continue;
+      const int64_t block = first_block + b * lanes + lane;
+      const BlockBits random_bits(random, half);
+      const auto rounding = [&](int i) {
+        return random_bits.rounding(i, fraction, integer);
+      };
+      const auto positive = [&](int i) {
+        return kSplit && (positives & (1u << (b * kBlock + i))) != 0u;
+      };
+      uint32_t sums[kBlock];
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        sums[i] = code_sum<kBits>(output[b].get(i), second_coding,
-                                  zeroed_random.bits16(i), second_max);
+        const Coding kind = kSplit ? select_by_flag(positives, b * kBlock + i,
+                                                    first_coding, second_coding)
+                                   : first_coding;
+        sums[i] = code_sum<kBits>(normal[b][i], kind, rounding(i), max_code);
       }
       if (special) {
 #pragma unroll
         for (int i = 0; i < kBlock; ++i) {
-          sums[i] = special_sum<true>(output[b].get(i), second_coding,
-                                      zeroed_random.bits16(i), second_max);
+          const Coding kind = select(positive(i), first_coding, second_coding);
+          sums[i] =
+              special_sum<false>(normal[b][i], kind, rounding(i), max_code);
         }
       }
+      const uint32_t flags = positives >> (b * kBlock) & 0xFFu;
+      if constexpr (kSplit && kBits == kAnyBits) {
 #pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        sums[i] = is_positive(output[b].get(i)) ? sums[i] + 0x10000u : 0u;
+        for (int i = 0; i < kBlock; ++i) {
+          if (positive(i)) sums[i] += 1u << (fraction + bits - 1);
+        }
       }
-      store_word<kBits>(pack_sums<kBits>(sums, act_bits), act_bits, left,
-                        op.act_codes + block * act_bits);
+      CodeWord<kBits> word = pack_sums<kBits>(sums, bits, fraction);
+      if constexpr (kSplit && kBits != kAnyBits) {
+        word |= spread_flags<kBits>(flags) << (kBits - 1);
+      }
+      store_word<kBits>(word, bits, left, op.codes + block * bits);
+      if constexpr (kZeroed) {
+        const BlockBits zeroed_bits(zeroed_random, half);
+        const auto zeroed_rounding = [&](int i) {
+          return zeroed_bits.rounding(i, second_fraction, integer);
+        };
+#pragma unroll
+        for (int i = 0; i < kBlock; ++i) {
+          // Zeros get the lowest code, and lose it below.
+          sums[i] =
+              code_sum<kBits>(fmaxf(output[b].get(i), second_coding.low),
+                              second_coding, zeroed_rounding(i), second_max);
+        }
+        if (special) {
+#pragma unroll
+          for (int i = 0; i < kBlock; ++i) {
+            sums[i] = special_sum<true>(output[b].get(i), second_coding,
+                                        zeroed_rounding(i), second_max);
+          }
+        }
+        if constexpr (kBits == kAnyBits) {
+#pragma unroll
+          for (int i = 0; i < kBlock; ++i) {
+            sums[i] = (flags & (1u << i)) != 0u
+                          ? sums[i] + (1u << second_fraction)
+                          : kIntegerFloat;
+          }
+        }
+        word = pack_sums<kBits>(sums, act_bits, second_fraction);
+        if constexpr (kBits != kAnyBits) {
+          const uint32_t ones = spread_flags<kBits>(flags);
+          word = (word + ones) & (ones * max_code_of(kBits));
+        }
+        store_word<kBits>(word, act_bits, left,
+                          op.act_codes + block * act_bits);
+      }
     }
   }
 }
 
-// Calls `body` with the width of all codes as a Constant, kAnyBits for those
-// of the one kernel.
+// Calls `body` with the width of all codes, kAnyBits for those of the one
+// kernel, and a NormActShape as constants.
 template <typename Body>
-void dispatch_widths(const NormActArguments& arguments, const Body& body) {
+void dispatch_kernels(const NormActArguments& arguments, bool whole,
+                      bool columns, const Body& body) {
   const bool equal = arguments.payload() != NormActPayload::kPlainAndZeroed ||
                      arguments.bits == arguments.act_bits;
-  if (equal && arguments.bits == 2) {
-    body(Constant<2>{});
-  } else if (equal && arguments.bits == 3) {
-    body(Constant<3>{});
-  } else if (equal && arguments.bits == 4) {
-    body(Constant<4>{});
+  const auto with_shape = [&](auto width) {
+    if (columns) {
+      body(width, ShapeConstant<NormActShape::kColumns>{});
+    } else {
+      body(width, ShapeConstant<NormActShape::kWhole>{});
+    }
+  };
+  if (whole && equal && arguments.bits == 2) {
+    with_shape(Constant<2>{});
+  } else if (whole && equal && arguments.bits == 3) {
+    with_shape(Constant<3>{});
+  } else if (whole && equal && arguments.bits == 4) {
+    with_shape(Constant<4>{});
   } else {
-    body(Constant<kAnyBits>{});
+    body(Constant<kAnyBits>{}, ShapeConstant<NormActShape::kAny>{});
   }
 }
 
@@ -476,19 +513,25 @@ void launch_payload(const NormActArguments& arguments, const Geometry& geometry,
           op.act_ranges = whole.act_ranges + group;
         }
         op.first_block = static_cast<uint64_t>(block);
-        dispatch_widths(arguments, [&](auto width) {
-          constexpr int kBits = decltype(width)::value;
-          const auto lanes = static_cast<int>(geometry.group_size / kBlock /
-                                              kNormBlocks<T, kPayload, kBits>);
-          op.lane_shift = 0;
-          while ((1 << op.lane_shift) < lanes) ++op.lane_shift;
-          const int64_t threads = int64_t{launch.groups} * lanes;
-          norm_act_kernel<T, kPayload, kBits>
-              <<<static_cast<unsigned int>((threads + kNormThreads - 1) /
-                                           kNormThreads),
-                 kNormThreads, 0, stream>>>(op, launch);
-          check_launch();
-        });
+        const bool whole =
+            op.vectorized && geometry.row_numel % geometry.group_size == 0;
+        const bool columns = op.channels.vectorized;
+        dispatch_kernels(
+            arguments, whole, columns, [&](auto width, auto shape) {
+              constexpr int kBits = decltype(width)::value;
+              constexpr NormActShape kShape = decltype(shape)::value;
+              const auto lanes =
+                  static_cast<int>(geometry.group_size / kBlock /
+                                   kNormBlocks<T, kPayload, kBits>);
+              op.lane_shift = 0;
+              while ((1 << op.lane_shift) < lanes) ++op.lane_shift;
+              const int64_t threads = int64_t{launch.groups} * lanes;
+              norm_act_kernel<T, kPayload, kBits, kShape>
+                  <<<static_cast<unsigned int>((threads + kNormThreads - 1) /
+                                               kNormThreads),
+                     kNormThreads, 0, stream>>>(op, launch);
+              check_launch();
+            });
       });
 }
 
@@ -506,9 +549,8 @@ NormActCodes run(const NormActArguments& arguments, Tensor& output,
   const auto* weight =
       static_cast<const float*>(data_or_null(arguments.weight));
   const auto* bias = static_cast<const float*>(data_or_null(arguments.bias));
-  const ChannelIndex index = index_channels(
-      channels, is_aligned(mean, 16) && is_aligned(invstd, 16) &&
-                    is_aligned(weight, 16) && is_aligned(bias, 16));
+  const ChannelIndex index =
+      index_channels(channels, {mean, invstd, weight, bias});
   const cudaStream_t stream = current_stream(input.get_device_index());
   dispatch_dtype(input.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;

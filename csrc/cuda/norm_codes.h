@@ -11,6 +11,7 @@
 #include "../common/rectified_codec.h"
 #include "blocks.h"
 #include "launch.h"
+#include "packed_block.h"
 
 namespace mmactnn {
 
@@ -44,32 +45,6 @@ __device__ __forceinline__ T* piece_of(const NormPayload& payload, T* data,
     return data + int64_t{row * payload.row_blocks + piece} * kBlock;
   } else {
     return data + row * payload.row_numel + piece;
-  }
-}
-
-template <int kBits>
-using CodeWord =
-    std::conditional_t<kBits == kAnyBits, uint64_t,
-                       std::conditional_t<kBits <= 4, uint32_t, uint64_t>>;
-
-// The codes of a block.
-template <int kBits>
-__device__ __forceinline__ CodeWord<kBits> load_codes(const uint8_t* codes,
-                                                      int bits) {
-  if constexpr (kBits == 2) {
-    return *reinterpret_cast<const uint16_t*>(codes);
-  } else if constexpr (kBits == 4) {
-    return *reinterpret_cast<const uint32_t*>(codes);
-  } else {
-    constexpr int kBytes = kBits == kAnyBits ? kMaxBits : kBits;
-    CodeWord<kBits> word = 0;
-#pragma unroll
-    for (int byte = 0; byte < kBytes; ++byte) {
-      if (kBits != kAnyBits || byte < bits) {
-        word |= static_cast<CodeWord<kBits>>(codes[byte]) << (8 * byte);
-      }
-    }
-    return word;
   }
 }
 
@@ -166,9 +141,9 @@ struct NormPiece {
     if constexpr (kItems == kBlock) {
       const uint32_t index = row * payload.row_blocks + block;
       grads.load(grad_output + int64_t{index} * kBlock);
-      codes = load_codes<kBits>(payload.codes + int64_t{index} * bits, bits);
+      codes = load_word<kBits>(payload.codes + int64_t{index} * bits, bits);
       if constexpr (kMask) {
-        act_codes = load_codes<kBits>(
+        act_codes = load_word<kBits>(
             payload.act_codes + int64_t{index} * act_bits, act_bits);
       }
     } else {

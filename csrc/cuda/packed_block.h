@@ -57,12 +57,12 @@ struct PackedBlock {
       for (int i = 0; i < 4; ++i) word[w + i] = vector.item[i];
     }
   }
-  // The first `count` numbers, and the first again in place of the others.
-  __device__ __forceinline__ void load(const T* source, int count) {
+  // The numbers from `begin` on; in place of those from `count` on the first.
+  __device__ __forceinline__ void load(const T* source, int begin, int count) {
     float values[kBlock];
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
-      values[i] = Number<T>::load(source[i < count ? i : 0]);
+      values[i] = Number<T>::load(source[begin + i < count ? begin + i : 0]);
     }
     set(values);
   }
@@ -88,31 +88,62 @@ struct PackedBlock {
 
 // The codes of a block, the first in the lowest bits.
 template <int kBits>
-using CodeWord = std::conditional_t<kBits == kAnyBits, uint64_t, uint32_t>;
+using CodeWord =
+    std::conditional_t<kBits == kAnyBits || (kBits > 4), uint64_t, uint32_t>;
 
-// Puts the codes of a block into a word; code i is what `sums[i]` has above
-// its lower 16 bits.
+// Puts the codes of a block into a word, from the sums of encode_sum() with
+// `fraction` bits below the code.
 template <int kBits>
 __device__ __forceinline__ CodeWord<kBits> pack_sums(const uint32_t* sums,
-                                                     int bits) {
-  if constexpr (kBits != kAnyBits) {
-    static_assert(kBits <= 4, "four codes must fit into half a register");
-    // Codes i and i + 4 go into the halves of a register.
-    uint32_t halves = 0;
+                                                     int bits, int fraction) {
+  if constexpr (kBits != kAnyBits && kBits <= 4) {
+    // Codes i and i + 4 go into the halves of a register, with what is above
+    // the fraction of kIntegerFloat; that is subtracted once for all.
+    constexpr uint32_t kAbove = kIntegerFloat >> 16;
+    uint32_t halves = 0, excess = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      halves |= __byte_perm(sums[i], sums[i + 4], 0x7632) << (i * kBits);
+      halves += __byte_perm(sums[i], sums[i + 4], 0x7632) * (1u << (i * kBits));
+      excess += kAbove * 0x10001u << (i * kBits);
     }
+    halves -= excess;
     if constexpr (kBits == 4) return halves;
+    if constexpr (kBits == 2) return __byte_perm(halves, 0, 0x4420);
     return (halves & 0xFFFFu) | (halves >> 16 << (4 * kBits));
+  } else if constexpr (kBits == kMaxBits) {
+    // Shifted by a bit, a code is the third byte.
+    uint32_t words[2];
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      const uint32_t* four = sums + 4 * w;
+      words[w] =
+          __byte_perm(__byte_perm(four[0] << 1, four[1] << 1, 0x0062),
+                      __byte_perm(four[2] << 1, four[3] << 1, 0x0062), 0x5410);
+    }
+    return words[0] | static_cast<uint64_t>(words[1]) << 32;
   } else {
     uint64_t word = 0;
 #pragma unroll
     for (int i = kBlock - 1; i >= 0; --i) {
-      word = (word << bits) | (sums[i] >> 16);
+      word = (word << bits) | (sums[i] >> fraction & max_code_of(kMaxBits));
     }
     return word;
   }
+}
+
+// The 8 bits of `flags` where the codes of a block begin.
+template <int kBits>
+__device__ __forceinline__ uint32_t spread_flags(uint32_t flags) {
+  static_assert(kBits >= 2 && kBits <= 4);
+  // Ones of 4, 2 and 1 bits at the distance of as many codes.
+  constexpr uint32_t kFours = 0xFu * (1u + (1u << (4 * kBits)));
+  constexpr uint32_t kTwos =
+      0x3u * (1u + (1u << (2 * kBits))) * (1u + (1u << (4 * kBits)));
+  constexpr uint32_t kOnes = (1u + (1u << kBits)) * (1u + (1u << (2 * kBits))) *
+                             (1u + (1u << (4 * kBits)));
+  flags = (flags | flags << (4 * (kBits - 1))) & kFours;
+  flags = (flags | flags << (2 * (kBits - 1))) & kTwos;
+  return (flags | flags << (kBits - 1)) & kOnes;
 }
 
 // Writes the codes of a block; those from `count` on become 0.
@@ -120,7 +151,7 @@ template <int kBits>
 __device__ __forceinline__ void store_word(CodeWord<kBits> word, int bits,
                                            int count, uint8_t* target) {
   if (count < kBlock) {
-    word &= static_cast<CodeWord<kBits>>((uint64_t{1} << (count * bits)) - 1u);
+    word &= (CodeWord<kBits>{1} << (max(count, 0) * bits)) - 1u;
   }
   if constexpr (kBits != kAnyBits) {
     using Unit = UnitOf<kBits>;
@@ -145,7 +176,7 @@ __device__ __forceinline__ CodeWord<kBits> load_word(const uint8_t* source,
 #pragma unroll
     for (int byte = 0; byte < kBits; byte += sizeof(Unit)) {
       const Unit unit = *reinterpret_cast<const Unit*>(source + byte);
-      word |= static_cast<uint32_t>(unit) << (8 * byte);
+      word |= static_cast<CodeWord<kBits>>(unit) << (8 * byte);
     }
   } else {
     for (int byte = 0; byte < bits; ++byte) {

@@ -12,9 +12,12 @@
 #include "../common/divider.h"
 #include "../common/geometry.h"
 #include "../common/philox.h"
+#include "../common/rounding.h"
 #include "../common/tensor_checks.h"
+#include "code_floats.h"
 #include "group.h"
 #include "launch.h"
+#include "packed_block.h"
 #include "words.h"
 
 namespace mmactnn {
@@ -30,24 +33,84 @@ __device__ __forceinline__ void with_width(int bits, const Body& body) {
   }
 }
 
-// Writes the codes of a block; those from `count` on are 0.
-template <int kBits>
-__device__ __forceinline__ void store_codes(const uint32_t* code, int count,
-                                            uint8_t* target) {
-  using Word = UnsignedInt<kBits>;
-  using Unit = UnitOf<kBits>;
-  Word word = 0;
-#pragma unroll
-  for (int i = 0; i < kBlock; ++i) {
-    word |= static_cast<Word>(code[i]) << (i * kBits);
+// What a thread of quantize_kernel() holds and where its codes go.
+template <typename T, int kGroup>
+struct GroupCodes {
+  static constexpr int kLanes = kLanesPerGroup<kGroup>;
+
+  Share<T> share;
+  Extent extent;
+  int count;    // elements of the group
+  int padding;  // elements that may follow the end of the row
+  int lane;
+  uint64_t first_block;  // that random bits count from
+  uint8_t* codes;
+
+  // Elements from the start of a block to the end of the group.
+  __device__ __forceinline__ int left(int b) const {
+    return count - (b * kLanes + lane) * kBlock;
   }
-  if (count < kBlock) {
-    word &= static_cast<Word>((uint64_t{1} << (max(count, 0) * kBits)) - 1);
+  template <int kBits>
+  __device__ __forceinline__ void store(int b, const uint32_t* sums,
+                                        int left) const {
+    constexpr int kFraction = fraction_bits(max_code_of(kBits));
+    store_word<kBits>(pack_sums<kBits>(sums, kBits, kFraction), kBits, left,
+                      codes + (b * kLanes + lane) * kBits);
   }
+};
+
+// kWhole: there is no end of a row in the group.
+template <int kBits, bool kWhole, typename T, int kGroup>
+__device__ __forceinline__ void encode_group(const GroupCodes<T, kGroup>& group,
+                                             Range range, PhiloxStream stream) {
+  constexpr int kLanes = kLanesPerGroup<kGroup>;
+  constexpr int kHalf = kBlocksPerThread / 2;
+  static_assert(half_blocks(kGroup) == kHalf * kLanes);
+  constexpr uint32_t kMaxCode = max_code_of(kBits);
+
+  const float scale = encode_scale(range, kMaxCode);
+  const uint32_t integer = opaque_integer_float(group.count);
 #pragma unroll
-  for (int byte = 0; byte < kBits; byte += sizeof(Unit)) {
-    *reinterpret_cast<Unit*>(target + byte) =
-        static_cast<Unit>(word >> (8 * byte));
+  for (int p = 0; p < kHalf; ++p) {
+    const PhiloxBlock random =
+        philox(stream, group.first_block + p * kLanes + group.lane);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int b = p + half * kHalf;
+      const int left = kWhole ? kBlock : group.left(b);
+      if (!kWhole && left + group.padding <= 0) continue;
+      const BlockBits bits(random, half);
+      uint32_t sums[kBlock];
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        sums[i] =
+            encode_sum(group.share.blocks[b].get(i), range.low, scale,
+                       bits.rounding(i, fraction_bits(kMaxCode), integer));
+        if constexpr (kMaxCode > kMaxUnclampedCode) {
+          sums[i] = min(sums[i], largest_sum(kMaxCode));
+        }
+      }
+      group.template store<kBits>(b, sums, left);
+    }
+  }
+}
+
+template <int kBits, typename T, int kGroup>
+__device__ __forceinline__ void encode_special_group(
+    const GroupCodes<T, kGroup>& group, Range range) {
+  constexpr uint32_t kMaxCode = max_code_of(kBits);
+#pragma unroll
+  for (int b = 0; b < kBlocksPerThread; ++b) {
+    const int left = group.left(b);
+    if (left + group.padding <= 0) continue;
+    uint32_t sums[kBlock];
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      const uint32_t code =
+          encode_special(group.share.blocks[b].get(i), range, kMaxCode);
+      sums[i] = kIntegerFloat | code << fraction_bits(kMaxCode);
+    }
+    group.template store<kBits>(b, sums, left);
   }
 }
 
@@ -64,122 +127,128 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
   const uint32_t index = thread / kLanes;
   const int lane = threadIdx.x % kLanes;
+  // Whole warps stay: load_group() names every lane of the warp.
   const bool inside = index < launch.groups;
   const Group group = locate<kGroup>(launch, inside ? index : 0);
   const RowCodes row = layout.row<kBits>(group.row);
-  // Whole warps stay: load_group() names every lane of the warp.
-  const bool active = inside && row.bits != 0;
-  Share share;
-  const Extent extent =
+  GroupCodes<T, kGroup> held;
+  held.extent =
       load_group<kGroup>(input + group.row * launch.row_numel + group.start,
-                         group.count, lane, active, launch.vectorized, share);
-  if (!active) return;
+                         group.count, lane, launch.vectorized, held.share);
+  if (!inside || row.bits == 0) return;
 
-  const uint32_t max_code = max_code_of(row.bits);
-  const Range range = make_range(extent, max_code);
-  if (lane == 0) ranges[index] = range.pack();
-  const float scale = encode_scale(range);
   const int64_t group_block = group.start / kBlock;
-  const uint64_t random_block =
-      first_block +
-      static_cast<uint64_t>(group.row * launch.row_blocks + group_block);
-  uint8_t* target = codes + row.begin + group_block * row.bits;
+  held.count = group.count;
   // Only rows of several widths are padded, and by less than a group.
-  const int padding =
+  held.padding =
       kBits != kAnyBits
           ? 0
           : static_cast<int>(layout.row_blocks - launch.row_blocks) * kBlock;
-#pragma unroll
-  for (int b = 0; b < kBlocksPerThread; ++b) {
-    const int count = share.counts[b];
-    if (count + padding <= 0) continue;
-    const int block = b * kLanes + lane;
-    uint32_t code[kBlock] = {};
-    if (count > 0) {
-      if (range.special()) {
-#pragma unroll
-        for (int i = 0; i < kBlock; ++i) {
-          code[i] = encode_special(share.values[b][i], range, max_code);
-        }
-      } else {
-        const PhiloxBlock random = philox(stream, random_block + block);
-#pragma unroll
-        for (int i = 0; i < kBlock; ++i) {
-          code[i] = encode(share.values[b][i], range, scale, random.bits16(i),
-                           max_code);
-        }
-      }
+  held.lane = lane;
+  held.first_block =
+      first_block +
+      static_cast<uint64_t>(group.row * launch.row_blocks + group_block);
+  held.codes = codes + row.begin + group_block * row.bits;
+  with_width<kBits>(row.bits, [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    const Range range = make_range(held.extent, max_code_of(kWidth));
+    if (lane == 0) ranges[index] = range.pack();
+    if (range.special()) {
+      encode_special_group<kWidth>(held, range);
+    } else if (group.count == kGroup) {
+      encode_group<kWidth, true>(held, range, stream);
+    } else {
+      encode_group<kWidth, false>(held, range, stream);
     }
-    with_width<kBits>(row.bits, [&](auto width) {
-      constexpr int kWidth = decltype(width)::value;
-      store_codes<kWidth>(code, count, target + block * kWidth);
-    });
-  }
+  });
 }
 
-// Elements that a thread writes at once, and the threads that share a group.
+// Elements that a thread decodes and writes at once, how often it does, since
+// its reads are small and many of them have to be under way, and the threads
+// that share a group.
 template <typename T>
 constexpr int kItemsPerStep = 16 / sizeof(T);
 
-template <typename T, int kGroup>
-constexpr int kLanesPerStep = std::min<int>(kGroup / kItemsPerStep<T>, kWarp);
+constexpr int kSteps = 4;
 
-// Decodes what one thread holds of a group: kItems elements a step, written as
-// one word of 16 bytes.
-template <typename T, int kBits, int kGroup>
-__device__ __forceinline__ void decode_group(const uint8_t* source, Range range,
-                                             int count, int lane,
-                                             bool vectorized, T* target) {
-  constexpr int kItems = kItemsPerStep<T>;
-  constexpr int kLanes = kLanesPerStep<T, kGroup>;
-  constexpr int kSteps = kGroup / kItems / kLanes;
+template <typename T, int kGroup>
+constexpr int kLanesPerStep = kGroup / kItemsPerStep<T> / kSteps;
+
+// Reads the codes of one step, of elements from `begin` on.
+template <int kBits, int kItems>
+__device__ __forceinline__ auto load_step(const uint8_t* source, int begin) {
   // The items begin inside of a byte unless they fill whole ones.
   constexpr int kLeftBits = kItems * kBits % 8;
   constexpr int kBytes = (kItems * kBits + kLeftBits + 7) / 8;
   using Unit = std::conditional_t<kLeftBits == 0, UnitOf<kBytes>, UnitOf<1>>;
   using Word = UnsignedInt<kBytes>;
-  constexpr uint32_t kMaxCode = max_code_of(kBits);
+  const uint8_t* bytes = source + begin * kBits / 8;
+  Word word = 0;
+#pragma unroll
+  for (int byte = 0; byte < kBytes; byte += sizeof(Unit)) {
+    const Unit unit = *reinterpret_cast<const Unit*>(bytes + byte);
+    word |= static_cast<Word>(unit) << (8 * byte);
+  }
+  if constexpr (kLeftBits != 0) word >>= begin * kBits % 8;
+  return word;
+}
 
-  // All reads first: they are small, and their latency is what there is to
-  // hide.
-  Word words[kSteps];
+// Decodes what one thread holds of a whole group, each step's elements written
+// as one word of 16 bytes; returns false and does not if the group does not
+// decode plainly.
+template <typename T, int kBits, int kGroup>
+__device__ __forceinline__ bool decode_plain_group(const uint8_t* source,
+                                                   Range range,
+                                                   uint32_t integer, int lane,
+                                                   T* target) {
+  constexpr int kItems = kItemsPerStep<T>;
+  constexpr int kLanes = kLanesPerStep<T, kGroup>;
+  const auto begin = [&](int s) { return (s * kLanes + lane) * kItems; };
+  // All reads first, before that of the range is needed.
+  decltype(load_step<kBits, kItems>(source, 0)) words[kSteps];
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    words[s] = load_step<kBits, kItems>(source, begin(s));
+  }
+  if (!decodes_plainly(range, max_code_of(kBits), Number<T>::kLargest)) {
+    return false;
+  }
+  const CodeFloats<kBits, kItems> floats(range.step, integer);
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    float values[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      values[i] =
+          __fmaf_rn(floats.number(words[s], i), floats.step(i), range.low);
+    }
+    store_16_bytes(target + begin(s), values);
+  }
+  return true;
+}
+
+// The same of any group.
+template <typename T, int kBits, int kGroup>
+__device__ __forceinline__ void decode_group(const uint8_t* source, Range range,
+                                             int count, int lane, T* target) {
+  constexpr int kItems = kItemsPerStep<T>;
+  constexpr int kLanes = kLanesPerStep<T, kGroup>;
+  constexpr uint32_t kMaxCode = max_code_of(kBits);
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
     const int begin = (s * kLanes + lane) * kItems;
     // A word ends inside of its block, and blocks are always whole.
-    if (begin < count) {
-      words[s] = 0;
-      const uint8_t* bytes = source + begin * kBits / 8;
-#pragma unroll
-      for (int byte = 0; byte < kBytes; byte += sizeof(Unit)) {
-        const Unit unit = *reinterpret_cast<const Unit*>(bytes + byte);
-        words[s] |= static_cast<Word>(unit) << (8 * byte);
-      }
-      if constexpr (kLeftBits != 0) words[s] >>= begin * kBits % 8;
-    }
-  }
-#pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    const int begin = (s * kLanes + lane) * kItems;
     if (begin >= count) continue;
-    float values[kItems];
+    const auto word = load_step<kBits, kItems>(source, begin);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const uint32_t code =
-          static_cast<uint32_t>(words[s] >> (i * kBits)) & kMaxCode;
-      values[i] = range.special()
-                      ? decode_special(code, range, kMaxCode)
-                      : clamp_finite(decode(code, range), Number<T>::kLargest);
-    }
-    if (vectorized && begin + kItems <= count) {
-      store_16_bytes(target + begin, values);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        if (begin + i < count) {
-          target[begin + i] = Number<T>::store(values[i]);
-        }
-      }
+          static_cast<uint32_t>(word >> (i * kBits)) & kMaxCode;
+      const float value =
+          range.special()
+              ? decode_special(code, range, kMaxCode)
+              : clamp_finite(decode(code, range), Number<T>::kLargest);
+      if (begin + i < count) target[begin + i] = Number<T>::store(value);
     }
   }
 }
@@ -203,8 +272,12 @@ __global__ void __launch_bounds__(kThreads)
   const uint8_t* source = codes + row.begin + group.start / kBlock * row.bits;
   T* target = output + group.row * launch.row_numel + group.start;
   with_width<kBits>(row.bits, [&](auto width) {
-    decode_group<T, decltype(width)::value, kGroup>(
-        source, range, group.count, lane, launch.vectorized, target);
+    constexpr int kWidth = decltype(width)::value;
+    if (!launch.vectorized || group.count != kGroup ||
+        !decode_plain_group<T, kWidth, kGroup>(
+            source, range, opaque_integer_float(index), lane, target)) {
+      decode_group<T, kWidth, kGroup>(source, range, group.count, lane, target);
+    }
   });
 }
 

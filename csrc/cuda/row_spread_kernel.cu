@@ -25,10 +25,10 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % kLanes;
   const bool active = index < launch.groups;
   const Group group = locate<kGroup>(launch, active ? index : 0);
-  Share share;
+  Share<T> share;
   const Extent extent =
       load_group<kGroup>(input + group.row * launch.row_numel + group.start,
-                         group.count, lane, active, launch.vectorized, share);
+                         group.count, lane, launch.vectorized, share);
   if (active && lane == 0) spread[index] = group_spread(extent, group.count);
 }
 

@@ -127,15 +127,8 @@ def quantize(input, bits, group_size, seed, offset):
     low, step = _make_range(groups, valid, levels)
     low_, step_ = low[:, None], step[:, None]
 
-    blocks = torch.arange(rows * row_blocks, device=input.device)
-    words = philox(blocks, seed, offset)
-    random = torch.stack([words & 0xFFFF, words >> 16], -1).view(rows, -1)
-    random = torch.nn.functional.pad(
-        random, (0, row_groups * group_size - random.shape[1])
-    ).view_as(groups)
-    scale = (65536.0 / step_).where(step_ != 0, 0.0)
-    fixed = ((groups - low_) * scale + 0.5).nan_to_num(0, 0, 0).to(torch.int32)
-    codes = ((fixed + random) >> 16).clamp(max=levels)
+    random = _random16(rows, row_numel, group_size, seed, offset, input.device)
+    codes = _round(groups, low_, step_, levels, random)
 
     special = torch.zeros_like(codes)
     special[groups == float('inf')] = _POSITIVE_INF
@@ -178,14 +171,28 @@ def dequantize(codes, ranges, size, stride, dtype, bits, group_size):
 def _random16(rows, row_numel, group_size, seed, offset, device):
     """16 random bits (Tensor[G, S]) for each element of the groups."""
     row_blocks = -(-row_numel // 8)
-    row_groups = -(-row_numel // group_size)
-    blocks = torch.arange(rows * row_blocks, device=device)
-    words = philox(blocks, seed, offset)
-    random = torch.stack([words & 0xFFFF, words >> 16], -1)
-    random = random.view(rows, row_blocks * 8)
-    missing = row_groups * group_size - random.shape[1]
-    random = torch.nn.functional.pad(random, (0, missing))
-    return random.view(-1, group_size)
+    half = group_size // 8 // 2
+    starts = torch.arange(rows, device=device)[:, None] * row_blocks
+    starts = starts + torch.arange(0, row_blocks, 2 * half, device=device)
+    calls = starts.view(-1, 1) + torch.arange(half, device=device)
+    words = philox(calls.flatten(), seed, offset).view(-1, half, 2, 2)
+    # The halves of a group, their blocks, two words of each.
+    words = words.transpose(1, 2).reshape(-1, group_size // 4)
+    # Bytes i and i + 1 of a word for its element i.
+    twice = words | (words & 0xFF) << 32
+    return torch.stack(
+        [twice >> shift & 0xFFFF for shift in (0, 8, 16, 24)], -1
+    ).view(-1, group_size)
+
+
+def _round(groups, low, step, levels, random):
+    """Codes of values that are finite, garbage of the others."""
+    fraction = 16 if levels < 128 else 15
+    scale = (2.0**fraction / step).where(step != 0, 0.0)
+    rounding = 2.0**23 + (random >> 16 - fraction).float()
+    sums = (groups - low) * scale + rounding
+    sums = sums.nan_to_num(0, 0, 0).clamp(2.0**23, 2.0**24).long() - 2**23
+    return (sums >> fraction).clamp(max=levels)
 
 
 def _encode_kind(groups, kind, levels, random):
@@ -197,9 +204,7 @@ def _encode_kind(groups, kind, levels, random):
     none = ~kind.any(1)
     low, step = low.where(~none, 0.0), step.where(~none, 0.0)
     low_, step_ = low[:, None], step[:, None]
-    scale = (65536.0 / step_).where(step_ != 0, 0.0)
-    fixed = ((groups - low_) * scale + 0.5).nan_to_num(0, 0, 0).to(torch.int32)
-    codes = ((fixed + random) >> 16).clamp(max=levels)
+    codes = _round(groups, low_, step_, levels, random)
     special = torch.zeros_like(codes)
     special[groups == float('inf')] = _POSITIVE_INF
     special[groups == -float('inf')] = _NEGATIVE_INF

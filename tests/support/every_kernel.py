@@ -20,14 +20,22 @@ from mmactnn import ops
 SHAPES = ((3, 1024), (2, 1000), (3, 515), (5, 7))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RECTIFIERS = (dict(), dict(max=6.0), dict(slope=0.1))
-# Whole and ragged groups, blocks within and across channels, both layouts.
-NORM_SHAPES = ((2, 16, 8, 8), (3, 24, 7, 7), (2, 5, 3), (3, 40))
+# Whole groups whose channels repeat every 2048 elements or do not, blocks
+# across channels in whole groups, planes off the blocks, rows off them, no
+# plane; all but the last two in both layouts.
+NORM_SHAPES = (
+    (3, 16, 8, 8),
+    (2, 24, 8, 8),
+    (2, 64, 2, 6),
+    (3, 8, 7, 7),
+    (2, 5, 7, 9),
+    (2, 5, 3),
+    (6, 40),
+)
 # Of batch norm alone, before a ReLU, and before a residual sum and a ReLU.
 NORM_MODES = ((False, False), (True, False), (True, True))
 # Odd and even numbers of outputs, a warp and less, several planes.
 POOL_SHAPES = ((2, 3, 9, 11), (3, 9, 11), (2, 8, 16, 16), (1, 1, 3, 3))
-# All aligned, planes off the blocks, rows off them, no plane.
-NORM_SHAPES = ((3, 16, 8, 8), (3, 8, 7, 7), (2, 5, 7, 9), (6, 40))
 WINDOWS = (
     dict(kernel_size=2),
     dict(kernel_size=3, stride=2, padding=1),
@@ -330,7 +338,7 @@ def main():
             last = x.to(dtype, memory_format=torch.channels_last)
             run_max_pool(last, window)
         pools += 1
-    norms = run_norm_grads()
+    norms += run_norm_grads()
     torch.cuda.synchronize()
     masks = len(SHAPES) * len(DTYPES) * 2
     print(f'{count} formats, {masks} masks, {pools} pools, {norms} norms: ok')

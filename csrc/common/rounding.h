@@ -1,0 +1,53 @@
+// The random bits that elements are rounded with.
+//
+// Each element has 16 that are uniform, which is all that an unbiased rounding
+// needs. Four elements share a word of 32 bits, and element i has its bytes i
+// (the lower) and i + 1. What neighbours are rounded to has a covariance, then,
+// of at most 2^-10 of a squared step: the shared byte matters to the one only
+// where its other byte is just that of the threshold, one in 256.
+//
+// A call of Philox serves a block of 8 elements of either half of a group. It
+// is counted by the block of the first half.
+#pragma once
+
+#include <cstdint>
+
+#include "codec.h"
+#include "philox.h"
+#include "portability.h"
+
+namespace mmactnn {
+
+// Blocks of half a group.
+MMACTNN_HOST_DEVICE constexpr int half_blocks(int64_t group_size) {
+  return static_cast<int>(group_size / kBlock / 2);
+}
+
+// The random bits of a block in half `half` (0 or 1) of a group.
+struct BlockBits {
+  uint32_t word[2];
+
+  MMACTNN_HOST_DEVICE BlockBits(const PhiloxBlock& random, int half)
+      : word{random.word[2 * half], random.word[2 * half + 1]} {}
+
+  // Of element `i` (0 to 7).
+  MMACTNN_HOST_DEVICE uint32_t bits16(int i) const {
+    const uint64_t twice = word[i / 4] * UINT64_C(0x100000001);
+    return static_cast<uint32_t>(twice >> (8 * (i % 4))) & 0xFFFFu;
+  }
+
+#ifdef __CUDACC__
+  // See rounding_of(): the two bytes, a zero and the exponent of `integer`,
+  // which is kIntegerFloat, at once.
+  __device__ __forceinline__ float rounding(int i, int fraction,
+                                            uint32_t integer) const {
+    const uint32_t first = i % 4;
+    const uint32_t selector = 0x7400u | (first + 1) % 4 << 4 | first;
+    const uint32_t bits = __byte_perm(word[i / 4], integer, selector);
+    return fraction == 16 ? bits_float(bits)
+                          : rounding_of(bits & 0xFFFFu, fraction);
+  }
+#endif
+};
+
+}  // namespace mmactnn
