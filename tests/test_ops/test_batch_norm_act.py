@@ -151,7 +151,9 @@ def test_backward(mode, dtype, channels_last, of_batch, affine, device):
         assert not others
         expected = ops.norm_grad_sums(grad, *codes[:2], bits, 64, relu)
     assert_same_bits(sums, expected)
-    means = expected / (grad.numel() // 8) * of_batch
+    # By a tensor: torch multiplies with the inverse of a number.
+    count = torch.full_like(expected, grad.numel() // 8)
+    means = expected / count * of_batch
     scale = invstd if weight is None else invstd * weight
     wanted = ops.norm_grad_input(
         passed, *codes[:2], scale, means, bits, 64, relu and not adds
