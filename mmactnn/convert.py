@@ -91,6 +91,9 @@ _MAX_IMAGE_CHANNELS = 4
 # Layers that keep nothing large for the backward pass.
 _KEEP_NOTHING = (
     nn.Identity,
+    # Empty ones.
+    nn.ModuleList,
+    nn.Sequential,
     nn.Upsample,
     nn.Flatten,
     nn.Unflatten,
