@@ -421,9 +421,7 @@ def _install(plan):
     """Let a module call layers; what the report says of it."""
     source = type(plan.module).__name__
     plan.install()
-    return Layered(
-        plan.name, source, plan.target.__name__, tuple(plan.layers)
-    )
+    return Layered(plan.name, source, plan.target.__name__, tuple(plan.layers))
 
 
 def _precisions(model):
