@@ -10,7 +10,7 @@ from support.stock import OFFICIAL, official, plain
 from support.tools import ROOT, load_tool
 from torch import nn
 
-from mmactnn import QuantizedLayer, convert_model
+from mmactnn import QuantizedLayer, convert_model, revert_model
 from mmactnn.models import find_layered
 
 CONFIGS = ROOT / 'configs' / 'actnn'
@@ -122,3 +122,20 @@ def test_what_is_left(run):
         assert places.others_bytes < 0.35 * exact
     else:
         assert share <= 0.1, places.others.most_common(5)
+
+
+def test_exact_level_and_the_way_back(run, stock):
+    """Last, because it leaves plain models behind."""
+    revert_model(stock)
+    expected = run.loss(stock)
+    expected.backward()
+    convert_model(run.model, 'L0')
+    found = run.loss(run.model)
+    found.backward()
+    assert torch.equal(found, expected)
+    for ours, theirs in zip(run.model.parameters(), stock.parameters()):
+        assert (ours.grad is None) == (theirs.grad is None)
+        assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
+    revert_model(run.model)
+    classes = [type(module) for module in run.model.modules()]
+    assert classes == [type(module) for module in stock.modules()]
