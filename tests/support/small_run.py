@@ -196,6 +196,9 @@ def run_recipe(path, home):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         patch.setattr(DefaultScope, '_instance_dict', OrderedDict())
+        # Goes into files and is formatted for each of them, which would take
+        # longer than the training.
+        patch.setattr(Config, 'pretty_text', '')
         config = shrink(Config.fromfile(path), work_dir)
         runner = Runner.from_cfg(config)
         runner.train()
