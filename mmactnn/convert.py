@@ -238,6 +238,9 @@ def convert_model(
 ):
     """Make the layers of a model keep codes instead of activations.
 
+    Modules that are known to call functions where they could call layers
+    (:mod:`mmactnn.models`) get these layers first.
+
     Works in place by giving modules another class: parameters, buffers,
     hooks, ``state_dict`` keys, optimisers and wrappers such as
     DistributedDataParallel stay valid. Layers that are compressed already
@@ -366,7 +369,8 @@ def revert_model(model):
         model (nn.Module): The model.
 
     Returns:
-        list[str]: Qualified names of the layers that were reverted.
+        list[str]: Qualified names of what was reverted: of layers, and of
+        modules that call functions again.
     """
     names = []
     for precision in _precisions(model):

@@ -169,8 +169,8 @@ LEVELS = {
     for level in (
         # Bit-identical to torch; nothing is compressed.
         Level('L0', conv=None, norm=None, mask=False),
-        # Inputs of convolutions and linear layers only, and derivatives, so
-        # finely that gradients are theirs of float16 and no worse.
+        # Inputs of convolutions and linear layers only, and derivatives, of
+        # which the noise goes on and is therefore kept small.
         Level('L1', conv=4, norm=None, mask=True, act=8),
         Level('L2', conv=4, norm=4, mask=True, act=4),
         _L3,

@@ -99,9 +99,8 @@ class QLeakyReLU(_Rectifier, nn.LeakyReLU):
 class SmoothLayer(CodedLayer):
     """Mixin of the activations that keep their derivative as codes.
 
-    The output is exact and the gradient unbiased. It is the one kind of layer
-    whose noise goes to all layers before it and to nobody else, so that its
-    bits are not shared out by what its own weights suffer: it has none.
+    The output is exact and the gradient unbiased. Adaptive levels do not share
+    out the bits: what they weigh is the noise in a layer's own weights.
     """
 
     kind = 'act'
