@@ -13,7 +13,6 @@ from ..convert import convert_model, get_precision
 from ..layers import QuantizedLayer
 from ..levels import get_level
 from ..memory import measure_activations
-from ..models import MODEL_NAMES
 from ..ops import DEFAULT_GROUP_SIZE
 from ..random import RoundingGenerator
 from ..registry import HOOKS, LAYER_NAMES, ROOT_HOOKS
@@ -21,7 +20,6 @@ from ..units import MIB
 from .samples import SampleIndex
 
 _TYPE_NAMES = {name for names in LAYER_NAMES.values() for name in names}
-_TYPE_NAMES.update(MODEL_NAMES)
 
 
 @ROOT_HOOKS.register_module()
