@@ -29,7 +29,7 @@ class LayeredFPN(LayeredModule):
             )
         laterals = self._merge(inputs)
         outs = [conv(x) for conv, x in zip(self.fpn_convs, laterals)]
-        extra_convs = self.fpn_convs[len(outs) :]
+        extra_convs = list(self.fpn_convs)[len(outs) :]
         if not self.add_extra_convs:
             while len(outs) < self.num_outs:
                 outs.append(self.extra_pool(outs[-1]))
