@@ -29,6 +29,7 @@ from .layers import (
     QMaxPool2d,
     QReLU,
     QReLU6,
+    QSiLU,
     QSyncBatchNorm,
     QuantizedLayer,
 )
@@ -67,6 +68,7 @@ __all__ = [
     'QModule',
     'QReLU',
     'QReLU6',
+    'QSiLU',
     'QSyncBatchNorm',
     'QuantizedLayer',
     'RoundingGenerator',

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import fnmatch
+import pkgutil
 
 from torch import nn
 
@@ -22,16 +23,19 @@ from .layers import (
     QConvTranspose2d,
     QConvTranspose3d,
     QDropout,
+    QGate,
     QGroupNorm,
     QLeakyReLU,
     QLinear,
     QMaxPool2d,
     QReLU,
     QReLU6,
+    QSiLU,
     QSyncBatchNorm,
     QuantizedLayer,
 )
 from .levels import DEFAULT_LEVEL, get_level
+from .models import LayeredModule, find_layered
 from .offload import HostSwap, attached_swap
 from .ops import DEFAULT_GROUP_SIZE
 from .precision import AdaptivePrecision
@@ -40,7 +44,8 @@ from .random import RoundingGenerator
 from .units import MIB
 
 # By full name, so that MMCV and MMEngine need not be imported, nor installed.
-# Exact types only: a subclass may compute something else.
+# Exact types only: a subclass may compute something else. A string names a
+# class that needs the package of the one it stands for.
 CONVERSIONS = {
     'torch.nn.modules.conv.Conv1d': QConv1d,
     'torch.nn.modules.conv.Conv2d': QConv2d,
@@ -66,12 +71,15 @@ CONVERSIONS = {
     'torch.nn.modules.activation.ReLU': QReLU,
     'torch.nn.modules.activation.ReLU6': QReLU6,
     'torch.nn.modules.activation.LeakyReLU': QLeakyReLU,
+    'torch.nn.modules.activation.SiLU': QSiLU,
+    'mmcv.cnn.bricks.swish.Swish': 'mmactnn.models.activations:QSwish',
     'torch.nn.modules.pooling.MaxPool2d': QMaxPool2d,
     'mmcv.cnn.bricks.wrappers.MaxPool2d': QMaxPool2d,
     'torch.nn.modules.pooling.AvgPool2d': QAvgPool2d,
     'torch.nn.modules.pooling.AdaptiveAvgPool2d': QAdaptiveAvgPool2d,
     'torch.nn.modules.dropout.Dropout': QDropout,
     'mmcv.cnn.bricks.drop.Dropout': QDropout,
+    'mmactnn.layers.gate.Gate': QGate,
 }
 
 # Smaller codes stay on the device: the call would cost more than it saves.
@@ -83,6 +91,9 @@ _MAX_IMAGE_CHANNELS = 4
 # Layers that keep nothing large for the backward pass.
 _KEEP_NOTHING = (
     nn.Identity,
+    # Empty ones.
+    nn.ModuleList,
+    nn.Sequential,
     nn.Upsample,
     nn.Flatten,
     nn.Unflatten,
@@ -143,6 +154,23 @@ class Fused:
 
 
 @dataclasses.dataclass(frozen=True)
+class Layered:
+    """A module that calls layers where it called functions.
+
+    Attributes:
+        name (str): Qualified name in the model.
+        source (str): Class it had before.
+        target (str): Class it has now.
+        layers (tuple[str]): Names of the layers in the module.
+    """
+
+    name: str
+    source: str
+    target: str
+    layers: tuple
+
+
+@dataclasses.dataclass(frozen=True)
 class ConversionReport:
     """What a conversion did.
 
@@ -151,12 +179,15 @@ class ConversionReport:
         converted (tuple[Converted]): Layers that are compressed now.
         left (tuple[Left]): Layers that are not, with the reason.
         fused (tuple[Fused]): Blocks that run fused.
+        layered (tuple[Layered]): Modules that call layers now in place of
+            functions.
     """
 
     level: str
     converted: tuple
     left: tuple
     fused: tuple = ()
+    layered: tuple = ()
 
     def __str__(self):
         lines = [
@@ -169,6 +200,14 @@ class ConversionReport:
         )
         for (source, target, size), count in sorted(kinds.items()):
             lines.append(f'  {count:4d} {source} -> {target} ({size})')
+        models = collections.Counter(
+            (item.source, item.target, item.layers) for item in self.layered
+        )
+        for (source, target, layers), count in sorted(models.items()):
+            lines.append(
+                f'  {count:4d} {source} -> {target} (layers in place of '
+                f'functions: {", ".join(layers)})'
+            )
         blocks = collections.Counter()
         for item in self.fused:
             blocks[item.source] += 1
@@ -198,6 +237,9 @@ def convert_model(
     num_samples=None,
 ):
     """Make the layers of a model keep codes instead of activations.
+
+    Modules that are known to call functions where they could call layers
+    (:mod:`mmactnn.models`) get these layers first.
 
     Works in place by giving modules another class: parameters, buffers,
     hooks, ``state_dict`` keys, optimisers and wrappers such as
@@ -249,7 +291,8 @@ def convert_model(
     include = None if include is None else _Filter('include', include)
     exclude = _Filter('exclude', exclude)
     chosen, left = [], []
-    for name, module in model.named_modules():
+    plans = find_layered(model)
+    for name, module in _named_modules(model, plans):
         target = _target(module)
         if target is None:
             # Containers hold what is listed by itself.
@@ -269,6 +312,12 @@ def convert_model(
         if used is not None:
             used.require_all_used()
     _require_rules_used(level, [name for name, *_ in chosen])
+    layers = {module for _, module, _ in chosen}
+    plans = [
+        plan
+        for plan in plans.values()
+        if not layers.isdisjoint(plan.layers.values())
+    ]
     fusions = _find_fusions(model, level, chosen)
     fused = {norm for fusion in fusions.values() for norm in fusion.norms}
     quantizers = []
@@ -292,6 +341,7 @@ def convert_model(
     # Nothing is left to fail: a call that raises has changed no layer.
     before = _precisions(model)
     remove_fusions(model)
+    layered = tuple(_install(plan) for plan in plans)
     converted = tuple(
         _convert(*choice, quantizer)
         for choice, quantizer in zip(chosen, quantizers)
@@ -307,7 +357,9 @@ def convert_model(
         Fused(name, type(fusion.module).__name__, len(fusion.norms))
         for name, fusion in fusions.items()
     )
-    return ConversionReport(level.name, converted, tuple(left), blocks)
+    return ConversionReport(
+        level.name, converted, tuple(left), blocks, layered
+    )
 
 
 def revert_model(model):
@@ -317,7 +369,8 @@ def revert_model(model):
         model (nn.Module): The model.
 
     Returns:
-        list[str]: Qualified names of the layers that were reverted.
+        list[str]: Qualified names of what was reverted: of layers, and of
+        modules that call functions again.
     """
     names = []
     for precision in _precisions(model):
@@ -326,6 +379,11 @@ def revert_model(model):
     if swap is not None:
         swap.detach()
     remove_fusions(model)
+    # A list, because layered modules drop their layers.
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LayeredModule):
+            module.revert_()
+            names.append(name)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
             module.revert_()
@@ -353,6 +411,21 @@ def get_precision(model):
             f'level, got one with {len(found)} of them'
         )
     return found.pop()
+
+
+def _named_modules(model, plans):
+    """All modules of a model, and the layers that it is about to get."""
+    for name, module in model.named_modules():
+        yield name, module
+        if module in plans:
+            yield from plans[module].named_layers.items()
+
+
+def _install(plan):
+    """Let a module call layers; what the report says of it."""
+    source = type(plan.module).__name__
+    plan.install()
+    return Layered(plan.name, source, plan.target.__name__, tuple(plan.layers))
 
 
 def _precisions(model):
@@ -437,7 +510,8 @@ def _mapped(module):
     if isinstance(module, QuantizedLayer):
         return type(module)
     cls = type(module)
-    return CONVERSIONS.get(f'{cls.__module__}.{cls.__qualname__}')
+    target = CONVERSIONS.get(f'{cls.__module__}.{cls.__qualname__}')
+    return pkgutil.resolve_name(target) if isinstance(target, str) else target
 
 
 def _target(module):

@@ -41,6 +41,11 @@ class Level:
             and linear layers; None keeps it as torch does. A mean if
             ``adaptive``, else a whole number from 1 to 8.
         norm (float, optional): The same for normalisation layers.
+        act (int, optional): Bits an element of the derivative of smooth
+            activations (SiLU); None keeps their input as torch does. What is
+            rounded here is noise to every layer before, and in a deep model
+            adds up over the activations: more than ``conv`` and ``norm``, and
+            the same for all.
         mask (bool): Whether activations, pooling and dropout keep masks,
             positions, shapes or seeds instead of tensors. Exact either way.
         fuse (bool): Whether normalisation, addition and ReLU of known blocks
@@ -79,6 +84,7 @@ class Level:
     conv: float | None
     norm: float | None
     mask: bool
+    act: int | None = None
     fuse: bool = True
     rectified: int = 4
     image: int | None = None
@@ -110,11 +116,13 @@ class Level:
                 f'rectified bits of level {self.name} must be a whole number '
                 f'from 2 to 8, got {self.rectified!r}'
             )
-        if self.image is not None and self.image not in VALID_BITS:
-            raise ValueError(
-                f'image bits of level {self.name} must be None or a whole '
-                f'number from 1 to 8, got {self.image!r}'
-            )
+        for field in ('act', 'image'):
+            bits = getattr(self, field)
+            if bits is not None and bits not in VALID_BITS:
+                raise ValueError(
+                    f'{field} bits of level {self.name} must be None or a '
+                    f'whole number from 1 to 8, got {bits!r}'
+                )
         if self.use_gradient and not self.adaptive:
             raise ValueError(
                 f'use_gradient needs an adaptive level, {self.name} is not'
@@ -127,7 +135,8 @@ class Level:
     @property
     def exact(self):
         """bool: Whether every layer behaves as its torch parent."""
-        return self.conv is None and self.norm is None and not self.mask
+        coded = self.conv, self.norm, self.act
+        return coded == (None, None, None) and not self.mask
 
     def rule_for(self, name):
         """The rule that holds for a layer.
@@ -151,6 +160,7 @@ _L3 = Level(
     conv=2,
     norm=2,
     mask=True,
+    act=4,
     rectified=3,
     image=8,
     adaptive=True,
@@ -162,9 +172,10 @@ LEVELS = {
     for level in (
         # Bit-identical to torch; nothing is compressed.
         Level('L0', conv=None, norm=None, mask=False),
-        # Inputs of convolutions and linear layers only.
-        Level('L1', conv=4, norm=None, mask=True, chunk_mib=256),
-        Level('L2', conv=4, norm=4, mask=True, chunk_mib=256),
+        # Inputs of convolutions and linear layers only, and derivatives, of
+        # which the noise goes on and is therefore kept small.
+        Level('L1', conv=4, norm=None, mask=True, act=8, chunk_mib=256),
+        Level('L2', conv=4, norm=4, mask=True, act=4, chunk_mib=256),
         _L3,
         # As L3, in smaller pieces: a lower peak, and more calls.
         dataclasses.replace(_L3, name='L3.1', chunk_mib=64),

@@ -214,7 +214,7 @@ class LayerQuantizer:
         elif bits is not None and reads_images and level.image is not None:
             bits = level.image
         elif bits is not None and layer_class.kind != 'mask':
-            if precision is None or fused:
+            if precision is None or fused or not layer_class.shares_bits:
                 bits = int(bits)
             else:
                 slot = precision.add(name, bits)

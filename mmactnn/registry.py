@@ -6,6 +6,7 @@ Root names resolve as plain ``type='QConv2d'`` under every default scope once
 """
 
 import importlib.metadata
+import pkgutil
 
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import HOOKS as ROOT_HOOKS
@@ -31,9 +32,11 @@ from .layers import (
     QMaxPool2d,
     QReLU,
     QReLU6,
+    QSiLU,
     QSyncBatchNorm,
     QuantizedLayer,
 )
+from .models import MODEL_NAMES
 
 MODELS = Registry(
     'model', parent=ROOT_MODELS, scope='mmactnn', locations=['mmactnn.layers']
@@ -58,6 +61,7 @@ LAYER_NAMES = {
     QSyncBatchNorm: ('QSyncBatchNorm', 'QSyncBN'),
     QReLU: ('QReLU',),
     QReLU6: ('QReLU6',),
+    QSiLU: ('QSiLU',),
     QLeakyReLU: ('QLeakyReLU',),
     QMaxPool2d: ('QMaxPool2d',),
     QAvgPool2d: ('QAvgPool2d',),
@@ -65,11 +69,24 @@ LAYER_NAMES = {
     QDropout: ('QDropout',),
 }
 
-for _layer, _names in LAYER_NAMES.items():
-    for _registry in (ROOT_MODELS, MODELS):
+
+def _builder(path):
+    """What builds a class that is not to be imported before."""
+
+    def build(*args, **kwargs):
+        return pkgutil.resolve_name(path)(*args, **kwargs)
+
+    return build
+
+
+for _registry in (ROOT_MODELS, MODELS):
+    for _layer, _names in LAYER_NAMES.items():
         _registry.register_module(name=list(_names), module=_layer)
+    for _name, _path in MODEL_NAMES.items():
+        _registry.register_module(name=_name, module=_builder(_path))
 
 _TYPE_NAMES = {name for names in LAYER_NAMES.values() for name in names}
+_TYPE_NAMES.update(MODEL_NAMES)
 
 
 def require_named_layers(model, config, include, exclude):

@@ -22,21 +22,21 @@ class TestTable:
         assert all(LEVELS[name].name == name for name in LEVELS)
 
     @pytest.mark.parametrize(
-        ('name', 'conv', 'norm', 'mask', 'adaptive'),
+        ('name', 'conv', 'norm', 'act', 'mask', 'adaptive'),
         [
-            ('L0', None, None, False, False),
-            ('L1', 4, None, True, False),
-            ('L2', 4, 4, True, False),
-            ('L3', 2, 2, True, True),
-            ('L3.1', 2, 2, True, True),
-            ('L4', 2, 2, True, True),
-            ('L5', 2, 2, True, True),
-            ('swap', None, None, False, False),
+            ('L0', None, None, None, False, False),
+            ('L1', 4, None, 8, True, False),
+            ('L2', 4, 4, 4, True, False),
+            ('L3', 2, 2, 4, True, True),
+            ('L3.1', 2, 2, 4, True, True),
+            ('L4', 2, 2, 4, True, True),
+            ('L5', 2, 2, 4, True, True),
+            ('swap', None, None, None, False, False),
         ],
     )
-    def test_bits(self, name, conv, norm, mask, adaptive):
+    def test_bits(self, name, conv, norm, act, mask, adaptive):
         level = LEVELS[name]
-        assert (level.conv, level.norm) == (conv, norm)
+        assert (level.conv, level.norm, level.act) == (conv, norm, act)
         assert (level.mask, level.adaptive) == (mask, adaptive)
         assert level.exact == (name in ('L0', 'swap'))
         assert level.swap == (name in ('L4', 'L5', 'swap'))
@@ -83,6 +83,8 @@ class TestGetLevel:
             (dict(base='L7'), ValueError, 'L7'),
             (dict(conv=9), ValueError, 'got 9'),
             (dict(norm=0.5), ValueError, 'got 0.5'),
+            (dict(act=2.5), ValueError, 'act bits.*got 2.5'),
+            (dict(image=0), ValueError, 'image bits.*got 0'),
             (dict(base='L2', conv=2.5), ValueError, 'whole number'),
             (dict(base='L2', use_gradient=True), ValueError, 'adaptive'),
             (dict(chunk_mib=0), ValueError, 'positive, got 0'),

@@ -3,11 +3,13 @@
 from .batch_norm import batch_norm
 from .conv import convolution
 from .dropout import dropout
+from .gate import gate
 from .group_norm import group_norm
 from .linear import linear
 from .norm_act import norm_act
 from .pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from .relu import relu
+from .silu import silu
 
 __all__ = [
     'adaptive_avg_pool2d',
@@ -15,9 +17,11 @@ __all__ = [
     'batch_norm',
     'convolution',
     'dropout',
+    'gate',
     'group_norm',
     'linear',
     'max_pool2d',
     'norm_act',
     'relu',
+    'silu',
 ]

@@ -1,5 +1,6 @@
 """Fully connected layer that keeps its input as codes."""
 
+import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
@@ -12,6 +13,10 @@ class _Linear(Function):
     def forward(ctx, input, weight, bias, dtype, quantizer):
         x, w, b = cast(dtype, input, weight, bias)
         output = F.linear(x, w, b)
+        if output._is_view():
+            # Of the product of matrices. What a custom function returns may
+            # be overwritten by the next layer unless it is a view.
+            output = torch.ops.aten._unsafe_view(output, output.shape)
 
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         ctx.dtype, ctx.input_dtype = dtype, input.dtype

@@ -1,6 +1,6 @@
 """Compressed layers: subclasses of their torch parents."""
 
-from .act import QLeakyReLU, QReLU, QReLU6
+from .act import QLeakyReLU, QReLU, QReLU6, QSiLU, SmoothLayer
 from .base import CodedLayer, ExactLayer, QuantizedLayer
 from .conv import (
     QConv1d,
@@ -11,6 +11,7 @@ from .conv import (
     QConvTranspose3d,
 )
 from .dropout import QDropout
+from .gate import Gate, QGate
 from .group_norm import QGroupNorm
 from .linear import QLinear
 from .norm import QBatchNorm, QBatchNorm1d, QBatchNorm2d, QBatchNorm3d
@@ -20,6 +21,7 @@ from .sync_norm import QSyncBatchNorm
 __all__ = [
     'CodedLayer',
     'ExactLayer',
+    'Gate',
     'QAdaptiveAvgPool2d',
     'QAvgPool2d',
     'QBatchNorm',
@@ -32,6 +34,7 @@ __all__ = [
     'QConvTranspose1d',
     'QConvTranspose2d',
     'QConvTranspose3d',
+    'QGate',
     'QGroupNorm',
     'QLinear',
     'QDropout',
@@ -39,6 +42,8 @@ __all__ = [
     'QMaxPool2d',
     'QReLU',
     'QReLU6',
+    'QSiLU',
     'QSyncBatchNorm',
     'QuantizedLayer',
+    'SmoothLayer',
 ]

@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from ..autograd import relu
+from ..autograd import relu, silu
 from ..payload import shared_payload
-from .base import ExactLayer
+from .base import CodedLayer, ExactLayer
 
 
 class _Rectifier(ExactLayer):
@@ -94,3 +94,51 @@ class QLeakyReLU(_Rectifier, nn.LeakyReLU):
 
     def _arguments(self):
         return dict(slope=self.negative_slope)
+
+
+class SmoothLayer(CodedLayer):
+    """Mixin of the activations that keep their derivative as codes.
+
+    The output is exact and the gradient unbiased. Adaptive levels do not share
+    out the bits: what they weigh is the noise in a layer's own weights.
+    """
+
+    kind = 'act'
+    shares_bits = False
+
+    def keeps_codes(self, input):
+        """Whether a call keeps codes.
+
+        Args:
+            input (Tensor[*]): The input.
+        """
+        # torch refuses to overwrite a leaf, and does so before it writes.
+        inplace = getattr(self, 'inplace', False)
+        refused = inplace and input.is_leaf and input.requires_grad
+        return self.training and self.compresses(input) and not refused
+
+
+class QSiLU(SmoothLayer, nn.SiLU):
+    """``nn.SiLU`` that keeps its derivative as codes of a few bits.
+
+    The output is exact and the gradient unbiased. In eval mode, without grad
+    and at level L0 it is ``nn.SiLU``.
+
+    Args:
+        inplace (bool, optional): Whether to overwrite the input. Defaults to
+            False.
+        bits (int, optional): Bits an element of the derivative at every level
+            but L0. Valid values are 1 to 8. Defaults to the level's.
+        group_size (int, optional): Elements that share a range. Valid values
+            are 64, 128, 256 and 512. Defaults to the model's, which is 256
+            unless the conversion says otherwise.
+
+    Examples:
+        >>> QSiLU()(torch.randn(2, 3, requires_grad=True)).sum().backward()
+    """
+
+    def forward(self, input):
+        """See ``nn.SiLU``."""
+        if not self.keeps_codes(input):
+            return super().forward(input)
+        return silu(input, self.quantizer, self.inplace)

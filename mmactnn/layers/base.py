@@ -24,6 +24,8 @@ class QuantizedLayer:
 
     # What levels call this kind of layer; set by the subclasses.
     kind = None
+    # Whether adaptive levels share out the bits of this kind of layer.
+    shares_bits = True
 
     def _init_quantizer(self, bits, group_size):
         """Set up ``quantizer`` at the end of a constructor.
@@ -231,6 +233,7 @@ class ExactLayer(QuantizedLayer):
     """
 
     kind = 'mask'
+    shares_bits = False
     kept_bits = 0
 
     def __init__(self, *args, **kwargs):

@@ -41,6 +41,7 @@ from mmactnn import (
     QMaxPool2d,
     QReLU,
     QReLU6,
+    QSiLU,
     QSyncBatchNorm,
     registry,
 )
@@ -69,6 +70,7 @@ NAMES = {
     'QSyncBatchNorm': QSyncBatchNorm,
     'QReLU': QReLU,
     'QReLU6': QReLU6,
+    'QSiLU': QSiLU,
     'QLeakyReLU': QLeakyReLU,
     'QMaxPool2d': QMaxPool2d,
     'QAvgPool2d': QAvgPool2d,
@@ -101,7 +103,8 @@ class TestNames:
         assert type(hook) is ActNNHook and hook.level.name == 'L2'
 
     def test_no_other_names_are_registered(self):
-        assert set(registry.MODELS.module_dict) == set(NAMES)
+        models = {'QFPN', 'QRPNHead'}
+        assert set(registry.MODELS.module_dict) == {*NAMES, *models}
         assert set(registry.HOOKS.module_dict) == {'ActNNHook'}
 
     def test_conv(self, prefix, scope):

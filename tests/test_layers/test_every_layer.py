@@ -252,6 +252,19 @@ class TestGradients:
         finite = expected['weight'].isfinite()
         assert found['weight'][finite].isfinite().all()
 
+    @every_case
+    def test_output_may_be_overwritten(self, case, device):
+        """By what follows in place, as ReLU does in many models."""
+        layer = case.make(device)
+        x = case.make_input(device).requires_grad_()
+        output = layer(x, **case.call)
+        grad_output = torch.randn_like(output)
+        output.mul_(2).backward(grad_output)
+        twin = at_level(layer, 'L0')
+        expected = gradients(twin, x, 2 * grad_output, **case.call)['input']
+        limit = FLOAT32_ERROR if case.linear else INPUT_ERROR
+        assert relative_error(x.grad, expected) < limit
+
     @every_class
     def test_double_backward(self, case, device):
         layer = case.make(device)

@@ -1,0 +1,22 @@
+# mmdet's official DETR R50 recipe on COCO, with compressed activations and
+# nothing else changed.
+#
+#   bash tools/dist_train.sh configs/actnn/detr_r50.py 8
+#
+# Its exact twin, the same run without compression, is one override away:
+#
+#   --cfg-options custom_hooks.0.level=L0
+_base_ = [
+    'mmdet::detr/detr_r50_8xb2-150e_coco.py',
+    '../_base_/actnn.py',
+]
+
+# Of the norm_cfg only the type: this backbone's norms are frozen. Of the
+# transformer the hook converts what is not attention or layer normalization.
+model = dict(
+    backbone=dict(
+        conv_cfg=_base_.actnn.conv_cfg,
+        norm_cfg=dict(type=_base_.actnn.norm_cfg.type),
+    ),
+    neck=dict(conv_cfg=_base_.actnn.conv_cfg),
+)

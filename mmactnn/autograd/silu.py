@@ -1,0 +1,69 @@
+"""SiLU that keeps its derivative as codes."""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import Function
+
+from .double_backward import first_order_only
+from .stand_in import counted
+
+
+class _SiLU(Function):
+    @staticmethod
+    def forward(ctx, input, inplace, composed, quantizer):
+        one = torch.ones((), dtype=input.dtype, device=input.device)
+        derivative = torch.ops.aten.silu_backward(
+            one.expand(input.shape), input
+        )
+        # Rows of the payload are samples: a vector is one.
+        rows = derivative.unsqueeze(0) if input.dim() < 2 else derivative
+        ctx.format, kept = quantizer.keep(rows, needed=True)
+        del derivative, rows
+        ctx.shape = input.shape
+        ctx.save_for_backward(*kept)
+
+        exact = (input,)
+        if composed:
+            sigmoid = torch.sigmoid(input)
+            output = input * sigmoid
+            exact = input, sigmoid
+        else:
+            output = F.silu(input, inplace)
+        if inplace:
+            ctx.mark_dirty(input)
+            # Torch keeps a copy.
+            exact = (counted(input.shape, input.dtype),)
+        quantizer.note(kept=kept, exact=exact)
+        return output
+
+    @staticmethod
+    @first_order_only('SiLU (QSiLU, QSwish)')
+    def backward(ctx, grad_output):
+        derivative = ctx.format.payload(*ctx.saved_tensors).unpack()
+        derivative = derivative.view(ctx.shape)
+        if derivative.stride() == grad_output.stride():
+            return derivative.mul_(grad_output), None, None, None
+        return grad_output * derivative, None, None, None
+
+
+def silu(input, quantizer, inplace=False, composed=False):
+    """``F.silu`` whose backward multiplies by a derivative from codes.
+
+    The output is exact. The gradient of the input is linear in the
+    derivative, which is what is rounded, and hence unbiased; were the input
+    rounded instead, it would not be, as the derivative is no linear function
+    of the input.
+
+    Args:
+        input (Tensor[*]): float32, float16 or bfloat16.
+        quantizer (LayerQuantizer): Settings of the layer.
+        inplace (bool, optional): Whether to overwrite the input. Defaults to
+            False.
+        composed (bool, optional): Whether to compute the output as
+            ``input * torch.sigmoid(input)``, which differs in the last bits.
+            Defaults to False.
+
+    Returns:
+        Tensor[*]: The output.
+    """
+    return _SiLU.apply(input, inplace, composed, quantizer)

@@ -1,0 +1,53 @@
+"""The compressed product with a gate."""
+
+from torch import nn
+
+from ..autograd import gate as gate_input
+from .base import CodedLayer
+
+
+class Gate(nn.Module):
+    """``input * gate`` as a layer, which torch has none for."""
+
+    def forward(self, input, gate):
+        """Multiply.
+
+        Args:
+            input (Tensor[N, *]): What is gated.
+            gate (Tensor[*]): Of a shape that broadcasts to the input's.
+
+        Returns:
+            Tensor[N, *]: The product.
+        """
+        return input * gate
+
+
+class QGate(CodedLayer, Gate):
+    """``Gate`` that keeps what is gated as codes of a few bits.
+
+    The output and the gradient of the input are exact; that of the gate, a
+    sum over what is gated, is unbiased. In eval mode, without grad and at
+    level L0 it is ``Gate``.
+
+    Args:
+        bits (int, optional): Bits an element of the kept input at every level
+            but L0. Valid values are 1 to 8. Defaults to the level's
+            for convolutions, rounded down.
+        group_size (int, optional): Elements that share a range. Valid values
+            are 64, 128, 256 and 512. Defaults to the model's, which is 256
+            unless the conversion says otherwise.
+
+    Examples:
+        >>> x = torch.randn(2, 8, 4, 4, requires_grad=True)
+        >>> QGate()(x, x.mean((2, 3), keepdim=True)).sum().backward()
+    """
+
+    kind = 'conv'
+    shares_bits = False
+
+    def forward(self, input, gate):
+        """See ``Gate``."""
+        keeps_codes = self.training and self.compresses(input, gate)
+        if not keeps_codes or input.dim() == 0:
+            return super().forward(input, gate)
+        return gate_input(input, gate, self.quantizer)

@@ -1,0 +1,24 @@
+"""Activations of MMCV's own."""
+
+from mmcv.cnn.bricks.swish import Swish
+
+from ..autograd import silu
+from ..layers import SmoothLayer
+
+
+class QSwish(SmoothLayer, Swish):
+    """MMCV's ``Swish`` that keeps its derivative as codes of a few bits.
+
+    The same function as :class:`QSiLU`, but for the last bits. In eval mode,
+    without grad and at level L0 it is ``Swish``.
+
+    Args:
+        bits (int, optional): As ``QSiLU``.
+        group_size (int, optional): As ``QSiLU``.
+    """
+
+    def forward(self, x):
+        """See ``Swish``."""
+        if not self.keeps_codes(x):
+            return super().forward(x)
+        return silu(x, self.quantizer, composed=True)
