@@ -22,3 +22,7 @@ model = dict(
     neck=dict(norm_cfg=_base_.actnn.sync_norm_cfg),
     head=dict(predictor=dict(norm_cfg=_base_.actnn.sync_norm_cfg)),
 )
+
+# As inherited, with the toolbox's scope noted in it, the runner would hand the
+# scope to the function.
+train_dataloader = dict(collate_fn=dict(_delete_=True, type='default_collate'))

@@ -18,3 +18,7 @@ model = dict(
         conv_cfg=_base_.actnn.conv_cfg, norm_cfg=_base_.actnn.norm_cfg
     ),
 )
+
+# As inherited, with the toolbox's scope noted in it, the runner would hand the
+# scope to the function.
+train_dataloader = dict(collate_fn=dict(_delete_=True, type='default_collate'))
