@@ -7,6 +7,7 @@ import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import import_modules_from_strings
+from support.torchvision_stub import make_torchvision_importable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmactnn
@@ -21,12 +22,16 @@ def load(path):
     config = Config.fromfile(path)
     # Pretrained weights are for the runner to load, and are not here.
     config.model.backbone.init_cfg = None
+    config.model.pop('pretrained', None)
     return config
 
 
 def build_model(config):
-    import_modules_from_strings('mmdet.models')
-    with DefaultScope.overwrite_default_scope('mmdet'):
+    scope = config.default_scope
+    if scope == 'mmpretrain':
+        make_torchvision_importable()
+    import_modules_from_strings(f'{scope}.models')
+    with DefaultScope.overwrite_default_scope(scope):
         return MODELS.build(config.model)
 
 

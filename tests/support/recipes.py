@@ -3,23 +3,24 @@
 import ast
 import copy
 import dataclasses
-import functools
 from pathlib import Path
 
 import yaml
-from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from mmengine.utils import get_installed_path
 
 from mmactnn import measure_activations
 from mmactnn.launch import build_runner
-from support.tools import ROOT
+from support.tools import ROOT, load_tool
 from support.torchvision_stub import make_torchvision_importable
 
 # What the layer types of configs/_base_/actnn.py stand for.
 STOCK_TYPES = dict(QBN2d='BN', QSyncBN='SyncBN', QReLU='ReLU')
 LAYER_KEYS = ('conv_cfg', 'norm_cfg', 'act_cfg')
+
+_train = load_tool('train.py')
 
 SIZE, BATCH = 64, 2
 # Sizes in pipelines; only those of the large data sets are replaced.
@@ -39,12 +40,6 @@ def list_recipes(metafile):
     return [ROOT / model['Config'] for model in yaml.safe_load(text)['Models']]
 
 
-@functools.cache
-def _read(path):
-    # Inheriting from a toolbox has all of its metafiles read: once will do.
-    return Config.fromfile(path)
-
-
 def load_recipe(path):
     """Read a shipped config and leave its pretrained weights out.
 
@@ -54,7 +49,7 @@ def load_recipe(path):
     Returns:
         Config: The config; what it needs for its toolbox can be imported.
     """
-    config = copy.deepcopy(_read(path))
+    config = _train.build_config(_train.parse_args([str(path)]))
     if config.default_scope == 'mmpretrain':
         make_torchvision_importable()
     if config.model.get('pretrained'):
@@ -65,25 +60,27 @@ def load_recipe(path):
     return config
 
 
-def official_base(path):
-    """The toolbox's own recipe that a config changes nothing of.
+def official_path(path):
+    """The toolbox's own recipe behind a config that changes nothing of it.
 
     Args:
         path (Path): The config.
 
     Returns:
-        str, optional: As in ``_base_``; None if there is none.
+        Path, optional: The recipe; None if there is none.
     """
     bases = ast.literal_eval(ast.parse(path.read_text()).body[0].value)
-    first = bases[0] if isinstance(bases, list) else bases
-    return first if '::' in first and '/_base_/' not in first else None
+    package, found, name = bases[0].partition('::')
+    if not found or name.startswith('_base_/'):
+        return None
+    return Path(get_installed_path(package), '.mim/configs', name)
 
 
 def without_layer_types(config):
-    """A model's config without the types of its layers.
+    """A config without the types of layers, and scopes noted by MMEngine.
 
     Args:
-        config (dict | list | Any): The config.
+        config (dict | list | Any): The config or a part of it.
 
     Returns:
         dict | list | Any: A copy.
@@ -92,7 +89,7 @@ def without_layer_types(config):
         return {
             key: without_layer_types(value)
             for key, value in config.items()
-            if key not in LAYER_KEYS
+            if key not in (*LAYER_KEYS, '_scope_')
         }
     if isinstance(config, (list, tuple)):
         return [without_layer_types(item) for item in config]
@@ -320,7 +317,6 @@ def build(config):
         Runner: The runner.
     """
     config.custom_hooks.append(dict(type='LossesHook'))
-    config.launcher = 'none'
     return build_runner(config)
 
 
