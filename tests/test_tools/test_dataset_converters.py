@@ -220,6 +220,39 @@ def test_digits_config_loads_the_digits(digits_root):
     assert len(dataset) == 6
 
 
+def test_digits_by_class(tmp_path):
+    """One large digit an image, in the folder of its class."""
+    options = ['--layout', 'classes']
+    root = make_digits(tmp_path / 'a', *options, image_size=32)
+    images = {
+        split: sorted(path.relative_to(root) for path in root.glob(pattern))
+        for split, pattern in (('train', 'train/*/*'), ('val', 'val/*/*'))
+    }
+    assert [len(images[split]) for split in ('train', 'val')] == [12, 6]
+    assert sorted(file_bytes(root)) == sorted(
+        str(path) for paths in images.values() for path in paths
+    )
+    # The label is the scan's: the same draws as for detection, annotated.
+    options = ['--digits', '1', '1', '--scale', '0.7', '0.95']
+    twin = make_digits(tmp_path / 'b', *options, image_size=32)
+    for split, paths in images.items():
+        data = read_json(twin / 'annotations' / f'{split}.json')
+        labels = {
+            item['image_id']: str(item['category_id'] - 1)
+            for item in data['annotations']
+        }
+        for path in paths:
+            assert labels[int(path.stem)] == path.parent.name
+            assert (root / path).read_bytes() == (
+                twin / split / path.name
+            ).read_bytes()
+
+
+def test_digits_by_class_need_one_digit(tmp_path):
+    with pytest.raises(ValueError, match='must be 1 1 with layout classes'):
+        make_digits(tmp_path, '--layout', 'classes', '--digits', '1', '2')
+
+
 @pytest.mark.parametrize(
     ('extra', 'message'),
     [
