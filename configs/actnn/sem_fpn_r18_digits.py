@@ -34,6 +34,7 @@ model = dict(
         in_channels=[64, 64, 64, 64],
         channels=64,
         num_classes=11,
+        loss_decode=dict(class_weight=_base_.class_weight),
         conv_cfg=_base_.actnn.conv_cfg,
         norm_cfg=_base_.actnn.norm_cfg,
         act_cfg=_base_.actnn.act_cfg,

@@ -23,6 +23,8 @@ metainfo = dict(
         (250, 190, 212),
     ],
 )
+# Six pixels of seven are ground: for long nothing else would be predicted.
+class_weight = [0.2, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
 
 pipeline = [
     dict(type='LoadImageFromFile'),

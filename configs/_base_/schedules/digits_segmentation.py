@@ -1,7 +1,7 @@
 # Some minutes on one GPU, from random weights.
-max_iters = 1500
+max_iters = 3000
 train_cfg = dict(
-    type='IterBasedTrainLoop', max_iters=max_iters, val_interval=500
+    type='IterBasedTrainLoop', max_iters=max_iters, val_interval=1000
 )
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
@@ -27,7 +27,7 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=20, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
-        type='CheckpointHook', by_epoch=False, interval=500, max_keep_ckpts=1
+        type='CheckpointHook', by_epoch=False, interval=1000, max_keep_ckpts=1
     ),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
