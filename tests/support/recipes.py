@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 from mmengine.hooks import Hook
+from mmengine.model import BaseAveragedModel
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.utils import get_installed_path
@@ -239,12 +240,44 @@ class Kept:
     Attributes:
         exact (int): What torch would keep.
         losses (int): What loss modules keep.
+        averages (int): What moving averages of the model keep.
         rest (int): What is kept as it is, by neither.
     """
 
     exact: int
     losses: int
+    averages: int
     rest: int
+
+
+class _KeptBy:
+    """Counts what modules keep during their calls.
+
+    Args:
+        meter (ActivationMeter): It is measuring.
+        modules (Iterable[nn.Module]): The modules.
+    """
+
+    def __init__(self, meter, modules):
+        self.nbytes = 0
+        self._meter = meter
+        self._handles = []
+        for module in modules:
+            self._handles += [
+                module.register_forward_pre_hook(self._enter),
+                module.register_forward_hook(self._leave),
+            ]
+
+    def remove(self):
+        """Count no more."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, module, args):
+        self.nbytes -= self._meter.saved_bytes
+
+    def _leave(self, module, args, output):
+        self.nbytes += self._meter.saved_bytes
 
 
 def measure_kept(runner):
@@ -259,28 +292,19 @@ def measure_kept(runner):
     model = runner.model.train()
     batch = next(iter(runner.train_dataloader))
     data = model.data_preprocessor(batch, True)
-    losses = 0
-
-    def enter(module, args):
-        nonlocal losses
-        losses -= meter.saved_bytes
-
-    def leave(module, args, output):
-        nonlocal losses
-        losses += meter.saved_bytes
-
-    handles = []
-    for module in model.modules():
-        if type(module).__name__.endswith('Loss'):
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave))
+    parts = list(model.modules())
     with measure_activations(model) as meter:
-        outputs = model(**data, mode='loss')
-    rest = meter.saved_bytes - meter.layers_saved_bytes - losses
-    del outputs
-    for handle in handles:
-        handle.remove()
-    return Kept(meter.exact_bytes, losses, rest)
+        losses = _KeptBy(
+            meter, (m for m in parts if type(m).__name__.endswith('Loss'))
+        )
+        averages = _KeptBy(
+            meter, (m for m in parts if isinstance(m, BaseAveragedModel))
+        )
+        model(**data, mode='loss')
+    losses.remove()
+    averages.remove()
+    rest = meter.saved_bytes - meter.layers_saved_bytes - losses.nbytes
+    return Kept(meter.exact_bytes, losses.nbytes, averages.nbytes, rest)
 
 
 @dataclasses.dataclass
