@@ -4,8 +4,8 @@ For detection and segmentation, or for classification.
 
 The digits are the 1797 scans that come with scikit-learn (``load_digits``,
 UCI "Optical Recognition of Handwritten Digits"), pasted at random sizes, in
-random colours, on procedural textured ground. Nothing is downloaded, and a
-small detector learns the set within minutes on a CPU.
+random colours, on procedural textured ground or on plain one. Nothing is
+downloaded, and a small detector learns the set within minutes on a CPU.
 
 ``--layout digits`` (default) writes::
 
@@ -22,8 +22,8 @@ small detector learns the set within minutes on a CPU.
 unchanged. Digits 0 to 9 stand in for the first ten categories in COCO's
 order: 0 is ``person``, 1 is ``bicycle``, ... 9 is ``traffic light``.
 
-``--layout classes`` writes images of one large digit each, in folders named
-by it, as sets for classification are::
+``--layout classes`` writes images of one large digit on plain ground each, in
+folders named by it, as sets for classification are::
 
     OUT/train/0/000000000007.png ...  ... OUT/train/9/...
     OUT/val/0/...
@@ -101,6 +101,7 @@ class Layout:
         category_ids (tuple[int]): Category ids; digit ``d`` has the one at
             position ``d``.
         category_names (tuple[str]): Names to these ids.
+        textured (bool): Whether the ground has a texture. Defaults to True.
         defaults (dict): Defaults of options that depend on the layout.
     """
 
@@ -109,6 +110,7 @@ class Layout:
     seg_dir: str | None = None
     category_ids: tuple = tuple(range(1, 11))
     category_names: tuple = DIGIT_NAMES
+    textured: bool = True
     defaults: dict = field(
         default_factory=lambda: dict(
             num_train=1000,
@@ -141,6 +143,7 @@ LAYOUTS = {
     ),
     'classes': Layout(
         image_dir='{split}/{label}',
+        textured=False,
         defaults=dict(
             num_train=3000,
             num_val=1000,
@@ -169,11 +172,12 @@ class Digit:
     full_area: int
 
 
-def make_ground(size, rng):
-    """Draw smooth coloured noise.
+def make_ground(size, textured, rng):
+    """Draw smooth coloured noise, or plain ground.
 
     Args:
         size (int): Side of the square image, in pixels.
+        textured (bool): Whether it is noise.
         rng (np.random.Generator): Source of randomness.
 
     Returns:
@@ -183,13 +187,18 @@ def make_ground(size, rng):
     base = rng.uniform(70, 185)
     for channel in range(3):
         plane = np.full((size, size), base + rng.uniform(-30, 30), np.float32)
+        ground[..., channel] = plane
+        if not textured:
+            continue
         # Octaves of value noise: the finer, the weaker.
         for cells, amplitude in ((2, 24), (5, 14), (11, 8)):
             grid = rng.uniform(-amplitude, amplitude, (cells, cells))
             octave = Image.fromarray(grid.astype(np.float32))
-            plane += np.asarray(octave.resize((size, size), Image.BICUBIC))
-        ground[..., channel] = plane
-    ground += rng.normal(0, 3, (size, size, 1))
+            ground[..., channel] += np.asarray(
+                octave.resize((size, size), Image.BICUBIC)
+            )
+    if textured:
+        ground += rng.normal(0, 3, (size, size, 1))
     return np.clip(ground, 0, 255)
 
 
@@ -258,8 +267,8 @@ def paste_digit(image, placed, scan, label, source, sizes, colour, rng):
     return False
 
 
-def make_image(scans, labels, sources, size, counts, sizes, rng):
-    """Make an image with digits on textured ground.
+def make_image(scans, labels, sources, size, counts, sizes, textured, rng):
+    """Make an image with digits on it.
 
     Args:
         scans (np.ndarray[N, 8, 8], float): All digits, ink 0 to 16.
@@ -270,13 +279,14 @@ def make_image(scans, labels, sources, size, counts, sizes, rng):
             are pasted only where no room is found for more.
         sizes (tuple[int, int]): Least and greatest side of a digit, in
             pixels.
+        textured (bool): Whether the ground has a texture.
         rng (np.random.Generator): Source of randomness.
 
     Returns:
         tuple: The image (np.ndarray[size, size, 3], uint8, RGB) and its
         digits (list[Digit]).
     """
-    image = make_ground(size, rng)
+    image = make_ground(size, textured, rng)
     ground = image.copy()
     placed = []
     for _ in range(rng.integers(counts[0], counts[1] + 1)):
@@ -365,7 +375,14 @@ def write_split(out, split, num_images, sources, layout, options):
             [options.seed, ('train', 'val').index(split), image_id]
         )
         image, digits = make_image(
-            data.images, data.target, sources, size, options.digits, sizes, rng
+            data.images,
+            data.target,
+            sources,
+            size,
+            options.digits,
+            sizes,
+            layout.textured,
+            rng,
         )
         name = f'{image_id:012d}.png'
         image_dir = out / layout.image_dir.format(
