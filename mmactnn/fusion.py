@@ -338,6 +338,17 @@ def _openmmlab_stem(module):
     return FusedPairs(module, [Pair('conv1', module.norm1_name, 'relu')])
 
 
+def _hrnet_stem(module):
+    names = (module.norm1_name, module.norm2_name)
+    return FusedPairs(module, [(norm, 'relu') for norm in names])
+
+
+def _non_linear_neck(module):
+    # ReLU comes before each linear layer but the first.
+    norms = ['bn0', *module.bn_names][: len(module.fc_names)]
+    return FusedPairs(module, [(norm, 'relu') for norm in norms])
+
+
 def _dense_layer(module):
     if module.memory_efficient:
         return None
@@ -355,9 +366,12 @@ _MAKERS = {
     ),
     'torchvision.models.densenet._DenseLayer': _dense_layer,
     'mmcv.cnn.bricks.conv_module.ConvModule': _conv_module,
+    'mmpretrain.models.backbones.resnet_cifar.ResNet_CIFAR': _openmmlab_stem,
+    'mmpretrain.models.necks.nonlinear_neck.NonLinearNeck': _non_linear_neck,
 }
 for _package in ('mmdet', 'mmseg', 'mmpretrain'):
-    _module = f'{_package}.models.backbones.resnet'
-    _MAKERS[f'{_module}.BasicBlock'] = _openmmlab_block(2)
-    _MAKERS[f'{_module}.Bottleneck'] = _openmmlab_block(3)
-    _MAKERS[f'{_module}.ResNet'] = _openmmlab_stem
+    _backbones = f'{_package}.models.backbones'
+    _MAKERS[f'{_backbones}.resnet.BasicBlock'] = _openmmlab_block(2)
+    _MAKERS[f'{_backbones}.resnet.Bottleneck'] = _openmmlab_block(3)
+    _MAKERS[f'{_backbones}.resnet.ResNet'] = _openmmlab_stem
+    _MAKERS[f'{_backbones}.hrnet.HRNet'] = _hrnet_stem

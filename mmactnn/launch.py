@@ -82,7 +82,24 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = os.path.join('./work_dirs', Path(args.config).stem)
+    if cfg.get('default_scope') == 'mmpretrain':
+        _complete_loaders(cfg)
     return cfg
+
+
+def _complete_loaders(cfg: Config) -> None:
+    """Give data loaders what MMPretrain's own tools give them.
+
+    Its recipes leave it out.
+    """
+    for split in ('train', 'val', 'test'):
+        loader = cfg.get(f'{split}_dataloader')
+        if loader is None:
+            continue
+        loader.setdefault('pin_memory', True)
+        workers = loader.get('num_workers', 0)
+        loader.setdefault('persistent_workers', workers > 0)
+        loader.setdefault('collate_fn', dict(type='default_collate'))
 
 
 def check_data(cfg: Config, splits: Iterable[str]) -> None:

@@ -17,7 +17,8 @@ from mmactnn.launch import (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description='Test (and evaluate) a detector or a segmentor'
+        description='Test (and evaluate) a detector, a segmentor or a '
+        'classifier'
     )
     add_common_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
@@ -68,6 +69,11 @@ def is_segmentor(cfg: Config) -> bool:
     return cfg.get('default_scope') == 'mmseg'
 
 
+def is_classifier(cfg: Config) -> bool:
+    """Tell an MMPretrain config from others."""
+    return cfg.get('default_scope') == 'mmpretrain'
+
+
 def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
     """Have the predictions shown or saved as images."""
     hook = cfg.default_hooks.get('visualization')
@@ -76,7 +82,11 @@ def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
             '--show and --show-dir need a visualization hook in the '
             "config's default_hooks, but there is none"
         )
-    hook.update(draw=True, show=args.show, wait_time=args.wait_time)
+    hook.update(show=args.show, wait_time=args.wait_time)
+    if is_classifier(cfg):
+        hook.update(enable=True, interval=1, out_dir=args.show_dir)
+        return
+    hook.draw = True
     if args.show_dir and is_segmentor(cfg):
         cfg.visualizer.save_dir = args.show_dir
     elif args.show_dir:
@@ -86,9 +96,13 @@ def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
 def enable_tta(cfg: Config) -> None:
     """Wrap the model for test-time augmentation.
 
-    Detection configs seldom say how, so that flipping is their default.
+    Only segmentation configs say how as a rule, so that flipping is the
+    default of the others.
     """
-    if not is_segmentor(cfg):
+    if is_classifier(cfg):
+        cfg.setdefault('tta_model', dict(type='AverageClsScoreTTA'))
+        cfg.setdefault('tta_pipeline', flip_pipeline(cfg))
+    elif not is_segmentor(cfg):
         cfg.setdefault(
             'tta_model',
             dict(
@@ -98,7 +112,16 @@ def enable_tta(cfg: Config) -> None:
                 ),
             ),
         )
-        cfg.setdefault('tta_pipeline', flip_pipeline(cfg))
+        meta_keys = (
+            'img_id',
+            'img_path',
+            'ori_shape',
+            'img_shape',
+            'scale_factor',
+            'flip',
+            'flip_direction',
+        )
+        cfg.setdefault('tta_pipeline', flip_pipeline(cfg, meta_keys=meta_keys))
     for key in ('tta_model', 'tta_pipeline'):
         if key not in cfg:
             raise ValueError(f'--tta needs {key} in the config')
@@ -106,18 +129,15 @@ def enable_tta(cfg: Config) -> None:
     innermost_dataset(cfg).pipeline = cfg.tta_pipeline
 
 
-def flip_pipeline(cfg: Config) -> list[dict]:
-    """The test pipeline of a detector, once plain and once flipped."""
+def flip_pipeline(cfg: Config, **packing: tuple) -> list[dict]:
+    """The test pipeline, once plain and once flipped.
+
+    Args:
+        cfg (Config): The config.
+        **packing (tuple): Arguments of the last transform, which packs.
+    """
     *transforms, pack = deepcopy(innermost_dataset(cfg).pipeline)
-    pack.meta_keys = (
-        'img_id',
-        'img_path',
-        'ori_shape',
-        'img_shape',
-        'scale_factor',
-        'flip',
-        'flip_direction',
-    )
+    pack.update(packing)
     flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
     return [
         *transforms,
@@ -140,7 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     check_data(cfg, ['test'])
     runner = build_runner(cfg)
     if args.out is not None and not is_segmentor(cfg):
-        dump = dict(type='mmdet.DumpDetResults', out_file_path=args.out)
+        name = 'DumpResults' if is_classifier(cfg) else 'mmdet.DumpDetResults'
+        dump = dict(type=name, out_file_path=args.out)
         runner.test_evaluator.metrics.append(METRICS.build(dump))
     runner.test()
 

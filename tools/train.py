@@ -15,7 +15,7 @@ from mmactnn.launch import (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description='Train a detector or a segmentor'
+        description='Train a detector, a segmentor, a classifier or an encoder'
     )
     add_common_arguments(parser)
     parser.add_argument(

@@ -17,6 +17,7 @@ custom_imports = dict(imports=['mmactnn'], allow_failed_imports=False)
 actnn = dict(
     conv_cfg=dict(type='QConv2d'),
     norm_cfg=dict(type='QBN2d', requires_grad=True),
+    sync_norm_cfg=dict(type='QSyncBN', requires_grad=True),
     act_cfg=dict(type='QReLU'),
 )
 

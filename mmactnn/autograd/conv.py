@@ -52,7 +52,9 @@ class _Convolution(Function):
             # Before the input's gradient exists, if they are large: the two
             # are the largest tensors here and need not live together.
             payload = ctx.format.payload(*kept)
-            together = needs_input and ctx.input_bytes <= _SMALL_BYTES
+            together = needs_input and ctx.input_bytes <= min(
+                _SMALL_BYTES, ctx.chunk_bytes or _SMALL_BYTES
+            )
             for part, x in payload.chunks(ctx.chunk_bytes):
                 grad_input, weight_part, bias_part = _gradients(
                     ctx, grad_output[part], x, w, together, True, needs_bias

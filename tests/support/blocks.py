@@ -50,19 +50,22 @@ def _openmmlab(package, name, stride=1, **kwargs):
     return cls(16, width, stride, downsample=shortcut, **kwargs)
 
 
-def _stem(package):
-    if package == 'torchvision':
-        make_torchvision_importable()
-        from torchvision.models.resnet import BasicBlock, ResNet
+def _torchvision_stem():
+    make_torchvision_importable()
+    from torchvision.models.resnet import BasicBlock, ResNet
 
-        return nn.Sequential(
-            nn.Conv2d(16, 3, 1), ResNet(BasicBlock, [1, 1, 1, 1])
-        )
-    module = __import__(f'{package}.models.backbones', fromlist=['ResNet'])
-    resnet = module.ResNet(
-        18,
+    return nn.Sequential(nn.Conv2d(16, 3, 1), ResNet(BasicBlock, [1, 1, 1, 1]))
+
+
+def _stem(package, name='ResNet'):
+    if package == 'mmpretrain':
+        make_torchvision_importable()
+    module = __import__(f'{package}.models.backbones', fromlist=[name])
+    resnet = getattr(module, name)(
+        depth=18,
         in_channels=16,
         base_channels=16,
+        stem_channels=16,
         num_stages=1,
         strides=(1,),
         dilations=(1,),
@@ -70,6 +73,53 @@ def _stem(package):
         norm_eval=False,
     )
     return nn.Sequential(resnet, First())
+
+
+def _hrnet():
+    from mmseg.models.backbones import HRNet
+
+    extra = {
+        f'stage{count}': dict(
+            num_modules=1,
+            num_branches=count,
+            block='BASIC',
+            num_blocks=(1,) * count,
+            num_channels=(8, 16, 32, 64)[:count],
+        )
+        for count in range(1, 5)
+    }
+    hrnet = HRNet(
+        extra, in_channels=16, norm_eval=False, multiscale_output=False
+    )
+    return nn.Sequential(hrnet, First())
+
+
+def _non_linear_neck(num_layers=2):
+    make_torchvision_importable()
+    from mmpretrain.models.necks import NonLinearNeck
+
+    neck = NonLinearNeck(
+        16,
+        16,
+        8,
+        num_layers,
+        with_avg_pool=False,
+        norm_cfg=dict(type='BN1d'),
+    )
+    return PerPosition(neck)
+
+
+class PerPosition(nn.Module):
+    """Calls a neck with every position as a sample of its own."""
+
+    def __init__(self, neck):
+        super().__init__()
+        self.neck = neck
+
+    def forward(self, x):
+        positions = x.flatten(2).transpose(1, 2)
+        (output,) = self.neck((positions.flatten(0, 1),))
+        return output.unflatten(0, positions.shape[:2])
 
 
 class First(nn.Module):
@@ -134,7 +184,16 @@ BLOCKS = {
         0,
     ),
     'mmdet stem': (lambda: _stem('mmdet'), 5),
-    'torchvision ResNet': (lambda: _stem('torchvision'), 12),
+    'mmseg deep stem': (lambda: _stem('mmseg', 'ResNetV1c'), 7),
+    'mmpretrain CIFAR stem': (
+        lambda: _stem('mmpretrain', 'ResNet_CIFAR'),
+        5,
+    ),
+    # Those that end in an addition are not.
+    'mmseg HRNet': (_hrnet, 27),
+    'mmpretrain neck': (_non_linear_neck, 1),
+    'mmpretrain neck of three': (lambda: _non_linear_neck(3), 2),
+    'torchvision ResNet': (_torchvision_stem, 12),
     'ConvModule': (_conv_module, 1),
     'dense layer': (_dense_layer, 2),
     'Sequential': (_sequential, 1),

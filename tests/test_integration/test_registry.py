@@ -294,6 +294,10 @@ class TestExternalConfigs:
         )
         assert cfg.model.backbone.depth == 18
 
+    def test_mmpretrain(self, tmp_path):
+        cfg = self.load(tmp_path, 'mmpretrain::resnet/resnet18_8xb32_in1k.py')
+        assert cfg.model.backbone.depth == 18
+
     def test_mmactnn(self, tmp_path, monkeypatch):
         # As installed: the configs lie in .mim inside of the package.
         package = tmp_path / 'mmactnn'

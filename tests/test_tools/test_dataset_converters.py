@@ -146,6 +146,7 @@ def test_digits_stay_visible_where_they_are_crowded():
         size=96,
         counts=(40, 40),
         sizes=(16, 40),
+        textured=True,
         rng=np.random.default_rng(0),
     )
     assert image.shape == (96, 96, 3)
@@ -218,6 +219,44 @@ def test_digits_config_loads_the_digits(digits_root):
     # cat_ids is empty for class names that the json file does not know.
     assert dataset.cat_ids == list(range(1, 11))
     assert len(dataset) == 6
+
+
+def test_digits_by_class(tmp_path):
+    """One large digit an image, in the folder of its class."""
+    options = ['--layout', 'classes']
+    root = make_digits(tmp_path / 'a', *options, image_size=32)
+    images = {
+        split: sorted(path.relative_to(root) for path in root.glob(pattern))
+        for split, pattern in (('train', 'train/*/*'), ('val', 'val/*/*'))
+    }
+    assert [len(images[split]) for split in ('train', 'val')] == [12, 6]
+    assert sorted(file_bytes(root)) == sorted(
+        str(path) for paths in images.values() for path in paths
+    )
+    # Folders are named by what the images show.
+    data = load_digits()
+    scans = np.stack([cut_out(scan > 6) for scan in data.images])
+    right = 0
+    for path in (*images['train'], *images['val']):
+        pixels = np.asarray(Image.open(root / path)).astype(int)
+        ground = np.median(pixels, axis=(0, 1))
+        ink = cut_out(np.abs(pixels - ground).max(-1) > 40)
+        nearest = np.abs(scans - ink).sum((1, 2)).argmin()
+        right += int(path.parent.name) == data.target[nearest]
+    assert right >= 16
+
+
+def cut_out(mask):
+    """The part of a mask that is set, 8x8 pixels."""
+    rows, columns = np.nonzero(mask)
+    part = mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    image = Image.fromarray(part.astype(np.float32))
+    return np.asarray(image.resize((8, 8), Image.BILINEAR))
+
+
+def test_digits_by_class_need_one_digit(tmp_path):
+    with pytest.raises(ValueError, match='must be 1 1 with layout classes'):
+        make_digits(tmp_path, '--layout', 'classes', '--digits', '1', '2')
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,15 @@ def test_show_dir(build):
     assert cfg.visualizer.save_dir == 'painted'
 
 
+def test_show_dir_of_a_classifier(build):
+    cfg = build('--show-dir', 'painted', scope='mmpretrain')
+    hook = cfg.default_hooks.visualization
+    assert (hook.enable, hook.out_dir, hook.show) == (True, 'painted', False)
+    # Every image, not one of thousands.
+    assert hook.interval == 1
+    assert 'draw' not in hook
+
+
 def test_show_without_the_hook(build):
     with pytest.raises(ValueError, match='need a visualization hook'):
         build('--show', more='default_hooks = dict()\n')
@@ -76,6 +85,15 @@ def test_tta_of_a_detector_flips(build):
     flips, (pack,) = pipeline[-1].transforms
     assert {step.prob for step in flips} == {0.0, 1.0}
     assert 'flip_direction' in pack.meta_keys
+
+
+def test_tta_of_a_classifier_flips(build):
+    cfg = build('--tta', scope='mmpretrain')
+    assert cfg.model.type == 'AverageClsScoreTTA'
+    pipeline = cfg.test_dataloader.dataset.dataset.pipeline
+    flips, (pack,) = pipeline[-1].transforms
+    assert {step.prob for step in flips} == {0.0, 1.0}
+    assert 'meta_keys' not in pack
 
 
 def test_tta_of_a_segmentor_needs_its_config(build):

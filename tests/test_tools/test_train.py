@@ -74,6 +74,31 @@ class TestArguments:
         assert cfg.load_from == load_from
 
 
+def test_loaders_of_mmpretrain(config):
+    text = """
+default_scope = {!r}
+train_dataloader = dict(num_workers=4, pin_memory=False)
+val_dataloader = dict(num_workers=0, collate_fn=dict(type='pseudo_collate'))
+test_dataloader = None
+"""
+    collate = dict(type='default_collate')
+    cfg = build(config(text.format('mmpretrain')))
+    assert cfg.train_dataloader == dict(
+        num_workers=4,
+        pin_memory=False,
+        persistent_workers=True,
+        collate_fn=collate,
+    )
+    assert cfg.val_dataloader == dict(
+        num_workers=0,
+        pin_memory=True,
+        persistent_workers=False,
+        collate_fn=dict(type='pseudo_collate'),
+    )
+    cfg = build(config(text.format('mmseg')))
+    assert cfg.train_dataloader == dict(num_workers=4, pin_memory=False)
+
+
 class TestAmp:
     def test_enabled(self, config):
         wrapper = build(config(), '--amp').optim_wrapper

@@ -1,9 +1,11 @@
-"""Make a detection and segmentation set from real handwritten digits.
+"""Make a small set of images from real handwritten digits.
+
+For detection and segmentation, or for classification.
 
 The digits are the 1797 scans that come with scikit-learn (``load_digits``,
 UCI "Optical Recognition of Handwritten Digits"), pasted at random sizes, in
-random colours, on procedural textured ground. Nothing is downloaded, and a
-small detector learns the set within minutes on a CPU.
+random colours, on procedural textured ground or on plain one. Nothing is
+downloaded, and a small detector learns the set within minutes on a CPU.
 
 ``--layout digits`` (default) writes::
 
@@ -20,17 +22,25 @@ small detector learns the set within minutes on a CPU.
 unchanged. Digits 0 to 9 stand in for the first ten categories in COCO's
 order: 0 is ``person``, 1 is ``bicycle``, ... 9 is ``traffic light``.
 
+``--layout classes`` writes images of one large digit on plain ground each, in
+folders named by it, as sets for classification are::
+
+    OUT/train/0/000000000007.png ...  ... OUT/train/9/...
+    OUT/val/0/...
+
 Training and validation images use different scans of the digits.
 
 Examples:
     python tools/dataset_converters/digits.py data/digits
     python tools/dataset_converters/digits.py data/coco --layout coco \
         --image-size 640 --num-train 256 --num-val 64
+    python tools/dataset_converters/digits.py data/digits_classes \
+        --layout classes
 """
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -78,24 +88,43 @@ MIN_CONTRAST = 70
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the files of a layout go, and what its categories are.
+    """Where the files of a layout go, what its categories are, its defaults.
 
     Args:
         image_dir (str): Folder of a split's images; ``{split}`` is replaced
-            by ``train`` or ``val``, here and below.
-        ann_file (str): Path of a split's COCO json.
+            by ``train`` or ``val``, here and below, and ``{label}`` by the
+            digit, where images have one.
+        ann_file (str, optional): Path of a split's COCO json. Defaults to
+            None, for none.
         seg_dir (str, optional): Folder of a split's index images. Defaults
             to None, for none.
         category_ids (tuple[int]): Category ids; digit ``d`` has the one at
             position ``d``.
         category_names (tuple[str]): Names to these ids.
+        textured (bool): Whether the ground has a texture. Defaults to True.
+        defaults (dict): Defaults of options that depend on the layout.
     """
 
     image_dir: str
-    ann_file: str
-    category_ids: tuple
-    category_names: tuple
+    ann_file: str | None = None
     seg_dir: str | None = None
+    category_ids: tuple = tuple(range(1, 11))
+    category_names: tuple = DIGIT_NAMES
+    textured: bool = True
+    defaults: dict = field(
+        default_factory=lambda: dict(
+            num_train=1000,
+            num_val=200,
+            image_size=128,
+            digits=(2, 6),
+            scale=(0.18, 0.45),
+        )
+    )
+
+    @property
+    def one_digit(self):
+        """bool: Whether each image shows one digit."""
+        return '{label}' in self.image_dir
 
 
 LAYOUTS = {
@@ -103,8 +132,6 @@ LAYOUTS = {
         image_dir='{split}',
         ann_file='annotations/{split}.json',
         seg_dir='seg/{split}',
-        category_ids=tuple(range(1, 11)),
-        category_names=DIGIT_NAMES,
     ),
     'coco': Layout(
         image_dir='{split}2017',
@@ -113,6 +140,17 @@ LAYOUTS = {
             i for i in range(1, 91) if i not in COCO_UNUSED_IDS
         ),
         category_names=COCO_NAMES,
+    ),
+    'classes': Layout(
+        image_dir='{split}/{label}',
+        textured=False,
+        defaults=dict(
+            num_train=3000,
+            num_val=1000,
+            image_size=32,
+            digits=(1, 1),
+            scale=(0.7, 0.95),
+        ),
     ),
 }
 
@@ -134,11 +172,12 @@ class Digit:
     full_area: int
 
 
-def make_ground(size, rng):
-    """Draw smooth coloured noise.
+def make_ground(size, textured, rng):
+    """Draw smooth coloured noise, or plain ground.
 
     Args:
         size (int): Side of the square image, in pixels.
+        textured (bool): Whether it is noise.
         rng (np.random.Generator): Source of randomness.
 
     Returns:
@@ -148,13 +187,18 @@ def make_ground(size, rng):
     base = rng.uniform(70, 185)
     for channel in range(3):
         plane = np.full((size, size), base + rng.uniform(-30, 30), np.float32)
+        ground[..., channel] = plane
+        if not textured:
+            continue
         # Octaves of value noise: the finer, the weaker.
         for cells, amplitude in ((2, 24), (5, 14), (11, 8)):
             grid = rng.uniform(-amplitude, amplitude, (cells, cells))
             octave = Image.fromarray(grid.astype(np.float32))
-            plane += np.asarray(octave.resize((size, size), Image.BICUBIC))
-        ground[..., channel] = plane
-    ground += rng.normal(0, 3, (size, size, 1))
+            ground[..., channel] += np.asarray(
+                octave.resize((size, size), Image.BICUBIC)
+            )
+    if textured:
+        ground += rng.normal(0, 3, (size, size, 1))
     return np.clip(ground, 0, 255)
 
 
@@ -223,8 +267,8 @@ def paste_digit(image, placed, scan, label, source, sizes, colour, rng):
     return False
 
 
-def make_image(scans, labels, sources, size, counts, sizes, rng):
-    """Make an image with digits on textured ground.
+def make_image(scans, labels, sources, size, counts, sizes, textured, rng):
+    """Make an image with digits on it.
 
     Args:
         scans (np.ndarray[N, 8, 8], float): All digits, ink 0 to 16.
@@ -235,13 +279,14 @@ def make_image(scans, labels, sources, size, counts, sizes, rng):
             are pasted only where no room is found for more.
         sizes (tuple[int, int]): Least and greatest side of a digit, in
             pixels.
+        textured (bool): Whether the ground has a texture.
         rng (np.random.Generator): Source of randomness.
 
     Returns:
         tuple: The image (np.ndarray[size, size, 3], uint8, RGB) and its
         digits (list[Digit]).
     """
-    image = make_ground(size, rng)
+    image = make_ground(size, textured, rng)
     ground = image.copy()
     placed = []
     for _ in range(rng.integers(counts[0], counts[1] + 1)):
@@ -317,8 +362,6 @@ def write_split(out, split, num_images, sources, layout, options):
     data = load_digits()
     size = options.image_size
     sizes = tuple(round(scale * size) for scale in options.scale)
-    image_dir = out / layout.image_dir.format(split=split)
-    image_dir.mkdir(parents=True, exist_ok=True)
     seg_dir = None
     if layout.seg_dir is not None:
         seg_dir = out / layout.seg_dir.format(split=split)
@@ -332,9 +375,20 @@ def write_split(out, split, num_images, sources, layout, options):
             [options.seed, ('train', 'val').index(split), image_id]
         )
         image, digits = make_image(
-            data.images, data.target, sources, size, options.digits, sizes, rng
+            data.images,
+            data.target,
+            sources,
+            size,
+            options.digits,
+            sizes,
+            layout.textured,
+            rng,
         )
         name = f'{image_id:012d}.png'
+        image_dir = out / layout.image_dir.format(
+            split=split, label=digits[0].label
+        )
+        image_dir.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(image_dir / name)
         if seg_dir is not None:
             save_seg_map(digits, size, seg_dir / name)
@@ -347,15 +401,28 @@ def write_split(out, split, num_images, sources, layout, options):
             annotation['image_id'] = image_id
             annotations.append(annotation)
 
+    if layout.ann_file is not None:
+        ann_file = out / layout.ann_file.format(split=split)
+        write_annotations(images, annotations, layout, ann_file)
+
+
+def write_annotations(images, annotations, layout, path):
+    """Write the COCO json of a split.
+
+    Args:
+        images (list[dict]): COCO's descriptions of the images ...
+        annotations (list[dict]): ... and of their digits.
+        layout (Layout): Has the categories.
+        path (Path): File to write.
+    """
     categories = [
         {'id': category_id, 'name': name}
         for category_id, name in zip(
             layout.category_ids, layout.category_names, strict=True
         )
     ]
-    ann_file = out / layout.ann_file.format(split=split)
-    ann_file.parent.mkdir(parents=True, exist_ok=True)
-    ann_file.write_text(
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
         json.dumps(
             {
                 'info': {
@@ -395,6 +462,11 @@ def check_options(options):
     if not 1 <= least <= most:
         raise ValueError(
             f'digits must be MIN MAX with 1 <= MIN <= MAX, got {least} {most}'
+        )
+    if LAYOUTS[options.layout].one_digit and most != 1:
+        raise ValueError(
+            f'digits must be 1 1 with layout {options.layout}, got {least} '
+            f'{most}'
         )
     low, high = options.scale
     # Written so that a NaN fails the comparison.
@@ -459,44 +531,56 @@ def parse_args(argv=None):
         default='digits',
         help='folder layout and categories (default: %(default)s)',
     )
-    parser.add_argument(
-        '--num-train',
-        type=int,
-        default=1000,
-        help='training images (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--num-val',
-        type=int,
-        default=200,
-        help='validation images (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--image-size',
-        type=int,
-        default=128,
-        help='side of the square images, in pixels (default: %(default)s)',
-    )
+    numbers = {
+        'num_train': 'training images',
+        'num_val': 'validation images',
+        'image_size': 'side of the square images, in pixels',
+    }
+    for name, text in numbers.items():
+        parser.add_argument(
+            '--' + name.replace('_', '-'),
+            type=int,
+            help=f'{text} ({describe_default(name)})',
+        )
     parser.add_argument(
         '--digits',
         type=int,
         nargs=2,
         metavar=('MIN', 'MAX'),
-        default=(2, 6),
-        help='digits in an image (default: 2 6)',
+        help=f'digits in an image ({describe_default("digits")})',
     )
     parser.add_argument(
         '--scale',
         type=float,
         nargs=2,
         metavar=('MIN', 'MAX'),
-        default=(0.18, 0.45),
-        help='side of a digit as a share of the image (default: 0.18 0.45)',
+        help='side of a digit as a share of the image '
+        f'({describe_default("scale")})',
     )
     parser.add_argument(
         '--seed', type=int, default=0, help='random seed (default: 0)'
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    for name, value in LAYOUTS[options.layout].defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def describe_default(option):
+    """Say what an option is in each layout.
+
+    Args:
+        option (str): Name of the option.
+
+    Returns:
+        str: For the help text.
+    """
+    shown = ', '.join(
+        f'{layout.defaults[option]} for {name}'
+        for name, layout in LAYOUTS.items()
+    )
+    return f'default: {shown}'
 
 
 def main():
