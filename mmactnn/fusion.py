@@ -339,14 +339,17 @@ def _openmmlab_stem(module):
 
 
 def _hrnet_stem(module):
-    names = (module.norm1_name, module.norm2_name)
-    return FusedPairs(module, [(norm, 'relu') for norm in names])
+    pairs = (
+        Pair('conv1', module.norm1_name, 'relu'),
+        Pair('conv2', module.norm2_name, 'relu'),
+    )
+    return FusedPairs(module, pairs)
 
 
 def _non_linear_neck(module):
     # ReLU comes before each linear layer but the first.
     norms = ['bn0', *module.bn_names][: len(module.fc_names)]
-    return FusedPairs(module, [(norm, 'relu') for norm in norms])
+    return FusedPairs(module, [Pair(None, norm, 'relu') for norm in norms])
 
 
 def _dense_layer(module):

@@ -20,13 +20,6 @@ RECIPES = sorted(
 )
 
 
-@pytest.fixture(autouse=True)
-def _no_memory():
-    """Of the models only the classes of the layers matter here."""
-    with torch.device('meta'):
-        yield
-
-
 def load(path):
     config = Config.fromfile(path)
     # Pretrained weights are for the runner to load, and are not here.
@@ -40,7 +33,10 @@ def build_model(config):
     if scope == 'mmpretrain':
         make_torchvision_importable()
     import_modules_from_strings(f'{scope}.models')
-    with DefaultScope.overwrite_default_scope(scope):
+    # Only the classes of the layers matter here; but ResNets of MMPretrain
+    # want numbers when they are built.
+    device = torch.device('cpu' if scope == 'mmpretrain' else 'meta')
+    with DefaultScope.overwrite_default_scope(scope), device:
         return MODELS.build(config.model)
 
 
