@@ -38,6 +38,7 @@ from .precision import AdaptivePrecision
 from .quantizer import LayerQuantizer, OwnSettings
 from .random import RoundingGenerator
 from .units import MIB
+from .wrapping import named_modules
 
 # By full name, so that MMCV and MMEngine need not be imported, nor installed.
 # Exact types only: a subclass may compute something else.
@@ -249,7 +250,7 @@ def convert_model(
     include = None if include is None else _Filter('include', include)
     exclude = _Filter('exclude', exclude)
     chosen, left = [], []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         target = _target(module)
         if target is None:
             # Containers hold what is listed by itself.
@@ -326,7 +327,7 @@ def revert_model(model):
     if swap is not None:
         swap.detach()
     remove_fusions(model)
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, QuantizedLayer):
             module.revert_()
             names.append(name)

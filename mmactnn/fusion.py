@@ -19,6 +19,7 @@ from .layers import (
     QReLU,
     QSyncBatchNorm,
 )
+from .wrapping import named_modules
 
 _NORMS = (QBatchNorm, QBatchNorm1d, QBatchNorm2d, QBatchNorm3d, QSyncBatchNorm)
 
@@ -194,7 +195,7 @@ def find_fusions(model, targets):
         return targets.get(module) is QReLU
 
     found = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         make = _MAKERS.get(_forward_of(module))
         fusion = None if make is None else make(module)
         fusion = fusion and fusion.keep(is_norm, is_relu)

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as torch_dist
+from mmengine._strategy import FSDPStrategy
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dist import is_distributed
 from mmengine.model import (
     MMDistributedDataParallel,
     MMFullyShardedDataParallel,
 )
-from mmengine.registry import MODEL_WRAPPERS, RUNNERS
+from mmengine.registry import MODEL_WRAPPERS, RUNNERS, STRATEGIES
 from mmengine.runner import Runner
 
 
@@ -228,7 +229,7 @@ def _model_wrapper(cfg: Config) -> ConfigDict:
         if cfg.get('strategy') is None:
             cfg.strategy = dict(type='DDPStrategy')
         holder, key = cfg.strategy, 'model_wrapper'
-        if cfg.strategy.type == 'FSDPStrategy':
+        if issubclass(STRATEGIES.get(cfg.strategy.type), FSDPStrategy):
             default = dict(type=MMFullyShardedDataParallel.__name__)
     else:
         holder, key = cfg, 'model_wrapper_cfg'
