@@ -224,9 +224,7 @@ def train_by_runner(
     return RankHook.state
 
 
-def train_by_hand(
-    model=None, wrapper=None, checkpointed=None, accumulates=1
-):
+def train_by_hand(model=None, wrapper=None, checkpointed=None, accumulates=1):
     """What two processes should get: torch's layers, and one process.
 
     Args:
