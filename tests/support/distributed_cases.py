@@ -4,7 +4,6 @@ import functools
 import os
 import re
 import tempfile
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -398,12 +397,12 @@ def _run(rank, folder):
     return found
 
 
-@functools.cache
-def in_two_processes():
-    """One start of the processes serves all tests.
+def train_in_two_processes():
+    """Train everything.
 
     Returns:
-        list[dict]: Of each process, what ``ddp`` and ``fsdp`` came to.
+        list[dict]: Of each process, what ``ddp`` and ``fsdp`` came to, by
+        name and level.
     """
     with tempfile.TemporaryDirectory() as folder:
-        return run_in_processes(_run, WORLD, str(Path(folder)))
+        return run_in_processes(_run, WORLD, folder)

@@ -4,9 +4,16 @@ from collections import OrderedDict
 
 import pytest
 from mmengine.registry import DefaultScope
+from support.distributed_cases import train_in_two_processes
 
 
 @pytest.fixture(autouse=True)
 def no_scope(monkeypatch):
     """Every test starts without a default scope, and leaves none behind."""
     monkeypatch.setattr(DefaultScope, '_instance_dict', OrderedDict())
+
+
+@pytest.fixture(scope='session')
+def trained():
+    """What each of two processes has come to: one start serves all tests."""
+    return train_in_two_processes()

@@ -2,15 +2,20 @@
 
 import pytest
 import torch
-from support.distributed_cases import Branches, in_two_processes
+from support.distributed_cases import Branches
 from support.layers import assert_same_bits
 
 LEVELS = ('L0', 'L3')
 
 
-def results(name, level, kind='fsdp'):
-    """What each process came to."""
-    return [found[kind][name, level] for found in in_two_processes()]
+@pytest.fixture
+def results(trained):
+    """What each process came to, of a case at a level."""
+
+    def results(name, level, kind='fsdp'):
+        return [found[kind][name, level] for found in trained]
+
+    return results
 
 
 def assert_same_weights(found, expected):
@@ -21,7 +26,7 @@ def assert_same_weights(found, expected):
 
 class TestStrategy:
     @pytest.mark.parametrize('level', LEVELS)
-    def test_trains_as_ddp(self, level):
+    def test_trains_as_ddp(self, results, level):
         # The same numbers round the same tensors.
         for found, expected in zip(
             results('strategy', level), results('plain', level, 'ddp')
@@ -29,23 +34,23 @@ class TestStrategy:
             assert_same_weights(found['model'], expected['model'])
             assert found['bits'] == expected['bits']
 
-    def test_l0_is_plain_fsdp(self):
+    def test_l0_is_plain_fsdp(self, results):
         exact, plain = (results('strategy', level) for level in ('L0', None))
         assert_same_weights(exact[0]['model'], plain[0]['model'])
 
     @pytest.mark.parametrize('level', LEVELS)
-    def test_gathered_parameters_are_no_activations(self, level):
+    def test_gathered_parameters_are_no_activations(self, results, level):
         found = results('strategy', level)[0]['saved_mib']
         assert found == results('plain', level, 'ddp')[0]['saved_mib']
 
-    def test_goes_on(self):
+    def test_goes_on(self, results):
         for found, expected in zip(
             results('resumed', 'L3'), results('unbroken', 'L3')
         ):
             assert_same_weights(found['model'], expected['model'])
             assert found['bits'] == expected['bits']
 
-    def test_activation_checkpointing(self):
+    def test_activation_checkpointing(self, results):
         exact, plain = (
             results(name, 'L0')[0] for name in ('checkpointing', 'strategy')
         )
@@ -56,12 +61,12 @@ class TestStrategy:
         for name, value in coded['model'].items():
             assert value.isfinite().all(), name
 
-    def test_names_are_those_of_the_plain_model(self):
+    def test_names_are_those_of_the_plain_model(self, results):
         # Rules are by name, and so are the bits of all other layers.
         found = results('rules', 'L3')[0]
         assert set(found['bits']) == {'stem.1', 'odd.0', 'odd.1', 'head'}
 
-    def test_full_checkpoint_fits_the_plain_model(self):
+    def test_full_checkpoint_fits_the_plain_model(self, results):
         found = results('rules', 'L3')[0]
         model = Branches()
         model.load_state_dict(found['checkpoint'], strict=True)
@@ -69,13 +74,13 @@ class TestStrategy:
 
 
 @pytest.mark.parametrize('level', LEVELS)
-def test_fully_shard_trains_as_ddp(level):
+def test_fully_shard_trains_as_ddp(results, level):
     for found, expected in zip(results('fsdp2', level), results('ddp', level)):
         assert_same_weights(found['model'], expected['model'])
         assert found['bits'] == expected['bits']
 
 
-def test_fully_shard_before_conversion():
+def test_fully_shard_before_conversion(results):
     exact = results('fsdp2, converted last', 'L0')[0]['model']
     assert_same_weights(exact, results('ddp', 'L0')[0]['model'])
     coded = results('fsdp2, converted last', 'L3')[0]
