@@ -4,7 +4,6 @@ from collections import OrderedDict
 
 import pytest
 from mmengine.registry import DefaultScope
-from support.distributed_cases import train_in_two_processes
 
 
 @pytest.fixture(autouse=True)
@@ -16,4 +15,6 @@ def no_scope(monkeypatch):
 @pytest.fixture(scope='session')
 def trained():
     """What each of two processes has come to: one start serves all tests."""
+    from support.distributed_cases import train_in_two_processes
+
     return train_in_two_processes()
