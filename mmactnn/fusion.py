@@ -216,7 +216,13 @@ def remove_fusions(model):
 
 
 def _forward_of(module):
-    """Full name of the class that a module has its forward pass from."""
+    """Full name of the class that a module has its forward pass from.
+
+    None if somebody else has put something in its place, as MMEngine does
+    for activation checkpointing.
+    """
+    if not isinstance(vars(module).get('forward'), (type(None), FusedPairs)):
+        return None
     for cls in type(module).__mro__:
         if 'forward' in vars(cls):
             return f'{cls.__module__}.{cls.__qualname__}'
