@@ -93,8 +93,15 @@ class FusedPairs:
 
     @property
     def is_active(self):
-        """bool: Whether the module is being trained."""
-        return self.module.training and torch.is_grad_enabled()
+        """bool: Whether the module is being trained, and compressed.
+
+        What has been wrapped outlives the model's reversal.
+        """
+        return (
+            self.module.training
+            and torch.is_grad_enabled()
+            and all(isinstance(norm, _NORMS) for norm in self.norms)
+        )
 
     def _taking_part(self):
         """Normalisations of this pass, with their ReLUs."""

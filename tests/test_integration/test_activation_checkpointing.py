@@ -10,7 +10,12 @@ from support.layers import assert_same_bits
 from support.toy import make_runner
 from torch import nn
 
-from mmactnn import RoundingGenerator, convert_model, measure_activations
+from mmactnn import (
+    RoundingGenerator,
+    convert_model,
+    measure_activations,
+    revert_model,
+)
 from mmactnn.hooks import ActNNHook
 
 CHECKPOINTED = ['basic', 'tail']
@@ -118,3 +123,21 @@ def test_conversion_leaves_it_on(level):
         plain(x)
     assert found.isfinite().all()
     assert meter.exact_bytes == expected.exact_bytes
+
+
+def test_later_conversions_and_reversal():
+    model = BlockClassifier()
+    x = torch.randn(4, 3, 10, 10)
+    exact = gradients(model, x)
+    convert_model(model, 'L3')
+    turn_on_activation_checkpointing(model, CHECKPOINTED)
+    coded = gradients(model, x)
+    convert_model(model, 'L0')
+    assert_same_bits(gradients(model, x), exact)
+    convert_model(model, 'L3')
+    again = gradients(model, x)
+    for found in (coded, again):
+        assert not torch.equal(found, exact)
+        assert (found - exact).norm() < exact.norm()
+    revert_model(model)
+    assert_same_bits(gradients(model, x), exact)
