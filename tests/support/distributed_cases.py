@@ -384,6 +384,10 @@ def _run_fsdp(rank, folder):
     found['rules', 'L3']['checkpoint'] = torch.load(
         f'{folder}/rules/epoch_1.pth', weights_only=False
     )['state_dict']
+    try:
+        train_by_runner(f'{folder}/L4', 'L4', strategy=fsdp_strategy())
+    except RuntimeError as error:
+        found['refused', 'L4'] = str(error)
     for how in ('ddp', 'fsdp2', 'fsdp2, converted last'):
         for level in ('L0', 'L3'):
             found[how, level] = train_in_torch(rank, level, how)

@@ -66,6 +66,9 @@ class TestStrategy:
         found = results('rules', 'L3')[0]
         assert set(found['bits']) == {'stem.1', 'odd.0', 'odd.1', 'head'}
 
+    def test_swapping_is_refused(self, results):
+        assert "Use level='L3' with FSDP" in results('refused', 'L4')[0]
+
     def test_full_checkpoint_fits_the_plain_model(self, results):
         found = results('rules', 'L3')[0]
         model = Branches()
