@@ -12,6 +12,7 @@ NAMES = ('saved_mib', 'exact_mib', 'ratio', 'layers_ratio', 'peak_mib')
 event_accumulator = pytest.importorskip(
     'tensorboard.backend.event_processing.event_accumulator'
 )
+wandb = pytest.importorskip('wandb')
 datastore = pytest.importorskip('wandb.sdk.internal.datastore')
 
 
@@ -36,6 +37,7 @@ def run(tmp_path_factory):
         default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
     )
     runner.train()
+    wandb.teardown()  # its process may still be writing
     scalars = {
         f'actnn/{name}': runner.message_hub.get_scalar(f'train/actnn/{name}')
         for name in NAMES
