@@ -42,6 +42,7 @@ from .precision import AdaptivePrecision
 from .quantizer import LayerQuantizer, OwnSettings
 from .random import RoundingGenerator
 from .units import MIB
+from .wrapping import named_modules
 
 # By full name, so that MMCV and MMEngine need not be imported, nor installed.
 # Exact types only: a subclass may compute something else. A string names a
@@ -292,7 +293,7 @@ def convert_model(
     exclude = _Filter('exclude', exclude)
     chosen, left = [], []
     plans = find_layered(model)
-    for name, module in _named_modules(model, plans):
+    for name, module in _all_modules(model, plans):
         target = _target(module)
         if target is None:
             # Containers hold what is listed by itself.
@@ -379,12 +380,12 @@ def revert_model(model):
     if swap is not None:
         swap.detach()
     remove_fusions(model)
-    # A list, because layered modules drop their layers.
-    for name, module in list(model.named_modules()):
+    # Lists, because layered modules drop their layers.
+    for name, module in list(named_modules(model)):
         if isinstance(module, LayeredModule):
             module.revert_()
             names.append(name)
-    for name, module in model.named_modules():
+    for name, module in list(named_modules(model)):
         if isinstance(module, QuantizedLayer):
             module.revert_()
             names.append(name)
@@ -413,9 +414,9 @@ def get_precision(model):
     return found.pop()
 
 
-def _named_modules(model, plans):
+def _all_modules(model, plans):
     """All modules of a model, and the layers that it is about to get."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         yield name, module
         if module in plans:
             yield from plans[module].named_layers.items()

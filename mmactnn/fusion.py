@@ -21,6 +21,7 @@ from .layers import (
     QSyncBatchNorm,
 )
 from .layers.norm import Fusing
+from .wrapping import named_modules
 
 _NORMS = (QBatchNorm, QBatchNorm1d, QBatchNorm2d, QBatchNorm3d, QSyncBatchNorm)
 
@@ -114,7 +115,7 @@ class FusedPairs:
         norms = []
         for pair in self.pairs:
             norm, relu = modules[pair.norm], modules[pair.relu]
-            if not _hooked(norm) and not _hooked(relu):
+            if _may_join(norm) and not _hooked(relu):
                 _join(norm, True, modules.get(pair.conv))
                 norms.append(norm)
         return norms
@@ -162,7 +163,7 @@ class FusedResidual(FusedPairs):
         modules = self.module._modules
         relu = modules['relu']
         last_conv, last_norm = modules[self.last_conv], modules[self.last_norm]
-        if not self.is_active or _hooked(last_norm) or _hooked(relu):
+        if not (self.is_active and _may_join(last_norm)) or _hooked(relu):
             return super().__call__(x)
         norms = self._fuse()
         try:
@@ -186,7 +187,7 @@ class FusedResidual(FusedPairs):
         """See the base class; the shortcut's are not rectified."""
         norms = super()._fuse()
         for conv, norm in self._shortcut():
-            if not _hooked(norm):
+            if _may_join(norm):
                 _join(norm, False, conv)
                 norms.append(norm)
         return norms
@@ -202,6 +203,14 @@ class FusedResidual(FusedPairs):
             for conv, norm in zip([None, *layers], layers)
             if isinstance(norm, nn.modules.batchnorm._BatchNorm)
         ]
+
+
+def _may_join(norm):
+    """Whether a normalisation can take part now.
+
+    A block that has been wrapped stays what it is when the model is reverted.
+    """
+    return isinstance(norm, _NORMS) and not _hooked(norm)
 
 
 def _join(norm, relu, conv):
@@ -250,7 +259,7 @@ def find_fusions(model, targets):
         return targets.get(module) is QReLU
 
     found = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         make = _MAKERS.get(_forward_of(module))
         fusion = None if make is None else make(module)
         fusion = fusion and fusion.keep(is_norm, is_relu)
@@ -271,7 +280,13 @@ def remove_fusions(model):
 
 
 def _forward_of(module):
-    """Full name of the class that a module has its forward pass from."""
+    """Full name of the class that a module has its forward pass from.
+
+    None if somebody else has put something in its place, as MMEngine does
+    for activation checkpointing.
+    """
+    if not isinstance(vars(module).get('forward'), (type(None), FusedPairs)):
+        return None
     for cls in type(module).__mro__:
         if 'forward' in vars(cls):
             return f'{cls.__module__}.{cls.__qualname__}'

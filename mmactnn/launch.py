@@ -12,10 +12,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as torch_dist
-from mmengine.config import Config, DictAction
+from mmengine._strategy import FSDPStrategy
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dist import is_distributed
-from mmengine.model import MMDistributedDataParallel
-from mmengine.registry import MODEL_WRAPPERS, RUNNERS
+from mmengine.model import (
+    MMDistributedDataParallel,
+    MMFullyShardedDataParallel,
+)
+from mmengine.registry import MODEL_WRAPPERS, RUNNERS, STRATEGIES
 from mmengine.runner import Runner
 
 
@@ -26,10 +30,40 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
     torch refuses any model with a SyncBatchNorm there, since its own layer
     cannot run. ``QSyncBatchNorm`` can; and a layer that was left torch's own
     says so when it is called.
+
+    Args:
+        module (nn.Module): The model.
+        device_ids (list[int], optional): GPUs; there are none.
+        **kwargs: As the base class.
     """
+
+    def __init__(self, module, device_ids=None, **kwargs):
+        super().__init__(module, **kwargs)
 
     def _passing_sync_batchnorm_handle(self, module):
         pass
+
+
+@MODEL_WRAPPERS.register_module()
+class CPUFullyShardedDataParallel(MMFullyShardedDataParallel):
+    """``MMFullyShardedDataParallel`` for processes without a GPU.
+
+    torch looks for an accelerator unless it is told to do without.
+
+    Args:
+        module (nn.Module): The model.
+        device_id (int, optional): Number of the GPU; there is none.
+        **kwargs: As the base class.
+    """
+
+    def __init__(self, module, device_id=None, **kwargs):
+        super().__init__(module, device_id=torch.device('cpu'), **kwargs)
+
+
+_CPU_WRAPPERS = {
+    MMDistributedDataParallel.__name__: CPUDistributedDataParallel.__name__,
+    MMFullyShardedDataParallel.__name__: CPUFullyShardedDataParallel.__name__,
+}
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -160,11 +194,11 @@ def build_runner(cfg: Config) -> Runner:
 
 
 def _distribute_on_cpu(cfg: Config) -> list[str]:
-    """Set up a process group of CPU processes, and DDP for it.
+    """Set up a process group of CPU processes, and a model wrapper for it.
 
     MMEngine's own set-up selects a CUDA device for each process, and hands
-    device ids to DDP; torch refuses both without a GPU. The runner leaves a
-    process group that is there already alone.
+    device ids to DDP or FSDP; torch refuses both without a GPU. The runner
+    leaves a process group that is there already alone.
 
     Args:
         cfg (Config): The merged config; its model wrapper is adapted.
@@ -178,18 +212,8 @@ def _distribute_on_cpu(cfg: Config) -> list[str]:
             'torch sees none; without one start the processes with torchrun '
             '(tools/dist_train.sh, tools/dist_test.sh) and --launcher pytorch'
         )
-    if cfg.get('model_wrapper_cfg') is None:
-        # What the runner does by itself where no wrapper is configured.
-        cfg.model_wrapper_cfg = dict(
-            broadcast_buffers=False,
-            find_unused_parameters=cfg.get('find_unused_parameters', False),
-        )
-    wrapper = cfg.model_wrapper_cfg
-    default = MMDistributedDataParallel.__name__
-    if wrapper.get('type', default) == default:
-        wrapper.update(
-            type=CPUDistributedDataParallel.__name__, device_ids=None
-        )
+    wrapper = _model_wrapper(cfg)
+    wrapper.type = _CPU_WRAPPERS.get(wrapper.type, wrapper.type)
 
     dist_cfg = cfg.get('env_cfg', {}).get('dist_cfg', {})
     if not is_distributed():
@@ -204,6 +228,35 @@ def _distribute_on_cpu(cfg: Config) -> list[str]:
         f'No GPU is available: the processes communicate through gloo, not '
         f'through {backend} as env_cfg.dist_cfg says.'
     ]
+
+
+def _model_wrapper(cfg: Config) -> ConfigDict:
+    """The config of the model wrapper, with what the runner adds by itself.
+
+    Args:
+        cfg (Config): The merged config; gets the part if it has none.
+
+    Returns:
+        ConfigDict: The part of the config, with a ``type``.
+    """
+    default = dict(
+        type=MMDistributedDataParallel.__name__, broadcast_buffers=False
+    )
+    if cfg.get('runner_type') == 'FlexibleRunner':
+        if cfg.get('strategy') is None:
+            cfg.strategy = dict(type='DDPStrategy')
+        holder, key = cfg.strategy, 'model_wrapper'
+        if issubclass(STRATEGIES.get(cfg.strategy.type), FSDPStrategy):
+            default = dict(type=MMFullyShardedDataParallel.__name__)
+    else:
+        holder, key = cfg, 'model_wrapper_cfg'
+        default['find_unused_parameters'] = cfg.get(
+            'find_unused_parameters', False
+        )
+    if holder.get(key) is None:
+        holder[key] = default
+    holder[key].setdefault('type', default['type'])
+    return holder[key]
 
 
 def _iter_datasets(dataset: dict | None) -> Iterator[dict]:

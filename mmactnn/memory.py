@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .layers import QuantizedLayer
 from .offload import attached_swap
 from .units import MIB
+from .wrapping import gathering_modules
 
 
 class Counted(NamedTuple):
@@ -43,10 +44,8 @@ class ActivationMeter:
         self._locate = locate or (lambda: None)
         # Its hooks lie over this object's and tell what they see.
         self.swap = attached_swap(model)
-        self._own = {
-            tensor.untyped_storage()._cdata
-            for tensor in (*model.parameters(), *model.buffers())
-        }
+        self._own = _Storages()
+        self.own(model)
         self._saved = _Storages()
         self._swapped = _Storages()
         self._exact = _Storages()
@@ -119,6 +118,16 @@ class ActivationMeter:
             for origin in dict.fromkeys([*exact, *saved])
         }
 
+    def own(self, module):
+        """Count the parameters and buffers of a module no more.
+
+        Args:
+            module (nn.Module): The model, or a part that has gathered its
+                parameters.
+        """
+        for tensor in (*module.parameters(), *module.buffers()):
+            self._own.add(tensor)
+
     def note(self, kept, exact):
         """Take a compressed layer's word for what it replaces.
 
@@ -189,7 +198,7 @@ class ActivationMeter:
         return hooks is not None and hooks[0] == self.pack
 
     def _is_own(self, tensor):
-        return tensor.untyped_storage()._cdata in self._own
+        return tensor in self._own
 
 
 class _Storages:
@@ -264,6 +273,10 @@ def measure_activations(model, locate=None):
     swap = meter.swap
     if swap is not None:
         swap.observer = meter.observe
+    gathering = [
+        module.register_forward_pre_hook(lambda part, args: meter.own(part))
+        for module in gathering_modules(model)
+    ]
     try:
         with saved_tensors_hooks(meter.pack, _identity):
             yield meter
@@ -272,3 +285,5 @@ def measure_activations(model, locate=None):
             swap.observer = None
         for layer in layers:
             layer.quantizer.meter = None
+        for hook in gathering:
+            hook.remove()

@@ -203,8 +203,8 @@ class AdaptivePrecision:
             bits=self.bits,
             averages={k: list(v) for k, v in self._averages.items()},
             pending=[(due, copy.wait()) for due, copy in self._pending],
-            history=None if self._history is None else self._history.cpu(),
-            scales=None if self._scales is None else self._scales.cpu(),
+            history=_host_clone(self._history),
+            scales=_host_clone(self._scales),
         )
 
     def load_state_dict(self, state):
@@ -237,7 +237,9 @@ class AdaptivePrecision:
         self._pending = [
             (due, _HostCopy(reports)) for due, reports in state['pending']
         ]
-        self._history, self._scales = history, state['scales']
+        # Written to in place: neither run may see what the other one writes.
+        self._history = _host_clone(history)
+        self._scales = _host_clone(state['scales'])
 
     def _on_forward(self, module, args):
         if module.training and torch.is_grad_enabled():
@@ -504,6 +506,10 @@ def _all_gather(tensor):
     parts = [torch.empty_like(tensor) for _ in range(_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+def _host_clone(tensor):
+    return None if tensor is None else tensor.to('cpu', copy=True)
 
 
 def _to_device(indices, device):

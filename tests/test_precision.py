@@ -325,6 +325,26 @@ class TestState:
         for a, b in zip(again.parameters(), nets[0].parameters()):
             assert_same_bits(a, b)
 
+    def test_is_a_copy(self):
+        nets = [make_net(dict(use_gradient=True), num_samples=8) for _ in '12']
+        precisions = [get_precision(net) for net in nets]
+
+        def step(net, index):
+            get_precision(net).set_samples(range(4))
+            train(net, [index])
+            get_precision(net).end_pass()
+
+        step(nets[0], 0)
+        state = precisions[0].state_dict()
+        saved = copy.deepcopy(state)
+        precisions[1].load_state_dict(state)
+        for net in nets:
+            step(net, 1)
+            assert not torch.equal(
+                get_precision(net).state_dict()['history'], saved['history']
+            )
+        torch.testing.assert_close(state, saved, rtol=0, atol=0)
+
     def test_of_other_layers(self):
         state = get_precision(make_net()).state_dict()
         other = make_net(exclude=['body'])

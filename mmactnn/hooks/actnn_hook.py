@@ -8,6 +8,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..analysis import Breakdown, Locator
 from ..convert import convert_model, get_precision
@@ -111,6 +112,7 @@ class ActNNHook(Hook):
             return
         model = _unwrap(runner.model)
         _refuse_efficient_conv_bn_eval(runner, model)
+        self._refuse_swapping_shards(runner)
         self.generator.manual_seed(runner.seed, stream=get_rank())
         if self.level.use_gradient:
             self._samples = SampleIndex(runner.train_dataloader.dataset)
@@ -247,6 +249,17 @@ class ActNNHook(Hook):
             checkpoint (dict): The checkpoint.
         """
         self._loaded = checkpoint.get('actnn')
+
+    def _refuse_swapping_shards(self, runner):
+        if self.level.swap and isinstance(
+            runner.model, FullyShardedDataParallel
+        ):
+            raise RuntimeError(
+                f'level {self.level.name} swaps to the host what FSDP frees '
+                'by itself: gathered parameters would be gone before they are '
+                "copied. Use level='L3' with FSDP, or "
+                f'{self.level.name} with DDP'
+            )
 
     def _is_due(self, batch_idx):
         return self.every_n_inner_iters(batch_idx, self.interval)

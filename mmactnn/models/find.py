@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..wrapping import named_modules
+
 _DETECTION = 'mmactnn.models.detection'
 
 # By full name, so that MMDetection need not be imported, nor installed. Exact
@@ -65,7 +67,7 @@ def find_layered(model):
         layers already.
     """
     plans = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         cls = type(module)
         path = COUNTERPARTS.get(f'{cls.__module__}.{cls.__qualname__}')
         if path is None:

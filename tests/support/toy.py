@@ -111,7 +111,7 @@ def dataloader(shuffle):
     )
 
 
-def make_runner(
+def make_config(
     work_dir,
     *custom_hooks,
     model=None,
@@ -121,7 +121,7 @@ def make_runner(
     trains=True,
     **kwargs,
 ):
-    """Build a runner.
+    """The config of a runner.
 
     Args:
         work_dir (Path): Where it writes.
@@ -136,7 +136,7 @@ def make_runner(
         **kwargs: For the runner.
 
     Returns:
-        Runner: The runner.
+        dict: The config.
     """
     interval = 1 if by_epoch else ITERATIONS
     loops = {}
@@ -176,4 +176,17 @@ def make_runner(
         **loops,
     )
     cfg.update(kwargs)
-    return Runner.from_cfg(cfg)
+    return cfg
+
+
+def make_runner(*args, **kwargs):
+    """Build a runner.
+
+    Args:
+        *args: As :func:`make_config`.
+        **kwargs: As :func:`make_config`.
+
+    Returns:
+        Runner: The runner.
+    """
+    return Runner.from_cfg(make_config(*args, **kwargs))

@@ -1,0 +1,84 @@
+"""What visualizer backends are told, read back from their files."""
+
+import json
+
+import pytest
+from support.toy import ITERATIONS, make_runner
+
+from mmactnn.hooks import ActNNHook
+
+NAMES = ('saved_mib', 'exact_mib', 'ratio', 'layers_ratio', 'peak_mib')
+
+event_accumulator = pytest.importorskip(
+    'tensorboard.backend.event_processing.event_accumulator'
+)
+wandb = pytest.importorskip('wandb')
+datastore = pytest.importorskip('wandb.sdk.internal.datastore')
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """A short training: its directory, and what each scalar has been."""
+    folder = tmp_path_factory.mktemp('run')
+    offline = dict(
+        mode='offline',
+        settings=dict(console='off', silent=True, x_disable_stats=True),
+    )
+    runner = make_runner(
+        folder,
+        dict(type=ActNNHook.__name__, level='L3', interval=1),
+        visualizer=dict(
+            type='Visualizer',
+            vis_backends=[
+                dict(type='TensorboardVisBackend'),
+                dict(type='WandbVisBackend', init_kwargs=offline),
+            ],
+        ),
+        default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
+    )
+    runner.train()
+    wandb.teardown()  # its process may still be writing
+    scalars = {
+        f'actnn/{name}': runner.message_hub.get_scalar(f'train/actnn/{name}')
+        for name in NAMES
+    }
+    expected = {name: list(value.data[0]) for name, value in scalars.items()}
+    assert {len(values) for values in expected.values()} == {ITERATIONS}
+    assert expected['actnn/ratio'][0] > 2
+    return folder, expected
+
+
+def test_tensorboard(run):
+    folder, expected = run
+    (file,) = folder.rglob('events.out.tfevents.*')
+    events = event_accumulator.EventAccumulator(str(file)).Reload()
+    for name, values in expected.items():
+        scalars = events.Scalars(name)
+        assert [s.step for s in scalars] == list(range(1, ITERATIONS + 1))
+        # They are float32 there.
+        assert [s.value for s in scalars] == pytest.approx(values, rel=1e-6)
+
+
+def test_wandb(run):
+    from wandb.proto import wandb_internal_pb2
+
+    folder, expected = run
+    (file,) = folder.rglob('*.wandb')
+    store = datastore.DataStore()
+    store.open_for_scan(str(file))
+    rows = []
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof('record_type') == 'history':
+            items = record.history.item
+            rows.append(
+                {
+                    item.key or '/'.join(item.nested_key): json.loads(
+                        item.value_json
+                    )
+                    for item in items
+                }
+            )
+    for name, values in expected.items():
+        assert [row[name] for row in rows] == pytest.approx(values)
