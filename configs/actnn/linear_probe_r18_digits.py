@@ -24,7 +24,7 @@ model = dict(
         norm_cfg=_base_.actnn.norm_cfg,
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='work_dirs/mocov2_r18_digits/epoch_100.pth',
+            checkpoint='work_dirs/mocov2_r18_digits/epoch_200.pth',
             prefix='backbone.',
         ),
     ),

@@ -34,7 +34,6 @@ view_pipeline = [
         prob=0.8,
     ),
     dict(type='RandomGrayscale', prob=0.5, keep_channels=True),
-    dict(type='Invert', prob=0.5),
 ]
 train_dataloader = dict(
     batch_size=128,
@@ -58,7 +57,7 @@ train_dataloader = dict(
 
 model = dict(
     type='MoCo',
-    queue_len=2048,
+    queue_len=1024,
     feat_dim=128,
     # Ten times as fast as for ImageNet: there are a hundredth as many steps.
     momentum=0.01,
@@ -85,7 +84,7 @@ model = dict(
     ),
 )
 
-max_epochs = 100
+max_epochs = 200
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs)
 optim_wrapper = dict(
     type='OptimWrapper',

@@ -4,7 +4,7 @@ For detection and segmentation, or for classification.
 
 The digits are the 1797 scans that come with scikit-learn (``load_digits``,
 UCI "Optical Recognition of Handwritten Digits"), pasted at random sizes, in
-random colours, on procedural textured ground or on plain one. Nothing is
+random colours, on procedural textured ground or on plain dark one. Nothing is
 downloaded, and a small detector learns the set within minutes on a CPU.
 
 ``--layout digits`` (default) writes::
@@ -22,8 +22,8 @@ downloaded, and a small detector learns the set within minutes on a CPU.
 unchanged. Digits 0 to 9 stand in for the first ten categories in COCO's
 order: 0 is ``person``, 1 is ``bicycle``, ... 9 is ``traffic light``.
 
-``--layout classes`` writes images of one large digit on plain ground each, in
-folders named by it, as sets for classification are::
+``--layout classes`` writes images of one large digit each, on plain dark
+ground, in folders named by it, as sets for classification are::
 
     OUT/train/0/000000000007.png ...  ... OUT/train/9/...
     OUT/val/0/...
@@ -149,7 +149,7 @@ LAYOUTS = {
             num_val=1000,
             image_size=32,
             digits=(1, 1),
-            scale=(0.7, 0.95),
+            scale=(0.8, 1.0),
         ),
     ),
 }
@@ -173,7 +173,7 @@ class Digit:
 
 
 def make_ground(size, textured, rng):
-    """Draw smooth coloured noise, or plain ground.
+    """Draw smooth coloured noise, or plain dark ground.
 
     Args:
         size (int): Side of the square image, in pixels.
@@ -184,14 +184,12 @@ def make_ground(size, textured, rng):
         np.ndarray[size, size, 3], float32: The ground, 0 to 255.
     """
     ground = np.empty((size, size, 3), np.float32)
-    base = rng.uniform(70, 185)
+    base = rng.uniform(70, 185) if textured else rng.uniform(30, 60)
     for channel in range(3):
-        plane = np.full((size, size), base + rng.uniform(-30, 30), np.float32)
-        ground[..., channel] = plane
-        if not textured:
-            continue
+        ground[..., channel] = base + rng.uniform(-30, 30)
         # Octaves of value noise: the finer, the weaker.
-        for cells, amplitude in ((2, 24), (5, 14), (11, 8)):
+        octaves = ((2, 24), (5, 14), (11, 8)) if textured else ()
+        for cells, amplitude in octaves:
             grid = rng.uniform(-amplitude, amplitude, (cells, cells))
             octave = Image.fromarray(grid.astype(np.float32))
             ground[..., channel] += np.asarray(

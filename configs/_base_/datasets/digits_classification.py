@@ -1,4 +1,4 @@
-# Single handwritten digits on plain ground, 32x32 pixels, made by
+# Single handwritten digits on plain dark ground, 32x32 pixels, made by
 #
 #   python tools/dataset_converters/digits.py data/digits_classes \
 #       --layout classes
