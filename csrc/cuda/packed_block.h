@@ -121,6 +121,21 @@ __device__ __forceinline__ CodeWord<kBits> pack_sums(const uint32_t* sums,
                       __byte_perm(four[2] << 1, four[3] << 1, 0x0062), 0x5410);
     }
     return words[0] | static_cast<uint64_t>(words[1]) << 32;
+  } else if constexpr (kBits != kAnyBits) {
+    // The same with two codes in each half.
+    constexpr uint32_t kExcess =
+        (kIntegerFloat >> 16) * 0x10001u * (1u + (1u << kBits));
+    uint32_t pairs[2];
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      const uint32_t* two = sums + 2 * w;
+      pairs[w] = __byte_perm(two[0], two[4], 0x7632) +
+                 (__byte_perm(two[1], two[5], 0x7632) << kBits) - kExcess;
+    }
+    const uint32_t low = (pairs[0] & 0xFFFFu) | (pairs[1] & 0xFFFFu)
+                                                    << (2 * kBits);
+    const uint32_t high = pairs[0] >> 16 | pairs[1] >> 16 << (2 * kBits);
+    return low | static_cast<uint64_t>(high) << (4 * kBits);
   } else {
     uint64_t word = 0;
 #pragma unroll
