@@ -248,10 +248,10 @@ __global__ void __launch_bounds__(kNormThreads, kNormResident)
       }
     } else if (kShape == NormActShape::kColumns ||
                (op.channels.vectorized && left >= kBlock)) {
-      const ChannelWords mean(op.mean + place.channel);
-      const ChannelWords invstd(op.invstd + place.channel);
-      const ChannelWords weight(op.weight + place.channel);
-      const ChannelWords bias(op.bias + place.channel);
+      const ChannelWords<> mean(op.mean + place.channel);
+      const ChannelWords<> invstd(op.invstd + place.channel);
+      const ChannelWords<> weight(op.weight + place.channel);
+      const ChannelWords<> bias(op.bias + place.channel);
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
         const ChannelNorm norm{mean.item[i], invstd.item[i], weight.item[i],

@@ -12,10 +12,10 @@
 namespace mmactnn {
 
 // Two numbers of a 16-bit dtype share a register until they are used.
-template <typename T>
+template <typename T, int kItems = kBlock>
 struct PackedBlock {
   static constexpr int kPerWord = 4 / sizeof(T);
-  static constexpr int kWords = kBlock / kPerWord;
+  static constexpr int kWords = kItems / kPerWord;
   static constexpr int kPerVector = 16 / sizeof(T);
 
   uint32_t word[kWords];
@@ -59,9 +59,9 @@ struct PackedBlock {
   }
   // The numbers from `begin` on; in place of those from `count` on the first.
   __device__ __forceinline__ void load(const T* source, int begin, int count) {
-    float values[kBlock];
+    float values[kItems];
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
+    for (int i = 0; i < kItems; ++i) {
       values[i] = Number<T>::load(source[begin + i < count ? begin + i : 0]);
     }
     set(values);
@@ -80,7 +80,7 @@ struct PackedBlock {
   }
   __device__ __forceinline__ void store(T* target, int count) const {
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
+    for (int i = 0; i < kItems; ++i) {
       if (i < count) target[i] = Number<T>::store(get(i));
     }
   }
