@@ -111,14 +111,15 @@ __device__ __forceinline__ CodeWord<kBits> pack_sums(const uint32_t* sums,
     if constexpr (kBits == 2) return __byte_perm(halves, 0, 0x4420);
     return (halves & 0xFFFFu) | (halves >> 16 << (4 * kBits));
   } else if constexpr (kBits == kMaxBits) {
-    // Shifted by a bit, a code is the third byte.
+    // A code becomes the third byte, where codes of 7 bits and a flag are.
+    const int shift = 16 - fraction;
     uint32_t words[2];
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
       const uint32_t* four = sums + 4 * w;
-      words[w] =
-          __byte_perm(__byte_perm(four[0] << 1, four[1] << 1, 0x0062),
-                      __byte_perm(four[2] << 1, four[3] << 1, 0x0062), 0x5410);
+      words[w] = __byte_perm(
+          __byte_perm(four[0] << shift, four[1] << shift, 0x0062),
+          __byte_perm(four[2] << shift, four[3] << shift, 0x0062), 0x5410);
     }
     return words[0] | static_cast<uint64_t>(words[1]) << 32;
   } else if constexpr (kBits != kAnyBits) {
