@@ -59,13 +59,16 @@ struct GroupCodes {
                                         int left) const {
     store_word<kBits>(word, kBits, left, codes + (b * kLanes + lane) * kBits);
   }
+  // Whether the blocks of a whole group are no words of memory. They would be
+  // written byte by byte, and parts of the same sector again and again: they
+  // meet in shared memory first.
+  template <int kBits>
+  static constexpr bool kMeet = (kBits & (kBits - 1)) != 0;
+
   // All blocks of a whole group.
   template <int kBits>
   __device__ __forceinline__ void store(const CodeWord<kBits>* words) const {
-    // Blocks that are no words of memory would be written byte by byte, and
-    // parts of the same sector again and again: they meet in shared memory.
-    constexpr bool kWords = (kBits & (kBits - 1)) == 0;
-    if (kWords || !is_aligned(codes, sizeof(uint32_t))) {
+    if (!is_aligned(codes, sizeof(uint32_t))) {
 #pragma unroll
       for (int b = 0; b < kBlocksPerThread; ++b) {
         store<kBits>(b, words[b], kBlock);
@@ -99,6 +102,8 @@ __device__ __forceinline__ void encode_group(const GroupCodes<T, kGroup>& group,
   constexpr int kHalf = kBlocksPerThread / 2;
   static_assert(half_blocks(kGroup) == kHalf * kLanes);
   constexpr uint32_t kMaxCode = max_code_of(kBits);
+  constexpr bool kTogether =
+      kWhole && GroupCodes<T, kGroup>::template kMeet<kBits>;
 
   const float scale = encode_scale(range, kMaxCode);
   const uint32_t integer = opaque_integer_float(group.count);
@@ -124,10 +129,10 @@ __device__ __forceinline__ void encode_group(const GroupCodes<T, kGroup>& group,
         }
       }
       words[b] = group.template pack<kBits>(sums);
-      if (!kWhole) group.template store<kBits>(b, words[b], left);
+      if (!kTogether) group.template store<kBits>(b, words[b], left);
     }
   }
-  if (kWhole) group.template store<kBits>(words);
+  if constexpr (kTogether) group.template store<kBits>(words);
 }
 
 template <int kBits, typename T, int kGroup>
