@@ -40,7 +40,10 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
                       float* __restrict__ sums, NormPayload payload,
                       Planes planes) {
   using Piece = NormPiece<T, kBits, kCodes, kItems>;
-  constexpr int kAtOnce = kPiecesAtOnce<T, kItems>;
+  // What is written takes registers, too.
+  constexpr int kAtOnce = kCodes == NormCodes::kMask && kItems == kBlock
+                              ? 2
+                              : kPiecesAtOnce<T, kItems>;
   const PlaneCursor<kItems> cursor(planes);
   float sum = 0.0f, product = 0.0f;
   for (uint32_t i = threadIdx.x; i < cursor.pieces; i += kThreads * kAtOnce) {
