@@ -59,14 +59,15 @@ __device__ __forceinline__ float load_channel(const float* source,
   return source == nullptr ? none : source[channel];
 }
 
-// Those of the 8 channels of a block, where vectorized().
+// Those of the channels of a block or of half of one, where vectorized().
+template <int kItems = kBlock>
 struct ChannelWords {
-  float item[kBlock];
+  float item[kItems];
 
   explicit __device__ __forceinline__ ChannelWords(const float* source) {
     constexpr int kPerWord = 4;
 #pragma unroll
-    for (int w = 0; w < kBlock; w += kPerWord) {
+    for (int w = 0; w < kItems; w += kPerWord) {
       const auto word =
           *reinterpret_cast<const Vector<float, kPerWord>*>(source + w);
 #pragma unroll

@@ -10,16 +10,19 @@
 #include "../common/norm.h"
 #include "../common/stats_checks.h"
 #include "block.h"
-#include "blocks.h"
 #include "channel_walk.h"
 #include "launch.h"
+#include "packed.h"
 
 namespace mmactnn {
 namespace {
 
+// Thread blocks of a multiprocessor that registers must suffice for.
+constexpr int kColumnBlocks = 3;
+
 // Pieces whose loads a thread issues together.
 template <typename T, int kItems>
-constexpr int kPiecesAtOnce = kItems == kBlock && sizeof(T) == 4 ? 2 : 4;
+constexpr int kPiecesAtOnce = kItems == kBlock ? 16 / sizeof(T) : 8;
 
 // Each thread sums differences from the first element that it reads, and
 // their squares, so that a mean far from zero costs no accuracy. Threads and
@@ -65,63 +68,47 @@ struct Partials {
 };
 
 template <typename T, int kItems>
-__device__ __forceinline__ void load_items(const T* source, float* values) {
-  if constexpr (kItems == kBlock) {
-    T items[kBlock];
-    load_block<T, true>(source, kBlock, items);
-#pragma unroll
-    for (int j = 0; j < kBlock; ++j) values[j] = Number<T>::load(items[j]);
-  } else {
-    values[0] = Number<T>::load(source[0]);
-  }
-}
-
-template <typename T, int kItems>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     plane_stats_kernel(const T* __restrict__ input, Partials partials,
                        int64_t row_numel, Planes planes) {
-  constexpr int kAtOnce = kPiecesAtOnce<T, kItems>;
+  constexpr int kAtOnce = kPiecesAtOnce<T, kItems> / 2;
   const PlaneCursor<kItems> cursor(planes);
-  const uint32_t pieces = planes.splits.pieces();
   const auto address = [&](const PlanePiece& place) {
     return input + place.row * row_numel +
            static_cast<int64_t>(place.piece) * kItems;
   };
-  float shift = 0.0f;
-  if (threadIdx.x < pieces) {
-    const PlanePiece place = cursor.at(threadIdx.x);
-    if (place.end > 0) shift = Number<T>::load(address(place)[place.begin]);
-  }
+  const PlanePiece start = cursor.at(threadIdx.x);
+  const float shift = Number<T>::load(
+      input[start.row * row_numel + cursor.begin + cursor.nearest(start)]);
   float sum = 0.0f, squares = 0.0f;
   int count = 0;
-  for (uint32_t i = threadIdx.x; i < pieces; i += kThreads * kAtOnce) {
-    float values[kAtOnce][kItems];
+  for (uint32_t i = threadIdx.x; i < cursor.pieces; i += kThreads * kAtOnce) {
+    Packed<T, kItems> numbers[kAtOnce];
     PlanePiece place[kAtOnce];
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      const uint32_t local = i + u * kThreads;
-      place[u] = cursor.at(local);
-      if (local >= pieces) place[u].end = 0;
-      if (place[u].end > 0) {
-        load_items<T, kItems>(address(place[u]), values[u]);
-      }
+      place[u] = cursor.at(i + u * kThreads);
+      numbers[u].load(address(place[u]));
     }
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      if (place[u].end <= 0) continue;
-      count += place[u].end - place[u].begin;
-      const bool whole = place[u].begin == 0 && place[u].end == kItems;
-      if (!whole) {
+      if (!cursor.any(place[u])) continue;
+      const auto include = [&](int j) {
+        const float distance = numbers[u].value(j) - shift;
+        sum += distance;
+        squares = fmaf(distance, distance, squares);
+      };
+      if (cursor.whole(place[u])) {
+        count += kItems;
 #pragma unroll
-        for (int j = 0; j < kItems; ++j) {
-          if (!place[u].holds(j)) values[u][j] = shift;
-        }
+        for (int j = 0; j < kItems; ++j) include(j);
+        continue;
       }
 #pragma unroll
       for (int j = 0; j < kItems; ++j) {
-        const float distance = values[u][j] - shift;
-        sum += distance;
-        squares = fmaf(distance, distance, squares);
+        if (!cursor.holds(place[u], j)) continue;
+        ++count;
+        include(j);
       }
     }
   }
@@ -140,45 +127,43 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int kItems>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kColumnBlocks)
     column_stats_kernel(const T* __restrict__ input, Partials partials,
                         Columns columns) {
   constexpr int kAtOnce = kPiecesAtOnce<T, kItems>;
   const ColumnCursor cursor(columns);
-  const uint32_t pixels = columns.splits.pieces();
   // Rows have no gaps: pixels count through all of them.
   const T* source =
-      input + ((columns.splits.begin() + cursor.pixel) * columns.total +
-               cursor.column) *
-                  kItems;
-  const int64_t step = int64_t{columns.pixels} * columns.total * kItems;
+      input +
+      ((cursor.begin + cursor.pixel) * cursor.total + cursor.column) * kItems;
+  const uint32_t stride = cursor.step * cursor.total;
   float shift[kItems] = {}, sum[kItems] = {}, squares[kItems] = {};
-  float count = 0.0f;
-  if (cursor.active && cursor.pixel < pixels) {
-    load_items<T, kItems>(source, shift);
-    count =
-        static_cast<float>((pixels - 1 - cursor.pixel) / columns.pixels + 1);
-    for (uint32_t i = cursor.pixel; i < pixels; i += columns.pixels * kAtOnce) {
-      float values[kAtOnce][kItems];
+  if (cursor.count != 0) {
+    Packed<T, kItems> first;
+    first.load(source);
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) shift[j] = first.value(j);
+    for (uint32_t k = 0; k < cursor.count; k += kAtOnce) {
+      Packed<T, kItems> numbers[kAtOnce];
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
-        if (i + u * columns.pixels < pixels) {
-          load_items<T, kItems>(source + u * step, values[u]);
-        }
+        // Past the end the first once more, which is at no distance.
+        const uint32_t index = k + u < cursor.count ? k + u : 0;
+        numbers[u].load(source + uint64_t{index} * stride * kItems);
       }
-      source += kAtOnce * step;
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
-        if (i + u * columns.pixels >= pixels) continue;
 #pragma unroll
         for (int j = 0; j < kItems; ++j) {
-          const float distance = values[u][j] - shift[j];
+          const float distance = numbers[u].value(j) - shift[j];
           sum[j] += distance;
           squares[j] = fmaf(distance, distance, squares[j]);
         }
       }
     }
   }
+  const auto count = static_cast<float>(cursor.count);
+  const uint32_t pixels = columns.splits.pieces();
   __shared__ float counts[kThreads];
   __shared__ Moments moments[kItems][kThreads];
   counts[threadIdx.x] = count;
@@ -231,7 +216,7 @@ struct Running {
 
 // Merges the splits of 8 channels a thread block.
 template <typename R>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kFinishThreads)
     finish_stats_kernel(Partials partials, uint32_t splits, Outputs outputs,
                         Running<R> running, double eps) {
   const int64_t channel =
@@ -239,23 +224,31 @@ __global__ void __launch_bounds__(kThreads)
   const bool inside = channel < partials.channels;
   // Sums of squares about a mean that is close to that of all: nothing is lost
   // in double when they are moved there.
-  const double pivot = inside && splits != 0 ? partials.at(0, 1, channel) : 0.0;
-  double count = 0.0, sum = 0.0, squares = 0.0;
+  const float pivot = inside && splits != 0 ? partials.at(0, 1, channel) : 0.0f;
+  double sums[3] = {};  // of counts, distances and squares
   if (inside) {
-#pragma unroll 8
-    for (uint32_t s = threadIdx.x / kFinishColumns; s < splits; s += kWarp) {
-      const double own = partials.at(s, 0, channel);
-      const double distance = partials.at(s, 1, channel) - pivot;
-      count += own;
-      sum += own * distance;
-      squares += partials.at(s, 2, channel) + own * distance * distance;
-    }
+    float own[kFinishAtOnce][3];
+    for_each_split(
+        splits,
+        [&](int u, uint32_t split) {
+#pragma unroll
+          for (int i = 0; i < 3; ++i)
+            own[u][i] = partials.at(split, i, channel);
+        },
+        [&](int u) {
+          const double count = own[u][0];
+          const double distance = static_cast<double>(own[u][1]) - pivot;
+          sums[0] += count;
+          sums[1] += count * distance;
+          sums[2] += own[u][2] + count * distance * distance;
+        });
   }
-  count = column_sum(count);
-  const double distance = column_sum(sum) / fmax(count, 1.0);
-  const double mean = pivot + distance;
-  squares = column_sum(squares) - count * distance * distance;
+  column_sums(sums);
   if (!inside || threadIdx.x >= kFinishColumns) return;
+  const double count = sums[0];
+  const double distance = sums[1] / fmax(count, 1.0);
+  const double mean = pivot + distance;
+  const double squares = sums[2] - count * distance * distance;
   if (running.batches != nullptr && channel == 0) ++*running.batches;
   const ChannelStats stats = finish_stats(mean, squares, count, eps);
   outputs.mean[channel] = stats.mean;
@@ -288,12 +281,11 @@ Tensor reduce(const Tensor& input, const Channels& channels, int device,
     constexpr int kItems = decltype(items)::value;
     if (channels.last) {
       const Columns columns =
-          make_columns<kItems>(channels, kPiecesAtOnce<T, kItems>, device);
+          make_columns<kItems>(channels, true, kColumnBlocks, device);
       column_stats_kernel<T, kItems><<<columns.grid(), kThreads, 0, stream>>>(
           source, make_partials(columns.splits), columns);
     } else {
-      const Planes planes =
-          make_planes<kItems>(channels, kPiecesAtOnce<T, kItems>, device);
+      const Planes planes = make_planes<kItems>(channels, device);
       plane_stats_kernel<T, kItems>
           <<<planes.grid(channels.count), kThreads, 0, stream>>>(
               source, make_partials(planes.splits), channels.row_numel(),
@@ -360,7 +352,7 @@ void batch_stats(const Tensor& input, double eps, const RunningStats& running,
   dispatch_dtype(dtype, [&](auto type) {
     using R = typename decltype(type)::type;
     finish_stats_kernel<R>
-        <<<finish_grid(channels.count), kThreads, 0, stream>>>(
+        <<<finish_grid(channels.count), kFinishThreads, 0, stream>>>(
             partials, splits, pointers(outputs),
             Running<R>{pointer<R>(running.mean), pointer<R>(running.var),
                        pointer<int64_t>(running.batches), running.momentum},

@@ -8,13 +8,11 @@
 
 #include "../common/channels.h"
 #include "../common/divider.h"
+#include "../common/geometry.h"
 #include "launch.h"
 
 namespace mmactnn {
 
-// Thread blocks that a kernel is cut into for each multiprocessor: a few times
-// what is resident, so that the last ones do not leave it idle for long.
-constexpr int kGridBlocksPerProcessor = 16;
 // Pieces of a split; the pieces of a row may be as many, and the sum of both
 // is still an index that a Divider takes.
 constexpr int64_t kMaxPieces = INT64_C(1) << 30;
@@ -44,16 +42,17 @@ struct Splits {
 };
 
 // `step` is the number of pieces that a thread block reads at a time, `across`
-// the number of thread blocks side by side.
+// the number of thread blocks side by side, `blocks` that for each
+// multiprocessor in all.
 inline Splits make_splits(int64_t total, int64_t step, int64_t across,
-                          int device) {
+                          int blocks, int device) {
   int processors = 0;
   const cudaError_t error = cudaDeviceGetAttribute(
       &processors, cudaDevAttrMultiProcessorCount, device);
   STD_TORCH_CHECK(error == cudaSuccess, "mmactnn: ", cudaGetErrorString(error));
   const int64_t steps = (total + step - 1) / step;
   const int64_t wanted =
-      (int64_t{kGridBlocksPerProcessor} * processors + across - 1) / across;
+      std::max(int64_t{blocks} * processors / across, INT64_C(1));
   const int64_t per_split =
       std::min((steps + wanted - 1) / wanted, kMaxPieces / step);
   const int64_t size = per_split * step;
@@ -99,9 +98,10 @@ struct Planes {
   }
 };
 
-// `at_once` is the number of pieces whose loads a thread issues together.
 template <int kItems>
-Planes make_planes(const Channels& channels, int at_once, int device) {
+Planes make_planes(const Channels& channels, int device) {
+  // Twice what is resident: the channels may be just more than that.
+  constexpr int kBlocks = 8;
   check_indexable(channels);
   const int64_t plane = channels.plane;
   const int64_t pieces = plane % kItems == 0
@@ -110,44 +110,54 @@ Planes make_planes(const Channels& channels, int at_once, int device) {
   STD_TORCH_CHECK(pieces <= kMaxPieces, "a channel may have at most ",
                   kMaxPieces, " elements a sample, got ", plane);
   return {static_cast<uint32_t>(plane),
-          make_splits(channels.rows * pieces, int64_t{kThreads} * at_once,
-                      channels.count, device),
+          make_splits(channels.rows * pieces, kThreads, channels.count, kBlocks,
+                      device),
           Divider(static_cast<uint32_t>(pieces))};
 }
 
-// One piece of a channel, and which of its elements belong to it.
+// One piece of a channel. It can be read even where it has no elements of it.
 struct PlanePiece {
   uint32_t row;
   uint32_t piece;  // within the row
-  int begin;
-  int end;  // not positive: none
-
-  __device__ __forceinline__ bool holds(int i) const {
-    return i >= begin && i < end;
-  }
+  int first;       // element of the channel that it begins with, or before it
 };
 
 template <int kItems>
 struct PlaneCursor {
-  uint32_t plane_begin;
-  uint32_t plane_end;
-  uint32_t first;  // piece of the row that the channel begins in
+  uint32_t plane;
+  uint32_t begin;   // of the channel in the row
+  uint32_t last;    // piece of the row that the channel ends in
+  uint32_t pieces;  // of the split
   PieceIndex start;
   Divider by_pieces;
 
   explicit __device__ __forceinline__ PlaneCursor(const Planes& planes)
-      : plane_begin(blockIdx.x * planes.plane),
-        plane_end(plane_begin + planes.plane),
-        first(plane_begin / kItems),
+      : plane(planes.plane),
+        begin(blockIdx.x * plane),
+        last((begin + plane - 1) / kItems),
+        pieces(planes.splits.pieces()),
         start(first_piece(planes.splits, planes.by_pieces)),
         by_pieces(planes.by_pieces) {}
 
   __device__ __forceinline__ PlanePiece at(uint32_t local) const {
-    const PieceIndex index = advance(start, local, by_pieces);
-    const uint32_t piece = first + index.piece;
-    const int before = static_cast<int>(plane_begin - piece * kItems);
-    const int left = static_cast<int>(plane_end - piece * kItems);
-    return {index.row, piece, max(before, 0), min(left, kItems)};
+    const PieceIndex index = advance(start, min(local, pieces - 1), by_pieces);
+    const uint32_t piece = begin / kItems + index.piece;
+    const uint32_t first = local < pieces ? piece * kItems - begin : plane;
+    return {index.row, min(piece, last), static_cast<int>(first)};
+  }
+  // An element of the channel in the piece or close by.
+  __device__ __forceinline__ uint32_t nearest(const PlanePiece& place) const {
+    return min(static_cast<uint32_t>(max(place.first, 0)), plane - 1);
+  }
+  // Whether any element, element `i` and all are of the channel.
+  __device__ __forceinline__ bool any(const PlanePiece& place) const {
+    return place.first < static_cast<int>(plane);
+  }
+  __device__ __forceinline__ bool holds(const PlanePiece& place, int i) const {
+    return static_cast<uint32_t>(place.first) + i < plane;
+  }
+  __device__ __forceinline__ bool whole(const PlanePiece& place) const {
+    return place.first >= 0 && holds(place, kItems - 1);
   }
 };
 
@@ -158,6 +168,7 @@ struct Columns {
   uint32_t columns;
   uint32_t pixels;  // that a thread block reads side by side
   Splits splits;    // of pixels
+  bool one_row;     // whether all rows may be taken for one
   Divider by_columns;
   Divider by_plane;
 
@@ -166,8 +177,11 @@ struct Columns {
   }
 };
 
+// `blocks` thread blocks for each multiprocessor, as many as are resident: all
+// end at about the same time. `one_row` is of blocks only.
 template <int kItems>
-Columns make_columns(const Channels& channels, int at_once, int device) {
+Columns make_columns(const Channels& channels, bool one_row, int blocks,
+                     int device) {
   check_indexable(channels);
   const int64_t total = channels.count / kItems;
   const int64_t across = (total + kWarp - 1) / kWarp;
@@ -178,59 +192,116 @@ Columns make_columns(const Channels& channels, int at_once, int device) {
   return {static_cast<uint32_t>(total),
           static_cast<uint32_t>(columns),
           static_cast<uint32_t>(pixels),
-          make_splits(channels.channel_numel(), pixels * at_once,
-                      (total + columns - 1) / columns, device),
+          make_splits(channels.channel_numel(), pixels,
+                      (total + columns - 1) / columns, blocks, device),
+          kItems == kBlock && one_row,
           Divider(static_cast<uint32_t>(columns)),
           Divider(static_cast<uint32_t>(channels.plane))};
 }
 
+// What a thread reads: `count` pixels of the split, one every `step`.
 struct ColumnCursor {
   uint32_t lane;    // column within the thread block
   uint32_t pixel;   // first that this thread reads
   uint32_t column;  // of the tensor
   uint32_t total;
-  bool active;
+  uint32_t step;
+  uint32_t count;
+  int64_t begin;  // pixel of the tensor that the split begins with
   PieceIndex start;
+  bool one_row;
   Divider by_plane;
 
   explicit __device__ __forceinline__ ColumnCursor(const Columns& columns)
       : pixel(columns.by_columns.quotient(threadIdx.x)),
         total(columns.total),
-        start(first_piece(columns.splits, columns.by_plane)),
+        step(columns.pixels),
+        count(0),
+        begin(columns.splits.begin()),
+        start{0, 0},
+        one_row(columns.one_row),
         by_plane(columns.by_plane) {
     lane = threadIdx.x - pixel * columns.columns;
     column = blockIdx.x * columns.columns + lane;
-    active = pixel < columns.pixels && column < total;
+    const uint32_t pixels = columns.splits.pieces();
+    if (pixel < step && column < total && pixel < pixels) {
+      count = (pixels - 1 - pixel) / step + 1;
+    }
+    if (!one_row) start = first_piece(columns.splits, by_plane);
   }
 
-  // Row and piece of the row.
-  __device__ __forceinline__ PieceIndex at(uint32_t local) const {
+  // Row and piece of the row of pixel `k`, of the last one beyond.
+  __device__ __forceinline__ PieceIndex at(uint32_t k) const {
+    const uint32_t local = pixel + min(k, count - 1) * step;
+    if (one_row) {
+      return {0, (static_cast<uint32_t>(begin) + local) * total + column};
+    }
     const PieceIndex index = advance(start, local, by_plane);
     return {index.row, index.piece * total + column};
   }
 };
 
 // Sums over splits: a thread block takes 8 of the `width` columns of
-// [splits, width] numbers, a warp's worth of threads for each.
-constexpr int kFinishColumns = kThreads / kWarp;
+// [splits, width] numbers.
+constexpr int kFinishColumns = 8;
+constexpr int kFinishThreads = 1024;
+constexpr int kFinishRows = kFinishThreads / kFinishColumns;
+// Rows whose loads a thread issues together.
+constexpr int kFinishAtOnce = 8;
 
 inline unsigned int finish_grid(int64_t width) {
   return static_cast<unsigned int>((width + kFinishColumns - 1) /
                                    kFinishColumns);
 }
 
-// The sum over the thread block's threads of the same column, in each of them.
-__device__ __forceinline__ double column_sum(double value) {
-  __shared__ double sums[kThreads];
-  sums[threadIdx.x] = value;
-  __syncthreads();
-  double total = 0.0;
+// Calls `load(u, split)` for kFinishAtOnce splits of a thread after one
+// another, then `merge(u)` for those of them that there are.
+template <typename Load, typename Merge>
+__device__ __forceinline__ void for_each_split(uint32_t splits,
+                                               const Load& load,
+                                               const Merge& merge) {
+  for (uint32_t s = threadIdx.x / kFinishColumns; s < splits;
+       s += kFinishRows * kFinishAtOnce) {
 #pragma unroll
-  for (int i = 0; i < kWarp; ++i) {
-    total += sums[i * kFinishColumns + threadIdx.x % kFinishColumns];
+    for (int u = 0; u < kFinishAtOnce; ++u) {
+      load(u, min(s + u * kFinishRows, splits - 1));
+    }
+#pragma unroll
+    for (int u = 0; u < kFinishAtOnce; ++u) {
+      if (s + u * kFinishRows < splits) merge(u);
+    }
   }
-  __syncthreads();  // the next call writes again
-  return total;
+}
+
+// Sums over the thread block's threads of the same column, in the first warp.
+template <int kCount>
+__device__ __forceinline__ void column_sums(double (&values)[kCount]) {
+  constexpr int kWarps = kFinishThreads / kWarp;
+  __shared__ double sums[kCount][kWarps][kFinishColumns];
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const auto sum_lanes = [&](double& value) {
+#pragma unroll
+    for (int step = kFinishColumns; step < kWarp; step *= 2) {
+      value += __shfl_xor_sync(0xFFFFFFFFu, value, step);
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    sum_lanes(values[i]);
+    if (lane < kFinishColumns) sums[i][warp][lane] = values[i];
+  }
+  __syncthreads();
+  if (warp != 0) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    values[i] = 0.0;
+#pragma unroll
+    for (int w = 0; w < kWarps; w += kWarp / kFinishColumns) {
+      values[i] += sums[i][w + lane / kFinishColumns][lane % kFinishColumns];
+    }
+    sum_lanes(values[i]);
+  }
 }
 
 }  // namespace mmactnn

@@ -29,9 +29,13 @@
 namespace mmactnn {
 namespace {
 
-// Blocks that one thread decodes: their reads are small, and many of them
+// Pieces that one thread decodes: their reads are small, and many of them
 // have to be under way.
-constexpr int kDecodedBlocks = 4;
+constexpr int kDecodedPieces = 4;
+
+// Elements of a piece, which is written at once: a block or half of one.
+template <typename T>
+constexpr int kPieceItems = 16 / sizeof(T);
 
 // One launch; pointers are those of its first row.
 template <typename T>
@@ -48,7 +52,7 @@ struct Decode {
   bool vectorized;  // every full block starts on a 16-byte boundary
 };
 
-// The elements of a block, within a row.
+// The elements of a block or piece, within a row.
 struct Elements {
   uint32_t first;
   int count;
@@ -59,40 +63,43 @@ struct Affine {
   const float* weight;  // null: none
   const float* bias;    // null: none
   ChannelIndex channels;
-  // Blocks that a thread decodes one after the other are of the same channels.
+  // Pieces that a thread decodes one after the other are of the same channels.
   bool repeats;
 
-  // Weight and bias of 8 elements, the last one's again past their end.
+  // Weight and bias of elements, the last one's again past their end.
+  template <int kItems>
   struct Block {
-    float weight[kBlock];
-    float bias[kBlock];
+    float weight[kItems];
+    float bias[kItems];
 
     __device__ __forceinline__ float apply(int i, float value) const {
       return ChannelNorm{0.0f, 1.0f, weight[i], bias[i]}.scale(value);
     }
   };
 
-  __device__ __forceinline__ void load(Elements elements, Block& block) const {
+  template <int kItems>
+  __device__ __forceinline__ void load(Elements elements,
+                                       Block<kItems>& block) const {
     ChannelIndex::Place place = channels.of(elements.first);
-    if (place.left >= kBlock) {
+    if (place.left >= kItems) {
       const float weights = load_channel(weight, place.channel, kNoWeight);
       const float biases = load_channel(bias, place.channel, kNoBias);
 #pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
+      for (int i = 0; i < kItems; ++i) {
         block.weight[i] = weights;
         block.bias[i] = biases;
       }
-    } else if (channels.vectorized && elements.count >= kBlock) {
-      const ChannelWords weights(weight + place.channel);
-      const ChannelWords biases(bias + place.channel);
+    } else if (channels.vectorized && elements.count >= kItems) {
+      const ChannelWords<kItems> weights(weight + place.channel);
+      const ChannelWords<kItems> biases(bias + place.channel);
 #pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
+      for (int i = 0; i < kItems; ++i) {
         block.weight[i] = weights.item[i];
         block.bias[i] = biases.item[i];
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
+      for (int i = 0; i < kItems; ++i) {
         block.weight[i] = load_channel(weight, place.channel, kNoWeight);
         block.bias[i] = load_channel(bias, place.channel, kNoBias);
         if (i + 1 < elements.count) place = channels.next(place);
@@ -102,8 +109,8 @@ struct Affine {
 };
 
 // The positive kind of split codes, normalised values that become outputs. A
-// decoder decodes the block that comes after those it has decoded before.
-template <typename T, int kBits>
+// decoder decodes the piece that comes after those it has decoded before.
+template <typename T, int kBits, int kItems>
 class SplitDecoder {
  public:
   static constexpr int kRanges = 2;
@@ -121,7 +128,7 @@ class SplitDecoder {
     return !std::is_same_v<T, float>;
   }
 
-  // `where()` returns the Elements of the block.
+  // `where()` returns the Elements of the piece.
   template <typename Where>
   __device__ __forceinline__ void begin(const Where& where) {
     if (!loaded_ || !affine_.repeats) affine_.load(where(), block_);
@@ -152,13 +159,13 @@ class SplitDecoder {
   const Affine& affine_;
   int bits_;
   bool loaded_ = false;
-  Affine::Block block_;
+  Affine::Block<kItems> block_;
 };
 
 struct NoParameters {};
 
 // Zeroed codes.
-template <typename T, int kBits>
+template <typename T, int kBits, int kItems>
 class ZeroedDecoder {
  public:
   static constexpr int kRanges = 1;
@@ -204,38 +211,40 @@ __device__ __forceinline__ bool any_infinite(const PackedBlock<T>& block) {
   return !bounds.template of_lanes<1>().all_finite();
 }
 
-// Blocks that need neither special codes nor a clamp; returns false for others.
-template <typename T, int kBits, typename Decoder>
-__device__ __forceinline__ bool decode_plain_block(const Decoder& decoder,
-                                                   CodeWord<kBits> word,
-                                                   Range range,
-                                                   uint32_t integer,
-                                                   PackedBlock<T>& block) {
+// Elements that need neither special codes nor a clamp; returns false for
+// others.
+template <typename T, int kBits, int kItems, typename Decoder>
+__device__ __forceinline__ bool decode_plainly(const Decoder& decoder,
+                                               CodeWord<kBits> word,
+                                               Range range, uint32_t integer,
+                                               PackedBlock<T, kItems>& items) {
   if (!decodes_plainly(range, decoder.max_code(), Decoder::largest_value())) {
     return false;
   }
-  const CodeFloats<kBits, kBlock, Decoder::value_bits()> floats(range.step,
+  const CodeFloats<kBits, kItems, Decoder::value_bits()> floats(range.step,
                                                                 integer);
-  float values[kBlock];
+  float values[kItems];
 #pragma unroll
-  for (int i = 0; i < kBlock; ++i) {
+  for (int i = 0; i < kItems; ++i) {
     const float value = __fmaf_rn(floats.number(word, i, Decoder::offset()),
                                   floats.step(i), range.low);
     const auto code =
         static_cast<uint32_t>(word >> (i * kBits)) & max_code_of(kBits);
     values[i] = decoder.kept(code) ? decoder.output(i, value) : 0.0f;
   }
-  block.set(values);
-  return !Decoder::checked() || !any_infinite(block);
+  items.set(values);
+  if constexpr (Decoder::checked()) return !any_infinite(items);
+  return true;
 }
 
-template <typename T, int kBits, typename Decoder>
-__device__ __forceinline__ void decode_block(const Decoder& decoder,
-                                             CodeWord<kBits> word, Range range,
-                                             int bits, PackedBlock<T>& block) {
-  float values[kBlock];
+template <typename T, int kBits, int kItems, typename Decoder>
+__device__ __forceinline__ void decode_any(const Decoder& decoder,
+                                           CodeWord<kBits> word, Range range,
+                                           int bits,
+                                           PackedBlock<T, kItems>& items) {
+  float values[kItems];
 #pragma unroll
-  for (int i = 0; i < kBlock; ++i) {
+  for (int i = 0; i < kItems; ++i) {
     const auto code =
         static_cast<uint32_t>(word >> (i * bits)) & max_code_of(bits);
     values[i] =
@@ -243,7 +252,7 @@ __device__ __forceinline__ void decode_block(const Decoder& decoder,
             ? decoder.clamp(decoder.output(i, decoder.value(code, range)))
             : 0.0f;
   }
-  block.set(values);
+  items.set(values);
 }
 
 // The last range of a group is that of the values that are not 0.
@@ -259,35 +268,40 @@ template <typename T, int kBits, typename Decoder>
 __global__ void __launch_bounds__(kThreads)
     dequantize_whole_kernel(const Decode<T> op,
                             const typename Decoder::Parameters parameters) {
-  const uint32_t first = blockIdx.x * (kThreads * kDecodedBlocks) + threadIdx.x;
-  CodeWord<kBits> word[kDecodedBlocks];
-  uint32_t range[kDecodedBlocks];
+  constexpr int kItems = kPieceItems<T>;
+  constexpr int kPerBlock = kBlock / kItems;
+  const uint32_t first = blockIdx.x * (kThreads * kDecodedPieces) + threadIdx.x;
+  CodeWord<kBits> word[kDecodedPieces];
+  uint32_t range[kDecodedPieces];
 #pragma unroll
-  for (int b = 0; b < kDecodedBlocks; ++b) {
-    const uint32_t block = first + b * kThreads;
+  for (int p = 0; p < kDecodedPieces; ++p) {
+    const uint32_t piece = first + p * kThreads;
+    const uint32_t block = piece / kPerBlock;
     if (block >= op.blocks) continue;
-    word[b] =
-        load_word<kBits>(op.codes + static_cast<int64_t>(block) * kBits, kBits);
-    range[b] = load_range<Decoder>(op.ranges, block >> op.group_shift);
+    word[p] = load_word<kBits>(op.codes + static_cast<int64_t>(block) * kBits,
+                               kBits) >>
+              (piece % kPerBlock * kItems * kBits);
+    range[p] = load_range<Decoder>(op.ranges, block >> op.group_shift);
   }
   Decoder decoder(parameters, kBits);
   const uint32_t integer = opaque_integer_float(op.blocks);
 #pragma unroll
-  for (int b = 0; b < kDecodedBlocks; ++b) {
-    const uint32_t block = first + b * kThreads;
+  for (int p = 0; p < kDecodedPieces; ++p) {
+    const uint32_t piece = first + p * kThreads;
+    const uint32_t block = piece / kPerBlock;
     if (block >= op.blocks) continue;
     decoder.begin([&] {
       const uint32_t row = op.by_row_blocks.quotient(block);
-      return Elements{(block - row * op.by_row_blocks.divisor) * kBlock,
-                      kBlock};
+      const uint32_t place = block - row * op.by_row_blocks.divisor;
+      return Elements{place * kBlock + piece % kPerBlock * kItems, kItems};
     });
-    PackedBlock<T> packed;
-    const Range unpacked = Range::unpack(range[b]);
-    if (!decode_plain_block<T, kBits>(decoder, word[b], unpacked, integer,
-                                      packed)) {
-      decode_block<T, kBits>(decoder, word[b], unpacked, kBits, packed);
+    PackedBlock<T, kItems> packed;
+    const Range unpacked = Range::unpack(range[p]);
+    if (!decode_plainly<T, kBits>(decoder, word[p], unpacked, integer,
+                                  packed)) {
+      decode_any<T, kBits>(decoder, word[p], unpacked, kBits, packed);
     }
-    packed.store(op.output + static_cast<int64_t>(block) * kBlock);
+    packed.store(op.output + static_cast<int64_t>(piece) * kItems);
   }
 }
 
@@ -297,9 +311,9 @@ __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(const Decode<T> op,
                       const typename Decoder::Parameters parameters) {
   Decoder decoder(parameters, op.bits);
-  const uint32_t first = blockIdx.x * (kThreads * kDecodedBlocks) + threadIdx.x;
+  const uint32_t first = blockIdx.x * (kThreads * kDecodedPieces) + threadIdx.x;
 #pragma unroll 1
-  for (int b = 0; b < kDecodedBlocks; ++b) {
+  for (int b = 0; b < kDecodedPieces; ++b) {
     const uint32_t block = first + b * kThreads;
     if (block >= op.blocks) return;
     const uint32_t row = op.by_row_blocks.quotient(block);
@@ -314,7 +328,7 @@ __global__ void __launch_bounds__(kThreads)
     const int left = row_left < kBlock ? static_cast<int>(row_left) : kBlock;
     decoder.begin([&] { return Elements{element, left}; });
     PackedBlock<T> packed;
-    decode_block<T, kAnyBits>(decoder, word, range, op.bits, packed);
+    decode_any<T, kAnyBits>(decoder, word, range, op.bits, packed);
     T* target = op.output + static_cast<int64_t>(row) * op.row_numel + element;
     if (op.vectorized && left >= kBlock) {
       packed.store(target);
@@ -341,15 +355,17 @@ void dispatch_widths(bool whole, int64_t bits, const Body& body) {
 }
 
 // Decodes everything.
-template <template <typename, int> typename DecoderOf, typename Parameters>
+template <template <typename, int, int> typename DecoderOf, typename Parameters>
 void decode_into(const Tensor& codes, const Tensor& ranges, Tensor& output,
                  const Geometry& geometry, int64_t bits,
                  const Parameters& parameters) {
   const int64_t row_blocks = geometry.blocks_per_row();
   STD_TORCH_CHECK(geometry.row_numel <= kMaxIndex, "a sample may have at most ",
                   kMaxIndex, " elements, got ", geometry.row_numel);
-  // A grid that is not whole ends before 32-bit indices do.
-  const int64_t max_rows = (kMaxIndex - kThreads * kDecodedBlocks) / row_blocks;
+  // A grid that is not whole ends before 32-bit indices do, of halves of
+  // blocks, too.
+  constexpr int64_t kPerGridBlock = int64_t{kThreads} * kDecodedPieces;
+  const int64_t max_rows = (kMaxIndex - kPerGridBlock) / (2 * row_blocks);
   const cudaStream_t stream = current_stream(codes.get_device_index());
   const auto* code_bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
   const auto* range_words =
@@ -365,7 +381,8 @@ void decode_into(const Tensor& codes, const Tensor& ranges, Tensor& output,
         vectorized && geometry.row_numel % geometry.group_size == 0;
     dispatch_widths(whole, bits, [&](auto width) {
       constexpr int kBits = decltype(width)::value;
-      using Decoder = DecoderOf<T, kBits>;
+      constexpr int kItems = kBits == kAnyBits ? kBlock : kPieceItems<T>;
+      using Decoder = DecoderOf<T, kBits, kItems>;
       for (int64_t row = 0; row < geometry.rows; row += max_rows) {
         const int64_t rows = std::min(max_rows, geometry.rows - row);
         const int64_t blocks = rows * row_blocks;
@@ -380,9 +397,9 @@ void decode_into(const Tensor& codes, const Tensor& ranges, Tensor& output,
             group_shift,
             static_cast<int>(bits),
             vectorized};
-        constexpr int64_t kPerGridBlock = int64_t{kThreads} * kDecodedBlocks;
+        const int64_t pieces = blocks * (kBlock / kItems);
         const auto grid = static_cast<unsigned int>(
-            (blocks + kPerGridBlock - 1) / kPerGridBlock);
+            (pieces + kPerGridBlock - 1) / kPerGridBlock);
         if constexpr (kBits == kAnyBits) {
           dequantize_kernel<T, Decoder>
               <<<grid, kThreads, 0, stream>>>(op, parameters);
@@ -412,9 +429,10 @@ Tensor dequantize_split(Tensor codes, Tensor ranges,
   const auto* weights = static_cast<const float*>(data_or_null(weight));
   const auto* biases = static_cast<const float*>(data_or_null(bias));
   const ChannelIndex index = index_channels(channels, {weights, biases});
-  // A thread's next block is kThreads blocks, here whole pixels, further on.
-  const bool repeats = index.vectorized && geometry.row_numel % kBlock == 0 &&
-                       kThreads * kBlock % channels.count == 0;
+  // A thread's next piece is kThreads pieces, here whole pixels, further on.
+  const bool repeats =
+      index.vectorized && geometry.row_numel % kBlock == 0 &&
+      kThreads * 16 / output.element_size() % channels.count == 0;
   decode_into<SplitDecoder>(codes, ranges, output, geometry, bits,
                             Affine{weights, biases, index, repeats});
   return output;

@@ -76,7 +76,7 @@ void dispatch_dtype(torch::headeronly::ScalarType dtype, const Body& body) {
   dispatch_types<float, __half, __nv_bfloat16>(dtype, body);
 }
 
-inline bool is_aligned(const void* pointer, size_t bytes) {
+MMACTNN_HOST_DEVICE bool is_aligned(const void* pointer, size_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 

@@ -12,6 +12,7 @@
 #include "../common/pool_checks.h"
 #include "../common/tensor_checks.h"
 #include "launch.h"
+#include "packed_block.h"
 #include "words.h"
 
 namespace mmactnn {
@@ -112,6 +113,19 @@ using TapWord = UnsignedInt<(kItems + 1) / 2>;
 template <typename T, int kItems>
 using Items = Vector<T, kItems>;
 
+// The largest of the taps of a window so far.
+struct Winner {
+  float value;
+  uint32_t tap;
+
+  __device__ __forceinline__ void include(float other, uint32_t other_tap) {
+    // The second is for NaN.
+    const bool wins = other > value || other != other;
+    value = wins ? other : value;
+    tap = wins ? other_tap : tap;
+  }
+};
+
 // kItems outputs a thread, one pixel's.
 template <typename T, typename Window, int kItems>
 __global__ void __launch_bounds__(kThreads)
@@ -154,21 +168,16 @@ __global__ void __launch_bounds__(kThreads)
   uint32_t taps = 0;
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
-    float best = -INFINITY;
-    uint32_t tap = first;
+    Winner best{-INFINITY, first};
 #pragma unroll
     for (int i = 0; i < kKernel; ++i) {
 #pragma unroll
       for (int j = 0; j < kKernel; ++j) {
-        const float value = Number<T>::load(items[i][j].item[k]);
-        // The second is for NaN.
-        const bool wins = value > best || value != value;
-        best = wins ? value : best;
-        tap = wins ? i * kKernel + j : tap;
+        best.include(Number<T>::load(items[i][j].item[k]), i * kKernel + j);
       }
     }
-    result.item[k] = Number<T>::store(best);
-    taps |= tap << (4 * k);
+    result.item[k] = Number<T>::store(best.value);
+    taps |= best.tap << (4 * k);
   }
   if (active) {
     reinterpret_cast<Items<T, kItems>*>(output)[index] = result;
@@ -181,6 +190,136 @@ __global__ void __launch_bounds__(kThreads)
   } else if (active) {
     reinterpret_cast<TapWord<kItems>*>(indices)[index] =
         static_cast<TapWord<kItems>>(taps);
+  }
+}
+
+// The outputs of a thread that lie side by side in a line, above a block of the
+// input's.
+template <typename Window>
+constexpr int kLineOutputs = kBlock / Window::kStride;
+
+// kLineOutputs outputs a thread, of one channel.
+template <typename T, typename Window>
+__global__ void __launch_bounds__(kThreads)
+    line_pool_kernel(const T* __restrict__ input, T* __restrict__ output,
+                     uint8_t* __restrict__ indices, Layout layout,
+                     uint32_t count) {
+  constexpr int kKernel = Window::kKernel;
+  constexpr int kOutputs = kLineOutputs<Window>;
+  // Windows begin at most one element before the block, and end within it.
+  static_assert(Window::kPadding == 1 && kKernel - 1 <= Window::kStride);
+  const uint32_t index = blockIdx.x * kThreads + threadIdx.x;
+  if (index >= count) return;
+  const Place at = layout.locate(index);
+  const int32_t height = layout.pool.height.input;
+  const int32_t width = layout.pool.width.input;
+  const int32_t first_row = at.row * Window::kStride - Window::kPadding;
+  const bool left = at.column != 0;
+  const T* source = input + at.outer * layout.input_plane + at.column * kBlock;
+  // All reads first, see fixed_pool_kernel(). What is outside is read
+  // where something else is, and loses.
+  PackedBlock<T> blocks[kKernel];
+  T before[kKernel];
+  bool inside[kKernel];
+#pragma unroll
+  for (int i = 0; i < kKernel; ++i) {
+    const int32_t row = first_row + i;
+    inside[i] = row >= 0 && row < height;
+    const T* line = source + min(max(row, 0), height - 1) * width;
+    blocks[i].load(line);
+    before[i] = line[left ? -1 : 0];
+  }
+  const uint32_t first_line = max(-first_row, 0) * kKernel;
+  Items<T, kOutputs> result;
+  uint32_t taps = 0;
+#pragma unroll
+  for (int k = 0; k < kOutputs; ++k) {
+    Winner best{-INFINITY, first_line + (k == 0 && !left ? 1u : 0u)};
+#pragma unroll
+    for (int i = 0; i < kKernel; ++i) {
+#pragma unroll
+      for (int j = 0; j < kKernel; ++j) {
+        const int item = k * Window::kStride - Window::kPadding + j;
+        const float value =
+            item < 0 ? Number<T>::load(before[i]) : blocks[i].get(item);
+        const bool held = inside[i] && (item >= 0 || left);
+        best.include(held ? value : -INFINITY, i * kKernel + j);
+      }
+    }
+    result.item[k] = Number<T>::store(best.value);
+    taps |= best.tap << (4 * k);
+  }
+  reinterpret_cast<Items<T, kOutputs>*>(output)[index] = result;
+  reinterpret_cast<TapWord<kOutputs>*>(indices)[index] =
+      static_cast<TapWord<kOutputs>>(taps);
+}
+
+// kLineOutputs cells side by side a thread, see fixed_gather_kernel().
+template <typename T, typename Window>
+__global__ void __launch_bounds__(kThreads)
+    line_gather_kernel(const T* __restrict__ grad_output,
+                       const uint8_t* __restrict__ indices,
+                       T* __restrict__ grad_input, Layout layout,
+                       uint32_t count) {
+  constexpr int kKernel = Window::kKernel;
+  constexpr int kStride = Window::kStride;
+  constexpr int kOutputs = kLineOutputs<Window>;
+  // An element is in windows of its cell's number and of the next.
+  constexpr int kLines = 2;
+  static_assert(Window::kPadding == 1 && kKernel - 1 == kStride);
+  constexpr uint32_t kNoTap = 15u;
+  const uint32_t index = blockIdx.x * kThreads + threadIdx.x;
+  if (index >= count) return;
+  const Place at = layout.locate(index);
+  const int32_t outputs = layout.pool.width.output;
+  const bool right = (at.column + 1) * kOutputs < outputs;
+  float grads[kLines][kOutputs + 1];
+  uint32_t taps[kLines];  // 4 bits for each of the windows
+#pragma unroll
+  for (int i = 0; i < kLines; ++i) {
+    const bool inside = at.row + i < layout.pool.height.output;
+    const int32_t row = inside ? at.row + i : layout.pool.height.output - 1;
+    const int32_t first =
+        at.outer * layout.output_plane + row * outputs + at.column * kOutputs;
+    const int32_t last = first + (right ? kOutputs : 0);
+    const auto items =
+        *reinterpret_cast<const Items<T, kOutputs>*>(grad_output + first);
+#pragma unroll
+    for (int k = 0; k < kOutputs; ++k) {
+      grads[i][k] = Number<T>::load(items.item[k]);
+    }
+    grads[i][kOutputs] = Number<T>::load(grad_output[last]);
+    taps[i] = *reinterpret_cast<const TapWord<kOutputs>*>(indices + first / 2) |
+              (right ? indices[last / 2] & 15u : kNoTap) << (4 * kOutputs);
+    if (!inside) taps[i] = 0xFFFFFFFFu;
+  }
+#pragma unroll
+  for (int r = 0; r < kStride; ++r) {
+    const int32_t row = at.row * kStride + r;
+    if (row >= layout.pool.height.input) continue;
+    float sums[kBlock];
+#pragma unroll
+    for (int c = 0; c < kBlock; ++c) {
+      sums[c] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kLines; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int window = c / kStride + j;
+          const int row_tap = r + Window::kPadding - kStride * i;
+          const int column_tap = c + Window::kPadding - kStride * window;
+          if (row_tap < 0 || column_tap < 0) continue;
+          const uint32_t tap = row_tap * kKernel + column_tap;
+          if ((taps[i] & (15u << (4 * window))) == tap << (4 * window)) {
+            sums[c] = add(sums[c], grads[i][window]);
+          }
+        }
+      }
+    }
+    PackedBlock<T> block;
+    block.set(sums);
+    block.store(grad_input + at.outer * layout.input_plane +
+                row * layout.pool.width.input + at.column * kBlock);
   }
 }
 
@@ -325,6 +464,16 @@ void dispatch_items(const Pool& pool, const T* input, const T* output,
   }
 }
 
+// Whether lines are of whole blocks, a window for each step of them.
+template <typename T, typename Window>
+bool has_lines(const Pool& pool, const T* input, const T* output,
+               const uint8_t* indices) {
+  return pool.inner == 1 && pool.width.input % kBlock == 0 &&
+         pool.width.output * Window::kStride == pool.width.input &&
+         is_aligned(input, 16) && is_aligned(output, 16) &&
+         is_aligned(indices, kLineOutputs<Window> / 2);
+}
+
 bool is_stem(const Pool& pool) {
   return StemWindow::matches(pool.height) && StemWindow::matches(pool.width);
 }
@@ -351,11 +500,11 @@ std::tuple<Tensor, Tensor> max_pool2d(
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(input.const_data_ptr());
     T* target = static_cast<T*>(output.mutable_data_ptr());
-    const auto launch = [&](auto items, const auto& kernel) {
+    // `across` threads for a line of a channel.
+    const auto launch = [&](auto items, int32_t across, const auto& kernel) {
       for_each_launch(
-          pool, pool.height.output, pool.width.output,
-          pool.inner / decltype(items)::value, false,
-          [&](const Layout& layout, int64_t first, uint32_t count) {
+          pool, pool.height.output, across, pool.inner / decltype(items)::value,
+          false, [&](const Layout& layout, int64_t first, uint32_t count) {
             const int64_t first_output = first * pool.output_plane();
             kernel<<<grid_size(count), kThreads, 0, stream>>>(
                 source + first * pool.input_plane(), target + first_output,
@@ -363,9 +512,15 @@ std::tuple<Tensor, Tensor> max_pool2d(
             check_launch();
           });
     };
-    if (!is_stem(pool)) return launch(Constant<1>{}, pool_kernel<T>);
+    const int32_t width = pool.width.output;
+    if (!is_stem(pool)) return launch(Constant<1>{}, width, pool_kernel<T>);
+    if (has_lines<T, StemWindow>(pool, source, target, index_bytes)) {
+      return launch(Constant<1>{}, width / kLineOutputs<StemWindow>,
+                    line_pool_kernel<T, StemWindow>);
+    }
     dispatch_items(pool, source, target, index_bytes, [&](auto items) {
-      launch(items, fixed_pool_kernel<T, StemWindow, decltype(items)::value>);
+      launch(items, width,
+             fixed_pool_kernel<T, StemWindow, decltype(items)::value>);
     });
   });
   return {output, indices};
@@ -394,12 +549,14 @@ Tensor max_pool2d_backward(Tensor grad_output, Tensor indices,
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(grad_output.const_data_ptr());
     T* target = static_cast<T*>(grad_input.mutable_data_ptr());
-    const auto launch = [&](auto items, int32_t step, const auto& kernel) {
+    // A thread for every `height` by `width` elements of a channel.
+    const auto launch = [&](auto items, int32_t height, int32_t width,
+                            const auto& kernel) {
       const bool pairs = pool.inner == 1 && pool.width.input % 2 == 0 &&
                          is_aligned(target, 2 * sizeof(T));
       for_each_launch(
-          pool, (pool.height.input + step - 1) / step,
-          (pool.width.input + step - 1) / step,
+          pool, (pool.height.input + height - 1) / height,
+          (pool.width.input + width - 1) / width,
           pool.inner / decltype(items)::value, pairs,
           [&](const Layout& layout, int64_t first, uint32_t count) {
             const int64_t first_output = first * pool.output_plane();
@@ -409,9 +566,14 @@ Tensor max_pool2d_backward(Tensor grad_output, Tensor indices,
             check_launch();
           });
     };
-    if (!is_stem(pool)) return launch(Constant<1>{}, 1, gather_kernel<T>);
+    constexpr int32_t kStride = StemWindow::kStride;
+    if (!is_stem(pool)) return launch(Constant<1>{}, 1, 1, gather_kernel<T>);
+    if (has_lines<T, StemWindow>(pool, target, source, index_bytes)) {
+      return launch(Constant<1>{}, kStride, kBlock,
+                    line_gather_kernel<T, StemWindow>);
+    }
     dispatch_items(pool, target, source, index_bytes, [&](auto items) {
-      launch(items, StemWindow::kStride,
+      launch(items, kStride, kStride,
              fixed_gather_kernel<T, StemWindow, decltype(items)::value>);
     });
   });

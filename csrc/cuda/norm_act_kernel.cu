@@ -134,13 +134,17 @@ __device__ __forceinline__ Coding select_by_flag(uint32_t flags, int i,
   return selected;
 }
 
+// Whether the flags of a block are put between its codes all at once.
+template <int kBits>
+constexpr bool kSpread = kBits != kAnyBits && kBits <= 4;
+
 // The sum that holds the code of a value, see encode_sum().
 template <int kBits>
 __device__ __forceinline__ uint32_t code_sum(float value, const Coding& coding,
                                              float rounding,
                                              uint32_t max_code) {
   const uint32_t sum = encode_sum(value, coding.low, coding.scale, rounding);
-  if constexpr (kBits != kAnyBits) {
+  if constexpr (kSpread<kBits>) {
     static_assert(max_code_of(kBits) <= kMaxUnclampedCode);
     return sum;
   } else {
@@ -248,10 +252,10 @@ __global__ void __launch_bounds__(kNormThreads, kNormResident)
       }
     } else if (kShape == NormActShape::kColumns ||
                (op.channels.vectorized && left >= kBlock)) {
-      const ChannelWords mean(op.mean + place.channel);
-      const ChannelWords invstd(op.invstd + place.channel);
-      const ChannelWords weight(op.weight + place.channel);
-      const ChannelWords bias(op.bias + place.channel);
+      const ChannelWords<> mean(op.mean + place.channel);
+      const ChannelWords<> invstd(op.invstd + place.channel);
+      const ChannelWords<> weight(op.weight + place.channel);
+      const ChannelWords<> bias(op.bias + place.channel);
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
         const ChannelNorm norm{mean.item[i], invstd.item[i], weight.item[i],
@@ -416,14 +420,14 @@ __global__ void __launch_bounds__(kNormThreads, kNormResident)
         }
       }
       const uint32_t flags = positives >> (b * kBlock) & 0xFFu;
-      if constexpr (kSplit && kBits == kAnyBits) {
+      if constexpr (kSplit && !kSpread<kBits>) {
 #pragma unroll
         for (int i = 0; i < kBlock; ++i) {
           if (positive(i)) sums[i] += 1u << (fraction + bits - 1);
         }
       }
       CodeWord<kBits> word = pack_sums<kBits>(sums, bits, fraction);
-      if constexpr (kSplit && kBits != kAnyBits) {
+      if constexpr (kSplit && kSpread<kBits>) {
         word |= spread_flags<kBits>(flags) << (kBits - 1);
       }
       store_word<kBits>(word, bits, left, op.codes + block * bits);
@@ -446,7 +450,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormResident)
                                         zeroed_rounding(i), second_max);
           }
         }
-        if constexpr (kBits == kAnyBits) {
+        if constexpr (!kSpread<kBits>) {
 #pragma unroll
           for (int i = 0; i < kBlock; ++i) {
             sums[i] = (flags & (1u << i)) != 0u
@@ -455,7 +459,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormResident)
           }
         }
         word = pack_sums<kBits>(sums, act_bits, second_fraction);
-        if constexpr (kBits != kAnyBits) {
+        if constexpr (kSpread<kBits>) {
           const uint32_t ones = spread_flags<kBits>(flags);
           word = (word + ones) & (ones * max_code_of(kBits));
         }
@@ -486,6 +490,8 @@ void dispatch_kernels(const NormActArguments& arguments, bool whole,
     with_shape(Constant<3>{});
   } else if (whole && equal && arguments.bits == 4) {
     with_shape(Constant<4>{});
+  } else if (whole && equal && arguments.bits == 8) {
+    with_shape(Constant<8>{});
   } else {
     body(Constant<kAnyBits>{}, ShapeConstant<NormActShape::kAny>{});
   }

@@ -11,6 +11,7 @@
 #include "../common/rectified_codec.h"
 #include "blocks.h"
 #include "launch.h"
+#include "packed.h"
 #include "packed_block.h"
 
 namespace mmactnn {
@@ -37,86 +38,11 @@ struct NormPayload {
   int act_bits;
 };
 
-// Where a piece of a row is.
-template <int kItems, typename T>
-__device__ __forceinline__ T* piece_of(const NormPayload& payload, T* data,
-                                       uint32_t row, uint32_t piece) {
-  if constexpr (kItems == kBlock) {
-    return data + int64_t{row * payload.row_blocks + piece} * kBlock;
-  } else {
-    return data + row * payload.row_numel + piece;
-  }
-}
-
 // The product is exact, so that the sum rounds once, as decode() does; only
 // beyond the largest number could one tell.
 __device__ __forceinline__ float decode_fused(uint32_t code, Range range) {
   return __fmaf_rn(static_cast<float>(code), range.step, range.low);
 }
-
-// kItems numbers as they lie in memory. A block is kept in whole registers
-// until its numbers are used, two of a 16-bit dtype in each.
-template <typename T, int kItems>
-struct Packed {
-  T item[1];
-
-  __device__ __forceinline__ void load(const T* source) { item[0] = source[0]; }
-  __device__ __forceinline__ float value(int) const {
-    return Number<T>::load(item[0]);
-  }
-  template <typename Keep>
-  __device__ __forceinline__ void store(T* target, const Keep& keep) const {
-    target[0] = keep(0) ? item[0] : Number<T>::store(0.0f);
-  }
-};
-
-template <typename T>
-struct Packed<T, kBlock> {
-  static constexpr int kWords = kBlock * sizeof(T) / 16;
-  static constexpr int kPerRegister = 4 / sizeof(T);
-  using Word = Vector<uint32_t, 4>;
-
-  Word word[kWords];
-
-  __device__ __forceinline__ void load(const T* source) {
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      word[w] = reinterpret_cast<const Word*>(source)[w];
-    }
-  }
-  __device__ __forceinline__ float value(int i) const {
-    const int r = i / kPerRegister;
-    const uint32_t bits = word[r / 4].item[r % 4];
-    if constexpr (std::is_same_v<T, float>) {
-      return bits_float(bits);
-    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-      return bits_float(i % 2 == 0 ? bits << 16 : bits & 0xFFFF0000u);
-    } else {
-      const __half2 pair = *reinterpret_cast<const __half2*>(&bits);
-      return i % 2 == 0 ? __low2float(pair) : __high2float(pair);
-    }
-  }
-  // Writes the numbers for which `keep(i)`, and 0 for the others.
-  template <typename Keep>
-  __device__ __forceinline__ void store(T* target, const Keep& keep) const {
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      Word kept;
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        uint32_t mask = 0;
-#pragma unroll
-        for (int k = 0; k < kPerRegister; ++k) {
-          const uint32_t item =
-              kPerRegister == 1 ? 0xFFFFFFFFu : 0xFFFFu << (16 * k);
-          mask |= keep((w * 4 + r) * kPerRegister + k) ? item : 0u;
-        }
-        kept.item[r] = word[w].item[r] & mask;
-      }
-      reinterpret_cast<Word*>(target)[w] = kept;
-    }
-  }
-};
 
 // What a thread reads of kItems elements: a block where kItems is 8, else one
 // element that may lie anywhere.
@@ -125,7 +51,10 @@ struct NormPiece {
   static constexpr bool kSplit = kCodes == NormCodes::kSplit;
   static constexpr bool kMask = kCodes == NormCodes::kMask;
   using Ranges = std::conditional_t<kSplit, uint64_t, uint32_t>;
+  // Blocks are counted in 32 bits.
+  using Offset = std::conditional_t<kItems == kBlock, uint32_t, int64_t>;
 
+  Offset offset;  // pieces of the tensor before this one
   Packed<T, kItems> grads;
   CodeWord<kBits> codes;
   CodeWord<kBits> act_codes;
@@ -139,26 +68,32 @@ struct NormPiece {
     const int act_bits = kBits == kAnyBits ? payload.act_bits : kBits;
     uint32_t block = piece;
     if constexpr (kItems == kBlock) {
-      const uint32_t index = row * payload.row_blocks + block;
-      grads.load(grad_output + int64_t{index} * kBlock);
-      codes = load_word<kBits>(payload.codes + int64_t{index} * bits, bits);
+      offset = row * payload.row_blocks + block;
+      codes = load_word<kBits>(payload.codes + int64_t{offset} * bits, bits);
       if constexpr (kMask) {
         act_codes = load_word<kBits>(
-            payload.act_codes + int64_t{index} * act_bits, act_bits);
+            payload.act_codes + int64_t{offset} * act_bits, act_bits);
       }
     } else {
       block = piece / kBlock;
       const int64_t row_block = int64_t{row} * payload.row_blocks;
-      grads.load(grad_output + row * payload.row_numel + piece);
+      offset = row * payload.row_numel + piece;
       codes = code_at(payload.codes + row_block * bits, piece, bits);
       if constexpr (kMask) {
         act_codes =
             code_at(payload.act_codes + row_block * act_bits, piece, act_bits);
       }
     }
+    grads.load(in(grad_output));
     const uint32_t group =
         row * payload.row_groups + (block >> payload.group_shift);
     ranges = reinterpret_cast<const Ranges*>(payload.ranges)[group];
+  }
+
+  // Where the piece is in a tensor.
+  template <typename U>
+  __device__ __forceinline__ U* in(U* data) const {
+    return data + int64_t{offset} * kItems;
   }
 
   // Of element `i`.
@@ -244,12 +179,10 @@ struct NormPiece {
 
   // Writes the gradients that pass the rectifier.
   __device__ __forceinline__ void store_passed(const NormPayload& payload,
-                                               T* grad, uint32_t row,
-                                               uint32_t piece) const {
+                                               T* grad) const {
     const int bits = kBits == kAnyBits ? payload.bits : kBits;
     const int act_bits = kBits == kAnyBits ? payload.act_bits : kBits;
-    grads.store(piece_of<kItems>(payload, grad, row, piece),
-                [&](int i) { return positive(i, bits, act_bits); });
+    grads.store(in(grad), [&](int i) { return positive(i, bits, act_bits); });
   }
 };
 

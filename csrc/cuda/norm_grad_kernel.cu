@@ -21,8 +21,12 @@ namespace mmactnn {
 namespace {
 
 // Pieces whose loads a thread issues together.
+template <typename T, int kItems>
+constexpr int kPiecesAtOnce = kItems == kBlock && sizeof(T) == 4 ? 2 : 4;
+
+// The same where factors of two channels are loaded for each.
 template <int kItems>
-constexpr int kPiecesAtOnce = kItems == kBlock ? 2 : 4;
+constexpr int kFactoredAtOnce = kItems == kBlock ? 2 : 4;
 
 // Thread blocks of a multiprocessor that registers must suffice for.
 template <int kBits, int kWanted>
@@ -36,37 +40,41 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
                       float* __restrict__ sums, NormPayload payload,
                       Planes planes) {
   using Piece = NormPiece<T, kBits, kCodes, kItems>;
-  constexpr int kAtOnce = kPiecesAtOnce<kItems>;
+  // What is written takes registers, too.
+  constexpr int kAtOnce = kCodes == NormCodes::kMask && kItems == kBlock
+                              ? 2
+                              : kPiecesAtOnce<T, kItems>;
   const PlaneCursor<kItems> cursor(planes);
-  const uint32_t pieces = planes.splits.pieces();
   float sum = 0.0f, product = 0.0f;
-  for (uint32_t i = threadIdx.x; i < pieces; i += kThreads * kAtOnce) {
+  for (uint32_t i = threadIdx.x; i < cursor.pieces; i += kThreads * kAtOnce) {
     Piece piece[kAtOnce];
     PlanePiece place[kAtOnce];
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      const uint32_t local = i + u * kThreads;
-      place[u] = cursor.at(local);
-      if (local >= pieces) place[u].end = 0;
-      if (place[u].end > 0) {
-        piece[u].load(payload, grad_output, place[u].row, place[u].piece);
-      }
+      place[u] = cursor.at(i + u * kThreads);
+      piece[u].load(payload, grad_output, place[u].row, place[u].piece);
     }
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      if (place[u].end <= 0) continue;
-      const bool whole = place[u].begin == 0 && place[u].end == kItems;
-      piece[u].template for_each<true>(
-          payload, [&](int j, bool passed, float value, float normal) {
-            if (passed && (whole || place[u].holds(j))) {
-              sum += value;
-              product = fmaf(value, normal, product);
-            }
-          });
+      if (!cursor.any(place[u])) continue;
+      const auto include = [&](const auto& holds) {
+        piece[u].template for_each<true>(
+            payload, [&](int j, bool passed, float value, float normal) {
+              if (passed && holds(j)) {
+                sum += value;
+                product = fmaf(value, normal, product);
+              }
+            });
+      };
+      if (cursor.whole(place[u])) {
+        include([](int) { return true; });
+      } else {
+        include([&](int j) { return cursor.holds(place[u], j); });
+      }
       if constexpr (kCodes == NormCodes::kMask) {
         // A piece is written by the channel that its first element is of.
-        if (place[u].begin == 0) {
-          piece[u].store_passed(payload, grad, place[u].row, place[u].piece);
+        if (place[u].first >= 0) {
+          piece[u].store_passed(payload, grad);
         }
       }
     }
@@ -86,24 +94,20 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
                        float* __restrict__ sums, NormPayload payload,
                        Columns columns) {
   using Piece = NormPiece<T, kBits, kCodes, kItems>;
-  constexpr int kAtOnce = kPiecesAtOnce<kItems>;
+  constexpr int kAtOnce = kPiecesAtOnce<T, kItems>;
   const ColumnCursor cursor(columns);
-  const uint32_t pixels = cursor.active ? columns.splits.pieces() : 0;
   // Sums, then products.
   float total[2 * kItems] = {};
-  for (uint32_t i = cursor.pixel; i < pixels; i += columns.pixels * kAtOnce) {
+  for (uint32_t k = 0; k < cursor.count; k += kAtOnce) {
     Piece piece[kAtOnce];
-    PieceIndex place[kAtOnce];
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      const uint32_t local = i + u * columns.pixels;
-      if (local >= pixels) continue;
-      place[u] = cursor.at(local);
-      piece[u].load(payload, grad_output, place[u].row, place[u].piece);
+      const PieceIndex place = cursor.at(k + u);
+      piece[u].load(payload, grad_output, place.row, place.piece);
     }
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      if (i + u * columns.pixels >= pixels) continue;
+      if (k + u >= cursor.count) continue;
       piece[u].template for_each<true>(
           payload, [&](int j, bool passed, float value, float normal) {
             if (passed) {
@@ -112,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
             }
           });
       if constexpr (kCodes == NormCodes::kMask) {
-        piece[u].store_passed(payload, grad, place[u].row, place[u].piece);
+        piece[u].store_passed(payload, grad);
       }
     }
   }
@@ -137,22 +141,25 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kFinishThreads)
     finish_sums_kernel(const float* __restrict__ partial,
                        float* __restrict__ sums, uint32_t splits,
                        int64_t width) {
   const int64_t column =
       int64_t{blockIdx.x} * kFinishColumns + threadIdx.x % kFinishColumns;
-  double sum = 0.0;
+  double sum[1] = {};
   if (column < width) {
-#pragma unroll 4
-    for (uint32_t s = threadIdx.x / kFinishColumns; s < splits; s += kWarp) {
-      sum += partial[s * width + column];
-    }
+    float own[kFinishAtOnce];
+    for_each_split(
+        splits,
+        [&](int u, uint32_t split) {
+          own[u] = partial[split * width + column];
+        },
+        [&](int u) { sum[0] += own[u]; });
   }
-  sum = column_sum(sum);
+  column_sums(sum);
   if (threadIdx.x < kFinishColumns && column < width) {
-    sums[column] = static_cast<float>(sum);
+    sums[column] = static_cast<float>(sum[0]);
   }
 }
 
@@ -183,9 +190,8 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
                       NormVectors vectors, uint32_t pieces, Divider by_row,
                       Divider by_plane) {
   using Piece = NormPiece<T, kBits, kCodes, kItems>;
-  constexpr int kAtOnce = kPiecesAtOnce<kItems>;
+  constexpr int kAtOnce = kFactoredAtOnce<kItems>;
   Piece piece[kAtOnce];
-  PieceIndex place[kAtOnce];
   ChannelFactors first[kAtOnce], second[kAtOnce];
   int split[kAtOnce];  // elements of the first channel
   const uint32_t begin = blockIdx.x * (kThreads * kAtOnce) + threadIdx.x;
@@ -193,10 +199,10 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
   for (int u = 0; u < kAtOnce; ++u) {
     const uint32_t index = begin + u * kThreads;
     if (index >= pieces) continue;
-    place[u] = advance({0, 0}, index, by_row);
-    piece[u].load(payload, grad_output, place[u].row, place[u].piece);
+    const PieceIndex place = advance({0, 0}, index, by_row);
+    piece[u].load(payload, grad_output, place.row, place.piece);
     // A row has less than 2^31 elements, see the launcher.
-    const uint32_t element = place[u].piece * kItems;
+    const uint32_t element = place.piece * kItems;
     const uint32_t channel = by_plane.quotient(element);
     first[u] = load_factors(vectors, channel);
     split[u] = static_cast<int>((channel + 1) * by_plane.divisor - element);
@@ -221,9 +227,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
     } else {
       compute([&](int j) { return j < split[u] ? first[u] : second[u]; });
     }
-    store_items<T, kItems>(
-        piece_of<kItems>(payload, grad_input, place[u].row, place[u].piece),
-        result);
+    store_items<T, kItems>(piece[u].in(grad_input), result);
   }
 }
 
@@ -233,28 +237,24 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 3>)
                        T* __restrict__ grad_input, NormPayload payload,
                        NormVectors vectors, Columns columns) {
   using Piece = NormPiece<T, kBits, kCodes, kItems>;
-  constexpr int kAtOnce = kPiecesAtOnce<kItems>;
+  constexpr int kAtOnce = kPiecesAtOnce<T, kItems>;
   const ColumnCursor cursor(columns);
-  if (!cursor.active) return;
+  if (cursor.count == 0) return;
   ChannelFactors factors[kItems];
 #pragma unroll
   for (int j = 0; j < kItems; ++j) {
     factors[j] = load_factors(vectors, int64_t{cursor.column} * kItems + j);
   }
-  const uint32_t pixels = columns.splits.pieces();
-  for (uint32_t i = cursor.pixel; i < pixels; i += columns.pixels * kAtOnce) {
+  for (uint32_t k = 0; k < cursor.count; k += kAtOnce) {
     Piece piece[kAtOnce];
-    PieceIndex place[kAtOnce];
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      const uint32_t local = i + u * columns.pixels;
-      if (local >= pixels) continue;
-      place[u] = cursor.at(local);
-      piece[u].load(payload, grad_output, place[u].row, place[u].piece);
+      const PieceIndex place = cursor.at(k + u);
+      piece[u].load(payload, grad_output, place.row, place.piece);
     }
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      if (i + u * columns.pixels >= pixels) continue;
+      if (k + u >= cursor.count) continue;
       float passed[kItems], normal[kItems];
       piece[u].decode(payload, passed, normal);
       T result[kItems];
@@ -264,9 +264,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 3>)
             norm_grad(passed[j], normal[j], factors[j].mean_grad,
                       factors[j].mean_product, factors[j].scale));
       }
-      store_items<T, kItems>(
-          piece_of<kItems>(payload, grad_input, place[u].row, place[u].piece),
-          result);
+      store_items<T, kItems>(piece[u].in(grad_input), result);
     }
   }
 }
@@ -278,6 +276,7 @@ struct Call {
   int device;
   cudaStream_t stream;
   bool blocks;  // all blocks of codes are aligned, and so are the gradients'
+  bool whole_groups;  // no row ends within one
 };
 
 Call make_call(const Tensor& grad_output, const NormArguments& arguments) {
@@ -308,7 +307,9 @@ Call make_call(const Tensor& grad_output, const NormArguments& arguments) {
                       is_aligned(grad_output.const_data_ptr(), 16) &&
                       is_aligned(codes, 4) && is_aligned(act_codes, 4);
   const int device = grad_output.get_device_index();
-  return {channels, payload, device, current_stream(device), blocks};
+  const bool whole_groups = channels.row_numel() % geometry.group_size == 0;
+  return {channels, payload,     device, current_stream(device),
+          blocks,   whole_groups};
 }
 
 // Calls `body` with the width of the codes and the elements of a piece as
@@ -360,7 +361,7 @@ Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
         kernel(target);
         check_launch();
         if (splits.count == 1) return;
-        finish_sums_kernel<<<finish_grid(2 * channels), kThreads, 0,
+        finish_sums_kernel<<<finish_grid(2 * channels), kFinishThreads, 0,
                              call.stream>>>(
             target, static_cast<float*>(sums.mutable_data_ptr()), splits.count,
             2 * channels);
@@ -368,15 +369,14 @@ Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
       };
       if (call.channels.last) {
         const Columns columns = make_columns<kItems>(
-            call.channels, kPiecesAtOnce<kItems>, call.device);
+            call.channels, call.whole_groups, kResident<kBits, 4>, call.device);
         launch(columns.splits, [&](float* target) {
           column_sums_kernel<T, kBits, kCodes, kItems>
               <<<columns.grid(), kThreads, 0, call.stream>>>(
                   source, passed, target, call.payload, columns);
         });
       } else {
-        const Planes planes = make_planes<kItems>(
-            call.channels, kPiecesAtOnce<kItems>, call.device);
+        const Planes planes = make_planes<kItems>(call.channels, call.device);
         launch(planes.splits, [&](float* target) {
           plane_sums_kernel<T, kBits, kCodes, kItems>
               <<<planes.grid(channels), kThreads, 0, call.stream>>>(
@@ -401,7 +401,7 @@ void grad_input(const Tensor& grad_output, const NormArguments& arguments,
       constexpr int kItems = decltype(items)::value;
       if (call.channels.last) {
         const Columns columns = make_columns<kItems>(
-            call.channels, kPiecesAtOnce<kItems>, call.device);
+            call.channels, call.whole_groups, kResident<kBits, 3>, call.device);
         column_grad_kernel<T, kBits, kCodes, kItems>
             <<<columns.grid(), kThreads, 0, call.stream>>>(
                 source, target, call.payload, vectors, columns);
@@ -414,7 +414,7 @@ void grad_input(const Tensor& grad_output, const NormArguments& arguments,
       for (int64_t row = 0; row < call.channels.rows; row += max_rows) {
         const int64_t pieces =
             std::min(max_rows, call.channels.rows - row) * row_pieces;
-        constexpr int64_t kStep = int64_t{kThreads} * kPiecesAtOnce<kItems>;
+        constexpr int64_t kStep = int64_t{kThreads} * kFactoredAtOnce<kItems>;
         NormPayload payload = call.payload;
         const int64_t blocks = row * payload.row_blocks;
         payload.codes += blocks * payload.bits;

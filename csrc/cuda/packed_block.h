@@ -12,10 +12,10 @@
 namespace mmactnn {
 
 // Two numbers of a 16-bit dtype share a register until they are used.
-template <typename T>
+template <typename T, int kItems = kBlock>
 struct PackedBlock {
   static constexpr int kPerWord = 4 / sizeof(T);
-  static constexpr int kWords = kBlock / kPerWord;
+  static constexpr int kWords = kItems / kPerWord;
   static constexpr int kPerVector = 16 / sizeof(T);
 
   uint32_t word[kWords];
@@ -59,9 +59,9 @@ struct PackedBlock {
   }
   // The numbers from `begin` on; in place of those from `count` on the first.
   __device__ __forceinline__ void load(const T* source, int begin, int count) {
-    float values[kBlock];
+    float values[kItems];
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
+    for (int i = 0; i < kItems; ++i) {
       values[i] = Number<T>::load(source[begin + i < count ? begin + i : 0]);
     }
     set(values);
@@ -80,7 +80,7 @@ struct PackedBlock {
   }
   __device__ __forceinline__ void store(T* target, int count) const {
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
+    for (int i = 0; i < kItems; ++i) {
       if (i < count) target[i] = Number<T>::store(get(i));
     }
   }
@@ -111,16 +111,32 @@ __device__ __forceinline__ CodeWord<kBits> pack_sums(const uint32_t* sums,
     if constexpr (kBits == 2) return __byte_perm(halves, 0, 0x4420);
     return (halves & 0xFFFFu) | (halves >> 16 << (4 * kBits));
   } else if constexpr (kBits == kMaxBits) {
-    // Shifted by a bit, a code is the third byte.
+    // A code becomes the third byte, where codes of 7 bits and a flag are.
+    const int shift = 16 - fraction;
     uint32_t words[2];
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
       const uint32_t* four = sums + 4 * w;
-      words[w] =
-          __byte_perm(__byte_perm(four[0] << 1, four[1] << 1, 0x0062),
-                      __byte_perm(four[2] << 1, four[3] << 1, 0x0062), 0x5410);
+      words[w] = __byte_perm(
+          __byte_perm(four[0] << shift, four[1] << shift, 0x0062),
+          __byte_perm(four[2] << shift, four[3] << shift, 0x0062), 0x5410);
     }
     return words[0] | static_cast<uint64_t>(words[1]) << 32;
+  } else if constexpr (kBits != kAnyBits) {
+    // The same with two codes in each half.
+    constexpr uint32_t kExcess =
+        (kIntegerFloat >> 16) * 0x10001u * (1u + (1u << kBits));
+    uint32_t pairs[2];
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      const uint32_t* two = sums + 2 * w;
+      pairs[w] = __byte_perm(two[0], two[4], 0x7632) +
+                 (__byte_perm(two[1], two[5], 0x7632) << kBits) - kExcess;
+    }
+    const uint32_t low = (pairs[0] & 0xFFFFu) | (pairs[1] & 0xFFFFu)
+                                                    << (2 * kBits);
+    const uint32_t high = pairs[0] >> 16 | pairs[1] >> 16 << (2 * kBits);
+    return low | static_cast<uint64_t>(high) << (4 * kBits);
   } else {
     uint64_t word = 0;
 #pragma unroll

@@ -51,11 +51,46 @@ struct GroupCodes {
     return count - (b * kLanes + lane) * kBlock;
   }
   template <int kBits>
-  __device__ __forceinline__ void store(int b, const uint32_t* sums,
+  static __device__ __forceinline__ CodeWord<kBits> pack(const uint32_t* sums) {
+    return pack_sums<kBits>(sums, kBits, fraction_bits(max_code_of(kBits)));
+  }
+  template <int kBits>
+  __device__ __forceinline__ void store(int b, CodeWord<kBits> word,
                                         int left) const {
-    constexpr int kFraction = fraction_bits(max_code_of(kBits));
-    store_word<kBits>(pack_sums<kBits>(sums, kBits, kFraction), kBits, left,
-                      codes + (b * kLanes + lane) * kBits);
+    store_word<kBits>(word, kBits, left, codes + (b * kLanes + lane) * kBits);
+  }
+  // Whether the blocks of a whole group are no words of memory. They would be
+  // written byte by byte, and parts of the same sector again and again: they
+  // meet in shared memory first.
+  template <int kBits>
+  static constexpr bool kMeet = (kBits & (kBits - 1)) != 0;
+
+  // All blocks of a whole group.
+  template <int kBits>
+  __device__ __forceinline__ void store(const CodeWord<kBits>* words) const {
+    if (!is_aligned(codes, sizeof(uint32_t))) {
+#pragma unroll
+      for (int b = 0; b < kBlocksPerThread; ++b) {
+        store<kBits>(b, words[b], kBlock);
+      }
+      return;
+    }
+    // A thread has kBlocksPerThread blocks of as many bytes as a code has bits.
+    static_assert(kBlocksPerThread == sizeof(uint32_t));
+    __shared__ uint32_t staged[kThreads * (kMaxBits - 1)];
+    const uint32_t first = (threadIdx.x - lane) * (kMaxBits - 1);
+#pragma unroll
+    for (int b = 0; b < kBlocksPerThread; ++b) {
+      store_word<kBits>(words[b], kBits, kBlock,
+                        reinterpret_cast<uint8_t*>(staged + first) +
+                            (b * kLanes + lane) * kBits);
+    }
+    __syncwarp(((1u << kLanes) - 1u) << (threadIdx.x % kWarp - lane));
+    auto* target = reinterpret_cast<uint32_t*>(codes);
+#pragma unroll
+    for (int w = 0; w < kBits; ++w) {
+      target[w * kLanes + lane] = staged[first + w * kLanes + lane];
+    }
   }
 };
 
@@ -67,9 +102,12 @@ __device__ __forceinline__ void encode_group(const GroupCodes<T, kGroup>& group,
   constexpr int kHalf = kBlocksPerThread / 2;
   static_assert(half_blocks(kGroup) == kHalf * kLanes);
   constexpr uint32_t kMaxCode = max_code_of(kBits);
+  constexpr bool kTogether =
+      kWhole && GroupCodes<T, kGroup>::template kMeet<kBits>;
 
   const float scale = encode_scale(range, kMaxCode);
   const uint32_t integer = opaque_integer_float(group.count);
+  CodeWord<kBits> words[kBlocksPerThread];
 #pragma unroll
   for (int p = 0; p < kHalf; ++p) {
     const PhiloxBlock random =
@@ -90,9 +128,11 @@ __device__ __forceinline__ void encode_group(const GroupCodes<T, kGroup>& group,
           sums[i] = min(sums[i], largest_sum(kMaxCode));
         }
       }
-      group.template store<kBits>(b, sums, left);
+      words[b] = group.template pack<kBits>(sums);
+      if (!kTogether) group.template store<kBits>(b, words[b], left);
     }
   }
+  if constexpr (kTogether) group.template store<kBits>(words);
 }
 
 template <int kBits, typename T, int kGroup>
@@ -110,7 +150,7 @@ __device__ __forceinline__ void encode_special_group(
           encode_special(group.share.blocks[b].get(i), range, kMaxCode);
       sums[i] = kIntegerFloat | code << fraction_bits(kMaxCode);
     }
-    group.template store<kBits>(b, sums, left);
+    group.template store<kBits>(b, group.template pack<kBits>(sums), left);
   }
 }
 

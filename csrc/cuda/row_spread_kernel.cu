@@ -36,11 +36,19 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     sum_rows_kernel(const float* __restrict__ groups, float* __restrict__ sums,
                     int64_t rows, int64_t groups_per_row) {
+  constexpr int kAtOnce = 8;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const float* source = groups + row * groups_per_row;
     double sum = 0.0;
-    for (int64_t g = threadIdx.x; g < groups_per_row; g += kThreads) {
-      sum += source[g];
+    for (int64_t g = threadIdx.x; g < groups_per_row; g += kThreads * kAtOnce) {
+      float own[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int64_t place = g + u * kThreads;
+        own[u] = place < groups_per_row ? source[place] : 0.0f;
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) sum += own[u];
     }
     sum = block_sum(sum);
     if (threadIdx.x == 0) {

@@ -32,10 +32,19 @@ NORM_SHAPES = (
     (2, 5, 3),
     (6, 40),
 )
+# Enough elements for every split of a channel, of whole groups and not.
+LONG_SHAPES = ((32, 16, 128, 128), (32, 24, 100, 101))
 # Of batch norm alone, before a ReLU, and before a residual sum and a ReLU.
 NORM_MODES = ((False, False), (True, False), (True, True))
-# Odd and even numbers of outputs, a warp and less, several planes.
-POOL_SHAPES = ((2, 3, 9, 11), (3, 9, 11), (2, 8, 16, 16), (1, 1, 3, 3))
+# Odd and even numbers of outputs, a warp and less, several planes, lines of
+# whole blocks.
+POOL_SHAPES = (
+    (2, 3, 9, 11),
+    (3, 9, 11),
+    (2, 8, 16, 16),
+    (2, 3, 7, 24),
+    (1, 1, 3, 3),
+)
 WINDOWS = (
     dict(kernel_size=2),
     dict(kernel_size=3, stride=2, padding=1),
@@ -283,7 +292,7 @@ def run_norm_grads():
     """Everything of a fused normalisation; returns how many payloads."""
     count = 0
     for shape, dtype, last in itertools.product(
-        NORM_SHAPES, DTYPES, (False, True)
+        NORM_SHAPES + LONG_SHAPES, DTYPES, (False, True)
     ):
         if last and len(shape) != 4:
             continue
@@ -292,7 +301,7 @@ def run_norm_grads():
         if last:
             x = x.to(memory_format=torch.channels_last)
         run_channel_stats(x)
-        for bits in ops.VALID_BITS:
+        for bits in (3,) if shape in LONG_SHAPES else ops.VALID_BITS:
             for relu in (False, True) if bits > 1 else (False,):
                 run_norm_grad(x, bits, relu)
                 special = x.clone()
