@@ -197,24 +197,18 @@ class QuantizedTensor(Payload):
     def unpack(self, start=None, stop=None):
         """See the base class."""
         format = self.format
-        part = slice(start, stop)
-        ranges = self.ranges[part]
-        layout = self._layout(ranges.shape[0])
         if self.row_bits is None:
+            codes, ranges = _part(start, stop, self.codes, self.ranges)
+            layout = self._layout(ranges.shape[0])
             return ops.dequantize(
-                self.codes[part],
-                ranges,
-                *layout,
-                format.bits,
-                format.group_size,
+                codes, ranges, *layout, format.bits, format.group_size
             )
+        ranges, bits, starts = _part(
+            start, stop, self.ranges, self.row_bits, self.row_starts
+        )
+        layout = self._layout(ranges.shape[0])
         return ops.dequantize_rows(
-            self.codes,
-            ranges,
-            self.row_bits[part],
-            self.row_starts[part],
-            *layout,
-            format.group_size,
+            self.codes, ranges, bits, starts, *layout, format.group_size
         )
 
 
@@ -247,10 +241,9 @@ class SplitTensor(Payload):
 
     def unpack(self, start=None, stop=None):
         """See the base class."""
-        part = slice(start, stop)
-        ranges = self.ranges[part]
+        codes, ranges = _part(start, stop, self.codes, self.ranges)
         return ops.dequantize_split(
-            self.codes[part],
+            codes,
             ranges,
             self.weight,
             self.bias,
@@ -284,15 +277,21 @@ class ZeroedTensor(Payload):
 
     def unpack(self, start=None, stop=None):
         """See the base class."""
-        part = slice(start, stop)
-        ranges = self.ranges[part]
+        codes, ranges = _part(start, stop, self.codes, self.ranges)
         return ops.dequantize_zeroed(
-            self.codes[part],
+            codes,
             ranges,
             *self._layout(ranges.shape[0]),
             self.format.bits,
             self.format.group_size,
         )
+
+
+def _part(start, stop, *tensors):
+    """A range of the samples of tensors; themselves if it is all."""
+    if start is None and stop is None:
+        return tensors
+    return [tensor[start:stop] for tensor in tensors]
 
 
 _PAYLOADS = dict(plain=QuantizedTensor, split=SplitTensor, zeroed=ZeroedTensor)

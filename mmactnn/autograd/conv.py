@@ -56,8 +56,10 @@ class _Convolution(Function):
                 _SMALL_BYTES, ctx.chunk_bytes or _SMALL_BYTES
             )
             for part, x in payload.chunks(ctx.chunk_bytes):
+                whole = len(x) == len(grad_output)
+                grad = grad_output if whole else grad_output[part]
                 grad_input, weight_part, bias_part = _gradients(
-                    ctx, grad_output[part], x, w, together, True, needs_bias
+                    ctx, grad, x, w, together, True, needs_bias
                 )
                 # Sums of parts in the dtype of the parameter.
                 grad_weight = _add(grad_weight, weight_part, weight.dtype)
