@@ -24,6 +24,9 @@ CASES = {
     '4 bits, adaptive': dict(conv=4, norm=4),
     '2 bits, fixed': dict(base='L2', conv=2, norm=2),
     'L3': 'L3',
+    # Of fused blocks the convolutions' inputs, the sums and the rectified
+    # values at 4 bits, the normalised values before a sum at 3.
+    'L3, 4/3/4 bits': dict(conv=4, norm=3, rectified=4),
     'L3, use_gradient': dict(use_gradient=True),
 }
 
