@@ -31,8 +31,10 @@ quickstart: $(PACKAGE) data/digits
 	@$(BIN)/python tools/analysis_tools/compare_runs.py \
 	    $(RUNS)/exact $(RUNS)/compressed
 
+# A process a core, each of one thread; files stay whole, for what their tests
+# share.
 test: $(PACKAGE) $(TESTS)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(LINT)
 	$(BIN)/ruff check .
