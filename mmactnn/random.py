@@ -71,7 +71,20 @@ class RoundingGenerator:
 
         Returns:
             tuple[int, int]: Key and offset, 64 bits each.
+
+        Raises:
+            RuntimeError: If a CUDA graph is being captured: it would hold on
+                to the pair, and every replay would round alike.
         """
+        if torch.cuda.is_initialized() and (
+            torch.cuda.is_current_stream_capturing()
+        ):
+            raise RuntimeError(
+                'compressed layers cannot be captured in a CUDA graph: every '
+                'replay would round with the same random bits, and errors '
+                'would add up instead of averaging out. Capture the model at '
+                'level L0, or train it without a graph'
+            )
         self._follow()
         offset = self._offset
         self._offset = (offset + 1) & _MASK64

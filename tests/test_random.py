@@ -218,3 +218,14 @@ class TestModels:
         assert take(first) == take(model[0].quantizer.generator)
         layer = pickle.loads(pickle.dumps(mmactnn.QConv2d(3, 4, 3)))
         assert layer.quantizer.generator is default_generator
+
+
+def test_no_pair_for_a_cuda_graph(monkeypatch):
+    generator = RoundingGenerator(seed=0)
+    generator.next()
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, 'is_current_stream_capturing', lambda: True
+    )
+    with pytest.raises(RuntimeError, match='every replay'):
+        generator.next()
