@@ -13,6 +13,23 @@ def _mix(value):
     return value ^ (value >> 31)
 
 
+def refuse_capture():
+    """Raise where a CUDA graph would hold on to random bits.
+
+    Raises:
+        RuntimeError: If a graph is being captured.
+    """
+    if torch.cuda.is_initialized() and (
+        torch.cuda.is_current_stream_capturing()
+    ):
+        raise RuntimeError(
+            'compressed layers cannot be captured in a CUDA graph: every '
+            'replay would round, and drop, with the same random bits, and '
+            'errors would add up instead of averaging out. Capture the model '
+            'at level L0, or train it without a graph'
+        )
+
+
 class RoundingGenerator:
     """Numbers the tensors that are rounded, so that no two round alike.
 
@@ -76,15 +93,7 @@ class RoundingGenerator:
             RuntimeError: If a CUDA graph is being captured: it would hold on
                 to the pair, and every replay would round alike.
         """
-        if torch.cuda.is_initialized() and (
-            torch.cuda.is_current_stream_capturing()
-        ):
-            raise RuntimeError(
-                'compressed layers cannot be captured in a CUDA graph: every '
-                'replay would round with the same random bits, and errors '
-                'would add up instead of averaging out. Capture the model at '
-                'level L0, or train it without a graph'
-            )
+        refuse_capture()
         self._follow()
         offset = self._offset
         self._offset = (offset + 1) & _MASK64

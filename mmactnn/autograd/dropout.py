@@ -4,6 +4,7 @@ import torch
 from torch.autograd import Function
 
 from .. import ops
+from ..random import refuse_capture
 from .in_place import finish, may_overwrite
 from .stand_in import counted
 
@@ -41,11 +42,15 @@ def dropout(input, p, inplace, quantizer):
 
     Returns:
         Tensor[*]: The output.
+
+    Raises:
+        RuntimeError: If a CUDA graph is being captured.
     """
     if torch.is_grad_enabled() and input.requires_grad:
         # torch keeps the factors, or a mask where it has a kernel of its own.
         fused = input.is_cuda and not inplace
         exact = counted(input.shape, torch.bool if fused else input.dtype)
         quantizer.note(kept=(), exact=(exact,))
+    refuse_capture()
     seed = torch.randint(1 << 62, (), device='cpu').item()
     return _Dropout.apply(input, inplace, p, seed)
