@@ -70,5 +70,7 @@ def _draw(axes, level, steps, curves):
         [max(values) for values in at_steps],
         color=line.get_color(),
         alpha=0.2,
-        linewidth=0,
+        # So that the band of a single step is seen, too.
+        linewidth=1,
     )
+    axes.xaxis.get_major_locator().set_params(integer=True)

@@ -40,8 +40,8 @@ def make_table(summaries):
                 first['metric'] or '',
                 '' if summary.step is None else at,
                 level,
-                *(_format(value, '.4g') for value in (*values, mean)),
-                _format(difference, '+.2g'),
+                *(_format(value, '.3f') for value in (*values, mean)),
+                _format(difference, '+.3f'),
                 _format(row['saved_mib'], '.1f'),
             )
         table.add_section()
@@ -63,7 +63,7 @@ def describe(row):
         text += f' ({row["message"]})'
     if row.get('evaluations'):
         step, value = row['evaluations'][-1]
-        text += f', {row["metric"]} {value:.4g} at {row["unit"]} {step}'
+        text += f', {row["metric"]} {value:.3f} at {row["unit"]} {step}'
     return text
 
 

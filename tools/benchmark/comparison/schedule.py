@@ -1,6 +1,7 @@
 """Trains runs, several side by side."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -135,5 +136,7 @@ async def _execute(command, environment, log, timeout):
     finally:
         # Too late, or an interrupt.
         if process.returncode is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            # It may have ended without asyncio having noticed yet.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
