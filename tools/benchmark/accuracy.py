@@ -20,15 +20,6 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 import mmactnn
 from comparison import plots, report
@@ -37,6 +28,7 @@ from comparison.run import Run
 from comparison.scalars import read_figures
 from comparison.schedule import make_slots, train_all, train_run, work_dirs
 from comparison.summary import summarize
+from training.progress import make_console, make_progress
 
 METRICS = ('coco/bbox_mAP', 'mIoU', 'accuracy/top1')
 
@@ -165,10 +157,7 @@ def main(argv=None):
         argv (list[str], optional): Arguments. Defaults to the process's own.
     """
     args = parse_args(argv)
-    console = Console()
-    if not console.is_terminal:
-        # A log has no width of its own.
-        console = Console(width=140)
+    console = make_console()
     folder = args.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder)
@@ -195,14 +184,7 @@ def train(runs, results, folder, args, console):
         console (Console): Where to print.
     """
     slots = make_slots(args.gpus, args.per_gpu)
-    with Progress(
-        TextColumn('{task.description}'),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    ) as progress:
+    with make_progress(console) as progress:
         bar = progress.add_task('runs', total=len(runs))
 
         async def train_one(run, slot):

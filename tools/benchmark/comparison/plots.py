@@ -20,7 +20,7 @@ def write_plots(summaries, folder):
     written = []
     for summary in summaries:
         path = folder / f'{summary.config}_accuracy.png'
-        plot(summary).savefig(path, dpi=110)
+        plot(summary).savefig(path, dpi=100)
         written.append(path)
     return written
 
@@ -60,10 +60,10 @@ def plot(summary):
 def _draw(axes, level, steps, curves):
     at_steps = list(zip(*curves))
     means = [sum(values) / len(values) for values in at_steps]
-    marker = 'o' if len(steps) < 20 else None
-    (line,) = axes.plot(
-        steps, means, label=level, marker=marker, linewidth=1, markersize=4
-    )
+    (line,) = axes.plot(steps, means, label=level, linewidth=1)
+    if len(steps) < 10:
+        line.set(marker='o', markersize=4)
+        axes.set_xticks(steps)
     axes.fill_between(
         steps,
         [min(values) for values in at_steps],
@@ -73,4 +73,3 @@ def _draw(axes, level, steps, curves):
         # So that the band of a single step is seen, too.
         linewidth=1,
     )
-    axes.xaxis.get_major_locator().set_params(integer=True)
