@@ -21,19 +21,10 @@ import signal
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 import mmactnn
 from training import models, plots, report
 from training.process import measure_file, run_trial
+from training.progress import make_console, make_progress
 from training.search import search_largest
 from training.systems import parse_system
 from training.trial import OK, OUT_OF_MEMORY, Trial
@@ -278,21 +269,11 @@ def main(argv=None):
     if args.measure:
         measure_file(*args.measure)
         return
-    console = Console()
-    if not console.is_terminal:
-        # A log has no width of its own.
-        console = Console(width=140)
+    console = make_console()
     results = report.Results(args.out)
     trials = make_trials(args)
     used, largest = [], []
-    with Progress(
-        TextColumn('{task.description}'),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    ) as progress:
+    with make_progress(console) as progress:
         bar = progress.add_task('', total=len(trials))
 
         def measure(trial):

@@ -43,11 +43,23 @@ def run_trial(trial, timeout=None):
         if code == 0:
             return json.loads(result.read_text())
         text = log.read_text(errors='replace')
-    lines = [line for line in text.splitlines() if line.strip()]
-    message = lines[-1] if lines else f'exit status {code}'
+    return dict(result=ERROR, message=describe_failure(code, text), log=text)
+
+
+def describe_failure(code, text):
+    """Why a process has failed, in a line.
+
+    Args:
+        code (int): Its exit status; minus a signal if that has ended it.
+        text (str): What it has written.
+
+    Returns:
+        str: The signal, the last line written or else the exit status.
+    """
     if code < 0:
-        message = f'killed by {signal.Signals(-code).name}'
-    return dict(result=ERROR, message=message, log=text)
+        return f'killed by {signal.Signals(-code).name}'
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else f'exit status {code}'
 
 
 def measure_file(trial_path, row_path):
