@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.tools import load_tool
+from support.digits import make_digits
+
+# Support modules that check for tests.
+pytest.register_assert_rewrite('support.recipe_tests')
 
 
 @pytest.fixture(params=['cpu', 'cuda'])
@@ -27,6 +30,21 @@ def seed() -> int:
     return value
 
 
+@pytest.fixture(scope='module', autouse=True)
+def _unformatted_configs():
+    """Leave configs as they are generated.
+
+    Runners print and save theirs several times, and formatting them for it
+    takes longer than the short trainings here.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            'yapf.yapflib.yapf_api.FormatCode',
+            lambda text, **options: (text, False),
+        )
+        yield
+
+
 @pytest.fixture(scope='session')
 def digits_home(tmp_path_factory) -> Path:
     """A directory to run tools in: it holds a tiny set in ``data/digits``.
@@ -34,8 +52,5 @@ def digits_home(tmp_path_factory) -> Path:
     The configs name their data relative to the working directory.
     """
     home = tmp_path_factory.mktemp('home')
-    converter = load_tool('dataset_converters/digits.py')
-    options = [str(home / 'data' / 'digits'), '--image-size', '64']
-    options += ['--num-train', '16', '--num-val', '4']
-    converter.make_dataset(converter.parse_args(options))
+    make_digits(home / 'data' / 'digits')
     return home

@@ -1,0 +1,15 @@
+"""Every detection recipe, run as it is on a few small images."""
+
+import pytest
+from support.recipe_tests import RecipeTests
+from support.small_recipe import list_recipes
+
+
+@pytest.mark.parametrize('name', list_recipes('metafile.yml'), scope='class')
+class TestDetection(RecipeTests):
+    toolbox = 'mmdet'
+
+    def test_metrics(self, run):
+        assert 'val/coco/bbox_mAP' in run.scalars
+        masks = 'val/coco/segm_mAP' in run.scalars
+        assert masks == run.name.startswith('mask')
