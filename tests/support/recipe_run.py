@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
@@ -51,10 +51,13 @@ class RecipeRun:
         config = self.config
         if self.name in OFFICIAL:
             config = official(self.name)
-        config = shrink_model(plain(config.model), toolbox)
+        preprocessor = config.get('data_preprocessor')
+        config = shrink_model(ConfigDict(plain(config.model)), toolbox)
+        # As the runner does ...
+        config.setdefault('data_preprocessor', preprocessor)
         with DefaultScope.overwrite_default_scope(toolbox):
             model = MODELS.build(config)
-        # As the runner does in one process.
+        # ... in one process.
         model = revert_sync_batchnorm(model).train()
         model.load_state_dict(self.state, strict=True)
         return model

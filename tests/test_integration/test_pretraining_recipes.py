@@ -10,3 +10,5 @@ from support.small_recipe import list_recipes
 )
 class TestPretraining(RecipeTests):
     toolbox = 'mmpretrain'
+    # Maps of few pixels: the statistics of norms weigh more.
+    most_left = 0.15

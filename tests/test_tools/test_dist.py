@@ -48,19 +48,18 @@ dataset = dict(
     ),
     seg_map_suffix='.png',
     img_suffix='.png',
+    pipeline=[
+        dict(type='LoadImageFromFile'),
+        dict(type='LoadAnnotations'),
+        dict(type='PackSegInputs'),
+    ],
 )
 train_dataloader = dict(
     batch_size=2,
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
-        data_prefix=dict(img_path='train', seg_map_path='seg/train'),
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs'),
-        ],
-        **dataset,
+        data_prefix=dict(img_path='train', seg_map_path='seg/train'), **dataset
     ),
 )
 val_dataloader = dict(
@@ -68,13 +67,7 @@ val_dataloader = dict(
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
-        data_prefix=dict(img_path='val', seg_map_path='seg/val'),
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs'),
-        ],
-        **dataset,
+        data_prefix=dict(img_path='val', seg_map_path='seg/val'), **dataset
     ),
 )
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
@@ -171,15 +164,16 @@ def test_both_ranks_end_with_equal_weights(detector, digits_home):
     assert out.stat().st_size > 0
 
 
-def test_sync_bn_keeps_the_statistics_equal_too(detector, digits_home):
+def test_sync_bn_keeps_the_statistics_equal_too(tmp_path):
+    config = write_toy(tmp_path / 'toy.py', dict(type='ActNNHook'))
     _, states = train(
-        detector, 2, '--cfg-options', 'sync_bn=torch', cwd=digits_home
+        config, 2, '--cfg-options', 'sync_bn=torch', cwd=tmp_path
     )
     assert differing(states) == set()
 
 
-def test_segmentor_with_sync_bn_on_four_ranks(write, digits_home):
-    log, states = train(write(SEGMENTOR), 4, cwd=digits_home)
+def test_segmentor_with_sync_bn(write, digits_home):
+    log, states = train(write(SEGMENTOR), 2, cwd=digits_home)
     assert 'SyncBatchNorm -> QSyncBatchNorm' in log
     assert 'mIoU' in log
     assert differing(states) == set()
@@ -223,7 +217,7 @@ def test_goes_on_with_another_number_of_ranks(tmp_path):
     assert 'Signal 9 (SIGKILL)' in log
 
     iteration, seed = 6, 5
-    for epoch, ranks in enumerate((1, 2, 4), start=2):
+    for epoch, ranks in enumerate((1, 4), start=2):
         last = torch.load(
             work_dir / f'epoch_{epoch - 1}.pth', weights_only=False
         )
