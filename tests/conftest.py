@@ -1,11 +1,13 @@
 """Fixtures that all tests share."""
 
+import functools
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mmengine.fileio import load
 from support.digits import make_digits
 
 # Support modules that check for tests.
@@ -30,18 +32,20 @@ def seed() -> int:
     return value
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _unformatted_configs():
-    """Leave configs as they are generated.
+@pytest.fixture(scope='session', autouse=True)
+def _quick_configs():
+    """Spare MMEngine's configs what takes longer than short trainings.
 
-    Runners print and save theirs several times, and formatting them for it
-    takes longer than the short trainings here.
+    Runners print and save their configs several times, and format them for
+    it. Whatever inherits from a toolbox looks for its base in all metafiles
+    of the toolbox, about a hundred, which are parsed anew every time.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             'yapf.yapflib.yapf_api.FormatCode',
             lambda text, **options: (text, False),
         )
+        patch.setattr('mmengine.config.utils.load', functools.cache(load))
         yield
 
 

@@ -68,18 +68,17 @@ class SmallResNet(nn.Module):
 
 
 def load_images(device='cpu'):
-    """scikit-learn's digits at 16x16, in an order that is always the same.
+    """scikit-learn's digits, in an order that is always the same.
 
     Args:
         device (torch.device, optional): Defaults to CPU.
 
     Returns:
         tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]: Images
-        [N, 1, 16, 16] and labels [N] to train on, and to test with.
+        [N, 1, 8, 8] and labels [N] to train on, and to test with.
     """
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
-    images = F.interpolate(images, scale_factor=2, mode='bilinear')
     labels = torch.from_numpy(digits.target)
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(images), generator=generator)

@@ -10,5 +10,3 @@ from support.small_recipe import list_recipes
 )
 class TestPretraining(RecipeTests):
     toolbox = 'mmpretrain'
-    # Maps of few pixels: the statistics of norms weigh more.
-    most_left = 0.15
