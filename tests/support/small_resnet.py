@@ -89,7 +89,7 @@ def load_images(device='cpu'):
     )
 
 
-def train_and_test(level, seed, epochs, lr=0.1, batch_size=32, device='cpu'):
+def train_and_test(level, seed, epochs, lr=0.1, batch_size=64, device='cpu'):
     """Train from scratch.
 
     Args:
@@ -97,7 +97,7 @@ def train_and_test(level, seed, epochs, lr=0.1, batch_size=32, device='cpu'):
         seed (int): Of weights, order and rounding.
         epochs (int): Epochs.
         lr (float, optional): Learning rate to begin with. Defaults to 0.1.
-        batch_size (int, optional): Defaults to 32.
+        batch_size (int, optional): Defaults to 64.
         device (torch.device, optional): Defaults to CPU.
 
     Returns:
