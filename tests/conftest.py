@@ -11,7 +11,7 @@ from mmengine.fileio import load
 from support.digits import make_digits
 
 # Support modules that check for tests.
-pytest.register_assert_rewrite('support.recipe_tests')
+pytest.register_assert_rewrite('support.recipe_tests', 'support.dist_train')
 
 
 @pytest.fixture(params=['cpu', 'cuda'])

@@ -26,8 +26,8 @@ _CAPS = dict(
     queue_len=8 * BATCH,
 )
 # Of the sizes of detectors' images, whose ratios matter: 640 pixels and 800
-# become 96.
-_SCALE = 0.12
+# become 64.
+_SCALE = 0.08
 # Side of all other images, in pixels; and from where on they are made small.
 _SIZE, _LARGE = 64, 100
 
@@ -43,8 +43,28 @@ def list_recipes(metafile):
     Returns:
         list[str]: Their names.
     """
-    models = yaml.safe_load((CONFIGS / metafile).read_text())['Models']
-    return [model['Name'] for model in models]
+    return [model['Name'] for model in _read_models(metafile)]
+
+
+def list_detectors(stages):
+    """The recipes of detectors of one kind.
+
+    Args:
+        stages (int): 2 for those that have a region proposal network, 1 for
+            those that have none.
+
+    Returns:
+        list[str]: Their names.
+    """
+    return [
+        model['Name']
+        for model in _read_models('metafile.yml')
+        if ('RPN' in model['Metadata']['Architecture']) == (stages == 2)
+    ]
+
+
+def _read_models(metafile):
+    return yaml.safe_load((CONFIGS / metafile).read_text())['Models']
 
 
 def make_data(toolbox, folder):

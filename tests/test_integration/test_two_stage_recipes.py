@@ -1,12 +1,12 @@
-"""Every detection recipe, run as it is on a few small images."""
+"""Every recipe of detectors with proposals, run as it is on a few small images."""
 
 import pytest
 from support.recipe_tests import RecipeTests
-from support.small_recipe import list_recipes
+from support.small_recipe import list_detectors
 
 
-@pytest.mark.parametrize('name', list_recipes('metafile.yml'), scope='class')
-class TestDetection(RecipeTests):
+@pytest.mark.parametrize('name', list_detectors(2), scope='class')
+class TestTwoStageDetection(RecipeTests):
     toolbox = 'mmdet'
 
     def test_metrics(self, run):
