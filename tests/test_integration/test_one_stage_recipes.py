@@ -1,4 +1,4 @@
-"""Every recipe of detectors without proposals, run as it is on a few small images."""
+"""Recipes of detectors without proposals, run on a few small images."""
 
 import pytest
 from support.recipe_tests import RecipeTests
@@ -11,3 +11,4 @@ class TestOneStageDetection(RecipeTests):
 
     def test_metrics(self, run):
         assert 'val/coco/bbox_mAP' in run.scalars
+        assert 'val/coco/segm_mAP' not in run.scalars

@@ -1,4 +1,4 @@
-"""Every recipe of classifiers and encoders, run on a few small images."""
+"""Recipes of classifiers and encoders, run on a few small images."""
 
 import pytest
 from support.recipe_tests import RecipeTests

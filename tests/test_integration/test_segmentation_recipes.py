@@ -1,4 +1,4 @@
-"""Every segmentation recipe, run as it is on a few small images."""
+"""Recipes of segmentors, run on a few small images."""
 
 import pytest
 from support.recipe_tests import RecipeTests

@@ -1,4 +1,4 @@
-"""Every recipe of detectors with proposals, run as it is on a few small images."""
+"""Recipes of detectors with proposals, run on a few small images."""
 
 import pytest
 from support.recipe_tests import RecipeTests
