@@ -1,12 +1,17 @@
 """Fixtures that all tests share."""
 
+import functools
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.tools import load_tool
+from mmengine.fileio import load
+from support.digits import make_digits
+
+# Support modules that check for tests.
+pytest.register_assert_rewrite('support.recipe_tests', 'support.dist_train')
 
 
 @pytest.fixture(params=['cpu', 'cuda'])
@@ -27,6 +32,23 @@ def seed() -> int:
     return value
 
 
+@pytest.fixture(scope='session', autouse=True)
+def _quick_configs():
+    """Spare MMEngine's configs what takes longer than short trainings.
+
+    Runners print and save their configs several times, and format them for
+    it. Whatever inherits from a toolbox looks for its base in all metafiles
+    of the toolbox, about a hundred, which are parsed anew every time.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            'yapf.yapflib.yapf_api.FormatCode',
+            lambda text, **options: (text, False),
+        )
+        patch.setattr('mmengine.config.utils.load', functools.cache(load))
+        yield
+
+
 @pytest.fixture(scope='session')
 def digits_home(tmp_path_factory) -> Path:
     """A directory to run tools in: it holds a tiny set in ``data/digits``.
@@ -34,8 +56,5 @@ def digits_home(tmp_path_factory) -> Path:
     The configs name their data relative to the working directory.
     """
     home = tmp_path_factory.mktemp('home')
-    converter = load_tool('dataset_converters/digits.py')
-    options = [str(home / 'data' / 'digits'), '--image-size', '64']
-    options += ['--num-train', '16', '--num-val', '4']
-    converter.make_dataset(converter.parse_args(options))
+    make_digits(home / 'data' / 'digits')
     return home

@@ -1,37 +1,44 @@
 """The configs that are shipped."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import import_modules_from_strings
+from support.small_recipe import CONFIGS, load_recipe
 from support.stock import OFFICIAL, official, plain
-from support.torchvision_stub import make_torchvision_importable
+from support.tools import ROOT
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmactnn
+from mmactnn.analysis.synthetic import drop_pretrained
 
-CONFIGS = Path(__file__).parents[1] / 'configs'
-RECIPES = sorted(
-    path for path in (CONFIGS / 'actnn').glob('*.py') if path.is_file()
-)
+RECIPES = sorted(path.stem for path in CONFIGS.glob('*.py'))
 
-
-def load(path):
-    config = Config.fromfile(path)
-    # Pretrained weights are for the runner to load, and are not here.
-    config.model.backbone.init_cfg = None
-    config.model.pop('pretrained', None)
-    return config
+NORMS = ('BN', 'SyncBN', 'GN')
+# Types of layers that a recipe has to name where the stock one leaves them at
+# their default.
+UNNAMED = {
+    'atss_r50': [dict(type='GN', num_groups=32)],
+    'byol_r50': [dict(type='SyncBN')],
+    'deeplabv3plus_r50': [dict(type='ReLU')],
+    'fcn_hr48': [dict(type='ReLU')],
+    'fcn_r50': [dict(type='ReLU')],
+    'fcos_r50': [dict(type='GN', num_groups=32)],
+    'pspnet_r50': [dict(type='ReLU')],
+    'resnet50_cifar10': [dict(type='BN')],
+    'resnet50_in1k': [dict(type='BN')],
+    'sem_fpn_r50': [dict(type='ReLU')],
+    'simclr_r50': [dict(type='SyncBN')],
+    'upernet_r50': [dict(type='ReLU')],
+}
 
 
 def build_model(config):
     scope = config.default_scope
-    if scope == 'mmpretrain':
-        make_torchvision_importable()
+    # Pretrained weights are for the runner to load, and are not here.
+    drop_pretrained(config.model)
     import_modules_from_strings(f'{scope}.models')
     # Only the classes of the layers matter here; but ResNets of MMPretrain
     # want numbers when they are built.
@@ -41,7 +48,7 @@ def build_model(config):
 
 
 def test_there_are_recipes():
-    assert {path.stem for path in RECIPES} >= {
+    assert set(RECIPES) >= {
         *OFFICIAL,
         'faster_rcnn_r50_bccd',
         'faster_rcnn_r50_paper',
@@ -51,9 +58,9 @@ def test_there_are_recipes():
     }
 
 
-@pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
-def test_recipe_builds_with_compressed_layers(path):
-    config = load(path)
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipe_builds_with_compressed_layers(name):
+    config = load_recipe(name)
     assert config.custom_hooks[0].type == 'ActNNHook'
     model = build_model(config)
     layers = [
@@ -66,9 +73,9 @@ def test_recipe_builds_with_compressed_layers(path):
     assert not names & {'Conv2d', 'BatchNorm2d', 'ReLU'}
 
 
-@pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
-def test_exact_twin_is_one_override(path):
-    config = load(path)
+@pytest.mark.parametrize('name', RECIPES)
+def test_exact_twin_is_one_override(name):
+    config = load_recipe(name)
     config.merge_from_dict({'custom_hooks.0.level': 'L0'})
     model = build_model(config)
     mmactnn.convert_model(model, config.custom_hooks[0].level)
@@ -78,28 +85,66 @@ def test_exact_twin_is_one_override(path):
     assert layers and all(layer.quantizer.exact for layer in layers)
 
 
+def without_defaults(node):
+    """Without what is the default of a norm, and scopes noted by MMEngine."""
+    if isinstance(node, dict):
+        found = {
+            key: without_defaults(value)
+            for key, value in node.items()
+            if key != '_scope_'
+        }
+        if found.get('type') in NORMS and found.get('requires_grad'):
+            del found['requires_grad']
+        return found
+    if isinstance(node, (list, tuple)):
+        return type(node)(without_defaults(item) for item in node)
+    return node
+
+
+def pop_unnamed_layers(ours, stock):
+    """Remove types of layers that only one of two models names.
+
+    Args:
+        ours (dict): Its config; changed in place.
+        stock (dict): The config of the other model.
+
+    Returns:
+        list[dict]: The types.
+    """
+    types = [
+        ours.pop(key)
+        for key in ('norm_cfg', 'act_cfg')
+        if key in ours and key not in stock
+    ]
+    for key in ours.keys() & stock.keys():
+        if isinstance(ours[key], dict) and isinstance(stock[key], dict):
+            types += pop_unnamed_layers(ours[key], stock[key])
+    return types
+
+
 @pytest.mark.parametrize('name', OFFICIAL)
 def test_official_recipe_is_untouched(name):
-    stock, ours = official(name), Config.fromfile(f'{CONFIGS}/actnn/{name}.py')
+    stock = official(name).to_dict()
+    ours = Config.fromfile(CONFIGS / f'{name}.py').to_dict()
     hook, *others = ours.pop('custom_hooks')
     assert hook == dict(type='ActNNHook', level='L3')
     assert others == stock.pop('custom_hooks', [])
     ours.pop('custom_imports'), ours.pop('actnn', None)
     # All that differs is which layers are built, and the hook.
-    model, expected = plain(ours.pop('model')), stock.pop('model').to_dict()
-    if name in ('atss_r50', 'fcos_r50'):
-        # What is the default there has to be named here.
-        norm_cfg = model['bbox_head'].pop('norm_cfg')
-        assert norm_cfg == dict(type='GN', num_groups=32, requires_grad=True)
+    model = without_defaults(plain(ours.pop('model')))
+    expected = without_defaults(stock.pop('model'))
+    # What is the default there has to be named here.
+    for default in pop_unnamed_layers(model, expected):
+        assert default in UNNAMED.get(name, [])
     assert model == expected
-    assert ours.to_dict() == stock.to_dict()
+    assert without_defaults(ours) == without_defaults(stock)
 
 
 @pytest.mark.parametrize(
     'name', ['faster_rcnn_r50_paper', 'retinanet_r50_paper']
 )
 def test_paper_recipe_trains_everything(name):
-    config = load(CONFIGS / f'actnn/{name}.py')
+    config = load_recipe(name)
     assert config.train_dataloader.batch_size == 16
     model = build_model(config)
     model.train()
@@ -109,10 +154,23 @@ def test_paper_recipe_trains_everything(name):
     )
 
 
+@pytest.mark.parametrize('name', ['fcn_r50', 'sem_fpn_r50'])
+def test_paper_recipe_of_segmentors(name):
+    stock, paper = load_recipe(name), load_recipe(f'{name}_paper')
+    assert paper.train_dataloader.batch_size == 8
+    assert paper.optim_wrapper.pop('clip_grad').max_norm == 35
+    stock.optim_wrapper.pop('clip_grad')
+    assert paper.optim_wrapper == stock.optim_wrapper
+    for part in ('backbone', 'decode_head', 'auxiliary_head'):
+        if part in stock.model:
+            assert stock.model[part].norm_cfg.type == 'QSyncBN'
+            assert paper.model[part].norm_cfg.type == 'QBN2d'
+
+
 def test_base_mixes_into_a_config_with_a_norm_cfg_of_its_own(tmp_path):
     (tmp_path / 'fcn.py').write_text(
         f"""_base_ = ['mmseg::_base_/models/fcn_r50-d8.py',
-                      {str(CONFIGS / '_base_/actnn.py')!r}]
+                      {str(CONFIGS.parent / '_base_/actnn.py')!r}]
 model = dict(backbone=dict(norm_cfg=_base_.actnn.norm_cfg))
 """
     )
@@ -123,10 +181,9 @@ model = dict(backbone=dict(norm_cfg=_base_.actnn.norm_cfg))
 
 
 def test_model_index_names_what_there_is():
-    root = CONFIGS.parent
-    index = yaml.safe_load((root / 'model-index.yml').read_text())
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
     named = set()
     for metafile in index['Import']:
-        models = yaml.safe_load((root / metafile).read_text())['Models']
-        named |= {root / model['Config'] for model in models}
-    assert named == set(RECIPES)
+        models = yaml.safe_load((ROOT / metafile).read_text())['Models']
+        named |= {ROOT / model['Config'] for model in models}
+    assert named == {CONFIGS / f'{name}.py' for name in RECIPES}

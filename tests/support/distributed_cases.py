@@ -6,7 +6,6 @@ import re
 import tempfile
 
 import torch
-import torch.distributed as dist
 from mmengine._strategy import FSDPStrategy
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -339,22 +338,27 @@ def fsdp_strategy(state='local', **kwargs):
     )
 
 
-def _run_ddp(rank, folder):
+def run_ddp(rank, folder):
     """All cases, at L0, at L3 and without the hook."""
+    return _train_cases(rank, folder, CASES)
+
+
+def _train_cases(rank, folder, names):
     found = {}
-    for name, case in CASES.items():
+    os.environ['LOCAL_RANK'] = str(rank)
+    for name in names:
         for level in (None, 'L0', 'L3'):
             if level is None and name == 'sync':
                 continue  # torch's own layer does not run on the CPU
             found[name, level] = train_by_runner(
-                f'{folder}/{name}{level}', level, **case
+                f'{folder}/{name}{level}', level, **CASES[name]
             )
     return found
 
 
-def _run_fsdp(rank, folder):
-    """FSDP by MMEngine's strategy and FSDP2, by name and level."""
-    found = {}
+def run_fsdp(rank, folder):
+    """FSDP by MMEngine's strategy and FSDP2, and DDP to compare with."""
+    found = _train_cases(rank, folder, ['plain'])
     for level in (None, 'L0', 'L3'):
         found['strategy', level] = train_by_runner(
             f'{folder}/fsdp{level}', level, strategy=fsdp_strategy()
@@ -394,19 +398,14 @@ def _run_fsdp(rank, folder):
     return found
 
 
-def _run(rank, folder):
-    os.environ['LOCAL_RANK'] = str(rank)
-    found = dict(ddp=_run_ddp(rank, folder), fsdp=_run_fsdp(rank, folder))
-    dist.barrier()
-    return found
+def train_in_two_processes(run):
+    """Train many times, for which one start of the processes serves.
 
-
-def train_in_two_processes():
-    """Train everything.
+    Args:
+        run (Callable): :func:`run_ddp` or :func:`run_fsdp`.
 
     Returns:
-        list[dict]: Of each process, what ``ddp`` and ``fsdp`` came to, by
-        name and level.
+        list[dict]: Of each process, what it has come to, by name and level.
     """
     with tempfile.TemporaryDirectory() as folder:
-        return run_in_processes(_run, WORLD, folder)
+        return run_in_processes(run, WORLD, folder)

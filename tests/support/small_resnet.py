@@ -68,18 +68,17 @@ class SmallResNet(nn.Module):
 
 
 def load_images(device='cpu'):
-    """scikit-learn's digits at 16x16, in an order that is always the same.
+    """scikit-learn's digits, in an order that is always the same.
 
     Args:
         device (torch.device, optional): Defaults to CPU.
 
     Returns:
         tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]: Images
-        [N, 1, 16, 16] and labels [N] to train on, and to test with.
+        [N, 1, 8, 8] and labels [N] to train on, and to test with.
     """
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
-    images = F.interpolate(images, scale_factor=2, mode='bilinear')
     labels = torch.from_numpy(digits.target)
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(images), generator=generator)
@@ -90,7 +89,7 @@ def load_images(device='cpu'):
     )
 
 
-def train_and_test(level, seed, epochs, lr=0.1, batch_size=32, device='cpu'):
+def train_and_test(level, seed, epochs, lr=0.1, batch_size=64, device='cpu'):
     """Train from scratch.
 
     Args:
@@ -98,7 +97,7 @@ def train_and_test(level, seed, epochs, lr=0.1, batch_size=32, device='cpu'):
         seed (int): Of weights, order and rounding.
         epochs (int): Epochs.
         lr (float, optional): Learning rate to begin with. Defaults to 0.1.
-        batch_size (int, optional): Defaults to 32.
+        batch_size (int, optional): Defaults to 64.
         device (torch.device, optional): Defaults to CPU.
 
     Returns:

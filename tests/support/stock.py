@@ -2,19 +2,45 @@
 
 from mmengine.config import Config
 
-# Those that add compression to a recipe of MMDetection and change nothing.
+# Those that add compression to a recipe of a toolbox and change nothing.
 OFFICIAL = {
-    'atss_r50': 'atss/atss_r50_fpn_1x_coco.py',
-    'cascade_rcnn_r50': 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
-    'detr_r50': 'detr/detr_r50_8xb2-150e_coco.py',
-    'faster_rcnn_r50': 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
-    'fcos_r50': 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
-    'mask_rcnn_r50': 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
-    'retinanet_r50': 'retinanet/retinanet_r50_fpn_1x_coco.py',
-    'retinanet_r101': 'retinanet/retinanet_r101_fpn_1x_coco.py',
-    'retinanet_x101_64x4d': 'retinanet/retinanet_x101-64x4d_fpn_1x_coco.py',
-    'rtmdet_s': 'rtmdet/rtmdet_s_8xb32-300e_coco.py',
-    'yolox_s': 'yolox/yolox_s_8xb8-300e_coco.py',
+    'atss_r50': 'mmdet::atss/atss_r50_fpn_1x_coco.py',
+    'byol_r50': 'mmpretrain::byol/byol_resnet50_16xb256-coslr-200e_in1k.py',
+    'cascade_rcnn_r50': (
+        'mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py'
+    ),
+    'deeplabv3plus_r50': (
+        'mmseg::deeplabv3plus/'
+        'deeplabv3plus_r50-d8_4xb2-80k_cityscapes-512x1024.py'
+    ),
+    'detr_r50': 'mmdet::detr/detr_r50_8xb2-150e_coco.py',
+    'faster_rcnn_r50': 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+    'fcn_hr48': 'mmseg::hrnet/fcn_hr48_4xb2-80k_cityscapes-512x1024.py',
+    'fcn_r50': 'mmseg::fcn/fcn_r50-d8_4xb2-80k_cityscapes-512x1024.py',
+    'fcos_r50': 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
+    'mask_rcnn_r50': 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    'mocov2_r50': (
+        'mmpretrain::mocov2/mocov2_resnet50_8xb32-coslr-200e_in1k.py'
+    ),
+    'pspnet_r50': (
+        'mmseg::pspnet/pspnet_r50-d8_4xb2-80k_cityscapes-512x1024.py'
+    ),
+    'resnet50_cifar10': 'mmpretrain::resnet/resnet50_8xb16_cifar10.py',
+    'resnet50_in1k': 'mmpretrain::resnet/resnet50_8xb32_in1k.py',
+    'retinanet_r50': 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+    'retinanet_r101': 'mmdet::retinanet/retinanet_r101_fpn_1x_coco.py',
+    'retinanet_x101_64x4d': (
+        'mmdet::retinanet/retinanet_x101-64x4d_fpn_1x_coco.py'
+    ),
+    'rtmdet_s': 'mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py',
+    'sem_fpn_r50': 'mmseg::sem_fpn/fpn_r50_4xb2-80k_cityscapes-512x1024.py',
+    'simclr_r50': (
+        'mmpretrain::simclr/simclr_resnet50_16xb256-coslr-200e_in1k.py'
+    ),
+    'upernet_r50': (
+        'mmseg::upernet/upernet_r50_4xb2-80k_cityscapes-512x1024.py'
+    ),
+    'yolox_s': 'mmdet::yolox/yolox_s_8xb8-300e_coco.py',
 }
 
 _PLAIN = {
@@ -22,13 +48,14 @@ _PLAIN = {
     'QFPN': 'FPN',
     'QGN': 'GN',
     'QRPNHead': 'RPNHead',
+    'QReLU': 'ReLU',
     'QSiLU': 'SiLU',
     'QSyncBN': 'SyncBN',
 }
 
 
 def official(name):
-    """MMDetection's own config of a recipe.
+    """A toolbox's own config of a recipe.
 
     Args:
         name (str): Name of ours, a key of :data:`OFFICIAL`.
@@ -37,7 +64,7 @@ def official(name):
         Config: The config.
     """
     # As a base, which is how ours have it.
-    return Config.fromstring(f"_base_ = 'mmdet::{OFFICIAL[name]}'", '.py')
+    return Config.fromstring(f'_base_ = {OFFICIAL[name]!r}', '.py')
 
 
 def plain(node):

@@ -10,11 +10,3 @@ from mmengine.registry import DefaultScope
 def no_scope(monkeypatch):
     """Every test starts without a default scope, and leaves none behind."""
     monkeypatch.setattr(DefaultScope, '_instance_dict', OrderedDict())
-
-
-@pytest.fixture(scope='session')
-def trained():
-    """What each of two processes has come to: one start serves all tests."""
-    from support.distributed_cases import train_in_two_processes
-
-    return train_in_two_processes()

@@ -2,16 +2,23 @@
 
 import pytest
 import torch
-from support.distributed_cases import CASES, STEPS, train_by_hand
+from support.distributed_cases import (
+    CASES,
+    STEPS,
+    run_ddp,
+    train_by_hand,
+    train_in_two_processes,
+)
 from support.layers import assert_same_bits
 
 LEVELS = ('L0', 'L3')
 
 
-@pytest.fixture
-def ddp(trained):
+@pytest.fixture(scope='module')
+def ddp():
     """What each process came to, of a case at a level."""
-    return lambda name, level: [found['ddp'][name, level] for found in trained]
+    trained = train_in_two_processes(run_ddp)
+    return lambda name, level: [found[name, level] for found in trained]
 
 
 @pytest.mark.parametrize('name', CASES)

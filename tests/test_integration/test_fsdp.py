@@ -2,20 +2,21 @@
 
 import pytest
 import torch
-from support.distributed_cases import Branches
+from support.distributed_cases import (
+    Branches,
+    run_fsdp,
+    train_in_two_processes,
+)
 from support.layers import assert_same_bits
 
 LEVELS = ('L0', 'L3')
 
 
-@pytest.fixture
-def results(trained):
+@pytest.fixture(scope='module')
+def results():
     """What each process came to, of a case at a level."""
-
-    def results(name, level, kind='fsdp'):
-        return [found[kind][name, level] for found in trained]
-
-    return results
+    trained = train_in_two_processes(run_fsdp)
+    return lambda name, level: [found[name, level] for found in trained]
 
 
 def assert_same_weights(found, expected):
@@ -29,7 +30,7 @@ class TestStrategy:
     def test_trains_as_ddp(self, results, level):
         # The same numbers round the same tensors.
         for found, expected in zip(
-            results('strategy', level), results('plain', level, 'ddp')
+            results('strategy', level), results('plain', level)
         ):
             assert_same_weights(found['model'], expected['model'])
             assert found['bits'] == expected['bits']
@@ -41,7 +42,7 @@ class TestStrategy:
     @pytest.mark.parametrize('level', LEVELS)
     def test_gathered_parameters_are_no_activations(self, results, level):
         found = results('strategy', level)[0]['saved_mib']
-        assert found == results('plain', level, 'ddp')[0]['saved_mib']
+        assert found == results('plain', level)[0]['saved_mib']
 
     def test_goes_on(self, results):
         for found, expected in zip(

@@ -64,14 +64,18 @@ def make_config(tmp_path, monkeypatch):
     return make
 
 
+def table(text):
+    """Rows of a table; a module that keeps two things has two."""
+    rows = (
+        [cell.strip() for cell in line.strip('│').split('│')]
+        for line in text.splitlines()
+    )
+    return [row for row in rows if len(row) > 5]
+
+
 def cells(text):
     """Rows of a table by their first cell."""
-    rows = {}
-    for line in text.splitlines():
-        row = [cell.strip() for cell in line.strip('│').split('│')]
-        if len(row) > 5:
-            rows[row[0]] = row[1:]
-    return rows
+    return {name: row for name, *row in table(text)}
 
 
 def test_one_config(tmp_path, capsys):
@@ -79,24 +83,30 @@ def test_one_config(tmp_path, capsys):
     arguments = [FASTER_RCNN, '--top', '4', '--out', str(out)]
     memory_report.main(arguments + SMALL)
     text = capsys.readouterr().out
-    rows = cells(text)
     (figures,) = json.loads(out.read_text())
     entries = figures['entries']
     assert figures['level'] == 'L3'
     assert sum(e['kept_bytes'] for e in entries) == figures['kept_bytes']
     assert sum(figures['kept_as'].values()) == figures['kept_bytes']
     # The table: four parts, the others and the total, in that order.
-    *shown, others, total = list(rows)
-    assert shown == [entry['module'] or '(model)' for entry in entries[:4]]
-    assert others == f'{len(entries) - 4} others'
-    assert rows['total'][2:4] == [
+    *shown, others, total = table(text)
+    assert [row[0] for row in shown] == [
+        entry['module'] or '(model)' for entry in entries[:4]
+    ]
+    assert others[0] == f'{len(entries) - 4} others'
+    assert total[0] == 'total'
+    assert total[3:5] == [
         f'{figures[key] / MIB:.2f}' for key in ('exact_bytes', 'kept_bytes')
     ]
     # A functional call by its line and text, a loss by its category.
-    (relu,) = (e for e in entries if e['note'] == 'x = F.relu(x)')
-    assert relu['module'] == 'rpn_head' and relu['category'] == 'left'
-    assert relu['source'].startswith('rpn_head.py:')
-    assert relu['python_module'] == 'mmdet.models.dense_heads.rpn_head'
+    (copy,) = (
+        e for e in entries if e['note'] == 'roi_feats[inds] = roi_feats_t'
+    )
+    assert copy['module'] == 'roi_head.bbox_roi_extractor'
+    assert copy['category'] == 'left'
+    name = 'single_level_roi_extractor'
+    assert copy['source'].startswith(f'{name}.py:')
+    assert copy['python_module'].endswith(f'.roi_extractors.{name}')
     losses = {e['module'] for e in entries if e['category'] == 'loss'}
     assert losses >= {'rpn_head.loss_cls', 'roi_head.bbox_head.loss_cls'}
     assert not any(name.startswith(('backbone', 'neck')) for name in losses)

@@ -1,0 +1,257 @@
+"""Shipped recipes as they are, but for a few small images and a CPU."""
+
+import math
+
+import yaml
+from mmdet.datasets import CocoDataset
+
+from mmactnn.analysis.synthetic import drop_pretrained
+
+from .digits import make_digits
+from .tools import ROOT, load_tool
+from .torchvision_stub import make_torchvision_importable
+
+CONFIGS = ROOT / 'configs' / 'actnn'
+ITERATIONS, BATCH = 3, 2
+
+# Few boxes, and few negatives to contrast with. No score is too low, because
+# a model that has hardly been trained would be evaluated on none. No epoch is
+# the last, in which YOLOX would have another loss.
+_CAPS = dict(
+    num=32,
+    nms_pre=50,
+    max_per_img=20,
+    score_thr=0,
+    num_last_epochs=-1,
+    queue_len=8 * BATCH,
+)
+# Of the sizes of detectors' images, whose ratios matter: 640 pixels and 800
+# become 64.
+_SCALE = 0.08
+# Side of all other images, in pixels; and from where on they are made small.
+_SIZE, _LARGE = 64, 100
+
+_train = load_tool('train.py')
+
+
+def list_recipes(metafile):
+    """The recipes that a metafile names.
+
+    Args:
+        metafile (str): Its name in ``configs/actnn/``.
+
+    Returns:
+        list[str]: Their names.
+    """
+    return [model['Name'] for model in _read_models(metafile)]
+
+
+def list_detectors(stages):
+    """The recipes of detectors of one kind.
+
+    Args:
+        stages (int): 2 for those that have a region proposal network, 1 for
+            those that have none.
+
+    Returns:
+        list[str]: Their names.
+    """
+    return [
+        model['Name']
+        for model in _read_models('metafile.yml')
+        if ('RPN' in model['Metadata']['Architecture']) == (stages == 2)
+    ]
+
+
+def _read_models(metafile):
+    return yaml.safe_load((CONFIGS / metafile).read_text())['Models']
+
+
+def make_data(toolbox, folder):
+    """Make images that :func:`shrink` lets recipes read.
+
+    Args:
+        toolbox (str): Whose recipes: ``'mmdet'``, ``'mmseg'`` or
+            ``'mmpretrain'``.
+        folder (Path): Where to.
+    """
+    layouts = dict(mmdet='coco', mmseg='digits', mmpretrain='classes')
+    make_digits(
+        folder,
+        layout=layouts[toolbox],
+        num_train=ITERATIONS * BATCH,
+        num_val=BATCH,
+        image_size=_side(800, toolbox),
+    )
+
+
+def load_recipe(name):
+    """Read a recipe as the tools do.
+
+    Args:
+        name (str): Its name.
+
+    Returns:
+        Config: The config; what it needs of its toolbox can be imported.
+    """
+    path = CONFIGS / f'{name}.py'
+    config = _train.build_config(_train.parse_args([str(path)]))
+    if config.default_scope == 'mmpretrain':
+        make_torchvision_importable()
+    return config
+
+
+def shrink(config, data, work_dir):
+    """Let a recipe run for three iterations and an evaluation.
+
+    Args:
+        config (Config): From :func:`load_recipe`; changed in place.
+        data (Path): Folder of :func:`make_data`.
+        work_dir (Path): Where the run writes to.
+
+    Returns:
+        Config: ``config``.
+    """
+    toolbox = config.default_scope
+    for split in ('train', 'val', 'test'):
+        loader = config.get(f'{split}_dataloader')
+        if loader is None:
+            continue
+        loader.update(
+            batch_size=BATCH, num_workers=0, persistent_workers=False
+        )
+        folder = 'train' if split == 'train' else 'val'
+        read = _READ[toolbox]
+        loader.dataset = read(_small(loader.dataset, toolbox), data, folder)
+    for evaluator in ('val_evaluator', 'test_evaluator'):
+        if 'ann_file' in (config.get(evaluator) or ()):
+            config[evaluator].ann_file = str(data / _annotations('val'))
+    config.model = shrink_model(config.model, toolbox)
+    config.custom_hooks = _small(config.custom_hooks, toolbox)
+    _shorten(config)
+    config.work_dir = str(work_dir)
+    # MMEngine keeps objects of all runs by this name.
+    config.experiment_name = work_dir.name
+    config.log_level = 'ERROR'
+    config.randomness = dict(seed=0)
+    return config
+
+
+def shrink_model(model, toolbox):
+    """Let a model take small images, without pretrained weights.
+
+    Args:
+        model (ConfigDict): Its config.
+        toolbox (str): See :func:`make_data`.
+
+    Returns:
+        ConfigDict: A copy, changed.
+    """
+    model = _small(model, toolbox)
+    drop_pretrained(model)
+    return model
+
+
+def _shorten(config):
+    """Let a run end, be evaluated and saved after a few iterations."""
+    config.train_cfg.pop('dynamic_intervals', None)
+    by_epoch = config.train_cfg.get('type') != 'IterBasedTrainLoop'
+    if by_epoch:
+        interval = 1
+        config.train_cfg.update(max_epochs=1, val_interval=1)
+    else:
+        interval = ITERATIONS
+        config.train_cfg.update(max_iters=interval, val_interval=interval)
+    config.default_hooks.logger.interval = 1
+    config.default_hooks.checkpoint = dict(
+        type='CheckpointHook',
+        by_epoch=by_epoch,
+        interval=interval,
+        save_optimizer=False,
+    )
+
+
+def _read_detection(dataset, data, split):
+    inner = dataset
+    while 'dataset' in inner:
+        inner = inner.dataset
+    inner.data_root = f'{data}/'
+    inner.ann_file = _annotations(split)
+    inner.data_prefix = dict(img=f'{split}2017/')
+    inner.pop('filter_cfg', None)  # no image of the few is left out
+    if 'metainfo' in inner:
+        # As many categories, by the names of COCO.
+        names = CocoDataset.METAINFO['classes']
+        inner.metainfo = dict(classes=names[: len(inner.metainfo.classes)])
+    return dataset
+
+
+def _annotations(split):
+    return f'annotations/instances_{split}2017.json'
+
+
+def _read_segmentation(dataset, data, split):
+    return dict(
+        type='BaseSegDataset',
+        data_root=str(data),
+        img_suffix='.png',
+        data_prefix=dict(img_path=split, seg_map_path=f'seg/{split}'),
+        metainfo=dict(classes=('ground', *map(str, range(10)))),
+        pipeline=dataset.pipeline,
+    )
+
+
+def _read_classes(dataset, data, split):
+    pipeline = dataset.pipeline
+    if pipeline[0].type != 'LoadImageFromFile':
+        # Images of the data set lie in memory.
+        pipeline.insert(0, dict(type='LoadImageFromFile'))
+    return dict(
+        type='CustomDataset',
+        data_root=str(data),
+        data_prefix=split,
+        with_label=dataset.get('with_label', True),
+        pipeline=pipeline,
+    )
+
+
+_READ = dict(
+    mmdet=_read_detection,
+    mmseg=_read_segmentation,
+    mmpretrain=_read_classes,
+)
+
+
+def _small(node, toolbox, name=None):
+    """A copy of a part of a config, with small images and few boxes."""
+    if isinstance(node, dict):
+        return type(node)(
+            {key: _small(node[key], toolbox, key) for key in node}
+        )
+    if _is_size(node):
+        sides = (_side(pixels, toolbox) for pixels in node)
+        return type(node)(sides)
+    if isinstance(node, (list, tuple)):
+        return type(node)(_small(item, toolbox, name) for item in node)
+    if isinstance(node, (int, float)) and name in _CAPS:
+        return min(node, _CAPS[name])
+    if isinstance(node, int) and name == 'scale' and node >= _LARGE:
+        return _side(node, toolbox)
+    return node
+
+
+def _is_size(node):
+    """Whether it is a width and a height of large images."""
+    return (
+        isinstance(node, (list, tuple))
+        and len(node) == 2
+        and all(isinstance(n, int) and abs(n) >= _LARGE for n in node)
+    )
+
+
+def _side(pixels, toolbox):
+    """What a side of an image becomes, in multiples of 32 for strides."""
+    if toolbox != 'mmdet':
+        return _SIZE
+    size = 32 * math.ceil(abs(pixels) * _SCALE / 32)
+    return size if pixels > 0 else -size
