@@ -23,10 +23,13 @@ VERSION = ast.literal_eval(
 
 
 def run(*command, cwd, **environ):
+    inherited = dict(os.environ, MMACTNN_WITH_OPS='0')
+    # It would come before what is installed.
+    inherited.pop('PYTHONPATH', None)
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env={**os.environ, 'MMACTNN_WITH_OPS': '0', **environ},
+        env={**inherited, **environ},
         capture_output=True,
         text=True,
     )

@@ -26,8 +26,8 @@ _CAPS = dict(
     queue_len=8 * BATCH,
 )
 # Of the sizes of detectors' images, whose ratios matter: 640 pixels and 800
-# become 64.
-_SCALE = 0.08
+# become 96.
+_SCALE = 0.12
 # Side of all other images, in pixels; and from where on they are made small.
 _SIZE, _LARGE = 64, 100
 

@@ -21,7 +21,7 @@ def test_linear_probe_of_a_pretrained_backbone(tmp_path, monkeypatch):
             [
                 str(CONFIGS / f'{name}.py'),
                 *('--work-dir', name, '--cfg-options'),
-                *('train_cfg.max_epochs=1', 'train_dataloader.batch_size=3'),
+                *('train_cfg.max_epochs=1', 'train_dataloader.batch_size=2'),
                 *('train_dataloader.num_workers=0', 'log_level=ERROR'),
                 *options,
             ]
