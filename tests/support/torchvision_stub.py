@@ -10,16 +10,14 @@ sight it does harm: MMDetection imports MMPretrain where it can. That it
 cannot for want of torchvision, it accepts; that torchvision is broken, not.
 """
 
+import contextlib
+import importlib
 import importlib.util
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
-import pytest
 import torch
-
-from .tools import ROOT
 
 TORCHVISION_DIR = Path(sys.prefix, 'torchvision')
 
@@ -43,52 +41,33 @@ def make_torchvision_importable() -> torch.library.Library | None:
     Raises:
         ModuleNotFoundError: If torchvision is not installed.
     """
-    spec = importlib.util.find_spec('torchvision')
-    if spec is None:
-        sys.path.append(str(TORCHVISION_DIR))
+    with _in_sight():
         spec = importlib.util.find_spec('torchvision')
-    if spec is None:
-        raise ModuleNotFoundError(
-            'torchvision is not installed: pip install --no-deps --target '
-            f'{TORCHVISION_DIR} -r requirements/torchvision.txt'
-        )
-    try:
-        torch.ops.load_library(Path(spec.origin).with_name('_C.so'))
-    except OSError:
-        library = torch.library.Library('torchvision', 'DEF')
-        for name, signature in SCHEMAS.items():
-            library.define(name + signature)
-        return library
-    return None
+        if spec is None:
+            raise ModuleNotFoundError(
+                'torchvision is not installed: pip install --no-deps --target '
+                f'{TORCHVISION_DIR} -r requirements/torchvision.txt'
+            )
+        library = None
+        try:
+            torch.ops.load_library(Path(spec.origin).with_name('_C.so'))
+        except OSError:
+            library = torch.library.Library('torchvision', 'DEF')
+            for name, signature in SCHEMAS.items():
+                library.define(name + signature)
+        # While it can be found; its parts are, from now on, by the package.
+        importlib.import_module('torchvision')
+    return library
 
 
-def run_with_mmpretrain(script: str, *folders: str) -> None:
-    """Run a script that imports MMPretrain, and demand that it succeeds.
+@contextlib.contextmanager
+def _in_sight():
+    """Find torchvision in its own directory for as long as that takes.
 
-    It gets a process of its own, as MMDetection must not find torchvision in
-    that of the tests. Skips the test if either is missing.
-
-    Args:
-        script (str): The script.
-        *folders (str): Folders of the repository to import from, besides
-            its root and ``tests``.
+    Processes that are started later inherit the path, but no declarations.
     """
-    if importlib.util.find_spec('mmpretrain') is None or not (
-        TORCHVISION_DIR.exists() or importlib.util.find_spec('torchvision')
-    ):
-        pytest.skip('mmpretrain or torchvision is not installed')
-    importable = (
-        'from support.torchvision_stub import make_torchvision_importable\n'
-        'make_torchvision_importable()\n'
-    )
-    paths = [ROOT, ROOT / 'tests', *(ROOT / folder for folder in folders)]
-    run = subprocess.run(
-        [sys.executable, '-c', importable + script],
-        env={
-            'PYTHONPATH': ':'.join(map(str, paths)),
-            'OMP_NUM_THREADS': '1',
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    sys.path.append(str(TORCHVISION_DIR))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(TORCHVISION_DIR))
