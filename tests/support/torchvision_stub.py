@@ -13,11 +13,15 @@ cannot for want of torchvision, it accepts; that torchvision is broken, not.
 import contextlib
 import importlib
 import importlib.util
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
+
+from .tools import ROOT
 
 TORCHVISION_DIR = Path(sys.prefix, 'torchvision')
 
@@ -71,3 +75,35 @@ def _in_sight():
         yield
     finally:
         sys.path.remove(str(TORCHVISION_DIR))
+
+
+def run_with_mmpretrain(script: str, *folders: str) -> None:
+    """Run a script that imports MMPretrain, and demand that it succeeds.
+
+    It gets a process of its own, as MMDetection must not find torchvision in
+    that of the tests. Skips the test if either is missing.
+
+    Args:
+        script (str): The script.
+        *folders (str): Folders of the repository to import from, besides
+            its root and ``tests``.
+    """
+    if importlib.util.find_spec('mmpretrain') is None or not (
+        TORCHVISION_DIR.exists() or importlib.util.find_spec('torchvision')
+    ):
+        pytest.skip('mmpretrain or torchvision is not installed')
+    importable = (
+        'from support.torchvision_stub import make_torchvision_importable\n'
+        'make_torchvision_importable()\n'
+    )
+    paths = [ROOT, ROOT / 'tests', *(ROOT / folder for folder in folders)]
+    run = subprocess.run(
+        [sys.executable, '-c', importable + script],
+        env={
+            'PYTHONPATH': ':'.join(map(str, paths)),
+            'OMP_NUM_THREADS': '1',
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
