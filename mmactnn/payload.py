@@ -88,22 +88,35 @@ class Payload:
         Yields:
             tuple[slice, Tensor]: Samples and their values.
         """
-        samples = self.format.size[0]
-        if max_bytes is None or samples == 0:
-            yield slice(None), self.unpack()
-            return
-        sample_bytes = (
-            self.format.size[1:].numel() * self.format.dtype.itemsize
-        )
-        step = max(1, int(max_bytes // max(sample_bytes, 1)))
-        for start in range(0, samples, step):
-            stop = min(start + step, samples)
-            yield slice(start, stop), self.unpack(start, stop)
+        size = self.format.size
+        nbytes = size.numel() * self.format.dtype.itemsize
+        for part in pieces(size[0], nbytes, max_bytes):
+            yield part, self.unpack(part.start, part.stop)
 
     def _layout(self, samples):
         """Size, strides and dtype of so many samples."""
         format = self.format
         return (samples, *format.size[1:]), format.stride, format.dtype
+
+
+def pieces(samples, nbytes, max_bytes):
+    """Ranges of the samples of a tensor that are no larger than a limit.
+
+    Args:
+        samples (int): How many there are.
+        nbytes (int): Bytes of all of them.
+        max_bytes (int, optional): Most bytes of a piece; one sample at least.
+            None is no limit.
+
+    Yields:
+        slice: Samples, ``slice(None)`` where one piece is all.
+    """
+    if max_bytes is None or nbytes <= max_bytes or samples <= 1:
+        yield slice(None)
+        return
+    step = max(1, int(samples * max_bytes // nbytes))
+    for start in range(0, samples, step):
+        yield slice(start, min(start + step, samples))
 
 
 class QuantizedTensor(Payload):

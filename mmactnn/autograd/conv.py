@@ -5,6 +5,7 @@ import math
 import torch
 from torch.autograd import Function
 
+from ..payload import pieces
 from ..units import MIB
 from .autocast import cast, lower_dtype
 from .channels import as_memory_format, dims_but_channels, memory_format
@@ -94,11 +95,8 @@ def _gradients(ctx, grad_output, x, w, *wanted):
 
 def _input_gradient(ctx, grad_output, w):
     """The gradient of the input alone, piece by piece if it is large."""
-    samples = ctx.size[0]
-    step = samples
-    if ctx.chunk_bytes is not None and ctx.input_bytes > ctx.chunk_bytes:
-        step = max(1, samples * ctx.chunk_bytes // ctx.input_bytes)
-    if step >= samples:
+    parts = list(pieces(ctx.size[0], ctx.input_bytes, ctx.chunk_bytes))
+    if len(parts) == 1:
         return _whole_input_gradient(ctx, grad_output, w)
     grad_input = torch.empty(
         ctx.size,
@@ -106,8 +104,7 @@ def _input_gradient(ctx, grad_output, w):
         device=grad_output.device,
         memory_format=ctx.memory_format,
     )
-    for start in range(0, samples, step):
-        part = slice(start, start + step)
+    for part in parts:
         grad_input[part] = _whole_input_gradient(ctx, grad_output[part], w)
     return grad_input
 
