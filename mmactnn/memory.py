@@ -142,16 +142,18 @@ class ActivationMeter:
         if _in_backward() or not self._is_listening():
             return
         replaced = _Storages()
+        if kept:
+            for tensor in kept:
+                self._payloads.add(tensor)
+            # Several layers may share what is then saved once.
+            key = kept[0].untyped_storage()._cdata
+            replaced = self._replaced.setdefault(key, replaced)
         origin = self._locate(), True
         for tensor in exact:
             if not self._is_own(tensor):
                 replaced.add(tensor, origin)
         if not kept:
             self._count_replaced(replaced)
-            return
-        for tensor in kept:
-            self._payloads.add(tensor)
-        self._replaced[kept[0].untyped_storage()._cdata] = replaced
 
     def observe(self, tensor, swapped):
         """Count a tensor that autograd saves.

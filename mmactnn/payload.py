@@ -6,6 +6,9 @@ import torch
 
 from . import ops
 
+# All samples of a tensor, as a range of them.
+WHOLE = slice(None)
+
 
 class PayloadFormat(NamedTuple):
     """All of a payload but its tensors: what ``ctx`` keeps beside them.
@@ -109,10 +112,10 @@ def pieces(samples, nbytes, max_bytes):
             None is no limit.
 
     Yields:
-        slice: Samples, ``slice(None)`` where one piece is all.
+        slice: Samples, ``WHOLE`` where one piece is all.
     """
     if max_bytes is None or nbytes <= max_bytes or samples <= 1:
-        yield slice(None)
+        yield WHOLE
         return
     step = max(1, int(samples * max_bytes // nbytes))
     for start in range(0, samples, step):

@@ -1,6 +1,7 @@
 """Autograd functions that keep payloads instead of tensors."""
 
 from .batch_norm import batch_norm
+from .chain import Link, chain
 from .conv import convolution
 from .dropout import dropout
 from .gate import gate
@@ -12,9 +13,11 @@ from .relu import relu
 from .silu import silu
 
 __all__ = [
+    'Link',
     'adaptive_avg_pool2d',
     'avg_pool2d',
     'batch_norm',
+    'chain',
     'convolution',
     'dropout',
     'gate',

@@ -1,11 +1,12 @@
 """Convolution that keeps its input as codes."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch.autograd import Function
 
-from ..payload import pieces
+from ..payload import WHOLE, pieces
 from ..units import MIB
 from .autocast import cast, lower_dtype
 from .channels import as_memory_format, dims_but_channels, memory_format
@@ -16,102 +17,184 @@ from .double_backward import first_order_only
 _SMALL_BYTES = 32 * MIB
 
 
+class ConvRecord(NamedTuple):
+    """What the backward pass of a convolution knows besides tensors.
+
+    Attributes:
+        geometry (tuple): See :func:`convolution`.
+        dtype (torch.dtype, optional): That of autocast.
+        size (torch.Size): Shape of the input.
+        input_dtype (torch.dtype): Dtype of the input.
+        nbytes (int): Bytes of what was convolved.
+        memory_format (torch.memory_format): Its memory format.
+        bias_dtype (torch.dtype, optional): Dtype of the bias.
+        chunk_bytes (int, optional): See ``LayerQuantizer``.
+        format (PayloadFormat, optional): What is kept of the input, if
+            anything is.
+        watch (Watch, optional): Whom to report to.
+    """
+
+    geometry: tuple
+    dtype: torch.dtype | None
+    size: torch.Size
+    input_dtype: torch.dtype
+    nbytes: int
+    memory_format: torch.memory_format
+    bias_dtype: torch.dtype | None
+    chunk_bytes: int | None
+    format: object
+    watch: object
+
+
+def convolve(
+    input, weight, bias, dtype, geometry, quantizer, needs_weight, payload=None
+):
+    """The forward pass of a convolution.
+
+    Args:
+        input (Tensor[N, C, *]): See :func:`convolution`.
+        weight (Tensor[O, C / groups, *]): See :func:`convolution`.
+        bias (Tensor[O], optional): See :func:`convolution`.
+        dtype (torch.dtype, optional): That of autocast.
+        geometry (tuple): See :func:`convolution`.
+        quantizer (LayerQuantizer): Settings of the layer.
+        needs_weight (bool): Whether the weight's gradient is wanted.
+        payload (Payload, optional): Of the input. Defaults to what travels
+            with it.
+
+    Returns:
+        tuple[Tensor[N, O, *], ConvRecord, tuple[Tensor]]: The output, and
+        what :func:`convolution_gradients` wants.
+    """
+    x, w, b = cast(dtype, input, weight, bias)
+    output = torch.convolution(x, w, b, *geometry)
+    format, kept, watch = quantizer.keep_shared(
+        input, x, needs_weight, payload
+    )
+    record = ConvRecord(
+        geometry,
+        dtype,
+        input.shape,
+        input.dtype,
+        x.nbytes,
+        memory_format(x),
+        None if bias is None else bias.dtype,
+        quantizer.chunk_bytes,
+        format,
+        watch,
+    )
+    if quantizer.meter is not None:
+        quantizer.note(kept=kept, exact=(x, w))
+    return output, record, kept
+
+
+def convolution_gradients(record, weight, kept, grad_output, needs):
+    """The backward pass of a convolution.
+
+    Args:
+        record (ConvRecord): From :func:`convolve`.
+        weight (Tensor[O, C / groups, *]): The parameter itself, not its copy
+            in the dtype of autocast.
+        kept (Sequence[Tensor]): From :func:`convolve`.
+        grad_output (Tensor[N, O, *]): Gradient of the output.
+        needs (Sequence[bool]): Whether the gradients of input, weight and
+            bias are wanted.
+
+    Returns:
+        tuple[Tensor | None]: These gradients.
+    """
+    w = weight if record.dtype is None else weight.to(record.dtype)
+    if record.memory_format != torch.contiguous_format:
+        # Without the input itself at hand the weight's layout alone
+        # tells cuDNN and oneDNN which one to work in.
+        w = as_memory_format(w, record.memory_format)
+    needs_input, needs_weight, needs_bias = needs
+    grad_input = grad_weight = grad_bias = None
+    if needs_weight:
+        # Before the input's gradient exists, if they are large: the two
+        # are the largest tensors here and need not live together.
+        payload = record.format.payload(*kept)
+        together = needs_input and record.nbytes <= min(
+            _SMALL_BYTES, record.chunk_bytes or _SMALL_BYTES
+        )
+        for part, x in payload.chunks(record.chunk_bytes):
+            grad = grad_output if part == WHOLE else grad_output[part]
+            grad_input, weight_part, bias_part = _gradients(
+                record, grad, x, w, (together, True, needs_bias)
+            )
+            # Sums of parts in the dtype of the parameter.
+            grad_weight = _add(grad_weight, weight_part, weight.dtype)
+            if needs_bias:
+                grad_bias = _add(grad_bias, bias_part, record.bias_dtype)
+        del x
+        if record.watch is not None:
+            fan = _fan(record.size, grad_output.shape, weight, record.geometry)
+            record.watch.linear(payload, grad_output, grad_weight, fan)
+    elif needs_bias:
+        grad_bias = grad_output.sum(
+            dims_but_channels(grad_output), dtype=record.bias_dtype
+        )
+    if needs_input and grad_input is None:
+        grad_input = _input_gradient(record, grad_output, w)
+    if grad_input is not None and grad_input.dtype != record.input_dtype:
+        grad_input = grad_input.to(record.input_dtype)
+    return grad_input, grad_weight, grad_bias
+
+
 class _Convolution(Function):
     @staticmethod
     def forward(ctx, input, weight, bias, dtype, geometry, quantizer):
-        x, w, b = cast(dtype, input, weight, bias)
-        output = torch.convolution(x, w, b, *geometry)
-
-        ctx.geometry, ctx.dtype = geometry, dtype
-        ctx.size, ctx.input_dtype = input.shape, input.dtype
-        ctx.input_bytes = x.nbytes
-        ctx.memory_format = memory_format(x)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.format, kept, ctx.watch = quantizer.keep_shared(
-            input, x, needed=ctx.needs_input_grad[1]
+        output, ctx.record, kept = convolve(
+            input,
+            weight,
+            bias,
+            dtype,
+            geometry,
+            quantizer,
+            ctx.needs_input_grad[1],
         )
-        ctx.chunk_bytes = quantizer.chunk_bytes
         # Read by the layer that takes the output, from the graph.
         ctx.slot = quantizer.slot
-        # The parameter itself, not its copy in the dtype of autocast.
         ctx.save_for_backward(weight, *kept)
-        quantizer.note(kept=kept, exact=(x, w))
         return output
 
     @staticmethod
     @first_order_only('QConv')
     def backward(ctx, grad_output):
         weight, *kept = ctx.saved_tensors
-        (w,) = cast(ctx.dtype, weight)
-        if ctx.memory_format != torch.contiguous_format:
-            # Without the input itself at hand the weight's layout alone
-            # tells cuDNN and oneDNN which one to work in.
-            w = as_memory_format(w, ctx.memory_format)
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_input = grad_weight = grad_bias = None
-        if needs_weight:
-            # Before the input's gradient exists, if they are large: the two
-            # are the largest tensors here and need not live together.
-            payload = ctx.format.payload(*kept)
-            together = needs_input and ctx.input_bytes <= min(
-                _SMALL_BYTES, ctx.chunk_bytes or _SMALL_BYTES
-            )
-            for part, x in payload.chunks(ctx.chunk_bytes):
-                whole = len(x) == len(grad_output)
-                grad = grad_output if whole else grad_output[part]
-                grad_input, weight_part, bias_part = _gradients(
-                    ctx, grad, x, w, together, True, needs_bias
-                )
-                # Sums of parts in the dtype of the parameter.
-                grad_weight = _add(grad_weight, weight_part, weight.dtype)
-                if needs_bias:
-                    grad_bias = _add(grad_bias, bias_part, ctx.bias_dtype)
-            del x
-            if ctx.watch is not None:
-                ctx.watch.linear(
-                    payload,
-                    grad_output,
-                    grad_weight,
-                    _fan(ctx.size, grad_output.shape, weight, ctx.geometry),
-                )
-        elif needs_bias:
-            grad_bias = grad_output.sum(
-                dims_but_channels(grad_output), dtype=ctx.bias_dtype
-            )
-        if needs_input and grad_input is None:
-            grad_input = _input_gradient(ctx, grad_output, w)
-        if grad_input is not None:
-            grad_input = grad_input.to(ctx.input_dtype)
-        return grad_input, grad_weight, grad_bias, None, None, None
+        grads = convolution_gradients(
+            ctx.record, weight, kept, grad_output, ctx.needs_input_grad[:3]
+        )
+        return *grads, None, None, None
 
 
-def _gradients(ctx, grad_output, x, w, *wanted):
+def _gradients(record, grad_output, x, w, wanted):
     """Those of input, weight and bias that are wanted, as torch has them."""
-    bias_size = None if ctx.bias_dtype is None else [grad_output.shape[1]]
+    bias_size = None if record.bias_dtype is None else [grad_output.shape[1]]
     return torch.ops.aten.convolution_backward.default(
-        grad_output, x, w, bias_size, *ctx.geometry, wanted
+        grad_output, x, w, bias_size, *record.geometry, wanted
     )
 
 
-def _input_gradient(ctx, grad_output, w):
+def _input_gradient(record, grad_output, w):
     """The gradient of the input alone, piece by piece if it is large."""
-    parts = list(pieces(ctx.size[0], ctx.input_bytes, ctx.chunk_bytes))
+    parts = list(pieces(record.size[0], record.nbytes, record.chunk_bytes))
     if len(parts) == 1:
-        return _whole_input_gradient(ctx, grad_output, w)
+        return _whole_input_gradient(record, grad_output, w)
     grad_input = torch.empty(
-        ctx.size,
+        record.size,
         dtype=grad_output.dtype,
         device=grad_output.device,
-        memory_format=ctx.memory_format,
+        memory_format=record.memory_format,
     )
     for part in parts:
-        grad_input[part] = _whole_input_gradient(ctx, grad_output[part], w)
+        grad_input[part] = _whole_input_gradient(record, grad_output[part], w)
     return grad_input
 
 
-def _whole_input_gradient(ctx, grad_output, w):
-    stride, padding, dilation, transposed, _, groups = ctx.geometry
-    size = (grad_output.shape[0], *ctx.size[1:])
+def _whole_input_gradient(record, grad_output, w):
+    stride, padding, dilation, transposed, _, groups = record.geometry
+    size = (grad_output.shape[0], *record.size[1:])
     if grad_output.is_cuda and groups == 1 and not transposed:
         # A transposed convolution by name, the same kernels, and no input
         # need stand there for its shape.
@@ -131,11 +214,13 @@ def _whole_input_gradient(ctx, grad_output, w):
     shape_only = torch.empty_strided(
         size, [0] * len(size), dtype=w.dtype, device=w.device
     )
-    return _gradients(ctx, grad_output, shape_only, w, True, False, False)[0]
+    wanted = True, False, False
+    return _gradients(record, grad_output, shape_only, w, wanted)[0]
 
 
 def _add(total, part, dtype):
-    part = part.to(dtype)
+    if part.dtype != dtype:
+        part = part.to(dtype)
     return part if total is None else total.add_(part)
 
 

@@ -1,5 +1,7 @@
 """Batch normalisation, residual addition and ReLU as one, with one payload."""
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch.autograd import Function
@@ -9,6 +11,125 @@ from ..payload import PayloadFormat, share
 from .double_backward import first_order_only
 from .stand_in import counted
 from .sync_batch_norm import global_statistics, update_running
+
+
+class NormActRecord(NamedTuple):
+    """What the backward pass of a normalisation knows besides tensors.
+
+    Attributes:
+        norm (PayloadFormat): Of the normalised input.
+        act (PayloadFormat, optional): Of the output, after an addition.
+        relu (bool): Whether the output was rectified.
+        group (ProcessGroup, optional): See :func:`norm_act`.
+        count (Tensor[1], optional): Values a channel, of a group.
+        of_batch (bool): Whether the statistics were the batch's.
+    """
+
+    norm: PayloadFormat
+    act: PayloadFormat | None
+    relu: bool
+    group: object
+    count: torch.Tensor | None
+    of_batch: bool
+
+
+def normalise(
+    input, residual, weight, bias, settings, group, relu, inplace, quantizer
+):
+    """The forward pass of a normalisation and what follows it.
+
+    Args:
+        input (Tensor[N, C, *]): See :func:`norm_act`.
+        residual (Tensor[N, C, *], optional): See :func:`norm_act`.
+        weight (Tensor[C], optional): See :func:`norm_act`.
+        bias (Tensor[C], optional): See :func:`norm_act`.
+        settings (NormSettings): See :func:`norm_act`.
+        group (ProcessGroup, optional): See :func:`norm_act`.
+        relu (bool): See :func:`norm_act`.
+        inplace (bool): Whether the output may be written over the input; it
+            is where the layout allows, but not with a group.
+        quantizer (LayerQuantizer): See :func:`norm_act`.
+
+    Returns:
+        tuple: The output (Tensor[N, C, *]); a :class:`NormActRecord`; the
+        tensors that :func:`norm_act_gradients` wants; and the output's
+        payload (Payload), which there is only if it was rectified.
+    """
+    x = ops.layout.dense_channels(input)
+    adds = residual is not None
+    kind = 'split' if relu and not adds else 'plain'
+    bits = quantizer.fused_bits
+    norm = PayloadFormat.of(x, getattr(bits, kind), quantizer.group_size, kind)
+    inplace = inplace and group is None and x is input
+    exact = None
+    if quantizer.meter is not None:
+        # As torch: the input, mean and invstd, and what ReLU keeps.
+        exact = [counted(x.shape, x.dtype) if inplace else input]
+    seed, offset = quantizer.generator.next()
+    tensors = x, residual, _float(weight), _float(bias)
+    arguments = (
+        relu,
+        norm.bits,
+        bits.zeroed if adds else 0,
+        quantizer.group_size,
+    )
+    random = dict(seed=seed, offset=offset)
+    count = None
+    if group is not None:
+        output, invstd, count, codes = _normalise_batch_of_all(
+            tensors, settings, group, arguments, random
+        )
+    elif inplace:
+        output = input
+        invstd, codes = ops.batch_norm_act_(
+            *tensors, settings, *arguments, **random
+        )
+    else:
+        output, invstd, codes = ops.batch_norm_act(
+            *tensors, settings, *arguments, **random
+        )
+    act = payload = None
+    if adds:
+        act = norm._replace(bits=bits.zeroed, kind='zeroed')
+        payload = act.payload(*codes[2:])
+    elif relu:
+        payload = norm.payload(*codes, *tensors[2:])
+    if exact is not None:
+        exact += [invstd, counted(invstd.shape, invstd.dtype)]
+        exact += [output] * relu
+        quantizer.note(kept=tuple(codes), exact=tuple(exact))
+    record = NormActRecord(norm, act, relu, group, count, settings.of_batch)
+    return output, record, (invstd, *codes), payload
+
+
+def norm_act_gradients(record, weight, kept, grad_output, needs_input):
+    """The backward pass of a normalisation and what follows it.
+
+    Args:
+        record (NormActRecord): From :func:`normalise`.
+        weight (Tensor[C], optional): Scale.
+        kept (Sequence[Tensor]): From :func:`normalise`.
+        grad_output (Tensor[N, C, *]): Gradient of the output.
+        needs_input (bool): Whether that of the input is wanted.
+
+    Returns:
+        tuple: The gradients of the input (Tensor[N, C, *], None if it is not
+        wanted), of the residual (likewise, None without one) and of weight
+        and bias (Tensor[C]).
+    """
+    invstd, codes, ranges, *act = kept
+    grad = ops.layout.with_strides(grad_output, record.norm.stride)
+    compute = _gradients if record.group is None else _gradients_of_all
+    sums, grads = compute(
+        record, grad, codes, ranges, act, _float(weight), invstd, needs_input
+    )
+    grad_bias, grad_weight = sums.unbind()
+    return (
+        grads[0] if needs_input else None,
+        grads[-1] if act else None,
+        grad_weight,
+        grad_bias,
+    )
 
 
 class _NormAct(Function):
@@ -26,83 +147,45 @@ class _NormAct(Function):
         quantizer,
         made,
     ):
-        x = ops.layout.dense_channels(input)
-        adds = residual is not None
-        kind = 'split' if relu and not adds else 'plain'
-        bits = quantizer.fused_bits
-        norm = PayloadFormat.of(
-            x, getattr(bits, kind), quantizer.group_size, kind
-        )
-        inplace = inplace and x is input
-        exact = [counted(x.shape, x.dtype) if inplace else input]
-        seed, offset = quantizer.generator.next()
-        arguments = (
+        output, ctx.record, kept, payload = normalise(
+            input,
+            residual,
+            weight,
+            bias,
+            settings,
+            group,
             relu,
-            norm.bits,
-            bits.zeroed if adds else 0,
-            quantizer.group_size,
+            inplace,
+            quantizer,
         )
-        tensors = x, residual, _float(weight), _float(bias)
-        random = dict(seed=seed, offset=offset)
-        if group is not None:
-            output, invstd, ctx.count, codes = _normalise_batch_of_all(
-                tensors, settings, group, arguments, random
-            )
-        elif inplace:
-            output = input
-            invstd, codes = ops.batch_norm_act_(
-                *tensors, settings, *arguments, **random
-            )
+        if output is input:
             ctx.mark_dirty(input)
-        else:
-            output, invstd, codes = ops.batch_norm_act(
-                *tensors, settings, *arguments, **random
-            )
         # The layers behind need no more of the output than is here already.
-        act = None
-        if adds:
-            act = norm._replace(bits=bits.zeroed, kind='zeroed')
-            made.append(act.payload(*codes[2:]))
-        elif relu:
-            made.append(norm.payload(*codes, *tensors[2:]))
-        ctx.norm, ctx.act, ctx.relu = norm, act, relu
-        ctx.group, ctx.of_batch = group, settings.of_batch
-        ctx.save_for_backward(weight, invstd, *codes)
-        if quantizer.meter is not None:
-            # As torch: mean and invstd, and what ReLU keeps.
-            exact += [invstd, counted(invstd.shape, invstd.dtype)]
-            exact += [output] * relu
-            quantizer.note(kept=tuple(codes), exact=tuple(exact))
+        if payload is not None:
+            made.append(payload)
+        ctx.save_for_backward(weight, *kept)
         return output
 
     @staticmethod
     @first_order_only('A normalisation that is fused with what follows')
     def backward(ctx, grad_output):
-        weight, invstd, codes, ranges, *act = ctx.saved_tensors
-        needs_input, needs_residual, needs_weight, needs_bias = (
-            ctx.needs_input_grad[:4]
+        weight, *kept = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grads = norm_act_gradients(
+            ctx.record, weight, kept, grad_output, needs[0]
         )
-        grad = ops.layout.with_strides(grad_output, ctx.norm.stride)
-        compute = _gradients if ctx.group is None else _gradients_of_all
-        sums, grads = compute(
-            ctx, grad, codes, ranges, act, _float(weight), invstd, needs_input
-        )
-        grad_bias, grad_weight = sums.unbind()
-        return (
-            grads[0] if needs_input else None,
-            grads[-1] if needs_residual else None,
-            grad_weight if needs_weight else None,
-            grad_bias if needs_bias else None,
-            *[None] * 6,
-        )
+        wanted = [
+            grad if needed else None for grad, needed in zip(grads, needs)
+        ]
+        return *wanted, *[None] * 6
 
 
 def _float(vector):
     return vector if vector is None else vector.float()
 
 
-def _gradients(ctx, grad, codes, ranges, act, weight, invstd, needs_input):
-    norm = ctx.norm
+def _gradients(record, grad, codes, ranges, act, weight, invstd, needs_input):
+    norm = record.norm
     return ops.batch_norm_act_backward(
         grad,
         codes,
@@ -110,11 +193,11 @@ def _gradients(ctx, grad, codes, ranges, act, weight, invstd, needs_input):
         act[0] if act else None,
         weight,
         invstd,
-        ctx.relu,
-        ctx.of_batch,
+        record.relu,
+        record.of_batch,
         needs_input,
         norm.bits,
-        ctx.act.bits if act else 0,
+        record.act.bits if act else 0,
         norm.group_size,
     )
 
@@ -136,14 +219,14 @@ def _normalise_batch_of_all(tensors, settings, group, arguments, random):
 
 
 def _gradients_of_all(
-    ctx, grad, codes, ranges, act, weight, invstd, needs_input
+    record, grad, codes, ranges, act, weight, invstd, needs_input
 ):
     """The gradients where several processes make up the batch."""
-    bits, group_size = ctx.norm.bits, ctx.norm.group_size
-    masks = ctx.relu and not act
+    bits, group_size = record.norm.bits, record.norm.group_size
+    masks = record.relu and not act
     if act:
         grad, sums = ops.norm_add_grad_sums(
-            grad, codes, ranges, act[0], bits, ctx.act.bits, group_size
+            grad, codes, ranges, act[0], bits, record.act.bits, group_size
         )
     else:
         sums = ops.norm_grad_sums(grad, codes, ranges, bits, group_size, masks)
@@ -152,14 +235,14 @@ def _gradients_of_all(
         # The gradients of weight and bias stay those of this process: the
         # optimiser's all-reduce adds them up.
         total = sums.clone()
-        dist.all_reduce(total, group=ctx.group)
+        dist.all_reduce(total, group=record.group)
         scale = invstd if weight is None else invstd * weight
         grad_input = ops.norm_grad_input(
             grad,
             codes,
             ranges,
             scale,
-            total / ctx.count,
+            total / record.count,
             bits,
             group_size,
             masks,
@@ -215,7 +298,7 @@ def norm_act(
         settings,
         group,
         relu,
-        inplace and group is None,
+        inplace,
         quantizer,
         made,
     )

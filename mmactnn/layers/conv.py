@@ -13,6 +13,21 @@ class _QConv(CodedLayer):
 
     kind = 'conv'
 
+    @property
+    def geometry(self):
+        """tuple: As ``torch.ops.aten.convolution`` takes it.
+
+        For zero padding in numbers.
+        """
+        return (
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+        )
+
     def _keeps_codes(self, input, weight, bias):
         # What torch's function checks before any other, it shall refuse.
         fits = input.dim() - len(self.kernel_size) in (1, 2) and (

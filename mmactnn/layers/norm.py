@@ -1,5 +1,6 @@
 """Compressed batch normalisation."""
 
+import math
 from typing import NamedTuple
 
 from torch import nn
@@ -53,12 +54,18 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
             and residual.device == input.device
         )
         fits = input.numel() > 0 and input.dtype in VALID_DTYPES
-        # What torch's layer refuses is left to it.
-        valid = not self._uses_batch_stats() or (
+        return same and fits and self.takes_size(input.shape)
+
+    def takes_size(self, size):
+        """Whether torch's layer would not refuse an input.
+
+        Args:
+            size (Sequence[int]): Its shape; not empty.
+        """
+        return not self._uses_batch_stats() or (
             self.eps > 0
-            and (self._group() is not None or not _has_one_value(input))
+            and (math.prod(size) != size[1] or self.stats_group() is not None)
         )
-        return same and fits and valid
 
     def norm_act(self, input, fusing, residual=None):
         """Normalise, maybe add and rectify, as one.
@@ -73,27 +80,39 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
             Tensor[N, C, *]: The output.
         """
         self._check_input_dim(input)
-        tracks = self.training and self.track_running_stats
-        counts = tracks and self.momentum is not None
-        settings = NormSettings(
-            *self._running_stats(),
-            self.num_batches_tracked if counts else None,
-            self._uses_batch_stats(),
-            # Without one the host has to count the batches.
-            self.momentum if counts else self._next_momentum(),
-            self.eps,
-        )
         return norm_act(
             input,
             residual,
             self.weight,
             self.bias,
-            settings,
+            self.next_settings(),
             fusing.relu,
             self.quantizer,
-            self._group(),
+            self.stats_group(),
             fusing.inplace,
         )
+
+    def next_settings(self):
+        """Where the next call gets mean and variance from.
+
+        Returns:
+            NormSettings: For one call: a layer without momentum has counted
+            the batch.
+        """
+        tracks = self.training and self.track_running_stats
+        counts = tracks and self.momentum is not None
+        return NormSettings(
+            *self._running_stats(),
+            self._buffers['num_batches_tracked'] if counts else None,
+            self._uses_batch_stats(),
+            # Without one the host has to count the batches.
+            self.momentum if counts else self._next_momentum(),
+            self.eps,
+        )
+
+    def stats_group(self):
+        """ProcessGroup, optional: The processes that share statistics."""
+        return None
 
     def forward(self, input):
         """See ``nn.BatchNorm2d``."""
@@ -125,14 +144,10 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         """
         if self.training and not self.track_running_stats:
             return None, None
-        return self.running_mean, self.running_var
+        return self._buffers['running_mean'], self._buffers['running_var']
 
     def _uses_batch_stats(self):
-        return self.training or self.running_mean is None
-
-    def _group(self):
-        """The processes that share statistics, if they do."""
-        return None
+        return self.training or self._buffers['running_mean'] is None
 
     def _next_momentum(self):
         """The weight of this batch; counts it if the layer tracks."""

@@ -73,7 +73,8 @@ class QSyncBatchNorm(_QBatchNorm, nn.SyncBatchNorm, _BatchNorm):
             self.quantizer,
         )
 
-    def _group(self):
+    def stats_group(self):
+        """See the base class."""
         if not self._synchronises():
             return None
         return self.process_group or dist.group.WORLD

@@ -1,0 +1,277 @@
+"""What computes the forward pass of a block in its place."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..layers import (
+    QBatchNorm,
+    QBatchNorm1d,
+    QBatchNorm2d,
+    QBatchNorm3d,
+    QSyncBatchNorm,
+)
+from ..layers.norm import Fusing
+from .chain import Layers, run_chain
+from .watched import is_only_reader, is_watched
+
+NORMS = (QBatchNorm, QBatchNorm1d, QBatchNorm2d, QBatchNorm3d, QSyncBatchNorm)
+
+
+class Pair(NamedTuple):
+    """Names of a normalisation and its neighbours in a module.
+
+    Attributes:
+        conv (str, optional): The convolution whose output it takes, and
+            nothing else does.
+        norm (str): The normalisation.
+        relu (str): The ReLU that follows.
+    """
+
+    conv: str | None
+    norm: str
+    relu: str
+
+
+class FusedPairs:
+    """A module whose forward pass calls a ReLU right after a normalisation.
+
+    Its class's own forward pass runs; as long as it does, the normalisations
+    rectify, and the ReLUs pass on what is rectified already.
+
+    The object takes the place of the module's ``forward``, as an attribute of
+    the instance that copies and pickles go along with.
+
+    Args:
+        module (nn.Module): The module.
+        pairs (Sequence[Pair]): Its normalisations that a ReLU follows.
+    """
+
+    def __init__(self, module, pairs):
+        self.module = module
+        self.pairs = tuple(pairs)
+
+    def install(self):
+        """Compute the module's forward pass from now on."""
+        self.module.forward = self
+
+    @property
+    def norms(self):
+        """list[nn.Module]: All normalisations that are fused."""
+        return [getattr(self.module, pair.norm) for pair in self.pairs]
+
+    def keep(self, is_norm, is_relu):
+        """Leave out what is not made of compressed layers.
+
+        Args:
+            is_norm (Callable): Tells whether a module is or will be a
+                normalisation that can be fused ...
+            is_relu (Callable): ... and the same of ReLU.
+
+        Returns:
+            FusedPairs, optional: This object; None if nothing is left.
+        """
+        self.pairs = tuple(
+            pair
+            for pair in self.pairs
+            if is_norm(getattr(self.module, pair.norm))
+            and is_relu(getattr(self.module, pair.relu))
+        )
+        return self if self.pairs else None
+
+    def __call__(self, *args, **kwargs):
+        """See the module's own ``forward``."""
+        if not self.is_active:
+            return self._unfused(*args, **kwargs)
+        norms = self._fuse()
+        try:
+            return self._unfused(*args, **kwargs)
+        finally:
+            _part(norms)
+
+    def _unfused(self, *args, **kwargs):
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    @property
+    def is_active(self):
+        """bool: Whether the module is being trained."""
+        return self.module.training and torch.is_grad_enabled()
+
+    def _fuse(self):
+        """Let the normalisations take part, but where somebody looks.
+
+        Returns:
+            list[nn.Module]: Those that do, until :func:`_part`.
+        """
+        modules = self.module._modules
+        norms = []
+        for pair in self.pairs:
+            norm, relu = modules[pair.norm], modules[pair.relu]
+            if _may_join(norm) and not is_watched(relu):
+                _join(norm, True, modules.get(pair.conv))
+                norms.append(norm)
+        return norms
+
+
+class FusedConvModule(FusedPairs):
+    """MMCV's ``ConvModule``, which may be told to leave out its ReLU.
+
+    Args:
+        module (nn.Module): The module, of a convolution, perhaps a
+            normalisation, and ReLU, in this order.
+    """
+
+    def __init__(self, module):
+        pairs = []
+        if module.with_norm:
+            pairs.append(Pair('conv', module.norm_name, 'activate'))
+        super().__init__(module, pairs)
+
+    def keep(self, is_norm, is_relu):
+        """See the base class."""
+        if self.module.with_norm:
+            return super().keep(is_norm, is_relu)
+        return self if is_relu(self.module.activate) else None
+
+    def __call__(self, x, activate=True, norm=True):
+        """See ``ConvModule``."""
+        if not activate:
+            return self._unfused(x, activate, norm)
+        if self.is_active and norm and not self._merges_norm():
+            modules = self.module._modules
+            output = run_chain(
+                [
+                    Layers(
+                        modules['conv'],
+                        modules.get(self.module.norm_name),
+                        modules['activate'],
+                    )
+                ],
+                x,
+            )
+            if output is not None:
+                return output
+        return super().__call__(x, activate, norm)
+
+    def _merges_norm(self):
+        """Whether the normalisation goes into the convolution's weight."""
+        return self.module.efficient_conv_bn_eval_forward is not None
+
+
+class FusedResidual(FusedPairs):
+    """A residual block: ``relu(norm(conv(...)) + shortcut)``.
+
+    Args:
+        module (nn.Module): The block.
+        convs (Sequence[str]): Names of its convolutions, in their order.
+        norms (Sequence[str]): Names of the normalisations that follow them.
+    """
+
+    def __init__(self, module, convs, norms):
+        inner = zip(convs[:-1], norms[:-1])
+        super().__init__(module, [Pair(*names, 'relu') for names in inner])
+        self.last_conv = convs[-1]
+        self.last_norm = norms[-1]
+
+    @property
+    def norms(self):
+        """list[nn.Module]: All normalisations that are fused."""
+        last = getattr(self.module, self.last_norm)
+        return [*super().norms, last, *(n for _, n in self._shortcut())]
+
+    def keep(self, is_norm, is_relu):
+        """See the base class."""
+        if is_relu(self.module.relu) and all(map(is_norm, self.norms)):
+            return self
+        return FusedPairs(self.module, self.pairs).keep(is_norm, is_relu)
+
+    def __call__(self, x):
+        """See the block's own ``forward``."""
+        modules = self.module._modules
+        relu = modules['relu']
+        last_conv, last_norm = modules[self.last_conv], modules[self.last_norm]
+        if not (self.is_active and _may_join(last_norm)) or is_watched(relu):
+            return super().__call__(x)
+        # First, though the block's own forward pass has it last: the backward
+        # pass then comes to it when the other branch's gradients are gone.
+        shortcut = self._run_shortcut(x)
+        layers = [
+            Layers(modules[conv], modules[norm], relu)
+            for conv, norm, _ in self.pairs
+        ]
+        layers.append(Layers(last_conv, last_norm, relu))
+        output = run_chain(layers, x, shortcut)
+        if output is not None:
+            return output
+        norms = super()._fuse()
+        try:
+            out = x
+            for conv, norm, _ in layers[:-1]:
+                out = relu(norm(conv(out)))
+            out = last_conv(out)
+        finally:
+            _part(norms)
+        if last_norm.fuses(out, shortcut):
+            fusing = Fusing(True, is_only_reader(last_conv))
+            return last_norm.norm_act(out, fusing, shortcut)
+        return relu(last_norm(out) + shortcut)
+
+    def _run_shortcut(self, x):
+        downsample = self.module._modules.get('downsample')
+        if downsample is None:
+            return x
+        pairs = self._shortcut()
+        if len(downsample) == 2 and pairs and not is_watched(downsample):
+            output = run_chain([Layers(*pairs[0], None)], x)
+            if output is not None:
+                return output
+        norms = self._fuse_shortcut()
+        try:
+            return downsample(x)
+        finally:
+            _part(norms)
+
+    def _fuse(self):
+        """See the base class; the shortcut's are not rectified."""
+        return super()._fuse() + self._fuse_shortcut()
+
+    def _fuse_shortcut(self):
+        norms = []
+        for conv, norm in self._shortcut():
+            if _may_join(norm):
+                _join(norm, False, conv)
+                norms.append(norm)
+        return norms
+
+    def _shortcut(self):
+        """Normalisations of the shortcut, after what each of them reads."""
+        shortcut = self.module._modules.get('downsample')
+        if not isinstance(shortcut, nn.Sequential):
+            return []
+        layers = list(shortcut._modules.values())
+        return [
+            (conv, norm)
+            for conv, norm in zip([None, *layers], layers)
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        ]
+
+
+def _may_join(norm):
+    """Whether a normalisation can take part now.
+
+    A block that has been wrapped stays what it is when the model is reverted.
+    """
+    return isinstance(norm, NORMS) and not is_watched(norm)
+
+
+def _join(norm, relu, conv):
+    """Let a normalisation take part in a block that is fused."""
+    # Straight into the instance: that of nn.Module takes its time.
+    norm.__dict__['fusing'] = Fusing(relu, is_only_reader(conv))
+
+
+def _part(norms):
+    """Let normalisations run by themselves again."""
+    for norm in norms:
+        norm.__dict__.pop('fusing', None)
