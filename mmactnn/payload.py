@@ -92,7 +92,9 @@ class Payload:
             tuple[slice, Tensor]: Samples and their values.
         """
         size = self.format.size
-        nbytes = size.numel() * self.format.dtype.itemsize
+        nbytes = 0
+        if max_bytes is not None:
+            nbytes = size.numel() * self.format.dtype.itemsize
         for part in pieces(size[0], nbytes, max_bytes):
             yield part, self.unpack(part.start, part.stop)
 

@@ -59,6 +59,10 @@ inline const void* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
 }
 
+inline void* mutable_data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->mutable_data_ptr() : nullptr;
+}
+
 inline void check_residual(const Tensor& residual, const Tensor& input) {
   STD_TORCH_CHECK(residual.scalar_type() == input.scalar_type(),
                   "residual must be of the dtype of input");
@@ -117,12 +121,19 @@ inline Channels check_norm_act(const NormActArguments& arguments,
   return channels;
 }
 
-// The codes and ranges that norm_act() returns.
+// The codes and ranges that norm_act() makes; those of the output only where
+// there is a residual.
 struct NormActCodes {
   Tensor codes;
   Tensor ranges;
-  Tensor act_codes;
-  Tensor act_ranges;
+  std::optional<Tensor> act_codes;
+  std::optional<Tensor> act_ranges;
+
+  // What batch_norm_act() returns of them.
+  std::vector<Tensor> existing() const {
+    if (!act_codes) return {codes, ranges};
+    return {codes, ranges, *act_codes, *act_ranges};
+  }
 };
 
 inline NormActCodes empty_norm_act_codes(const NormActArguments& arguments,
@@ -130,23 +141,23 @@ inline NormActCodes empty_norm_act_codes(const NormActArguments& arguments,
   const Tensor& input = arguments.input;
   const NormActPayload payload = arguments.payload();
   const auto ranges = [&](int64_t width) {
-    return torch::stable::new_empty(
-        input, {geometry.rows, geometry.groups_per_row(), width},
-        ScalarType::BFloat16);
+    return allocate(input, {geometry.rows, geometry.groups_per_row(), width},
+                    ScalarType::BFloat16);
   };
-  const bool zeroed = payload == NormActPayload::kPlainAndZeroed;
-  return {empty_codes(input, geometry, arguments.bits),
-          ranges(payload == NormActPayload::kSplit ? 4 : 2),
-          zeroed ? empty_codes(input, geometry, arguments.act_bits)
-                 : torch::stable::new_empty(input, {0}, ScalarType::Byte),
-          zeroed ? ranges(2)
-                 : torch::stable::new_empty(input, {0}, ScalarType::BFloat16)};
+  NormActCodes result{empty_codes(input, geometry, arguments.bits),
+                      ranges(payload == NormActPayload::kSplit ? 4 : 2),
+                      std::nullopt, std::nullopt};
+  if (payload == NormActPayload::kPlainAndZeroed) {
+    result.act_codes = empty_codes(input, geometry, arguments.act_bits);
+    result.act_ranges = ranges(2);
+  }
+  return result;
 }
 
-// What batch_norm_act() returns of them: those that there are.
-inline std::vector<Tensor> existing(const NormActCodes& codes, bool zeroed) {
-  if (!zeroed) return {codes.codes, codes.ranges};
-  return {codes.codes, codes.ranges, codes.act_codes, codes.act_ranges};
+// For the op that always returns four tensors.
+inline Tensor existing_or_empty(const std::optional<Tensor>& tensor,
+                                const Tensor& like, ScalarType dtype) {
+  return tensor ? *tensor : allocate(like, {0}, dtype);
 }
 
 inline void check_batch_norm(const BatchNorm& norm) {

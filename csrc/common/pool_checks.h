@@ -69,7 +69,7 @@ inline Tensor empty_pooled(const Tensor& like,
     strides[d] = stride;
     stride *= std::max<int64_t>(sizes[d], 1);
   }
-  return empty_strided(like, sizes, strides, like.scalar_type());
+  return allocate_strided(like, sizes, strides, like.scalar_type());
 }
 
 // Checks `tensor`, which is the input or the gradient of the output.
@@ -124,8 +124,7 @@ inline std::vector<int64_t> plane_size(const Tensor& tensor) {
 inline int64_t index_bytes(int64_t numel) { return (numel + 1) / 2; }
 
 inline Tensor empty_indices(const Tensor& output) {
-  return torch::stable::new_empty(output, {index_bytes(output.numel())},
-                                  ScalarType::Byte);
+  return allocate(output, {index_bytes(output.numel())}, ScalarType::Byte);
 }
 
 inline void check_indices(const Tensor& indices, const Tensor& grad_output) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../common/allocate.h"
 #include "../common/dropout.h"
 #include "../common/tensor_checks.h"
 #include "blocks.h"
@@ -33,7 +34,7 @@ void apply(const Tensor& input, Tensor& output, const Dropout& dropout) {
 }
 
 Tensor dropout(Tensor input, double p, int64_t seed, int64_t offset) {
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = allocate_like(input);
   apply(input, output, make_dropout(p, seed, offset));
   return output;
 }

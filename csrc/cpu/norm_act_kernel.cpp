@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/allocate.h"
 #include "../common/channels.h"
 #include "../common/codec.h"
 #include "../common/geometry.h"
@@ -171,9 +172,10 @@ NormActCodes run(const NormActArguments& arguments, Tensor& output,
   const int act_bits = static_cast<int>(arguments.act_bits);
   auto* codes = static_cast<uint8_t*>(result.codes.mutable_data_ptr());
   auto* ranges = static_cast<uint32_t*>(result.ranges.mutable_data_ptr());
-  auto* act_codes = static_cast<uint8_t*>(result.act_codes.mutable_data_ptr());
+  auto* act_codes =
+      static_cast<uint8_t*>(mutable_data_or_null(result.act_codes));
   auto* act_ranges =
-      static_cast<uint32_t*>(result.act_ranges.mutable_data_ptr());
+      static_cast<uint32_t*>(mutable_data_or_null(result.act_ranges));
   dispatch_dtype(input.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(input.const_data_ptr());
@@ -218,12 +220,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act(
     std::optional<Tensor> weight, std::optional<Tensor> bias, bool relu,
     int64_t bits, int64_t act_bits, int64_t group_size, int64_t seed,
     int64_t offset) {
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = allocate_like(input);
   const auto [codes, ranges, act_codes, act_ranges] =
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
            group_size, seed, offset},
           output, false);
-  return {output, codes, ranges, act_codes, act_ranges};
+  return {output, codes, ranges,
+          existing_or_empty(act_codes, input, ScalarType::Byte),
+          existing_or_empty(act_ranges, input, ScalarType::BFloat16)};
 }
 
 struct MeanAndInvstd {
@@ -251,7 +255,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> batch_norm_act(
     std::optional<Tensor> num_batches_tracked, bool of_batch, double momentum,
     double eps, bool relu, int64_t bits, int64_t act_bits, int64_t group_size,
     int64_t seed, int64_t offset) {
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = allocate_like(input);
   const auto [mean, invstd] = statistics(
       input, {{running_mean, running_var, num_batches_tracked, momentum},
               of_batch,
@@ -260,7 +264,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> batch_norm_act(
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
            group_size, seed, offset},
           output, false);
-  return {output, invstd, existing(codes, residual.has_value())};
+  return {output, invstd, codes.existing()};
 }
 
 std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_(
@@ -278,7 +282,7 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_(
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
            group_size, seed, offset},
           input, true);
-  return {invstd, existing(codes, residual.has_value())};
+  return {invstd, codes.existing()};
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
 #include <optional>
 #include <tuple>
 
+#include "../common/allocate.h"
 #include "../common/channels.h"
 #include "../common/dispatch.h"
 #include "../common/norm.h"
@@ -272,8 +272,8 @@ Tensor reduce(const Tensor& input, const Channels& channels, int device,
                       (!channels.last || channels.count % kBlock == 0);
   std::optional<Tensor> workspace;
   const auto make_partials = [&](const Splits& splits) {
-    workspace = torch::stable::new_empty(
-        input, {int64_t{splits.count}, 3, channels.count}, ScalarType::Float);
+    workspace = allocate(input, {int64_t{splits.count}, 3, channels.count},
+                         ScalarType::Float);
     return Partials{static_cast<float*>(workspace->mutable_data_ptr()),
                     channels.count};
   };

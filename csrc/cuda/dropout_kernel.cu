@@ -1,6 +1,6 @@
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
+#include "../common/allocate.h"
 #include "../common/dropout.h"
 #include "../common/tensor_checks.h"
 #include "blocks.h"
@@ -38,7 +38,7 @@ void apply(const Tensor& input, Tensor& output, const Dropout& dropout) {
 }
 
 Tensor dropout(Tensor input, double p, int64_t seed, int64_t offset) {
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = allocate_like(input);
   apply(input, output, make_dropout(p, seed, offset));
   return output;
 }

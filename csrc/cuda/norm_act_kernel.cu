@@ -1,5 +1,4 @@
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
 #include <optional>
@@ -7,6 +6,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../common/allocate.h"
 #include "../common/channels.h"
 #include "../common/codec.h"
 #include "../common/dispatch.h"
@@ -570,8 +570,8 @@ NormActCodes run(const NormActArguments& arguments, Tensor& output,
         bias,
         static_cast<uint8_t*>(result.codes.mutable_data_ptr()),
         static_cast<uint32_t*>(result.ranges.mutable_data_ptr()),
-        static_cast<uint8_t*>(result.act_codes.mutable_data_ptr()),
-        static_cast<uint32_t*>(result.act_ranges.mutable_data_ptr()),
+        static_cast<uint8_t*>(mutable_data_or_null(result.act_codes)),
+        static_cast<uint32_t*>(mutable_data_or_null(result.act_ranges)),
         0,
         {static_cast<uint64_t>(arguments.seed),
          static_cast<uint64_t>(arguments.offset)},
@@ -602,12 +602,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act(
     int64_t bits, int64_t act_bits, int64_t group_size, int64_t seed,
     int64_t offset) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = allocate_like(input);
   const auto [codes, ranges, act_codes, act_ranges] =
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
            group_size, seed, offset},
           output, false);
-  return {output, codes, ranges, act_codes, act_ranges};
+  return {output, codes, ranges,
+          existing_or_empty(act_codes, input, ScalarType::Byte),
+          existing_or_empty(act_ranges, input, ScalarType::BFloat16)};
 }
 
 struct MeanAndInvstd {
@@ -636,7 +638,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> batch_norm_act(
     double eps, bool relu, int64_t bits, int64_t act_bits, int64_t group_size,
     int64_t seed, int64_t offset) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = allocate_like(input);
   const auto [mean, invstd] = statistics(
       input, {{running_mean, running_var, num_batches_tracked, momentum},
               of_batch,
@@ -645,7 +647,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> batch_norm_act(
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
            group_size, seed, offset},
           output, false);
-  return {output, invstd, existing(codes, residual.has_value())};
+  return {output, invstd, codes.existing()};
 }
 
 std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_(
@@ -664,7 +666,7 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_(
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
            group_size, seed, offset},
           input, true);
-  return {invstd, existing(codes, residual.has_value())};
+  return {invstd, codes.existing()};
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/allocate.h"
 #include "../common/channels.h"
 #include "../common/codec.h"
 #include "../common/dispatch.h"
@@ -340,8 +341,7 @@ Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
     return torch::stable::new_zeros(grad_output, {2, channels},
                                     ScalarType::Float);
   }
-  Tensor sums =
-      torch::stable::new_empty(grad_output, {2, channels}, ScalarType::Float);
+  Tensor sums = allocate(grad_output, {2, channels}, ScalarType::Float);
   const Call call = make_call(grad_output, arguments);
   dispatch_dtype(grad_output.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -352,11 +352,11 @@ Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
       constexpr int kBits = decltype(width)::value;
       constexpr int kItems = decltype(items)::value;
       const auto launch = [&](const Splits& splits, const auto& kernel) {
-        Tensor partial = splits.count == 1
-                             ? sums
-                             : torch::stable::new_empty(
-                                   sums, {int64_t{splits.count}, 2, channels},
-                                   ScalarType::Float);
+        Tensor partial =
+            splits.count == 1
+                ? sums
+                : allocate(sums, {int64_t{splits.count}, 2, channels},
+                           ScalarType::Float);
         auto* target = static_cast<float*>(partial.mutable_data_ptr());
         kernel(target);
         check_launch();
@@ -453,7 +453,7 @@ std::tuple<Tensor, Tensor> norm_add_grad_sums(Tensor grad_output, Tensor codes,
   check_act_codes(grad_output, act_codes, act_bits, group_size, arguments);
   const torch::stable::accelerator::DeviceGuard guard(
       grad_output.get_device_index());
-  Tensor grad = torch::stable::empty_like(grad_output);
+  Tensor grad = allocate_like(grad_output);
   Tensor sums = grad_sums<NormCodes::kMask>(grad_output, arguments, &grad);
   return {grad, sums};
 }
@@ -467,7 +467,7 @@ Tensor norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges,
   check_per_channel("means", means, arguments.channels, grad_output, true);
   const torch::stable::accelerator::DeviceGuard guard(
       grad_output.get_device_index());
-  Tensor output = torch::stable::empty_like(grad_output);
+  Tensor output = allocate_like(grad_output);
   if (output.numel() == 0) return output;
   const NormVectors vectors{static_cast<const float*>(scale.const_data_ptr()),
                             static_cast<const float*>(means.const_data_ptr()),
@@ -496,8 +496,7 @@ __global__ void __launch_bounds__(kThreads)
 Tensor coefficients(const Tensor& sums, const std::optional<Tensor>& weight,
                     const Tensor& invstd, bool of_batch, float count) {
   const int64_t channels = sums.size(1);
-  Tensor result =
-      torch::stable::new_empty(sums, {3, channels}, ScalarType::Float);
+  Tensor result = allocate(sums, {3, channels}, ScalarType::Float);
   coefficients_kernel<<<static_cast<unsigned int>((channels + kThreads - 1) /
                                                   kThreads),
                         kThreads, 0, current_stream(sums.get_device_index())>>>(
@@ -530,7 +529,7 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
     if (act_codes) {
       NormArguments arguments = plain;
       check_act_codes(grad_output, *act_codes, act_bits, group_size, arguments);
-      grad = torch::stable::empty_like(grad_output);
+      grad = allocate_like(grad_output);
       return grad_sums<NormCodes::kMask>(grad_output, arguments, &grad);
     }
     return masks ? grad_sums<NormCodes::kSplit>(grad_output, plain, nullptr)
@@ -538,7 +537,7 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
   };
   const Tensor sums = sum();
   if (needs_input) {
-    grads.push_back(torch::stable::empty_like(grad_output));
+    grads.push_back(allocate_like(grad_output));
   }
   if (needs_input && grad_output.numel() != 0) {
     Tensor& output = grads.back();

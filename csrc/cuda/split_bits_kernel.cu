@@ -1,5 +1,4 @@
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
 #include <tuple>

@@ -27,9 +27,11 @@ def cast(dtype, *tensors):
         *tensors (Tensor, optional): What to cast.
 
     Returns:
-        list[Tensor | None]: In the same order.
+        Sequence[Tensor | None]: In the same order.
     """
-    return [t if t is None or dtype is None else t.to(dtype) for t in tensors]
+    if dtype is None:
+        return tensors
+    return [None if t is None else t.to(dtype) for t in tensors]
 
 
 def full_dtype(input):

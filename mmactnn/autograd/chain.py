@@ -49,37 +49,38 @@ class Link(NamedTuple):
     mask: object
 
 
-class _Saved:
-    """Tensors to save, each of them once however many layers want it."""
+class _Record(NamedTuple):
+    """What the backward pass of a link knows besides tensors.
 
-    def __init__(self):
-        self.tensors = []
-        self._places = {}
+    Attributes:
+        conv (ConvRecord): Of the convolution.
+        act (NormActRecord | tuple[int]): Of the normalisation; without one
+            the strides of what was rectified.
+        places (tuple[int]): Where its tensors begin among those saved, where
+            those of the convolution end, and where all end.
+        needs (tuple[bool]): Whether the gradients of input, weight and bias
+            of the convolution are wanted.
+    """
 
-    def add(self, tensors):
-        """Places of tensors among those to save."""
-        places = []
-        for tensor in tensors:
-            place = self._places.setdefault(id(tensor), len(self.tensors))
-            if place == len(self.tensors):
-                self.tensors.append(tensor)
-            places.append(place)
-        return places
+    conv: object
+    act: object
+    places: tuple
+    needs: tuple
 
 
 class _Chain(Function):
     @staticmethod
     def forward(ctx, input, residual, dtype, links, made, *parameters):
         needs = ctx.needs_input_grad
-        needs_parameters = needs[len(needs) - len(parameters) :]
-        saved, records = _Saved(), []
+        saved, records = [], []
         output, payload, needs_output = input, None, needs[0]
-        for i, link in enumerate(links):
-            weight, bias, scale, shift = parameters[_PARAMETERS * i :][:4]
-            needs_link = needs_parameters[_PARAMETERS * i :][:4]
-            needs_conv = needs_output, *needs_link[:2]
-            needs_norm = any(needs_conv)
-            needs_output = needs_norm or any(needs_link)
+        # Of the arguments and, for their needs, of all before them.
+        first, shift = 0, len(needs) - len(parameters)
+        for link in links:
+            weight, bias, scale, offset = parameters[first : first + 4]
+            start, first = first + shift, first + _PARAMETERS
+            needs_conv = needs_output, needs[start], needs[start + 1]
+            begin = len(saved)
             output, conv, kept = convolve(
                 output,
                 weight,
@@ -90,61 +91,66 @@ class _Chain(Function):
                 needs_conv[1],
                 payload,
             )
-            of_conv = conv, saved.add((weight, *kept)), needs_conv
+            saved += weight, *kept
+            middle = len(saved)
+            needs_output = any(needs_conv)
             if link.norm is None:
                 output, mask = rectify(output, overwrite=True)
                 link.mask.note(kept=(mask,), exact=(output,))
-                act, payload, kept = output.stride(), None, (mask,)
+                act, payload = output.stride(), None
+                saved.append(mask)
             else:
                 output, act, kept, payload = normalise(
                     output,
-                    residual if i == len(links) - 1 else None,
+                    residual if link is links[-1] else None,
                     scale,
-                    shift,
+                    offset,
                     link.settings,
                     link.group,
                     link.relu,
                     True,
                     link.norm,
                 )
-                kept = scale, *kept
-            of_act = act, saved.add(kept), needs_norm
-            records.append((of_conv, of_act))
+                saved += scale, *kept
+                needs_output = (
+                    needs_output or needs[start + 2] or needs[start + 3]
+                )
+            places = begin, middle, len(saved)
+            records.append(_Record(conv, act, places, needs_conv))
         if payload is not None:
             made.append(payload)
         ctx.records = records
-        ctx.save_for_backward(*saved.tensors)
+        ctx.save_for_backward(*saved)
         return output
 
     @staticmethod
     @first_order_only('A block that is fused')
     def backward(ctx, grad_output):
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad
-        grad = grad_output
         grads = [None] * len(needs)
-        end = len(needs)
-        for of_conv, of_act in reversed(ctx.records):
-            act, places, needs_norm = of_act
-            kept = [saved[place] for place in places]
+        grad, end = grad_output, len(needs)
+        for conv, act, (begin, middle, stop), needs_conv in reversed(
+            ctx.records
+        ):
             if isinstance(act, NormActRecord):
+                scale, *kept = saved[middle:stop]
                 grad, residual, *grads[end - 2 : end] = norm_act_gradients(
-                    act, kept[0], kept[1:], grad, needs_norm
+                    act, scale, kept, grad, any(needs_conv)
                 )
-                grads[1] = residual if grads[1] is None else grads[1]
+                if residual is not None:
+                    grads[1] = residual
             else:
-                grad = rectified_gradient(grad, *kept, act)
-            conv, places, needs_conv = of_conv
-            if not any(needs_conv):
-                grad = None
+                grad = rectified_gradient(grad, saved[middle], act)
+            if grad is None:
                 break
-            weight, *kept = [saved[place] for place in places]
+            weight, *kept = saved[begin:middle]
             grad, *grads[end - 4 : end - 2] = convolution_gradients(
                 conv, weight, kept, grad, needs_conv
             )
             end -= _PARAMETERS
         grads[0] = grad
         return tuple(
-            grad if needed else None for grad, needed in zip(grads, needs)
+            [grad if need else None for grad, need in zip(grads, needs)]
         )
 
 

@@ -181,7 +181,9 @@ class _NormAct(Function):
 
 
 def _float(vector):
-    return vector if vector is None else vector.float()
+    if vector is None or vector.dtype == torch.float32:
+        return vector
+    return vector.float()
 
 
 def _gradients(record, grad, codes, ranges, act, weight, invstd, needs_input):

@@ -84,9 +84,10 @@ def with_strides(tensor, stride):
         Tensor[*]: The same values. Strides of dimensions of size 1 do not
         count.
     """
-    same = all(
+    strides = tensor.stride()
+    same = strides == stride or all(
         have == want or size == 1
-        for size, have, want in zip(tensor.shape, tensor.stride(), stride)
+        for size, have, want in zip(tensor.shape, strides, stride)
     )
     if same or tensor.numel() == 0:
         return tensor
