@@ -320,7 +320,8 @@ def test_writes_over_convolutions_nobody_looks_at(name):
         patch.setattr(torch, 'convolution', watched)
         block(x)
     assert len(written) == len(convs)
-    assert all(out._version == 1 for out in written)
+    # What ends in the block's output or is rectified holds nothing below 0.
+    assert all(float(out.min()) == 0 for out in written)
 
 
 def test_copies_and_pickles_run_by_themselves():

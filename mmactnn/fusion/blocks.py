@@ -222,7 +222,7 @@ class FusedResidual(FusedPairs):
         if downsample is None:
             return x
         pairs = self._shortcut()
-        if len(downsample) == 2 and pairs and not is_watched(downsample):
+        if pairs and len(downsample) == 2 and not is_watched(downsample):
             output = run_chain([Layers(*pairs[0], None)], x)
             if output is not None:
                 return output

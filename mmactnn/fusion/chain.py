@@ -57,11 +57,9 @@ def run_chain(layers, input, residual=None):
         return None
     size, needed = input.shape, input.requires_grad
     for conv, norm, relu in layers:
-        weight = conv._parameters['weight']
-        if not (
-            _takes_conv(conv, size)
-            and (lowered is not None or weight.dtype == dtype)
-        ):
+        if not _takes_conv(conv, size):
+            return None
+        if lowered is None and conv._parameters['weight'].dtype != dtype:
             return None
         needed = needed or _needs_gradient(conv)
         size = _output_size(conv, size)

@@ -129,10 +129,10 @@ class First(nn.Module):
         return outputs[0]
 
 
-def _conv_module():
+def _conv_module(norm_cfg=dict(type='BN')):  # noqa: B006
     from mmcv.cnn import ConvModule
 
-    return ConvModule(16, 16, 3, padding=1, norm_cfg=dict(type='BN'))
+    return ConvModule(16, 16, 3, padding=1, norm_cfg=norm_cfg)
 
 
 def _dense_layer():
@@ -195,6 +195,7 @@ BLOCKS = {
     'mmpretrain neck of three': (lambda: _non_linear_neck(3), 2),
     'torchvision ResNet': (_torchvision_stem, 12),
     'ConvModule': (_conv_module, 1),
+    'ConvModule without norm': (lambda: _conv_module(None), 0),
     'dense layer': (_dense_layer, 2),
     'Sequential': (_sequential, 1),
 }

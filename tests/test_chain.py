@@ -1,0 +1,221 @@
+"""Blocks that run as one node of the graph, against themselves by layers."""
+
+import copy
+
+import pytest
+import torch
+from support.blocks import BLOCKS, make_block
+from support.layers import (
+    assert_same_bits,
+    exact_numerics,
+    gradients,
+    saved_tensors,
+)
+from torch import nn
+
+from mmactnn import convert_model, measure_activations
+from mmactnn.fusion import chain
+
+# The rest of a block's nodes belongs to what is no layer.
+CHAINED = [
+    name
+    for name in BLOCKS
+    if 'bottleneck' in name
+    or ('basic' in name and 'torchvision ResNet' not in name)
+    or 'ConvModule' in name
+]
+
+
+def make_input(device='cpu', channels_last=False):
+    x = torch.randn(4, 16, 9, 7, device=device)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def run_both(block, x):
+    """The same random bits as a chain, and layer by layer."""
+    found = []
+    for max_bytes in (chain._MAX_BYTES, 0):
+        with pytest.MonkeyPatch.context() as patch, exact_numerics():
+            patch.setattr(chain, '_MAX_BYTES', max_bytes)
+            found.append(gradients(copy.deepcopy(block), x, None))
+    return found
+
+
+def nodes(output):
+    """Names of the nodes of a graph."""
+    names, todo, seen = [], [output.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        names.append(node.name())
+        todo += [parent for parent, _ in node.next_functions]
+    return names
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if value is None:
+            assert found[key] is None
+        else:
+            assert_same_bits(found[key], value)
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('name', CHAINED)
+def test_equal_to_layers(name, channels_last, device):
+    block = make_block(name).to(device)
+    x = make_input(device, channels_last)
+    if channels_last:
+        block = block.to(memory_format=torch.channels_last)
+    convert_model(block, 'L3')
+    chained, layered = run_both(block, x)
+    assert_equal(chained, layered)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_equal_under_autocast(dtype, device):
+    block = make_block('mmdet bottleneck, stride').to(device)
+    convert_model(block, 'L3')
+    with torch.autocast(device.type, dtype):
+        chained, layered = run_both(block, make_input(device))
+    assert chained['output'].dtype == dtype
+    assert_equal(chained, layered)
+
+
+@pytest.mark.parametrize(
+    'frozen',
+    [
+        ('conv1', 'bn1'),
+        ('conv2',),
+        ('bn2',),
+        ('conv1', 'bn1', 'conv2', 'bn2', 'conv3', 'bn3'),
+    ],
+)
+@pytest.mark.parametrize('needs_input', [True, False])
+def test_frozen_parts(frozen, needs_input):
+    block = make_block('mmdet bottleneck')
+    for name in frozen:
+        getattr(block, name).requires_grad_(False)
+    convert_model(block, 'L3')
+    found = []
+    for max_bytes in (chain._MAX_BYTES, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chain, '_MAX_BYTES', max_bytes)
+            twin = copy.deepcopy(block)
+            torch.manual_seed(0)
+            x = make_input().requires_grad_(needs_input)
+            y = twin(x)
+            if y.requires_grad:
+                y.sum().backward()
+            grads = {n: p.grad for n, p in twin.named_parameters()}
+            found.append(dict(output=y.detach(), input=x.grad, **grads))
+    assert_equal(*found)
+
+
+def test_one_node():
+    block = make_block('mmdet bottleneck')
+    convert_model(block, 'L3')
+    x = make_input().requires_grad_()
+    names = nodes(block(x))
+    assert sorted(set(names)) == [
+        '_ChainBackward',
+        'torch::autograd::AccumulateGrad',
+    ]
+    assert names.count('_ChainBackward') == 1
+    strided = make_block('mmdet bottleneck, stride')
+    convert_model(strided, 'L3')
+    # The shortcut is a chain of its own.
+    assert nodes(strided(x)).count('_ChainBackward') == 2
+
+
+@pytest.mark.parametrize(
+    'watch',
+    [
+        lambda block: block.conv2.register_forward_hook(lambda *_: None),
+        lambda block: block.bn2.register_forward_pre_hook(lambda *_: None),
+        lambda block: block.relu.register_forward_hook(lambda *_: None),
+        lambda block: block.conv1.register_full_backward_hook(lambda *_: None),
+        lambda block: setattr(block.conv1, 'forward', block.conv1.forward),
+        lambda block: nn.Module.eval(block.conv1),
+        lambda block: nn.utils.parametrizations.weight_norm(block.conv1),
+    ],
+)
+def test_layers_that_somebody_looks_at(watch):
+    block = make_block('mmdet bottleneck')
+    convert_model(block, 'L3')
+    x = make_input().requires_grad_()
+    expected = block(x)
+    twin = copy.deepcopy(block)
+    watch(twin)
+    y = twin(x)
+    assert '_ChainBackward' not in nodes(y)
+    assert torch.allclose(y, expected, atol=1e-5)
+
+
+def test_padding_that_is_no_number():
+    block = make_block('ConvModule without norm')
+    block.conv.padding = 'same'
+    convert_model(block, 'L3')
+    assert '_ChainBackward' not in nodes(block(make_input()))
+
+
+def test_a_batch_that_torch_refuses():
+    block = make_block('ConvModule')
+    convert_model(block, 'L3')
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        block(torch.randn(1, 16, 1, 1))
+
+
+def test_a_shortcut_that_broadcasts():
+    block = make_block('mmdet bottleneck')
+    block.downsample = nn.AdaptiveAvgPool2d(1)
+    exact = copy.deepcopy(block)
+    convert_model(block, dict(base='L2', conv=8, norm=8, rectified=8))
+    x = make_input()
+    assert torch.allclose(block(x), exact(x), atol=1e-5)
+
+
+def test_a_graph_that_is_kept():
+    block = make_block('mmdet bottleneck')
+    convert_model(block, 'L3')
+    x = make_input().requires_grad_()
+    y = block(x).sum()
+    wanted = [x, *block.parameters()]
+    first = torch.autograd.grad(y, wanted, retain_graph=True)
+    for again, grad in zip(torch.autograd.grad(y, wanted), first):
+        assert_same_bits(again, grad)
+
+
+def test_second_derivatives_are_refused():
+    block = make_block('ConvModule without norm')
+    convert_model(block, 'L3')
+    x = make_input().requires_grad_()
+    y = block(x).square().sum()
+    (grad,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match='differentiated twice'):
+        grad.sum().backward()
+
+
+def test_what_is_kept_and_counted():
+    block = make_block('mmdet bottleneck')
+    x = torch.randn(4, 16, 16, 16, requires_grad=True)
+    convert_model(block, dict(base='L2', conv=2, norm=2, rectified=3))
+    found = []
+    for max_bytes in (chain._MAX_BYTES, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chain, '_MAX_BYTES', max_bytes)
+            twin = copy.deepcopy(block)
+            with measure_activations(twin) as meter:
+                twin(x)
+            with saved_tensors() as saved:
+                twin(x)
+            kept = {t.data_ptr(): t.nbytes for t in saved}
+            found.append(
+                (meter.exact_bytes, meter.saved_bytes, sum(kept.values()))
+            )
+    assert found[0] == found[1]
