@@ -35,7 +35,7 @@ class _NormAct(Function):
         )
         inplace = inplace and x is input
         exact = [counted(x.shape, x.dtype) if inplace else input]
-        seed, offset = quantizer.generator.next()
+        random = quantizer.generator.next(x.device)._asdict()
         arguments = (
             relu,
             norm.bits,
@@ -43,7 +43,6 @@ class _NormAct(Function):
             quantizer.group_size,
         )
         tensors = x, residual, _float(weight), _float(bias)
-        random = dict(seed=seed, offset=offset)
         if group is not None:
             output, invstd, ctx.count, codes = _normalise_batch_of_all(
                 tensors, settings, group, arguments, random
