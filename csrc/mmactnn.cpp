@@ -6,14 +6,14 @@
 STABLE_TORCH_LIBRARY(mmactnn, m) {
   m.def(
       "quantize(Tensor input, int bits, int group_size, int seed, "
-      "int offset) -> (Tensor codes, Tensor ranges)");
+      "int offset, Tensor? count=None) -> (Tensor codes, Tensor ranges)");
   m.def(
       "dequantize(Tensor codes, Tensor ranges, int[] size, int[] stride, "
       "ScalarType dtype, int bits, int group_size) -> Tensor");
   m.def(
       "quantize_rows(Tensor input, Tensor row_bits, Tensor row_starts, "
-      "int total_bits, int group_size, int seed, int offset) "
-      "-> (Tensor codes, Tensor ranges)");
+      "int total_bits, int group_size, int seed, int offset, "
+      "Tensor? count=None) -> (Tensor codes, Tensor ranges)");
   m.def(
       "dequantize_rows(Tensor codes, Tensor ranges, Tensor row_bits, "
       "Tensor row_starts, int[] size, int[] stride, ScalarType dtype, "
@@ -38,20 +38,23 @@ STABLE_TORCH_LIBRARY(mmactnn, m) {
   m.def(
       "norm_act(Tensor input, Tensor? residual, Tensor mean, Tensor invstd, "
       "Tensor? weight, Tensor? bias, bool relu, int bits, int act_bits, "
-      "int group_size, int seed, int offset) -> (Tensor output, "
-      "Tensor codes, Tensor ranges, Tensor act_codes, Tensor act_ranges)");
+      "int group_size, int seed, int offset, Tensor? count=None) -> "
+      "(Tensor output, Tensor codes, Tensor ranges, Tensor act_codes, Tensor "
+      "act_ranges)");
   m.def(
       "batch_norm_act(Tensor input, Tensor? residual, Tensor? weight, "
       "Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, bool of_batch, float momentum, "
       "float eps, bool relu, int bits, int act_bits, int group_size, int seed, "
-      "int offset) -> (Tensor output, Tensor invstd, Tensor[] codes)");
+      "int offset, Tensor? count=None) -> "
+      "(Tensor output, Tensor invstd, Tensor[] codes)");
   m.def(
       "batch_norm_act_(Tensor(a!) input, Tensor? residual, Tensor? weight, "
       "Tensor? bias, Tensor(b!)? running_mean, Tensor(c!)? running_var, "
       "Tensor(d!)? num_batches_tracked, bool of_batch, float momentum, "
       "float eps, bool relu, int bits, int act_bits, int group_size, int seed, "
-      "int offset) -> (Tensor invstd, Tensor[] codes)");
+      "int offset, Tensor? count=None) -> "
+      "(Tensor invstd, Tensor[] codes)");
   m.def(
       "norm_grad_sums(Tensor grad_output, Tensor codes, Tensor ranges, "
       "int bits, int group_size, bool relu) -> Tensor sums");
@@ -75,8 +78,12 @@ STABLE_TORCH_LIBRARY(mmactnn, m) {
   m.def(
       "dequantize_zeroed(Tensor codes, Tensor ranges, int[] size, "
       "int[] stride, ScalarType dtype, int bits, int group_size) -> Tensor");
-  m.def("dropout(Tensor input, float p, int seed, int offset) -> Tensor");
-  m.def("dropout_(Tensor(a!) input, float p, int seed, int offset) -> ()");
+  m.def(
+      "dropout(Tensor input, float p, int seed, int offset, "
+      "Tensor? count=None) -> Tensor");
+  m.def(
+      "dropout_(Tensor(a!) input, float p, int seed, int offset, "
+      "Tensor? count=None) -> ()");
   m.def(
       "max_pool2d(Tensor input, int[] kernel_size, int[] stride, "
       "int[] padding, int[] dilation, int[] output_size, "

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from . import ops
+from .capture import is_capturing
 
 # All samples of a tensor, as a range of them.
 WHOLE = slice(None)
@@ -162,10 +163,8 @@ class QuantizedTensor(Payload):
                 :func:`mmactnn.ops.quantize`.
         """
         rows = ops.layout.dense_rows(tensor)
-        seed, offset = generator.next()
-        codes, ranges = ops.quantize(
-            rows, bits, group_size, seed=seed, offset=offset
-        )
+        draw = generator.next(rows.device)
+        codes, ranges = ops.quantize(rows, bits, group_size, **draw._asdict())
         format = PayloadFormat.of(rows, bits, group_size)
         return cls(format, codes, ranges)
 
@@ -191,15 +190,14 @@ class QuantizedTensor(Payload):
         """
         rows = ops.layout.dense_rows(tensor)
         row_bits, row_starts, total_bits = allot(rows, group_size)
-        seed, offset = generator.next()
+        draw = generator.next(rows.device)
         codes, ranges = ops.quantize_rows(
             rows,
             row_bits,
             row_starts,
             total_bits,
             group_size,
-            seed=seed,
-            offset=offset,
+            **draw._asdict(),
         )
         mean_bits = total_bits / rows.shape[0]
         format = PayloadFormat.of(rows, mean_bits, group_size)
@@ -318,7 +316,7 @@ _PAYLOADS = dict(plain=QuantizedTensor, split=SplitTensor, zeroed=ZeroedTensor)
 class _Shared(NamedTuple):
     payload: Payload
     version: int
-    hooks: tuple | None
+    context: tuple
 
 
 def share(tensor, payload):
@@ -331,9 +329,7 @@ def share(tensor, payload):
         payload (Payload): Its payload.
     """
     if tensor.grad_fn is not None:
-        tensor._mmactnn_shared = _Shared(
-            payload, tensor._version, _saving_hooks()
-        )
+        tensor._mmactnn_shared = _Shared(payload, tensor._version, _context())
 
 
 def shared_payload(tensor):
@@ -345,18 +341,20 @@ def shared_payload(tensor):
     Returns:
         Payload, optional: None also if the tensor was modified since, and in
         a checkpointed block for what was made outside of it: the second
-        forward pass of the block would not find it.
+        forward pass of the block would not find it. The same holds for a CUDA
+        graph: its replays read other values from the same tensor.
     """
     shared = getattr(tensor, '_mmactnn_shared', None)
     if (
         shared is None
         or shared.version != tensor._version
-        or shared.hooks != _saving_hooks()
+        or shared.context != _context()
     ):
         return None
     return shared.payload
 
 
-def _saving_hooks():
-    """What tensors that are saved now go through."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+def _context():
+    """What tensors that are saved now go through, and whether into a graph."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks, is_capturing()

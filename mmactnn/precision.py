@@ -5,6 +5,7 @@ import torch.distributed as dist
 
 from . import ops
 from .allocation import allocate_bits
+from .capture import is_capturing, refuse_capture
 
 # What a layer reports of one pass, in the order of its numbers.
 _FIELDS = ('cost', 'relay', 'power', 'numel', 'place', 'leader', 'count')
@@ -33,6 +34,11 @@ class AdaptivePrecision:
     the same bits hold at the same pass on every process and in every run.
 
     A pass begins with a forward pass of the model in training mode.
+
+    **CUDA graphs** hold on to the bits of the layers that were in force when
+    they were captured, and report nothing: their replays are no passes. The
+    samples share out the bits of their layer in every replay anew, by their
+    ranges alone.
 
     Args:
         num_samples (int, optional): Size of the dataset, to follow the
@@ -128,7 +134,21 @@ class AdaptivePrecision:
         self._samples = indices.flatten()
 
     def begin_pass(self):
-        """Start a pass; called by the model's own forward pass."""
+        """Start a pass; called by the model's own forward pass.
+
+        Raises:
+            RuntimeError: If a CUDA graph is being captured, and the samples
+                of the pass were named.
+        """
+        if is_capturing():
+            if self._samples is not None:
+                raise RuntimeError(
+                    'a CUDA graph cannot follow the gradients of samples: '
+                    'every replay would take its samples for those of the '
+                    'capture. Leave set_samples out, or choose a level '
+                    'without use_gradient'
+                )
+            return
         self.end_pass()
         self._open = True
         self._passes += 1
@@ -149,9 +169,16 @@ class AdaptivePrecision:
 
         The next pass does this too. In distributed training all processes
         call it alike.
+
+        Raises:
+            RuntimeError: If a CUDA graph is being captured.
         """
         if not self._open:
             return
+        refuse_capture(
+            'the reports of a pass cannot be captured in a CUDA graph; call '
+            'end_pass() before'
+        )
         self._open = False
         if self._batch is not None:
             self._remember()
@@ -396,7 +423,8 @@ class Slot:
     def observes(self):
         """bool: Whether the backward pass of this pass should report."""
         precision = self.precision
-        return precision.collecting or precision.batch_size is not None
+        wanted = precision.collecting or precision.batch_size is not None
+        return wanted and not is_capturing()
 
     def __getstate__(self):
         """For copies and pickle: without what belongs to one pass."""
@@ -415,7 +443,7 @@ class Slot:
         """
         samples = rows.shape[0]
         spread = ops.row_spread(rows, group_size)
-        if self.precision.batch_size == samples:
+        if self.precision.batch_size == samples and not is_capturing():
             shares = self.precision.shares(rows.device)
             shares = shares[:, self.index].to(rows.device, non_blocking=True)
             spread = spread * shares

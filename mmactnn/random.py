@@ -1,5 +1,7 @@
 """Random bits for rounding, apart from torch's own streams."""
 
+from typing import NamedTuple
+
 import torch
 
 _MASK64 = (1 << 64) - 1
@@ -13,21 +15,19 @@ def _mix(value):
     return value ^ (value >> 31)
 
 
-def refuse_capture():
-    """Raise where a CUDA graph would hold on to random bits.
+class Draw(NamedTuple):
+    """What the ops make the random bits of one tensor from.
 
-    Raises:
-        RuntimeError: If a graph is being captured.
+    Attributes:
+        seed (int): Key, 64 bits.
+        offset (int): Counter, 64 bits ...
+        count (Tensor[1], optional): ... and what the kernels add to it:
+            int64, on the device of the tensor. None is 0.
     """
-    if torch.cuda.is_initialized() and (
-        torch.cuda.is_current_stream_capturing()
-    ):
-        raise RuntimeError(
-            'compressed layers cannot be captured in a CUDA graph: every '
-            'replay would round, and drop, with the same random bits, and '
-            'errors would add up instead of averaging out. Capture the model '
-            'at level L0, or train it without a graph'
-        )
+
+    seed: int
+    offset: int
+    count: torch.Tensor | None = None
 
 
 class RoundingGenerator:
@@ -41,6 +41,12 @@ class RoundingGenerator:
     A generator without a seed of its own follows ``torch.manual_seed``: it
     takes ``torch.initial_seed()`` and starts anew whenever that changes.
 
+    A CUDA graph repeats the numbers that it was captured with. What is drawn
+    for one therefore has a key of its own and a counter on the device, which
+    the graph itself moves on: each replay rounds anew. The counters belong to
+    this object and to this process; they are in no copy and in no saved
+    state, and go on counting whatever the seed.
+
     Args:
         seed (int, optional): Seed. Defaults to torch's initial seed.
         stream (int, optional): Which of many independent sequences of the
@@ -48,15 +54,13 @@ class RoundingGenerator:
 
     Examples:
         >>> generator = RoundingGenerator(seed=1)
-        >>> key, offset = generator.next()
+        >>> seed, offset, count = generator.next(torch.device('cpu'))
     """
 
     def __init__(self, seed=None, stream=0):
-        self._seed = seed
-        self._stream = stream
-        self._followed = None
-        self._offset = 0
-        self._key = None if seed is None else self._make_key(seed)
+        # By device. Graphs hold their addresses.
+        self._counters = {}
+        self.manual_seed(seed, stream)
 
     @property
     def seed(self):
@@ -70,7 +74,11 @@ class RoundingGenerator:
             seed (int, optional): Seed; None follows ``torch.manual_seed``.
             stream (int, optional): See the class. Defaults to 0.
         """
-        self.__init__(seed, stream)
+        self._seed = seed
+        self._stream = stream
+        self._followed = None
+        self._offset = 0
+        self._key = None if seed is None else self._make_key(seed)
 
     def seek(self, offset):
         """Jump to a place of the sequence.
@@ -83,21 +91,33 @@ class RoundingGenerator:
         self._follow()
         self._offset = offset
 
-    def next(self):
-        """The pair for one more tensor.
+    def next(self, device):
+        """The numbers for one more tensor.
+
+        Args:
+            device (torch.device): Where the tensor is.
 
         Returns:
-            tuple[int, int]: Key and offset, 64 bits each.
+            Draw: Seed, offset and count.
 
         Raises:
-            RuntimeError: If a CUDA graph is being captured: it would hold on
-                to the pair, and every replay would round alike.
+            RuntimeError: If a CUDA graph is being captured, and nothing was
+                drawn for the device before.
         """
-        refuse_capture()
         self._follow()
         offset = self._offset
         self._offset = (offset + 1) & _MASK64
-        return self._key, offset
+        if device.type == 'cuda':
+            counter = self._counters.get(device)
+            if torch.cuda.is_current_stream_capturing():
+                return self._draw_captured(offset, counter)
+            if counter is None:
+                # Outside of inference mode: captured steps write to it.
+                with torch.inference_mode(False):
+                    self._counters[device] = torch.zeros(
+                        1, dtype=torch.int64, device=device
+                    )
+        return Draw(self._key, offset)
 
     def state_dict(self):
         """dict: What :meth:`load_state_dict` needs to go on from here."""
@@ -118,6 +138,22 @@ class RoundingGenerator:
             self._followed = torch.initial_seed()
             self._offset = 0
             self._key = self._make_key(self._followed)
+
+    def _draw_captured(self, offset, counter):
+        if counter is None:
+            raise RuntimeError(
+                'a compressed layer is captured in a CUDA graph before it has '
+                'run on this device. Run some training steps on a side stream '
+                'first, as torch.cuda.graph wants it'
+            )
+        counter.add_(1)
+        # A key for each draw: layers that are captured on several streams
+        # may find the counter at one place.
+        return Draw(_mix(self._key ^ _mix(offset)), 0, counter)
+
+    def __getstate__(self):
+        """For copies and pickle: without what captured graphs count with."""
+        return {**self.__dict__, '_counters': {}}
 
     def _make_key(self, seed):
         return _mix(_mix(seed) ^ self._stream)

@@ -13,9 +13,11 @@ import mmactnn
 from mmactnn import RoundingGenerator, convert_model
 from mmactnn.random import default_generator
 
+CPU = torch.device('cpu')
+
 
 def take(generator, count=4):
-    return [generator.next() for _ in range(count)]
+    return [generator.next(CPU)[:2] for _ in range(count)]
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ class TestSequence:
     def test_streams_and_seeds_differ(self):
         # All keys, also of neighbours such as the ranks of a run.
         keys = [
-            RoundingGenerator(seed, stream).next()[0]
+            RoundingGenerator(seed, stream).next(CPU).seed
             for seed in range(40)
             for stream in range(40)
         ]
@@ -47,7 +49,7 @@ class TestSequence:
 
     def test_keys_look_random(self):
         # Near seeds must not give near keys: half of the bits differ.
-        keys = [RoundingGenerator(seed).next()[0] for seed in range(200)]
+        keys = [RoundingGenerator(seed).next(CPU).seed for seed in range(200)]
         flips = [(a ^ b).bit_count() for a, b in zip(keys, keys[1:])]
         # 199 binomial variables of 64 halves: mean 32, deviation 4.
         assert abs(sum(flips) / len(flips) - 32) < 5 * 4 / 199**0.5
@@ -57,11 +59,11 @@ class TestSequence:
         generator = RoundingGenerator(seed=1)
         pairs = take(generator, 8)
         generator.seek(5)
-        assert generator.next() == pairs[5]
+        assert take(generator, 1) == [pairs[5]]
 
     def test_wide_seeds(self):
         for seed in (2**63, 2**64 - 1, -1, 0):
-            key, _ = RoundingGenerator(seed).next()
+            key = RoundingGenerator(seed).next(CPU).seed
             assert 0 <= key < 2**64
 
     def test_offset_beyond_64_bits(self):
@@ -202,7 +204,7 @@ class TestModels:
         assert first is second and first is not generator
         # Rounding in the copy leaves the original's sequence alone.
         take(first, 3)
-        assert generator.next()[1] == 0
+        assert generator.next(CPU).offset == 0
 
     def test_copy_of_a_layer_shares_the_shared_one(self):
         twin = copy.deepcopy(mmactnn.QConv2d(3, 4, 3))
@@ -220,12 +222,61 @@ class TestModels:
         assert layer.quantizer.generator is default_generator
 
 
-def test_no_pair_for_a_cuda_graph(monkeypatch):
-    generator = RoundingGenerator(seed=0)
-    generator.next()
-    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
-    monkeypatch.setattr(
-        torch.cuda, 'is_current_stream_capturing', lambda: True
-    )
-    with pytest.raises(RuntimeError, match='every replay'):
-        generator.next()
+class TestCapture:
+    """Draws for a CUDA graph, its counter on the CPU."""
+
+    GPU = torch.device('cuda', 0)
+
+    @pytest.fixture(autouse=True)
+    def _capturing(self, monkeypatch):
+        monkeypatch.setattr(
+            torch.cuda, 'is_current_stream_capturing', lambda: True
+        )
+
+    def warm(self, generator):
+        """What an eager draw on the GPU leaves behind."""
+        counter = torch.zeros(1, dtype=torch.int64)
+        generator._counters[self.GPU] = counter
+        return counter
+
+    def test_draws_count_on_the_device(self):
+        generator = RoundingGenerator(seed=1)
+        counter = self.warm(generator)
+        draws = [generator.next(self.GPU) for _ in range(100)]
+        assert all(draw.count is counter for draw in draws)
+        assert counter.item() == 100
+        # Of an own key each, also of those that are drawn without a graph.
+        keys = {draw.seed for draw in draws}
+        assert len(keys) == 100 and generator.next(CPU).seed not in keys
+        assert all(0 <= key < 2**64 for key in keys)
+
+    def test_keys_follow_the_sequence(self):
+        def keys(seed, start):
+            generator = RoundingGenerator(seed)
+            self.warm(generator)
+            generator.seek(start)
+            return [generator.next(self.GPU).seed for _ in range(3)]
+
+        assert keys(1, 5) == keys(1, 5)
+        assert not set(keys(1, 5)) & set(keys(1, 8))
+        assert not set(keys(1, 5)) & set(keys(2, 5))
+
+    def test_the_first_draw_is_none_of_a_graph(self):
+        with pytest.raises(RuntimeError, match='side stream'):
+            RoundingGenerator(seed=0).next(self.GPU)
+
+    def test_counters_stay_with_the_generator(self):
+        generator = RoundingGenerator(seed=1)
+        counter = self.warm(generator)
+        generator.next(self.GPU)
+        for twin in (
+            copy.deepcopy(generator),
+            pickle.loads(pickle.dumps(generator)),
+        ):
+            assert take(twin, 2) == take(copy.deepcopy(generator), 2)
+            with pytest.raises(RuntimeError, match='side stream'):
+                twin.next(self.GPU)
+        generator.load_state_dict(generator.state_dict())
+        # Graphs hold its address.
+        assert generator.next(self.GPU).count is counter
+        assert counter.item() == 2

@@ -69,12 +69,6 @@ inline Channels channels_of(const char* name, const Tensor& tensor) {
   return {channels.rows, channels.count, plane, true};
 }
 
-inline void check_same_device(const char* name, const Tensor& tensor,
-                              const Tensor& like) {
-  STD_TORCH_CHECK(tensor.device() == like.device(), name,
-                  " must be on the device of the other tensors");
-}
-
 // A parameter or statistic: `numel` numbers for each channel.
 inline void check_per_channel(const char* name, const Tensor& tensor,
                               const Channels& channels, const Tensor& like,

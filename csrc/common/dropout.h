@@ -14,7 +14,7 @@
 namespace mmactnn {
 
 struct Dropout {
-  PhiloxStream stream;
+  CountedStream stream;
   uint32_t threshold;  // elements whose 16 random bits are below are dropped
   float scale;         // of the others, so that the expectation stays
 
@@ -25,12 +25,11 @@ struct Dropout {
 
 // `p` is rounded to a multiple of 2^-16 below 1, and the scale is that of the
 // rounded probability.
-inline Dropout make_dropout(double p, int64_t seed, int64_t offset) {
+inline Dropout make_dropout(double p, const CountedStream& stream) {
   STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "p must be in [0, 1), got ", p);
   const double numbers = static_cast<double>(kRandomScale);
   const double threshold = std::min(std::nearbyint(p * numbers), numbers - 1);
-  return {{static_cast<uint64_t>(seed), static_cast<uint64_t>(offset)},
-          static_cast<uint32_t>(threshold),
+  return {stream, static_cast<uint32_t>(threshold),
           static_cast<float>(numbers / (numbers - threshold))};
 }
 

@@ -15,6 +15,7 @@
 #include "channels.h"
 #include "geometry.h"
 #include "norm_act.h"
+#include "philox.h"
 #include "rectified_codec.h"
 #include "tensor_checks.h"
 
@@ -39,8 +40,7 @@ struct NormActArguments {
   int64_t bits;
   int64_t act_bits;
   int64_t group_size;
-  int64_t seed;
-  int64_t offset;
+  CountedStream random;
 
   NormActPayload payload() const {
     if (!relu) return NormActPayload::kPlain;

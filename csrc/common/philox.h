@@ -24,6 +24,27 @@ struct PhiloxStream {
   uint64_t offset;
 };
 
+// A stream that is known where the op runs: a CUDA graph, which repeats all
+// numbers that it was captured with, counts in memory instead.
+struct CountedStream {
+  PhiloxStream first;
+  const int64_t* count;  // on the device of the op; null: 0
+
+  MMACTNN_HOST_DEVICE PhiloxStream current() const {
+    uint64_t moved = 0;
+    if (count != nullptr) {
+#ifdef __CUDA_ARCH__
+      // In assembly, because the compiler would read it early and hold it in
+      // registers until it is needed.
+      asm volatile("ld.global.u64 %0, [%1];" : "=l"(moved) : "l"(count));
+#else
+      moved = static_cast<uint64_t>(*count);
+#endif
+    }
+    return {first.seed, first.offset + moved};
+  }
+};
+
 struct PhiloxBlock {
   uint32_t word[4];
 

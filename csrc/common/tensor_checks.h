@@ -8,9 +8,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 #include "geometry.h"
+#include "philox.h"
 
 namespace mmactnn {
 
@@ -24,6 +26,26 @@ inline void check_dtype(const char* name, const Tensor& tensor) {
                   name,
                   " must be float32, float16 or bfloat16, got scalar type ",
                   static_cast<int>(dtype));
+}
+
+inline void check_same_device(const char* name, const Tensor& tensor,
+                              const Tensor& like) {
+  STD_TORCH_CHECK(tensor.device() == like.device(), name,
+                  " must be on the device of the other tensors");
+}
+
+// The random stream of an op on `input`.
+inline CountedStream checked_stream(int64_t seed, int64_t offset,
+                                    const std::optional<Tensor>& count,
+                                    const Tensor& input) {
+  const PhiloxStream first{static_cast<uint64_t>(seed),
+                           static_cast<uint64_t>(offset)};
+  if (!count) return {first, nullptr};
+  STD_TORCH_CHECK(
+      count->scalar_type() == ScalarType::Long && count->numel() == 1,
+      "count must be an int64 tensor of one element");
+  check_same_device("count", *count, input);
+  return {first, static_cast<const int64_t*>(count->const_data_ptr())};
 }
 
 // True if the elements fill one piece of memory without gaps or overlaps.
@@ -142,8 +164,7 @@ inline void check_row_integers(const char* name, const Tensor& tensor,
                       tensor.is_contiguous() && tensor.size(0) == rows,
                   name, " must be a contiguous ", dtype_name, " tensor of ",
                   rows, " numbers, one a sample");
-  STD_TORCH_CHECK(tensor.device() == like.device(), name,
-                  " must be on the device of the other tensors");
+  check_same_device(name, tensor, like);
 }
 
 // The layout of codes of a width for each row, on the device of `like`.

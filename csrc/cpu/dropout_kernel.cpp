@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "../common/allocate.h"
 #include "../common/dropout.h"
@@ -16,6 +17,7 @@ namespace {
 void apply(const Tensor& input, Tensor& output, const Dropout& dropout) {
   check_dtype("input", input);
   check_dense("input", input);
+  const PhiloxStream stream = dropout.stream.current();
   dispatch_dtype(input.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     for_each_block(
@@ -23,7 +25,7 @@ void apply(const Tensor& input, Tensor& output, const Dropout& dropout) {
         static_cast<T*>(output.mutable_data_ptr()), input.numel(),
         [&](int64_t block, const T* source, T* target, int64_t count) {
           const PhiloxBlock random =
-              philox(dropout.stream, static_cast<uint64_t>(block));
+              philox(stream, static_cast<uint64_t>(block));
           for (int64_t i = 0; i < count; ++i) {
             const float factor =
                 dropout.factor(random.bits16(static_cast<int>(i)));
@@ -33,14 +35,18 @@ void apply(const Tensor& input, Tensor& output, const Dropout& dropout) {
   });
 }
 
-Tensor dropout(Tensor input, double p, int64_t seed, int64_t offset) {
+Tensor dropout(Tensor input, double p, int64_t seed, int64_t offset,
+               std::optional<Tensor> count) {
   Tensor output = allocate_like(input);
-  apply(input, output, make_dropout(p, seed, offset));
+  apply(input, output,
+        make_dropout(p, checked_stream(seed, offset, count, input)));
   return output;
 }
 
-void dropout_(Tensor input, double p, int64_t seed, int64_t offset) {
-  apply(input, input, make_dropout(p, seed, offset));
+void dropout_(Tensor input, double p, int64_t seed, int64_t offset,
+              std::optional<Tensor> count) {
+  apply(input, input,
+        make_dropout(p, checked_stream(seed, offset, count, input)));
 }
 
 }  // namespace

@@ -166,8 +166,8 @@ NormActCodes run(const NormActArguments& arguments, Tensor& output,
       static_cast<const float*>(arguments.invstd.const_data_ptr()),
       static_cast<const float*>(data_or_null(arguments.weight)),
       static_cast<const float*>(data_or_null(arguments.bias))};
-  const auto seed = static_cast<uint64_t>(arguments.seed);
-  const auto offset = static_cast<uint64_t>(arguments.offset);
+  const PhiloxStream stream = arguments.random.current();
+  const PhiloxStream zeroed_stream{stream.seed, stream.offset ^ kZeroedStream};
   const int bits = static_cast<int>(arguments.bits);
   const int act_bits = static_cast<int>(arguments.act_bits);
   auto* codes = static_cast<uint8_t*>(result.codes.mutable_data_ptr());
@@ -194,8 +194,8 @@ NormActCodes run(const NormActArguments& arguments, Tensor& output,
             const int64_t blocks = (group.count + kBlock - 1) / kBlock;
             normalise_group(source, residual, target, channels, parameters,
                             arguments.relu, group, values);
-            random_bits({seed, offset}, first_block, blocks,
-                        geometry.group_size, random);
+            random_bits(stream, first_block, blocks, geometry.group_size,
+                        random);
             if (payload == NormActPayload::kSplit) {
               encode_split(values, bits, random, unpacked, ranges + 2 * index);
             } else {
@@ -204,8 +204,8 @@ NormActCodes run(const NormActArguments& arguments, Tensor& output,
             }
             store_group(unpacked, geometry, group, bits, codes);
             if (payload != NormActPayload::kPlainAndZeroed) continue;
-            random_bits({seed, offset ^ kZeroedStream}, first_block, blocks,
-                        geometry.group_size, random);
+            random_bits(zeroed_stream, first_block, blocks, geometry.group_size,
+                        random);
             act_ranges[index] =
                 encode_zeroed(values, act_bits, random, unpacked).pack();
             store_group(unpacked, geometry, group, act_bits, act_codes);
@@ -219,11 +219,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act(
     Tensor input, std::optional<Tensor> residual, Tensor mean, Tensor invstd,
     std::optional<Tensor> weight, std::optional<Tensor> bias, bool relu,
     int64_t bits, int64_t act_bits, int64_t group_size, int64_t seed,
-    int64_t offset) {
+    int64_t offset, std::optional<Tensor> count) {
   Tensor output = allocate_like(input);
   const auto [codes, ranges, act_codes, act_ranges] =
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
-           group_size, seed, offset},
+           group_size, checked_stream(seed, offset, count, input)},
           output, false);
   return {output, codes, ranges,
           existing_or_empty(act_codes, input, ScalarType::Byte),
@@ -254,7 +254,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> batch_norm_act(
     std::optional<Tensor> running_var,
     std::optional<Tensor> num_batches_tracked, bool of_batch, double momentum,
     double eps, bool relu, int64_t bits, int64_t act_bits, int64_t group_size,
-    int64_t seed, int64_t offset) {
+    int64_t seed, int64_t offset, std::optional<Tensor> count) {
   Tensor output = allocate_like(input);
   const auto [mean, invstd] = statistics(
       input, {{running_mean, running_var, num_batches_tracked, momentum},
@@ -262,7 +262,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> batch_norm_act(
               eps});
   const NormActCodes codes =
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
-           group_size, seed, offset},
+           group_size, checked_stream(seed, offset, count, input)},
           output, false);
   return {output, invstd, codes.existing()};
 }
@@ -273,14 +273,14 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_(
     std::optional<Tensor> running_var,
     std::optional<Tensor> num_batches_tracked, bool of_batch, double momentum,
     double eps, bool relu, int64_t bits, int64_t act_bits, int64_t group_size,
-    int64_t seed, int64_t offset) {
+    int64_t seed, int64_t offset, std::optional<Tensor> count) {
   const auto [mean, invstd] = statistics(
       input, {{running_mean, running_var, num_batches_tracked, momentum},
               of_batch,
               eps});
   const NormActCodes codes =
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
-           group_size, seed, offset},
+           group_size, checked_stream(seed, offset, count, input)},
           input, true);
   return {invstd, codes.existing()};
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -93,10 +94,9 @@ void dequantize_groups(const uint8_t* codes, const uint32_t* ranges, T* output,
 
 Tensor quantize_into(const Tensor& input, Tensor& codes,
                      const Geometry& geometry, const CodeLayout& layout,
-                     int64_t seed, int64_t offset) {
+                     const CountedStream& random) {
   Tensor ranges = empty_ranges(input, geometry);
-  const PhiloxStream stream{static_cast<uint64_t>(seed),
-                            static_cast<uint64_t>(offset)};
+  const PhiloxStream stream = random.current();
   auto* code_bytes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   auto* range_words = static_cast<uint32_t*>(ranges.mutable_data_ptr());
   dispatch_dtype(input.scalar_type(), [&](auto type) {
@@ -137,25 +137,29 @@ Tensor dequantize_from(const Tensor& codes, const Tensor& ranges,
 
 std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t bits,
                                     int64_t group_size, int64_t seed,
-                                    int64_t offset) {
+                                    int64_t offset,
+                                    std::optional<Tensor> count) {
   const Geometry geometry = input_geometry(input, group_size);
   check_bits(bits);
+  const CountedStream random = checked_stream(seed, offset, count, input);
   Tensor codes = empty_codes(input, geometry, bits);
   Tensor ranges = quantize_into(input, codes, geometry,
-                                uniform_layout(geometry, bits), seed, offset);
+                                uniform_layout(geometry, bits), random);
   return {codes, ranges};
 }
 
 std::tuple<Tensor, Tensor> quantize_rows(Tensor input, Tensor row_bits,
                                          Tensor row_starts, int64_t total_bits,
                                          int64_t group_size, int64_t seed,
-                                         int64_t offset) {
+                                         int64_t offset,
+                                         std::optional<Tensor> count) {
   const Geometry geometry = input_geometry(input, group_size);
   check_total_bits(total_bits, geometry.rows);
   const CodeLayout layout =
       checked_row_layout(input, geometry, row_bits, row_starts, total_bits);
+  const CountedStream random = checked_stream(seed, offset, count, input);
   Tensor codes = empty_row_codes(input, geometry, total_bits);
-  Tensor ranges = quantize_into(input, codes, geometry, layout, seed, offset);
+  Tensor ranges = quantize_into(input, codes, geometry, layout, random);
   return {codes, ranges};
 }
 

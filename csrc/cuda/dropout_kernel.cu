@@ -1,5 +1,7 @@
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
+
 #include "../common/allocate.h"
 #include "../common/dropout.h"
 #include "../common/tensor_checks.h"
@@ -15,7 +17,7 @@ struct Drop {
 
   __device__ __forceinline__ void operator()(int64_t block, T* values) const {
     const PhiloxBlock random =
-        philox(dropout.stream, static_cast<uint64_t>(block));
+        philox(dropout.stream.current(), static_cast<uint64_t>(block));
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
       const float factor = dropout.factor(random.bits16(i));
@@ -37,14 +39,18 @@ void apply(const Tensor& input, Tensor& output, const Dropout& dropout) {
   });
 }
 
-Tensor dropout(Tensor input, double p, int64_t seed, int64_t offset) {
+Tensor dropout(Tensor input, double p, int64_t seed, int64_t offset,
+               std::optional<Tensor> count) {
   Tensor output = allocate_like(input);
-  apply(input, output, make_dropout(p, seed, offset));
+  apply(input, output,
+        make_dropout(p, checked_stream(seed, offset, count, input)));
   return output;
 }
 
-void dropout_(Tensor input, double p, int64_t seed, int64_t offset) {
-  apply(input, input, make_dropout(p, seed, offset));
+void dropout_(Tensor input, double p, int64_t seed, int64_t offset,
+              std::optional<Tensor> count) {
+  apply(input, input,
+        make_dropout(p, checked_stream(seed, offset, count, input)));
 }
 
 }  // namespace

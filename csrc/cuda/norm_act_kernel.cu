@@ -68,7 +68,7 @@ struct NormAct {
   uint8_t* act_codes;
   uint32_t* act_ranges;
   uint64_t first_block;
-  PhiloxStream stream;
+  CountedStream random;
   ChannelIndex channels;
   int bits;
   int act_bits;
@@ -381,13 +381,14 @@ __global__ void __launch_bounds__(kNormThreads, kNormResident)
   const uint32_t integer = opaque_integer_float(row_numel);
   const int fraction = fraction_bits(max_code);
   const int second_fraction = fraction_bits(second_max);
-  const PhiloxStream zeroed_stream{op.stream.seed,
-                                   op.stream.offset ^ kZeroedStream};
 #pragma unroll
   for (int p = 0; p < kBlocks / 2; ++p) {
     const uint64_t call =
         op.first_block + static_cast<uint64_t>(first_block + p * lanes + lane);
-    const PhiloxBlock random = philox(op.stream, call);
+    const PhiloxStream stream = op.random.current();
+    const PhiloxStream zeroed_stream{stream.seed,
+                                     stream.offset ^ kZeroedStream};
+    const PhiloxBlock random = philox(stream, call);
     const PhiloxBlock zeroed_random =
         kZeroed ? philox(zeroed_stream, call) : random;
 #pragma unroll
@@ -573,8 +574,7 @@ NormActCodes run(const NormActArguments& arguments, Tensor& output,
         static_cast<uint8_t*>(mutable_data_or_null(result.act_codes)),
         static_cast<uint32_t*>(mutable_data_or_null(result.act_ranges)),
         0,
-        {static_cast<uint64_t>(arguments.seed),
-         static_cast<uint64_t>(arguments.offset)},
+        arguments.random,
         index,
         static_cast<int>(arguments.bits),
         static_cast<int>(arguments.act_bits),
@@ -600,12 +600,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act(
     Tensor input, std::optional<Tensor> residual, Tensor mean, Tensor invstd,
     std::optional<Tensor> weight, std::optional<Tensor> bias, bool relu,
     int64_t bits, int64_t act_bits, int64_t group_size, int64_t seed,
-    int64_t offset) {
+    int64_t offset, std::optional<Tensor> count) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   Tensor output = allocate_like(input);
   const auto [codes, ranges, act_codes, act_ranges] =
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
-           group_size, seed, offset},
+           group_size, checked_stream(seed, offset, count, input)},
           output, false);
   return {output, codes, ranges,
           existing_or_empty(act_codes, input, ScalarType::Byte),
@@ -636,7 +636,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> batch_norm_act(
     std::optional<Tensor> running_var,
     std::optional<Tensor> num_batches_tracked, bool of_batch, double momentum,
     double eps, bool relu, int64_t bits, int64_t act_bits, int64_t group_size,
-    int64_t seed, int64_t offset) {
+    int64_t seed, int64_t offset, std::optional<Tensor> count) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   Tensor output = allocate_like(input);
   const auto [mean, invstd] = statistics(
@@ -645,7 +645,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> batch_norm_act(
               eps});
   const NormActCodes codes =
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
-           group_size, seed, offset},
+           group_size, checked_stream(seed, offset, count, input)},
           output, false);
   return {output, invstd, codes.existing()};
 }
@@ -656,7 +656,7 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_(
     std::optional<Tensor> running_var,
     std::optional<Tensor> num_batches_tracked, bool of_batch, double momentum,
     double eps, bool relu, int64_t bits, int64_t act_bits, int64_t group_size,
-    int64_t seed, int64_t offset) {
+    int64_t seed, int64_t offset, std::optional<Tensor> count) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const auto [mean, invstd] = statistics(
       input, {{running_mean, running_var, num_batches_tracked, momentum},
@@ -664,7 +664,7 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_(
               eps});
   const NormActCodes codes =
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
-           group_size, seed, offset},
+           group_size, checked_stream(seed, offset, count, input)},
           input, true);
   return {invstd, codes.existing()};
 }

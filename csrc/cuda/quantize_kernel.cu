@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -159,7 +160,7 @@ template <typename T, int kBits, int kGroup>
 __global__ void __launch_bounds__(kThreads)
     quantize_kernel(const T* __restrict__ input, uint8_t* __restrict__ codes,
                     uint32_t* __restrict__ ranges, Launch launch,
-                    CodeLayout layout, PhiloxStream stream,
+                    CodeLayout layout, CountedStream random,
                     uint64_t first_block) {
   constexpr int kLanes = kLanesPerGroup<kGroup>;
 
@@ -175,6 +176,7 @@ __global__ void __launch_bounds__(kThreads)
       load_group<kGroup>(input + group.row * launch.row_numel + group.start,
                          group.count, lane, launch.vectorized, held.share);
   if (!inside || row.bits == 0) return;
+  const PhiloxStream stream = random.current();
 
   const int64_t group_block = group.start / kBlock;
   held.count = group.count;
@@ -341,12 +343,10 @@ void dispatch_format(const Geometry& geometry, const CodeLayout& layout,
 }
 
 Tensor quantize_into(const Tensor& input, Tensor& codes,
-                     const Geometry& geometry, CodeLayout layout, int64_t seed,
-                     int64_t offset) {
+                     const Geometry& geometry, CodeLayout layout,
+                     const CountedStream& random) {
   Tensor ranges = empty_ranges(input, geometry);
   if (input.numel() == 0) return ranges;
-  const PhiloxStream random{static_cast<uint64_t>(seed),
-                            static_cast<uint64_t>(offset)};
   const cudaStream_t stream = current_stream(input.get_device_index());
   auto* code_bytes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   auto* range_words = static_cast<uint32_t*>(ranges.mutable_data_ptr());
@@ -406,27 +406,31 @@ Tensor dequantize_from(const Tensor& codes, const Tensor& ranges,
 
 std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t bits,
                                     int64_t group_size, int64_t seed,
-                                    int64_t offset) {
+                                    int64_t offset,
+                                    std::optional<Tensor> count) {
   const Geometry geometry = input_geometry(input, group_size);
   check_bits(bits);
+  const CountedStream random = checked_stream(seed, offset, count, input);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   Tensor codes = empty_codes(input, geometry, bits);
   Tensor ranges = quantize_into(input, codes, geometry,
-                                uniform_layout(geometry, bits), seed, offset);
+                                uniform_layout(geometry, bits), random);
   return {codes, ranges};
 }
 
 std::tuple<Tensor, Tensor> quantize_rows(Tensor input, Tensor row_bits,
                                          Tensor row_starts, int64_t total_bits,
                                          int64_t group_size, int64_t seed,
-                                         int64_t offset) {
+                                         int64_t offset,
+                                         std::optional<Tensor> count) {
   const Geometry geometry = input_geometry(input, group_size);
   check_total_bits(total_bits, geometry.rows);
   const CodeLayout layout =
       checked_row_layout(input, geometry, row_bits, row_starts, total_bits);
+  const CountedStream random = checked_stream(seed, offset, count, input);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   Tensor codes = empty_row_codes(input, geometry, total_bits);
-  Tensor ranges = quantize_into(input, codes, geometry, layout, seed, offset);
+  Tensor ranges = quantize_into(input, codes, geometry, layout, random);
   return {codes, ranges};
 }
 

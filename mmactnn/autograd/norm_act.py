@@ -65,7 +65,7 @@ def normalise(
     if quantizer.meter is not None:
         # As torch: the input, mean and invstd, and what ReLU keeps.
         exact = [counted(x.shape, x.dtype) if inplace else input]
-    seed, offset = quantizer.generator.next()
+    random = quantizer.generator.next(x.device)._asdict()
     tensors = x, residual, _float(weight), _float(bias)
     arguments = (
         relu,
@@ -73,7 +73,6 @@ def normalise(
         bits.zeroed if adds else 0,
         quantizer.group_size,
     )
-    random = dict(seed=seed, offset=offset)
     count = None
     if group is not None:
         output, invstd, count, codes = _normalise_batch_of_all(

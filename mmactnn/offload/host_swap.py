@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..capture import refuse_capture
 from ..units import MIB
 from .engine import SwapEngine
 from .host_pool import default_max_bytes
@@ -172,6 +173,12 @@ class HostSwap:
         engine = self._engine_for(module)
         if engine is None:
             return
+        refuse_capture(
+            'swapping to the host cannot be captured in a CUDA graph: the '
+            'host decides in every pass what to copy and when. Capture the '
+            "model at a level that does not swap, such as 'L3', or detach() "
+            'the HostSwap'
+        )
         engine.begin_pass(
             itertools.chain(module.parameters(), module.buffers())
         )

@@ -23,14 +23,21 @@ def _empty_ranges(input, group_size):
     return input.new_empty((input.shape[0], groups, 2), dtype=torch.bfloat16)
 
 
-def _quantize(input, bits, group_size, seed, offset):
+def _quantize(input, bits, group_size, seed, offset, count=None):
     row_bytes = _ceil_div(_row_numel(input), 8) * bits
     codes = input.new_empty((input.shape[0], row_bytes), dtype=torch.uint8)
     return codes, _empty_ranges(input, group_size)
 
 
 def _quantize_rows(
-    input, row_bits, row_starts, total_bits, group_size, seed, offset
+    input,
+    row_bits,
+    row_starts,
+    total_bits,
+    group_size,
+    seed,
+    offset,
+    count=None,
 ):
     # Rows are padded to 8 blocks of 8 elements.
     row_blocks = _ceil_div(_row_numel(input), 64) * 8
@@ -69,11 +76,11 @@ def _relu_mask_backward(grad_output, mask, slope=None):
     return torch.empty_like(grad_output)
 
 
-def _dropout(input, p, seed, offset):
+def _dropout(input, p, seed, offset, count=None):
     return torch.empty_like(input)
 
 
-def _dropout_(input, p, seed, offset):
+def _dropout_(input, p, seed, offset, count=None):
     pass
 
 
@@ -146,6 +153,7 @@ def _norm_act(
     group_size,
     seed,
     offset,
+    count=None,
 ):
     output = torch.empty_like(input)
     codes, ranges = _quantize(input, bits, group_size, seed, offset)

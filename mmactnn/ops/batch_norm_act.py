@@ -50,6 +50,7 @@ def batch_norm_act(
     *,
     seed,
     offset=0,
+    count=None,
 ):
     """Statistics of the channels, and :func:`norm_act` with them.
 
@@ -65,6 +66,7 @@ def batch_norm_act(
         group_size (int, optional): See :func:`norm_act`.
         seed (int): See :func:`norm_act`.
         offset (int, optional): See :func:`norm_act`.
+        count (Tensor[1], optional): See :func:`norm_act`.
 
     Returns:
         tuple[Tensor, Tensor, list[Tensor]]: The output (Tensor[N, C, *]); one
@@ -92,6 +94,7 @@ def batch_norm_act(
         group_size,
         as_int64(seed),
         as_int64(offset),
+        count,
     )
 
 
@@ -108,6 +111,7 @@ def batch_norm_act_(
     *,
     seed,
     offset=0,
+    count=None,
 ):
     """The same in place.
 
@@ -124,6 +128,7 @@ def batch_norm_act_(
         group_size (int, optional): See :func:`batch_norm_act`.
         seed (int): See :func:`batch_norm_act`.
         offset (int, optional): See :func:`batch_norm_act`.
+        count (Tensor[1], optional): See :func:`batch_norm_act`.
 
     Returns:
         tuple[Tensor, list[Tensor]]: What :func:`batch_norm_act` returns after
@@ -148,6 +153,7 @@ def batch_norm_act_(
         group_size,
         as_int64(seed),
         as_int64(offset),
+        count,
     )
 
 

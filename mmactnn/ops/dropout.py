@@ -6,7 +6,7 @@ from .layout import dense
 from .quantize import check_input
 
 
-def dropout(input, p, seed, offset=0):
+def dropout(input, p, seed, offset=0, count=None):
     """Drop elements at random, and scale the others.
 
     An element is dropped where its 16 random bits (Philox, one number an
@@ -25,19 +25,23 @@ def dropout(input, p, seed, offset=0):
         seed (int): Key of the random bits, signed 64 bits.
         offset (int, optional): Counter of the random bits, signed 64 bits.
             Defaults to 0.
+        count (Tensor[1], optional): As in :func:`mmactnn.ops.quantize`.
 
     Returns:
         Tensor[*]: The output, in the input's layout.
 
     Raises:
         TypeError: If the dtype is not supported.
-        RuntimeError: If the device has no kernels, or p is not in [0, 1).
+        RuntimeError: If the device has no kernels, p is not in [0, 1), or
+            ``count`` is not valid.
     """
     check_input(input)
-    return torch.ops.mmactnn.dropout.default(dense(input), p, seed, offset)
+    return torch.ops.mmactnn.dropout.default(
+        dense(input), p, seed, offset, count
+    )
 
 
-def dropout_(input, p, seed, offset=0):
+def dropout_(input, p, seed, offset=0, count=None):
     """The same in place.
 
     Args:
@@ -45,15 +49,16 @@ def dropout_(input, p, seed, offset=0):
         p (float): See :func:`dropout`.
         seed (int): See :func:`dropout`.
         offset (int, optional): See :func:`dropout`.
+        count (Tensor[1], optional): See :func:`dropout`.
 
     Returns:
         Tensor[*]: ``input``.
 
     Raises:
         TypeError: If the dtype is not supported.
-        RuntimeError: If the device has no kernels, p is not in [0, 1), or
-            the tensor is not dense.
+        RuntimeError: If the device has no kernels, p is not in [0, 1),
+            ``count`` is not valid, or the tensor is not dense.
     """
     check_input(input)
-    torch.ops.mmactnn.dropout_.default(input, p, seed, offset)
+    torch.ops.mmactnn.dropout_.default(input, p, seed, offset, count)
     return input

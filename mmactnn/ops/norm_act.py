@@ -64,6 +64,7 @@ def norm_act(
     *,
     seed,
     offset=0,
+    count=None,
 ):
     """Normalise, add a residual and rectify, and keep what a backward needs.
 
@@ -102,6 +103,7 @@ def norm_act(
         seed (int): Key of the random bits, 64 bits.
         offset (int, optional): Counter of the random bits, of which the
             highest is for the zeroed codes. Defaults to 0.
+        count (Tensor[1], optional): As in :func:`mmactnn.ops.quantize`.
 
     Returns:
         tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: The output (Tensor[N,
@@ -117,8 +119,8 @@ def norm_act(
         ValueError: If a width, ``group_size`` or a shape is not valid, or
             there is a residual without a ReLU.
         TypeError: If a dtype is not supported.
-        RuntimeError: If the device has no kernels, or tensors are on several
-            devices.
+        RuntimeError: If the device has no kernels, tensors are on several
+            devices, or ``count`` is not valid.
     """
     vectors = dict(mean=mean, invstd=invstd, weight=weight, bias=bias)
     _check(input, residual, vectors, relu, bits, act_bits, group_size)
@@ -138,4 +140,5 @@ def norm_act(
         group_size,
         as_int64(seed),
         as_int64(offset),
+        count,
     )

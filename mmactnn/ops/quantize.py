@@ -78,7 +78,9 @@ def check_input(tensor):
     require_kernels(tensor.device)
 
 
-def quantize(input, bits, group_size=DEFAULT_GROUP_SIZE, *, seed, offset=0):
+def quantize(
+    input, bits, group_size=DEFAULT_GROUP_SIZE, *, seed, offset=0, count=None
+):
     """Round a tensor to codes of a few bits, stochastically.
 
     The elements of each sample, in memory order, are cut into groups. A group
@@ -104,6 +106,9 @@ def quantize(input, bits, group_size=DEFAULT_GROUP_SIZE, *, seed, offset=0):
         seed (int): Key of the random bits, 64 bits.
         offset (int, optional): Counter of the random bits, 64 bits. Two calls
             of equal seed and offset round alike. Defaults to 0.
+        count (Tensor[1], optional): int64, on the device of ``input``: added
+            to the offset where it lies, so that a CUDA graph that moves it
+            rounds anew in every replay. Defaults to 0.
 
     Returns:
         tuple[Tensor, Tensor]: ``codes`` (Tensor[N, ceil(M / 8) * bits],
@@ -116,12 +121,18 @@ def quantize(input, bits, group_size=DEFAULT_GROUP_SIZE, *, seed, offset=0):
         ValueError: If ``bits`` or ``group_size`` is not valid, or ``input``
             has no dimension.
         TypeError: If the dtype is not supported.
-        RuntimeError: If the device has no kernels.
+        RuntimeError: If the device has no kernels, or ``count`` is not
+            valid.
     """
     check_format(bits, group_size)
     check_rows(input)
     return torch.ops.mmactnn.quantize.default(
-        dense_rows(input), bits, group_size, as_int64(seed), as_int64(offset)
+        dense_rows(input),
+        bits,
+        group_size,
+        as_int64(seed),
+        as_int64(offset),
+        count,
     )
 
 

@@ -111,8 +111,14 @@ def _unpack(packed, bits):
     return (stream << shifts).sum(-1)
 
 
-def quantize(input, bits, group_size, seed, offset):
+def _moved(offset, count):
+    """The offset that ``count`` (Tensor[1], optional) moves another one to."""
+    return offset if count is None else offset + int(count)
+
+
+def quantize(input, bits, group_size, seed, offset, count=None):
     """Specification of :func:`mmactnn.ops.quantize`, same arguments."""
+    offset = _moved(offset, count)
     levels = 2**bits - 1
     rows, row_numel = input.shape[0], input[:1].numel()
     row_blocks = -(-row_numel // 8)
@@ -317,8 +323,10 @@ def norm_act(
     group_size,
     seed,
     offset,
+    count=None,
 ):
     """Specification of :func:`mmactnn.ops.norm_act`, same arguments."""
+    offset = _moved(offset, count)
     normal = (input.float() - _channels(mean, input)) * _channels(
         invstd, input
     )
@@ -430,9 +438,17 @@ def _row_bytes(row_numel, bits):
 
 
 def quantize_rows(
-    input, row_bits, row_starts, total_bits, group_size, seed, offset
+    input,
+    row_bits,
+    row_starts,
+    total_bits,
+    group_size,
+    seed,
+    offset,
+    count=None,
 ):
     """Specification of :func:`mmactnn.ops.quantize_rows`, same arguments."""
+    offset = _moved(offset, count)
     row_numel = input[:1].numel()
     codes = input.new_zeros(
         _row_bytes(row_numel, total_bits)[0], dtype=torch.uint8
@@ -532,8 +548,9 @@ def relu_mask(input, max=None, slope=None):
     return input.where(keep, rest), mask
 
 
-def dropout(input, p, seed, offset=0):
+def dropout(input, p, seed, offset=0, count=None):
     """Specification of :func:`mmactnn.ops.dropout`."""
+    offset = _moved(offset, count)
     threshold = min(round(p * 65536), 65535)
     blocks = torch.arange(-(-input.numel() // 8), device=input.device)
     words = philox(blocks, seed, offset)

@@ -39,6 +39,7 @@ def quantize_rows(
     *,
     seed,
     offset=0,
+    count=None,
 ):
     """Round each sample of a tensor to codes of its own width.
 
@@ -58,6 +59,7 @@ def quantize_rows(
         seed (int): Key of the random bits, 64 bits.
         offset (int, optional): Counter of the random bits, 64 bits. Defaults
             to 0.
+        count (Tensor[1], optional): As in :func:`quantize`.
 
     Returns:
         tuple[Tensor, Tensor]: ``codes`` (Tensor[total_bits * B], uint8), B
@@ -70,8 +72,8 @@ def quantize_rows(
         ValueError: If ``total_bits`` or ``group_size`` is not valid, or
             ``input`` has no dimension.
         TypeError: If the dtype is not supported.
-        RuntimeError: If the device has no kernels, or ``row_bits`` or
-            ``row_starts`` does not fit the input.
+        RuntimeError: If the device has no kernels, or ``row_bits``,
+            ``row_starts`` or ``count`` does not fit the input.
     """
     check_group_size(group_size)
     check_rows(input)
@@ -84,6 +86,7 @@ def quantize_rows(
         group_size,
         as_int64(seed),
         as_int64(offset),
+        count,
     )
 
 
