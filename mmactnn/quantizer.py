@@ -9,10 +9,6 @@ from .payload import QuantizedTensor, share, shared_payload
 from .random import default_generator
 from .units import MIB
 
-# So many samples have bits alike: of two, one would need a variance four times
-# the other's to be worth a bit of it, and sharing out takes three kernels.
-_FEW_SAMPLES = 2
-
 
 class OwnSettings(NamedTuple):
     """What a layer's own constructor fixed; None follows the model's level.
@@ -266,7 +262,7 @@ class LayerQuantizer:
         if slot is not None:
             bits = slot.bits
             shares = MIN_BITS < bits < MAX_BITS
-            if shares and tensor.dim() and tensor.shape[0] > _FEW_SAMPLES:
+            if shares and tensor.dim() and tensor.shape[0] > 1:
                 return QuantizedTensor.pack_rows(
                     tensor, slot.row_bits, self.group_size, self.generator
                 )

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import enum
 
+from ..fusion import is_fused
 from ..layers import QuantizedLayer
 from ..units import MIB
 
@@ -209,6 +210,8 @@ def _note(place, category, module, reasons):
     if isinstance(module, QuantizedLayer):
         exact = module.quantizer.exact
         return 'exact at this level' if exact else 'statistics'
+    if is_fused(module):
+        return 'statistics'
     return reasons.get(place.module, 'no compressed layer of this type')
 
 

@@ -11,7 +11,7 @@ from ..wrapping import named_modules
 from .blocks import NORMS, FusedPairs
 from .known import MAKERS
 
-__all__ = ['FusedPairs', 'find_fusions', 'remove_fusions']
+__all__ = ['FusedPairs', 'find_fusions', 'is_fused', 'remove_fusions']
 
 
 def find_fusions(model, targets):
@@ -43,6 +43,15 @@ def find_fusions(model, targets):
     return found
 
 
+def is_fused(module):
+    """Whether the forward pass of a module is computed in its place.
+
+    Args:
+        module (nn.Module): The module.
+    """
+    return isinstance(vars(module).get('forward'), FusedPairs)
+
+
 def remove_fusions(model):
     """Let all modules of a model compute by themselves again.
 
@@ -50,7 +59,7 @@ def remove_fusions(model):
         model (nn.Module): The model.
     """
     for module in model.modules():
-        if isinstance(vars(module).get('forward'), FusedPairs):
+        if is_fused(module):
             del module.forward
 
 
@@ -60,7 +69,7 @@ def _forward_of(module):
     None if somebody else has put something in its place, as MMEngine does
     for activation checkpointing.
     """
-    if not isinstance(vars(module).get('forward'), (type(None), FusedPairs)):
+    if 'forward' in vars(module) and not is_fused(module):
         return None
     for cls in type(module).__mro__:
         if 'forward' in vars(cls):
