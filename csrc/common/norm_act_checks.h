@@ -55,10 +55,6 @@ struct BatchNorm {
   double eps;
 };
 
-inline const void* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr() : nullptr;
-}
-
 inline void check_residual(const Tensor& residual, const Tensor& input) {
   STD_TORCH_CHECK(residual.scalar_type() == input.scalar_type(),
                   "residual must be of the dtype of input");
@@ -85,13 +81,10 @@ inline bool overlap(const Tensor& a, const Tensor& b) {
   return first < second + nbytes && second < first + nbytes;
 }
 
-// Checks everything but the geometry.
-inline Channels check_norm_act(const NormActArguments& arguments,
-                               bool in_place) {
+// Checks everything but the input, mean and invstd.
+inline void check_norm_act(const NormActArguments& arguments,
+                           const Channels& channels, bool in_place) {
   const Tensor& input = arguments.input;
-  const Channels channels = channels_of("input", input);
-  check_per_channel("mean", arguments.mean, channels, input);
-  check_per_channel("invstd", arguments.invstd, channels, input);
   if (arguments.weight) {
     check_per_channel("weight", *arguments.weight, channels, input);
   }
@@ -102,9 +95,9 @@ inline Channels check_norm_act(const NormActArguments& arguments,
     STD_TORCH_CHECK(arguments.relu,
                     "relu must be True where there is a residual");
     check_residual(*arguments.residual, input);
-    STD_TORCH_CHECK(
-        !in_place || input.numel() == 0 || !overlap(input, *arguments.residual),
-        "residual must not overlap the input that is overwritten");
+    STD_TORCH_CHECK(!in_place || channels.numel() == 0 ||
+                        !overlap(input, *arguments.residual),
+                    "residual must not overlap the input that is overwritten");
   }
   if (arguments.payload() == NormActPayload::kSplit) {
     check_rectified_bits("bits", arguments.bits);
@@ -114,7 +107,6 @@ inline Channels check_norm_act(const NormActArguments& arguments,
   if (arguments.payload() == NormActPayload::kPlainAndZeroed) {
     check_rectified_bits("act_bits", arguments.act_bits);
   }
-  return channels;
 }
 
 // The codes and ranges that norm_act() returns.

@@ -75,9 +75,8 @@ void update(const std::optional<Tensor>& running, int64_t channel, double batch,
 
 namespace cpu {
 
-void batch_stats(const Tensor& input, double eps, const RunningStats& running,
-                 const StatsOutputs& outputs) {
-  const Channels channels = check_stats(input, running);
+void batch_stats(const Tensor& input, const Channels& channels, double eps,
+                 const RunningStats& running, const StatsOutputs& outputs) {
   if (running.batches) {
     ++*static_cast<int64_t*>(running.batches->mutable_data_ptr());
   }
@@ -95,6 +94,8 @@ void batch_stats(const Tensor& input, double eps, const RunningStats& running,
           });
     });
   }
+  auto* mean = static_cast<float*>(outputs.mean.mutable_data_ptr());
+  auto* invstd = static_cast<float*>(outputs.invstd.mutable_data_ptr());
   auto* var = outputs.var ? static_cast<float*>(outputs.var->mutable_data_ptr())
                           : nullptr;
   for (int64_t c = 0; c < channels.count; ++c) {
@@ -107,9 +108,9 @@ void batch_stats(const Tensor& input, double eps, const RunningStats& running,
       update(running.var, c, squares / (count - 1.0), running.momentum);
     }
     const ChannelStats stats = finish_stats(centre, squares, count, eps);
-    static_cast<float*>(outputs.mean.mutable_data_ptr())[c] = stats.mean;
+    mean[c] = stats.mean;
     if (var != nullptr) var[c] = stats.var;
-    static_cast<float*>(outputs.invstd.mutable_data_ptr())[c] = stats.invstd;
+    invstd[c] = stats.invstd;
   }
 }
 
@@ -139,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_stats(
   const Channels channels = check_stats(input, running);
   const auto make = [&] { return empty_stats(input, channels); };
   const StatsOutputs outputs{make(), make(), make()};
-  cpu::batch_stats(input, eps, running, outputs);
+  cpu::batch_stats(input, channels, eps, running, outputs);
   return {outputs.mean, *outputs.var, outputs.invstd};
 }
 
