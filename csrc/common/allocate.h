@@ -1,72 +1,95 @@
-// Output tensors, through the stable dispatcher.
+// Output tensors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
-#include <optional>
+#include <initializer_list>
 #include <tuple>
-#include <vector>
 
 #include "geometry.h"
 
 namespace mmactnn {
 
-// Uninitialised, of `sizes` and `strides`, on the device of `like`.
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// Uninitialised, of `sizes` and `strides`, on the device of `like`. What goes
+// through the stable dispatcher costs the host several times as much.
 inline torch::stable::Tensor empty_strided(
-    const torch::stable::Tensor& like, const std::vector<int64_t>& sizes,
-    const std::vector<int64_t>& strides, torch::headeronly::ScalarType dtype) {
+    const torch::stable::Tensor& like, Sizes sizes, Sizes strides,
+    torch::headeronly::ScalarType dtype) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{
-      from(sizes),
-      from(strides),
-      from(std::optional<torch::headeronly::ScalarType>(dtype)),
-      from(std::optional<torch::headeronly::Layout>()),
-      from(std::optional<torch::stable::Device>(like.device())),
-      from(std::optional<bool>())};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
-      "aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
+  using torch::stable::detail::to;
+  STD_TORCH_CHECK(sizes.size() == strides.size(),
+                  "size and stride must be of one length, got ", sizes.size(),
+                  " and ", strides.size());
+  int32_t type = 0, index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle tensor = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      to<int32_t>(from(dtype)), type, index, &tensor));
+  return torch::stable::Tensor(tensor);
+}
+
+// The same, contiguous, of up to four dimensions.
+inline torch::stable::Tensor empty(const torch::stable::Tensor& like,
+                                   std::initializer_list<int64_t> sizes,
+                                   torch::headeronly::ScalarType dtype) {
+  std::array<int64_t, 4> strides{};
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[d], 1);
+  }
+  return empty_strided(like, {sizes.begin(), sizes.size()},
+                       {strides.data(), sizes.size()}, dtype);
+}
+
+// Of shape, strides and dtype of a dense tensor.
+inline torch::stable::Tensor empty_dense_like(
+    const torch::stable::Tensor& like) {
+  return empty_strided(like, like.sizes(), like.strides(), like.scalar_type());
 }
 
 inline torch::stable::Tensor empty_codes(const torch::stable::Tensor& like,
                                          const Geometry& geometry,
                                          int64_t bits) {
-  return torch::stable::new_empty(
-      like, {geometry.rows, geometry.blocks_per_row() * bits},
-      torch::headeronly::ScalarType::Byte);
+  return empty(like, {geometry.rows, geometry.blocks_per_row() * bits},
+               torch::headeronly::ScalarType::Byte);
 }
 
 inline torch::stable::Tensor empty_row_codes(const torch::stable::Tensor& like,
                                              const Geometry& geometry,
                                              int64_t total_bits) {
-  return torch::stable::new_empty(
-      like, {total_bits * geometry.padded_blocks_per_row()},
-      torch::headeronly::ScalarType::Byte);
+  return empty(like, {total_bits * geometry.padded_blocks_per_row()},
+               torch::headeronly::ScalarType::Byte);
 }
 
 inline torch::stable::Tensor empty_ranges(const torch::stable::Tensor& like,
                                           const Geometry& geometry) {
-  return torch::stable::new_empty(like,
-                                  {geometry.rows, geometry.groups_per_row(), 2},
-                                  torch::headeronly::ScalarType::BFloat16);
+  return empty(like, {geometry.rows, geometry.groups_per_row(), 2},
+               torch::headeronly::ScalarType::BFloat16);
 }
 
 // Bits and starts of each row, as quantize_rows() takes them.
 inline std::tuple<torch::stable::Tensor, torch::stable::Tensor>
 empty_row_widths(const torch::stable::Tensor& like) {
   using torch::headeronly::ScalarType;
-  return {torch::stable::new_empty(like, {like.size(0)}, ScalarType::Byte),
-          torch::stable::new_empty(like, {like.size(0)}, ScalarType::Int)};
+  return {empty(like, {like.size(0)}, ScalarType::Byte),
+          empty(like, {like.size(0)}, ScalarType::Int)};
 }
 
 inline torch::stable::Tensor empty_mask(const torch::stable::Tensor& like) {
-  return torch::stable::new_empty(like, {(like.numel() + kBlock - 1) / kBlock},
-                                  torch::headeronly::ScalarType::Byte);
+  return empty(like, {(like.numel() + kBlock - 1) / kBlock},
+               torch::headeronly::ScalarType::Byte);
 }
 
 }  // namespace mmactnn

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "allocate.h"
@@ -109,12 +110,18 @@ inline void check_norm_act(const NormActArguments& arguments,
   }
 }
 
-// The codes and ranges that norm_act() returns.
+// The codes and ranges that norm_act() returns, those of the output if they are
+// kept.
 struct NormActCodes {
   Tensor codes;
   Tensor ranges;
-  Tensor act_codes;
-  Tensor act_ranges;
+  std::optional<Tensor> act_codes;
+  std::optional<Tensor> act_ranges;
+
+  std::vector<Tensor> existing() const {
+    if (!act_codes) return {codes, ranges};
+    return {codes, ranges, *act_codes, *act_ranges};
+  }
 };
 
 inline NormActCodes empty_norm_act_codes(const NormActArguments& arguments,
@@ -122,23 +129,30 @@ inline NormActCodes empty_norm_act_codes(const NormActArguments& arguments,
   const Tensor& input = arguments.input;
   const NormActPayload payload = arguments.payload();
   const auto ranges = [&](int64_t width) {
-    return torch::stable::new_empty(
-        input, {geometry.rows, geometry.groups_per_row(), width},
-        ScalarType::BFloat16);
+    return empty(input, {geometry.rows, geometry.groups_per_row(), width},
+                 ScalarType::BFloat16);
   };
-  const bool zeroed = payload == NormActPayload::kPlainAndZeroed;
-  return {empty_codes(input, geometry, arguments.bits),
-          ranges(payload == NormActPayload::kSplit ? 4 : 2),
-          zeroed ? empty_codes(input, geometry, arguments.act_bits)
-                 : torch::stable::new_empty(input, {0}, ScalarType::Byte),
-          zeroed ? ranges(2)
-                 : torch::stable::new_empty(input, {0}, ScalarType::BFloat16)};
+  NormActCodes result{empty_codes(input, geometry, arguments.bits),
+                      ranges(payload == NormActPayload::kSplit ? 4 : 2),
+                      std::nullopt, std::nullopt};
+  if (payload == NormActPayload::kPlainAndZeroed) {
+    result.act_codes = empty_codes(input, geometry, arguments.act_bits);
+    result.act_ranges = ranges(2);
+  }
+  return result;
 }
 
-// What batch_norm_act() returns of them: those that there are.
-inline std::vector<Tensor> existing(const NormActCodes& codes, bool zeroed) {
-  if (!zeroed) return {codes.codes, codes.ranges};
-  return {codes.codes, codes.ranges, codes.act_codes, codes.act_ranges};
+// All that norm_act() returns: without codes of the output there are empty ones
+// in their place.
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_results(
+    const Tensor& output, const NormActCodes& codes) {
+  const auto or_empty = [&](const std::optional<Tensor>& tensor,
+                            ScalarType dtype) {
+    return tensor ? *tensor : empty(output, {0}, dtype);
+  };
+  return {output, codes.codes, codes.ranges,
+          or_empty(codes.act_codes, ScalarType::Byte),
+          or_empty(codes.act_ranges, ScalarType::BFloat16)};
 }
 
 inline void check_batch_norm(const BatchNorm& norm) {

@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "allocate.h"
 #include "channel_stats.h"
 #include "channels.h"
 
@@ -48,7 +49,7 @@ inline Channels check_stats(const Tensor& input, const RunningStats& running) {
 }
 
 inline Tensor empty_stats(const Tensor& input, const Channels& channels) {
-  return torch::stable::new_empty(input, {channels.count}, ScalarType::Float);
+  return empty(input, {channels.count}, ScalarType::Float);
 }
 
 }  // namespace mmactnn

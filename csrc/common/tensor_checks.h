@@ -32,6 +32,10 @@ inline const void* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
 }
 
+inline void* mutable_data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->mutable_data_ptr() : nullptr;
+}
+
 inline void check_same_device(const char* name, const Tensor& tensor,
                               const Tensor& like) {
   STD_TORCH_CHECK(tensor.device() == like.device(), name,

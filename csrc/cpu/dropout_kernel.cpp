@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "../common/allocate.h"
 #include "../common/dropout.h"
 #include "../common/tensor_checks.h"
 #include "blocks.h"
@@ -36,7 +37,7 @@ void apply(const Tensor& input, Tensor& output, const Dropout& dropout) {
 
 Tensor dropout(Tensor input, double p, int64_t seed, int64_t offset,
                std::optional<Tensor> count) {
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = empty_dense_like(input);
   apply(input, output,
         make_dropout(p, checked_stream(seed, offset, count, input)));
   return output;

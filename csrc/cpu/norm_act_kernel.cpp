@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/allocate.h"
 #include "../common/channels.h"
 #include "../common/codec.h"
 #include "../common/geometry.h"
@@ -172,9 +173,10 @@ NormActCodes run(const NormActArguments& arguments, const Channels& channels,
   const int act_bits = static_cast<int>(arguments.act_bits);
   auto* codes = static_cast<uint8_t*>(result.codes.mutable_data_ptr());
   auto* ranges = static_cast<uint32_t*>(result.ranges.mutable_data_ptr());
-  auto* act_codes = static_cast<uint8_t*>(result.act_codes.mutable_data_ptr());
+  auto* act_codes =
+      static_cast<uint8_t*>(mutable_data_or_null(result.act_codes));
   auto* act_ranges =
-      static_cast<uint32_t*>(result.act_ranges.mutable_data_ptr());
+      static_cast<uint32_t*>(mutable_data_or_null(result.act_ranges));
   dispatch_dtype(input.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(input.const_data_ptr());
@@ -222,12 +224,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act(
   const Channels channels = channels_of("input", input);
   check_per_channel("mean", mean, channels, input);
   check_per_channel("invstd", invstd, channels, input);
-  Tensor output = torch::stable::empty_like(input);
-  const auto [codes, ranges, act_codes, act_ranges] =
+  Tensor output = empty_dense_like(input);
+  const NormActCodes codes =
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
            group_size, checked_stream(seed, offset, count, input)},
           channels, output, false);
-  return {output, codes, ranges, act_codes, act_ranges};
+  return norm_act_results(output, codes);
 }
 
 struct Statistics {
@@ -260,12 +262,12 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> batch_norm_act(
       input, {{running_mean, running_var, num_batches_tracked, momentum},
               of_batch,
               eps});
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = empty_dense_like(input);
   const NormActCodes codes =
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
            group_size, checked_stream(seed, offset, count, input)},
           channels, output, false);
-  return {output, invstd, existing(codes, residual.has_value())};
+  return {output, invstd, codes.existing()};
 }
 
 std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_(
@@ -283,7 +285,7 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_(
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
            group_size, checked_stream(seed, offset, count, input)},
           channels, input, true);
-  return {invstd, existing(codes, residual.has_value())};
+  return {invstd, codes.existing()};
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../common/allocate.h"
 #include "../common/channels.h"
 #include "../common/dispatch.h"
 #include "../common/norm.h"
@@ -316,7 +317,7 @@ void reduce(const Tensor& input, const Channels& channels, const Finish& finish,
       check_launch();
       return;
     }
-    const Tensor workspace = torch::stable::new_empty(
+    const Tensor workspace = empty(
         input, {int64_t{splits.count}, 3, channels.count}, ScalarType::Float);
     partials.data = static_cast<float*>(workspace.mutable_data_ptr());
     kernel(partials);
@@ -361,13 +362,8 @@ __global__ void __launch_bounds__(kThreads)
 
 Outputs pointers(const StatsOutputs& outputs) {
   return {static_cast<float*>(outputs.mean.mutable_data_ptr()),
-          outputs.var ? static_cast<float*>(outputs.var->mutable_data_ptr())
-                      : nullptr,
+          static_cast<float*>(mutable_data_or_null(outputs.var)),
           static_cast<float*>(outputs.invstd.mutable_data_ptr())};
-}
-
-void* pointer(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->mutable_data_ptr() : nullptr;
 }
 
 }  // namespace
@@ -383,8 +379,9 @@ void batch_stats(const Tensor& input, const Channels& channels, double eps,
       running.mean ? running.mean->scalar_type() : ScalarType::Float;
   const Finish finish{
       pointers(outputs),
-      {pointer(running.mean), pointer(running.var), dtype,
-       static_cast<int64_t*>(pointer(running.batches)), running.momentum},
+      {mutable_data_or_null(running.mean), mutable_data_or_null(running.var),
+       dtype, static_cast<int64_t*>(mutable_data_or_null(running.batches)),
+       running.momentum},
       eps};
   if (channels.numel() == 0) {
     // No splits: their sums are 0.

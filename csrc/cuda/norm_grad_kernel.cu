@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/allocate.h"
 #include "../common/channels.h"
 #include "../common/codec.h"
 #include "../common/dispatch.h"
@@ -376,8 +377,7 @@ Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
     return torch::stable::new_zeros(grad_output, {2, channels},
                                     ScalarType::Float);
   }
-  Tensor sums =
-      torch::stable::new_empty(grad_output, {2, channels}, ScalarType::Float);
+  Tensor sums = empty(grad_output, {2, channels}, ScalarType::Float);
   outputs.sums = static_cast<float*>(sums.mutable_data_ptr());
   outputs.channels = channels;
   const Call call = make_call(grad_output, arguments);
@@ -395,8 +395,8 @@ Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
           check_launch();
           return;
         }
-        const Tensor partial = torch::stable::new_empty(
-            sums, {int64_t{splits.count}, 2, channels}, ScalarType::Float);
+        const Tensor partial = empty(sums, {int64_t{splits.count}, 2, channels},
+                                     ScalarType::Float);
         auto* target = static_cast<float*>(partial.mutable_data_ptr());
         kernel(target);
         check_launch();
@@ -492,7 +492,7 @@ std::tuple<Tensor, Tensor> norm_add_grad_sums(Tensor grad_output, Tensor codes,
   check_act_codes(grad_output, act_codes, act_bits, group_size, arguments);
   const torch::stable::accelerator::DeviceGuard guard(
       grad_output.get_device_index());
-  Tensor grad = torch::stable::empty_like(grad_output);
+  Tensor grad = empty_dense_like(grad_output);
   Tensor sums = grad_sums<NormCodes::kMask>(grad_output, arguments, &grad, {});
   return {grad, sums};
 }
@@ -506,7 +506,7 @@ Tensor norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges,
   check_per_channel("means", means, arguments.channels, grad_output, true);
   const torch::stable::accelerator::DeviceGuard guard(
       grad_output.get_device_index());
-  Tensor output = torch::stable::empty_like(grad_output);
+  Tensor output = empty_dense_like(grad_output);
   if (output.numel() == 0) return output;
   const NormVectors vectors{static_cast<const float*>(scale.const_data_ptr()),
                             static_cast<const float*>(means.const_data_ptr()),
@@ -538,8 +538,7 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
   std::optional<Tensor> factors;
   SumsOutputs outputs{};
   if (any) {
-    factors =
-        torch::stable::new_empty(grad_output, {3, channels}, ScalarType::Float);
+    factors = empty(grad_output, {3, channels}, ScalarType::Float);
     outputs.factors = static_cast<float*>(factors->mutable_data_ptr());
     outputs.weight = static_cast<const float*>(data_or_null(weight));
     outputs.invstd = static_cast<const float*>(invstd.const_data_ptr());
@@ -552,7 +551,7 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
     if (act_codes) {
       NormArguments arguments = plain;
       check_act_codes(grad_output, *act_codes, act_bits, group_size, arguments);
-      grad = torch::stable::empty_like(grad_output);
+      grad = empty_dense_like(grad_output);
       return grad_sums<NormCodes::kMask>(grad_output, arguments, &grad,
                                          outputs);
     }
@@ -563,7 +562,7 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
   };
   const Tensor sums = sum();
   if (needs_input) {
-    grads.push_back(torch::stable::empty_like(grad_output));
+    grads.push_back(empty_dense_like(grad_output));
   }
   if (any) {
     Tensor& output = grads.back();
