@@ -22,9 +22,9 @@ struct RunningStats {
   double momentum;
 };
 
-// Where statistics go, float32 [C].
+// Where statistics go, float32 [C]; what nobody wants is left out.
 struct StatsOutputs {
-  Tensor mean;
+  std::optional<Tensor> mean;
   std::optional<Tensor> var;  // biased
   Tensor invstd;
 };

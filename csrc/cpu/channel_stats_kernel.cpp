@@ -94,10 +94,9 @@ void batch_stats(const Tensor& input, const Channels& channels, double eps,
           });
     });
   }
-  auto* mean = static_cast<float*>(outputs.mean.mutable_data_ptr());
+  auto* mean = static_cast<float*>(mutable_data_or_null(outputs.mean));
   auto* invstd = static_cast<float*>(outputs.invstd.mutable_data_ptr());
-  auto* var = outputs.var ? static_cast<float*>(outputs.var->mutable_data_ptr())
-                          : nullptr;
+  auto* var = static_cast<float*>(mutable_data_or_null(outputs.var));
   for (int64_t c = 0; c < channels.count; ++c) {
     double centre = 0.0, squares = 0.0;
     if (input.numel() != 0) {
@@ -108,7 +107,7 @@ void batch_stats(const Tensor& input, const Channels& channels, double eps,
       update(running.var, c, squares / (count - 1.0), running.momentum);
     }
     const ChannelStats stats = finish_stats(centre, squares, count, eps);
-    mean[c] = stats.mean;
+    if (mean != nullptr) mean[c] = stats.mean;
     if (var != nullptr) var[c] = stats.var;
     invstd[c] = stats.invstd;
   }
@@ -120,11 +119,12 @@ void running_stats(const RunningStats& running, double eps,
     using T = typename decltype(type)::type;
     const T* mean = static_cast<const T*>(running.mean->const_data_ptr());
     const T* var = static_cast<const T*>(running.var->const_data_ptr());
-    for (int64_t c = 0; c < running.mean->numel(); ++c) {
-      static_cast<float*>(outputs.mean.mutable_data_ptr())[c] =
-          static_cast<float>(mean[c]);
-      static_cast<float*>(outputs.invstd.mutable_data_ptr())[c] =
-          invstd_of(static_cast<float>(var[c]), eps);
+    auto* copy = static_cast<float*>(mutable_data_or_null(outputs.mean));
+    auto* invstd = static_cast<float*>(outputs.invstd.mutable_data_ptr());
+    const int64_t channels = running.mean->numel();
+    for (int64_t c = 0; c < channels; ++c) {
+      if (copy != nullptr) copy[c] = static_cast<float>(mean[c]);
+      invstd[c] = invstd_of(static_cast<float>(var[c]), eps);
     }
   });
 }
@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_stats(
   const auto make = [&] { return empty_stats(input, channels); };
   const StatsOutputs outputs{make(), make(), make()};
   cpu::batch_stats(input, channels, eps, running, outputs);
-  return {outputs.mean, *outputs.var, outputs.invstd};
+  return {*outputs.mean, *outputs.var, outputs.invstd};
 }
 
 }  // namespace

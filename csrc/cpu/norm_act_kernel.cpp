@@ -241,14 +241,18 @@ struct Statistics {
 Statistics statistics(const Tensor& input, const BatchNorm& norm) {
   const Channels channels = check_stats(input, norm.running);
   check_batch_norm(norm);
-  const StatsOutputs stats{empty_stats(input, channels), std::nullopt,
-                           empty_stats(input, channels)};
+  const std::optional<Tensor>& running = norm.running.mean;
+  StatsOutputs stats{std::nullopt, std::nullopt, empty_stats(input, channels)};
+  // A running mean is normalised with where it is, if its dtype allows.
+  const bool copies =
+      norm.of_batch || running->scalar_type() != ScalarType::Float;
+  if (copies) stats.mean = empty_stats(input, channels);
   if (norm.of_batch) {
     cpu::batch_stats(input, channels, norm.eps, norm.running, stats);
   } else {
     cpu::running_stats(norm.running, norm.eps, stats);
   }
-  return {channels, stats.mean, stats.invstd};
+  return {channels, copies ? *stats.mean : *running, stats.invstd};
 }
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> batch_norm_act(

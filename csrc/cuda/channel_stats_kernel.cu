@@ -69,8 +69,8 @@ struct Partials {
 };
 
 struct Outputs {
-  float* mean;
-  float* var;  // null if nobody wants it
+  float* mean;  // null if nobody wants it
+  float* var;   // null if nobody wants it
   float* invstd;
 };
 
@@ -111,7 +111,7 @@ struct Finish {
                                         double squares, double count) const {
     if (running.batches != nullptr && channel == 0) ++*running.batches;
     const ChannelStats stats = finish_stats(mean, squares, count, eps);
-    outputs.mean[channel] = stats.mean;
+    if (outputs.mean != nullptr) outputs.mean[channel] = stats.mean;
     if (outputs.var != nullptr) outputs.var[channel] = stats.var;
     outputs.invstd[channel] = stats.invstd;
     if (running.mean == nullptr || count == 0.0) return;
@@ -356,12 +356,12 @@ __global__ void __launch_bounds__(kThreads)
                          double eps, Outputs outputs) {
   const int64_t c = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (c >= channels) return;
-  outputs.mean[c] = Number<R>::load(mean[c]);
+  if (outputs.mean != nullptr) outputs.mean[c] = Number<R>::load(mean[c]);
   outputs.invstd[c] = invstd_of(Number<R>::load(var[c]), eps);
 }
 
 Outputs pointers(const StatsOutputs& outputs) {
-  return {static_cast<float*>(outputs.mean.mutable_data_ptr()),
+  return {static_cast<float*>(mutable_data_or_null(outputs.mean)),
           static_cast<float*>(mutable_data_or_null(outputs.var)),
           static_cast<float*>(outputs.invstd.mutable_data_ptr())};
 }
@@ -423,7 +423,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_stats(
   const auto make = [&] { return empty_stats(input, channels); };
   const StatsOutputs outputs{make(), make(), make()};
   cuda::batch_stats(input, channels, eps, running, outputs);
-  return {outputs.mean, *outputs.var, outputs.invstd};
+  return {*outputs.mean, *outputs.var, outputs.invstd};
 }
 
 }  // namespace
