@@ -1,11 +1,13 @@
 // Statistics of channels, for the ops that need them: either side has the same
-// functions.
+// functions. Arguments have been checked, see check_stats(), and the device is
+// the current one.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 
+#include "channels.h"
 #include "tensor_checks.h"
 
 namespace mmactnn {
@@ -20,9 +22,9 @@ struct RunningStats {
   double momentum;
 };
 
-// Where statistics go, float32 [C].
+// Where statistics go, float32 [C]; what nobody wants is left out.
 struct StatsOutputs {
-  Tensor mean;
+  std::optional<Tensor> mean;
   std::optional<Tensor> var;  // biased
   Tensor invstd;
 };
@@ -30,8 +32,8 @@ struct StatsOutputs {
 namespace cpu {
 
 // Statistics of the batch, which are averaged in `running`, too.
-void batch_stats(const Tensor& input, double eps, const RunningStats& running,
-                 const StatsOutputs& outputs);
+void batch_stats(const Tensor& input, const Channels& channels, double eps,
+                 const RunningStats& running, const StatsOutputs& outputs);
 // The running statistics in place of the batch's.
 void running_stats(const RunningStats& running, double eps,
                    const StatsOutputs& outputs);
@@ -40,8 +42,8 @@ void running_stats(const RunningStats& running, double eps,
 
 namespace cuda {
 
-void batch_stats(const Tensor& input, double eps, const RunningStats& running,
-                 const StatsOutputs& outputs);
+void batch_stats(const Tensor& input, const Channels& channels, double eps,
+                 const RunningStats& running, const StatsOutputs& outputs);
 void running_stats(const RunningStats& running, double eps,
                    const StatsOutputs& outputs);
 

@@ -7,7 +7,6 @@
 
 #include <cstdint>
 #include <string>
-#include <vector>
 
 #include "geometry.h"
 #include "rectified_codec.h"
@@ -30,43 +29,53 @@ struct Channels {
   int64_t channel_numel() const { return rows * plane; }
 };
 
-// Whether the dimensions lie in memory in this order, the innermost first.
-inline bool has_order(const Tensor& tensor, const std::vector<int64_t>& order) {
-  int64_t expected = 1;
-  for (const int64_t d : order) {
-    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
-    expected *= tensor.size(d);
-  }
-  return true;
-}
-
 inline Channels channels_of(const char* name, const Tensor& tensor) {
   check_dtype(name, tensor);
-  const int64_t dim = tensor.dim();
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  const auto dim = static_cast<int64_t>(sizes.size());
   STD_TORCH_CHECK(dim >= 2 && dim <= 5, name,
                   " must have 2 to 5 dimensions, got ", dim);
-  std::vector<int64_t> contiguous, last{1};
   int64_t plane = 1;
-  for (int64_t d = dim - 1; d >= 0; --d) {
-    contiguous.push_back(d);
-    if (d != 1) last.push_back(d);
-    if (d >= 2) plane *= tensor.size(d);
-  }
-  const Channels channels{tensor.size(0), tensor.size(1), plane, false};
-  if (tensor.numel() == 0) return channels;
-  if (has_order(tensor, contiguous)) {
+  for (int64_t d = 2; d < dim; ++d) plane *= sizes[d];
+  Channels channels{sizes[0], sizes[1], plane, false};
+  if (channels.numel() == 0) return channels;
+  // Whether the inner dimensions and the samples lie in memory in their order,
+  // the channels outside of a sample's planes or inside.
+  const auto has_order = [&](bool last) {
+    int64_t expected = last ? channels.count : 1;
+    const auto follows = [&](int64_t d, int64_t stride) {
+      return sizes[d] == 1 || strides[d] == stride;
+    };
+    for (int64_t d = dim - 1; d >= 2; --d) {
+      if (!follows(d, expected)) return false;
+      expected *= sizes[d];
+    }
+    return follows(1, last ? 1 : plane) && follows(0, channels.row_numel());
+  };
+  if (has_order(false)) {
     // Planes of one element are both, and channels innermost are faster then.
-    return {channels.rows, channels.count, plane, plane == 1};
+    channels.last = plane == 1;
+  } else if (has_order(true)) {
+    channels.last = true;
+  } else {
+    std::string text;
+    for (int64_t d = 0; d < dim; ++d) {
+      text += (d == 0 ? "" : ", ") + std::to_string(strides[d]);
+    }
+    STD_TORCH_CHECK(false, name,
+                    " must be contiguous or channels_last and dense, got "
+                    "strides [",
+                    text, "]");
   }
-  std::string strides;
-  for (int64_t d = 0; d < dim; ++d) {
-    strides += (d == 0 ? "" : ", ") + std::to_string(tensor.stride(d));
-  }
-  STD_TORCH_CHECK(has_order(tensor, last), name,
-                  " must be contiguous or channels_last and dense, got "
-                  "strides [",
-                  strides, "]");
-  return {channels.rows, channels.count, plane, true};
+  return channels;
+}
+
+// The groups of a tensor with these channels.
+inline Geometry geometry_of(const Channels& channels, int64_t group_size) {
+  check_group_size(group_size);
+  return {channels.rows, channels.rows == 0 ? 0 : channels.row_numel(),
+          group_size};
 }
 
 // A parameter or statistic: `numel` numbers for each channel.
@@ -92,9 +101,7 @@ inline Geometry code_geometry(const char* name, const Tensor& codes,
   const int64_t min_bits = rectified ? kMinRectifiedBits : 1;
   STD_TORCH_CHECK(bits >= min_bits && bits <= kMaxBits, "the bits of ", name,
                   " must be an integer from ", min_bits, " to 8, got ", bits);
-  check_group_size(group_size);
-  const Geometry geometry{
-      channels.rows, channels.rows == 0 ? 0 : channels.row_numel(), group_size};
+  const Geometry geometry = geometry_of(channels, group_size);
   const int64_t row_bytes = geometry.blocks_per_row() * bits;
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte &&
                       codes.is_contiguous() && codes.dim() == 2 &&

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "allocate.h"
@@ -55,14 +56,6 @@ struct BatchNorm {
   double eps;
 };
 
-inline const void* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr() : nullptr;
-}
-
-inline void* mutable_data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->mutable_data_ptr() : nullptr;
-}
-
 inline void check_residual(const Tensor& residual, const Tensor& input) {
   STD_TORCH_CHECK(residual.scalar_type() == input.scalar_type(),
                   "residual must be of the dtype of input");
@@ -89,13 +82,10 @@ inline bool overlap(const Tensor& a, const Tensor& b) {
   return first < second + nbytes && second < first + nbytes;
 }
 
-// Checks everything but the geometry.
-inline Channels check_norm_act(const NormActArguments& arguments,
-                               bool in_place) {
+// Checks everything but the input, mean and invstd.
+inline void check_norm_act(const NormActArguments& arguments,
+                           const Channels& channels, bool in_place) {
   const Tensor& input = arguments.input;
-  const Channels channels = channels_of("input", input);
-  check_per_channel("mean", arguments.mean, channels, input);
-  check_per_channel("invstd", arguments.invstd, channels, input);
   if (arguments.weight) {
     check_per_channel("weight", *arguments.weight, channels, input);
   }
@@ -106,9 +96,9 @@ inline Channels check_norm_act(const NormActArguments& arguments,
     STD_TORCH_CHECK(arguments.relu,
                     "relu must be True where there is a residual");
     check_residual(*arguments.residual, input);
-    STD_TORCH_CHECK(
-        !in_place || input.numel() == 0 || !overlap(input, *arguments.residual),
-        "residual must not overlap the input that is overwritten");
+    STD_TORCH_CHECK(!in_place || channels.numel() == 0 ||
+                        !overlap(input, *arguments.residual),
+                    "residual must not overlap the input that is overwritten");
   }
   if (arguments.payload() == NormActPayload::kSplit) {
     check_rectified_bits("bits", arguments.bits);
@@ -118,18 +108,16 @@ inline Channels check_norm_act(const NormActArguments& arguments,
   if (arguments.payload() == NormActPayload::kPlainAndZeroed) {
     check_rectified_bits("act_bits", arguments.act_bits);
   }
-  return channels;
 }
 
-// The codes and ranges that norm_act() makes; those of the output only where
-// there is a residual.
+// The codes and ranges that norm_act() returns, those of the output if they are
+// kept.
 struct NormActCodes {
   Tensor codes;
   Tensor ranges;
   std::optional<Tensor> act_codes;
   std::optional<Tensor> act_ranges;
 
-  // What batch_norm_act() returns of them.
   std::vector<Tensor> existing() const {
     if (!act_codes) return {codes, ranges};
     return {codes, ranges, *act_codes, *act_ranges};
@@ -141,8 +129,8 @@ inline NormActCodes empty_norm_act_codes(const NormActArguments& arguments,
   const Tensor& input = arguments.input;
   const NormActPayload payload = arguments.payload();
   const auto ranges = [&](int64_t width) {
-    return allocate(input, {geometry.rows, geometry.groups_per_row(), width},
-                    ScalarType::BFloat16);
+    return empty(input, {geometry.rows, geometry.groups_per_row(), width},
+                 ScalarType::BFloat16);
   };
   NormActCodes result{empty_codes(input, geometry, arguments.bits),
                       ranges(payload == NormActPayload::kSplit ? 4 : 2),
@@ -154,10 +142,17 @@ inline NormActCodes empty_norm_act_codes(const NormActArguments& arguments,
   return result;
 }
 
-// For the op that always returns four tensors.
-inline Tensor existing_or_empty(const std::optional<Tensor>& tensor,
-                                const Tensor& like, ScalarType dtype) {
-  return tensor ? *tensor : allocate(like, {0}, dtype);
+// All that norm_act() returns: without codes of the output there are empty ones
+// in their place.
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_results(
+    const Tensor& output, const NormActCodes& codes) {
+  const auto or_empty = [&](const std::optional<Tensor>& tensor,
+                            ScalarType dtype) {
+    return tensor ? *tensor : empty(output, {0}, dtype);
+  };
+  return {output, codes.codes, codes.ranges,
+          or_empty(codes.act_codes, ScalarType::Byte),
+          or_empty(codes.act_ranges, ScalarType::BFloat16)};
 }
 
 inline void check_batch_norm(const BatchNorm& norm) {

@@ -124,7 +124,7 @@ inline std::vector<int64_t> plane_size(const Tensor& tensor) {
 inline int64_t index_bytes(int64_t numel) { return (numel + 1) / 2; }
 
 inline Tensor empty_indices(const Tensor& output) {
-  return allocate(output, {index_bytes(output.numel())}, ScalarType::Byte);
+  return empty(output, {index_bytes(output.numel())}, ScalarType::Byte);
 }
 
 inline void check_indices(const Tensor& indices, const Tensor& grad_output) {

@@ -49,7 +49,7 @@ inline Channels check_stats(const Tensor& input, const RunningStats& running) {
 }
 
 inline Tensor empty_stats(const Tensor& input, const Channels& channels) {
-  return allocate(input, {channels.count}, ScalarType::Float);
+  return empty(input, {channels.count}, ScalarType::Float);
 }
 
 }  // namespace mmactnn

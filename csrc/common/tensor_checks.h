@@ -28,6 +28,14 @@ inline void check_dtype(const char* name, const Tensor& tensor) {
                   static_cast<int>(dtype));
 }
 
+inline const void* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+inline void* mutable_data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->mutable_data_ptr() : nullptr;
+}
+
 inline void check_same_device(const char* name, const Tensor& tensor,
                               const Tensor& like) {
   STD_TORCH_CHECK(tensor.device() == like.device(), name,
@@ -50,6 +58,7 @@ inline CountedStream checked_stream(int64_t seed, int64_t offset,
 
 // True if the elements fill one piece of memory without gaps or overlaps.
 inline bool is_dense(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
   std::vector<int64_t> order;

@@ -75,9 +75,8 @@ void update(const std::optional<Tensor>& running, int64_t channel, double batch,
 
 namespace cpu {
 
-void batch_stats(const Tensor& input, double eps, const RunningStats& running,
-                 const StatsOutputs& outputs) {
-  const Channels channels = check_stats(input, running);
+void batch_stats(const Tensor& input, const Channels& channels, double eps,
+                 const RunningStats& running, const StatsOutputs& outputs) {
   if (running.batches) {
     ++*static_cast<int64_t*>(running.batches->mutable_data_ptr());
   }
@@ -95,8 +94,9 @@ void batch_stats(const Tensor& input, double eps, const RunningStats& running,
           });
     });
   }
-  auto* var = outputs.var ? static_cast<float*>(outputs.var->mutable_data_ptr())
-                          : nullptr;
+  auto* mean = static_cast<float*>(mutable_data_or_null(outputs.mean));
+  auto* invstd = static_cast<float*>(outputs.invstd.mutable_data_ptr());
+  auto* var = static_cast<float*>(mutable_data_or_null(outputs.var));
   for (int64_t c = 0; c < channels.count; ++c) {
     double centre = 0.0, squares = 0.0;
     if (input.numel() != 0) {
@@ -107,9 +107,9 @@ void batch_stats(const Tensor& input, double eps, const RunningStats& running,
       update(running.var, c, squares / (count - 1.0), running.momentum);
     }
     const ChannelStats stats = finish_stats(centre, squares, count, eps);
-    static_cast<float*>(outputs.mean.mutable_data_ptr())[c] = stats.mean;
+    if (mean != nullptr) mean[c] = stats.mean;
     if (var != nullptr) var[c] = stats.var;
-    static_cast<float*>(outputs.invstd.mutable_data_ptr())[c] = stats.invstd;
+    invstd[c] = stats.invstd;
   }
 }
 
@@ -119,11 +119,12 @@ void running_stats(const RunningStats& running, double eps,
     using T = typename decltype(type)::type;
     const T* mean = static_cast<const T*>(running.mean->const_data_ptr());
     const T* var = static_cast<const T*>(running.var->const_data_ptr());
-    for (int64_t c = 0; c < running.mean->numel(); ++c) {
-      static_cast<float*>(outputs.mean.mutable_data_ptr())[c] =
-          static_cast<float>(mean[c]);
-      static_cast<float*>(outputs.invstd.mutable_data_ptr())[c] =
-          invstd_of(static_cast<float>(var[c]), eps);
+    auto* copy = static_cast<float*>(mutable_data_or_null(outputs.mean));
+    auto* invstd = static_cast<float*>(outputs.invstd.mutable_data_ptr());
+    const int64_t channels = running.mean->numel();
+    for (int64_t c = 0; c < channels; ++c) {
+      if (copy != nullptr) copy[c] = static_cast<float>(mean[c]);
+      invstd[c] = invstd_of(static_cast<float>(var[c]), eps);
     }
   });
 }
@@ -139,8 +140,8 @@ std::tuple<Tensor, Tensor, Tensor> channel_stats(
   const Channels channels = check_stats(input, running);
   const auto make = [&] { return empty_stats(input, channels); };
   const StatsOutputs outputs{make(), make(), make()};
-  cpu::batch_stats(input, eps, running, outputs);
-  return {outputs.mean, *outputs.var, outputs.invstd};
+  cpu::batch_stats(input, channels, eps, running, outputs);
+  return {*outputs.mean, *outputs.var, outputs.invstd};
 }
 
 }  // namespace

@@ -115,7 +115,7 @@ Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
           }
         });
   });
-  Tensor sums = allocate(grad_output, {2, channels}, ScalarType::Float);
+  Tensor sums = empty(grad_output, {2, channels}, ScalarType::Float);
   auto* result = static_cast<float*>(sums.mutable_data_ptr());
   for (int64_t c = 0; c < 2 * channels; ++c) {
     double sum = 0.0;
@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor> norm_add_grad_sums(Tensor grad_output, Tensor codes,
   NormArguments arguments =
       check_norm_codes(grad_output, codes, ranges, bits, group_size, false);
   check_act_codes(grad_output, act_codes, act_bits, group_size, arguments);
-  Tensor grad = allocate_like(grad_output);
+  Tensor grad = empty_dense_like(grad_output);
   Tensor sums = grad_sums<NormCodes::kMask>(grad_output, arguments, &grad);
   return {grad, sums};
 }
@@ -179,7 +179,7 @@ Tensor norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges,
       check_norm_codes(grad_output, codes, ranges, bits, group_size, relu);
   check_per_channel("scale", scale, arguments.channels, grad_output);
   check_per_channel("means", means, arguments.channels, grad_output, true);
-  Tensor output = allocate_like(grad_output);
+  Tensor output = empty_dense_like(grad_output);
   const auto* scales = static_cast<const float*>(scale.const_data_ptr());
   const auto* mean_values = static_cast<const float*>(means.const_data_ptr());
   if (relu) {
@@ -196,7 +196,7 @@ Tensor norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges,
 Tensor coefficients(const Tensor& sums, const std::optional<Tensor>& weight,
                     const Tensor& invstd, bool of_batch, float count) {
   const int64_t channels = sums.size(1);
-  Tensor result = allocate(sums, {3, channels}, ScalarType::Float);
+  Tensor result = empty(sums, {3, channels}, ScalarType::Float);
   auto* values = static_cast<float*>(result.mutable_data_ptr());
   const auto* totals = static_cast<const float*>(sums.const_data_ptr());
   const auto* scales = static_cast<const float*>(invstd.const_data_ptr());
@@ -229,7 +229,7 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
     if (act_codes) {
       NormArguments arguments = plain;
       check_act_codes(grad_output, *act_codes, act_bits, group_size, arguments);
-      grad = allocate_like(grad_output);
+      grad = empty_dense_like(grad_output);
       return grad_sums<NormCodes::kMask>(grad_output, arguments, &grad);
     }
     return masks ? grad_sums<NormCodes::kSplit>(grad_output, plain, nullptr)
@@ -237,7 +237,7 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
   };
   const Tensor sums = sum();
   if (needs_input) {
-    grads.push_back(allocate_like(grad_output));
+    grads.push_back(empty_dense_like(grad_output));
   }
   if (needs_input && grad_output.numel() != 0) {
     Tensor& output = grads.back();

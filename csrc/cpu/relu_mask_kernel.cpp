@@ -42,7 +42,7 @@ Tensor forward(const Tensor& input, Tensor& output,
 
 std::tuple<Tensor, Tensor> relu_mask(Tensor input, std::optional<double> max,
                                      std::optional<double> slope) {
-  Tensor output = allocate_like(input);
+  Tensor output = empty_dense_like(input);
   Tensor mask = forward(input, output, make_rectifier(max, slope));
   return {output, mask};
 }
@@ -58,7 +58,7 @@ Tensor relu_mask_backward(Tensor grad_output, Tensor mask,
   check_dense("grad_output", grad_output);
   check_mask(mask, grad_output.numel());
   const Rectifier rectifier = make_rectifier(std::nullopt, slope);
-  Tensor grad_input = allocate_like(grad_output);
+  Tensor grad_input = empty_dense_like(grad_output);
   const auto* mask_bytes = static_cast<const uint8_t*>(mask.const_data_ptr());
   dispatch_dtype(grad_output.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;

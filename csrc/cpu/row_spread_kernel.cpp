@@ -31,7 +31,7 @@ float spread_of_row(const T* input, const Geometry& geometry, int64_t row) {
 
 Tensor row_spread(Tensor input, int64_t group_size) {
   const Geometry geometry = input_geometry(input, group_size);
-  Tensor spread = allocate(input, {geometry.rows}, ScalarType::Float);
+  Tensor spread = empty(input, {geometry.rows}, ScalarType::Float);
   auto* target = static_cast<float*>(spread.mutable_data_ptr());
   dispatch_dtype(input.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;

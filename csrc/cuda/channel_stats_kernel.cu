@@ -67,10 +67,63 @@ struct Partials {
   }
 };
 
+struct Outputs {
+  float* mean;  // null if nobody wants it
+  float* var;   // null if nobody wants it
+  float* invstd;
+};
+
+// What the statistics of batches are averaged in.
+struct Running {
+  void* mean;  // null if there are none
+  void* var;
+  ScalarType dtype;
+  int64_t* batches;  // null if nobody counts them
+  double momentum;
+
+  template <typename R>
+  __device__ __forceinline__ void update(void* data, int64_t channel,
+                                         double batch) const {
+    R& value = static_cast<R*>(data)[channel];
+    value = Number<R>::store(static_cast<float>(
+        update_running(Number<R>::load(value), batch, momentum)));
+  }
+  __device__ __forceinline__ void update(void* data, int64_t channel,
+                                         double batch) const {
+    if (dtype == ScalarType::Float) {
+      update<float>(data, channel, batch);
+    } else if (dtype == ScalarType::Half) {
+      update<__half>(data, channel, batch);
+    } else {
+      update<__nv_bfloat16>(data, channel, batch);
+    }
+  }
+};
+
+// What becomes of the moments of a channel over all splits.
+struct Finish {
+  Outputs outputs;
+  Running running;
+  double eps;
+
+  __device__ __forceinline__ void write(int64_t channel, double mean,
+                                        double squares, double count) const {
+    if (running.batches != nullptr && channel == 0) ++*running.batches;
+    const ChannelStats stats = finish_stats(mean, squares, count, eps);
+    if (outputs.mean != nullptr) outputs.mean[channel] = stats.mean;
+    if (outputs.var != nullptr) outputs.var[channel] = stats.var;
+    outputs.invstd[channel] = stats.invstd;
+    if (running.mean == nullptr || count == 0.0) return;
+    running.update(running.mean, channel, mean);
+    running.update(running.var, channel, squares / (count - 1.0));
+  }
+};
+
+// The moments of several splits go to `partials`.
 template <typename T, int kItems>
 __global__ void __launch_bounds__(kThreads, 4)
     plane_stats_kernel(const T* __restrict__ input, Partials partials,
-                       int64_t row_numel, Planes planes) {
+                       Finish finish, int64_t row_numel, Planes planes) {
   constexpr int kAtOnce = kPiecesAtOnce<T, kItems> / 2;
   const PlaneCursor<kItems> cursor(planes);
   const auto address = [&](const PlanePiece& place) {
@@ -119,7 +172,10 @@ __global__ void __launch_bounds__(kThreads, 4)
   const float drift = block_sum(own_count * (own.mean - rough));
   const float squares_of_all = block_sum(squares_about(rough, own_count, own));
   const Moments merged = move_to_mean(total, rough, drift, squares_of_all);
-  if (threadIdx.x == 0) {
+  if (threadIdx.x != 0) return;
+  if (gridDim.y == 1) {
+    finish.write(blockIdx.x, merged.mean, merged.squares, total);
+  } else {
     partials.at(blockIdx.y, 0, blockIdx.x) = total;
     partials.at(blockIdx.y, 1, blockIdx.x) = merged.mean;
     partials.at(blockIdx.y, 2, blockIdx.x) = merged.squares;
@@ -129,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 template <typename T, int kItems>
 __global__ void __launch_bounds__(kThreads, kColumnBlocks)
     column_stats_kernel(const T* __restrict__ input, Partials partials,
-                        Columns columns) {
+                        Finish finish, Columns columns) {
   constexpr int kAtOnce = kPiecesAtOnce<T, kItems>;
   const ColumnCursor cursor(columns);
   // Rows have no gaps: pixels count through all of them.
@@ -193,32 +249,19 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocks)
     }
     const Moments merged = move_to_mean(total, rough, drift, squares_of_all);
     const int64_t channel = int64_t{column} * kItems + j;
+    if (gridDim.y == 1) {
+      finish.write(channel, merged.mean, merged.squares, total);
+      continue;
+    }
     partials.at(blockIdx.y, 0, channel) = total;
     partials.at(blockIdx.y, 1, channel) = merged.mean;
     partials.at(blockIdx.y, 2, channel) = merged.squares;
   }
 }
 
-struct Outputs {
-  float* mean;
-  float* var;  // null if nobody wants it
-  float* invstd;
-};
-
-// As their dtype; null if there are none.
-template <typename R>
-struct Running {
-  R* mean;
-  R* var;
-  int64_t* batches;  // null if nobody counts them
-  double momentum;
-};
-
 // Merges the splits of 8 channels a thread block.
-template <typename R>
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_stats_kernel(Partials partials, uint32_t splits, Outputs outputs,
-                        Running<R> running, double eps) {
+    finish_stats_kernel(Partials partials, uint32_t splits, Finish finish) {
   const int64_t channel =
       int64_t{blockIdx.x} * kFinishColumns + threadIdx.x % kFinishColumns;
   const bool inside = channel < partials.channels;
@@ -249,56 +292,60 @@ __global__ void __launch_bounds__(kFinishThreads)
   const double distance = sums[1] / fmax(count, 1.0);
   const double mean = pivot + distance;
   const double squares = sums[2] - count * distance * distance;
-  if (running.batches != nullptr && channel == 0) ++*running.batches;
-  const ChannelStats stats = finish_stats(mean, squares, count, eps);
-  outputs.mean[channel] = stats.mean;
-  if (outputs.var != nullptr) outputs.var[channel] = stats.var;
-  outputs.invstd[channel] = stats.invstd;
-  if (running.mean == nullptr || count == 0.0) return;
-  const auto update = [&](R& value, double batch) {
-    value = Number<R>::store(static_cast<float>(
-        update_running(Number<R>::load(value), batch, running.momentum)));
-  };
-  update(running.mean[channel], mean);
-  update(running.var[channel], squares / (count - 1.0));
+  finish.write(channel, mean, squares, count);
+}
+
+void launch_finish(const Partials& partials, uint32_t splits,
+                   const Finish& finish, cudaStream_t stream) {
+  finish_stats_kernel<<<finish_grid(partials.channels), kFinishThreads, 0,
+                        stream>>>(partials, splits, finish);
+  check_launch();
 }
 
 template <typename T>
-Tensor reduce(const Tensor& input, const Channels& channels, int device,
-              cudaStream_t stream) {
+void reduce(const Tensor& input, const Channels& channels, const Finish& finish,
+            int device, cudaStream_t stream) {
   const T* source = static_cast<const T*>(input.const_data_ptr());
   const bool blocks = channels.row_numel() % kBlock == 0 &&
                       is_aligned(source, 16) &&
                       (!channels.last || channels.count % kBlock == 0);
-  std::optional<Tensor> workspace;
-  const auto make_partials = [&](const Splits& splits) {
-    workspace = allocate(input, {int64_t{splits.count}, 3, channels.count},
-                         ScalarType::Float);
-    return Partials{static_cast<float*>(workspace->mutable_data_ptr()),
-                    channels.count};
+  const auto launch = [&](const Splits& splits, const auto& kernel) {
+    Partials partials{nullptr, channels.count};
+    if (splits.count == 1) {
+      kernel(partials);
+      check_launch();
+      return;
+    }
+    const Tensor workspace = empty(
+        input, {int64_t{splits.count}, 3, channels.count}, ScalarType::Float);
+    partials.data = static_cast<float*>(workspace.mutable_data_ptr());
+    kernel(partials);
+    check_launch();
+    launch_finish(partials, splits.count, finish, stream);
   };
-  const auto launch = [&](auto items) {
+  const auto with_items = [&](auto items) {
     constexpr int kItems = decltype(items)::value;
     if (channels.last) {
       const Columns columns =
           make_columns<kItems>(channels, true, kColumnBlocks, device);
-      column_stats_kernel<T, kItems><<<columns.grid(), kThreads, 0, stream>>>(
-          source, make_partials(columns.splits), columns);
+      launch(columns.splits, [&](const Partials& partials) {
+        column_stats_kernel<T, kItems><<<columns.grid(), kThreads, 0, stream>>>(
+            source, partials, finish, columns);
+      });
     } else {
       const Planes planes = make_planes<kItems>(channels, device);
-      plane_stats_kernel<T, kItems>
-          <<<planes.grid(channels.count), kThreads, 0, stream>>>(
-              source, make_partials(planes.splits), channels.row_numel(),
-              planes);
+      launch(planes.splits, [&](const Partials& partials) {
+        plane_stats_kernel<T, kItems>
+            <<<planes.grid(channels.count), kThreads, 0, stream>>>(
+                source, partials, finish, channels.row_numel(), planes);
+      });
     }
-    check_launch();
   };
   if (blocks) {
-    launch(Constant<kBlock>{});
+    with_items(Constant<kBlock>{});
   } else {
-    launch(Constant<1>{});
+    with_items(Constant<1>{});
   }
-  return *workspace;
 }
 
 // Reads the statistics of 256 channels a thread block.
@@ -308,71 +355,55 @@ __global__ void __launch_bounds__(kThreads)
                          double eps, Outputs outputs) {
   const int64_t c = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (c >= channels) return;
-  outputs.mean[c] = Number<R>::load(mean[c]);
+  if (outputs.mean != nullptr) outputs.mean[c] = Number<R>::load(mean[c]);
   outputs.invstd[c] = invstd_of(Number<R>::load(var[c]), eps);
 }
 
 Outputs pointers(const StatsOutputs& outputs) {
-  return {static_cast<float*>(outputs.mean.mutable_data_ptr()),
-          outputs.var ? static_cast<float*>(outputs.var->mutable_data_ptr())
-                      : nullptr,
+  return {static_cast<float*>(mutable_data_or_null(outputs.mean)),
+          static_cast<float*>(mutable_data_or_null(outputs.var)),
           static_cast<float*>(outputs.invstd.mutable_data_ptr())};
-}
-
-template <typename R>
-R* pointer(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<R*>(tensor->mutable_data_ptr()) : nullptr;
 }
 
 }  // namespace
 
 namespace cuda {
 
-void batch_stats(const Tensor& input, double eps, const RunningStats& running,
-                 const StatsOutputs& outputs) {
-  const Channels channels = check_stats(input, running);
-  const int device = input.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
+void batch_stats(const Tensor& input, const Channels& channels, double eps,
+                 const RunningStats& running, const StatsOutputs& outputs) {
   if (channels.count == 0) return;
+  const int device = input.get_device_index();
   const cudaStream_t stream = current_stream(device);
-  // No elements are no splits: their sums are 0.
-  Tensor workspace = outputs.mean;
-  uint32_t splits = 0;
-  if (input.numel() != 0) {
-    dispatch_dtype(input.scalar_type(), [&](auto type) {
-      using T = typename decltype(type)::type;
-      workspace = reduce<T>(input, channels, device, stream);
-    });
-    splits = static_cast<uint32_t>(workspace.size(0));
-  }
-  const Partials partials{static_cast<float*>(workspace.mutable_data_ptr()),
-                          channels.count};
   const ScalarType dtype =
       running.mean ? running.mean->scalar_type() : ScalarType::Float;
-  dispatch_dtype(dtype, [&](auto type) {
-    using R = typename decltype(type)::type;
-    finish_stats_kernel<R>
-        <<<finish_grid(channels.count), kFinishThreads, 0, stream>>>(
-            partials, splits, pointers(outputs),
-            Running<R>{pointer<R>(running.mean), pointer<R>(running.var),
-                       pointer<int64_t>(running.batches), running.momentum},
-            eps);
-    check_launch();
+  const Finish finish{
+      pointers(outputs),
+      {mutable_data_or_null(running.mean), mutable_data_or_null(running.var),
+       dtype, static_cast<int64_t*>(mutable_data_or_null(running.batches)),
+       running.momentum},
+      eps};
+  if (channels.numel() == 0) {
+    // No splits: their sums are 0.
+    launch_finish({nullptr, channels.count}, 0, finish, stream);
+    return;
+  }
+  dispatch_dtype(input.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    reduce<T>(input, channels, finish, device, stream);
   });
 }
 
 void running_stats(const RunningStats& running, double eps,
                    const StatsOutputs& outputs) {
-  const int device = outputs.mean.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
   const int64_t channels = running.mean->numel();
   if (channels == 0) return;
   dispatch_dtype(running.mean->scalar_type(), [&](auto type) {
     using R = typename decltype(type)::type;
     running_stats_kernel<R>
         <<<static_cast<unsigned int>((channels + kThreads - 1) / kThreads),
-           kThreads, 0, current_stream(device)>>>(
-            pointer<R>(running.mean), pointer<R>(running.var), channels, eps,
+           kThreads, 0, current_stream(outputs.invstd.get_device_index())>>>(
+            static_cast<const R*>(running.mean->const_data_ptr()),
+            static_cast<const R*>(running.var->const_data_ptr()), channels, eps,
             pointers(outputs));
     check_launch();
   });
@@ -390,8 +421,8 @@ std::tuple<Tensor, Tensor, Tensor> channel_stats(
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const auto make = [&] { return empty_stats(input, channels); };
   const StatsOutputs outputs{make(), make(), make()};
-  cuda::batch_stats(input, eps, running, outputs);
-  return {outputs.mean, *outputs.var, outputs.invstd};
+  cuda::batch_stats(input, channels, eps, running, outputs);
+  return {*outputs.mean, *outputs.var, outputs.invstd};
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ void apply(const Tensor& input, Tensor& output, const Dropout& dropout) {
 
 Tensor dropout(Tensor input, double p, int64_t seed, int64_t offset,
                std::optional<Tensor> count) {
-  Tensor output = allocate_like(input);
+  Tensor output = empty_dense_like(input);
   apply(input, output,
         make_dropout(p, checked_stream(seed, offset, count, input)));
   return output;

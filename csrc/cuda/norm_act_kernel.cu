@@ -542,14 +542,15 @@ void launch_payload(const NormActArguments& arguments, const Geometry& geometry,
       });
 }
 
-NormActCodes run(const NormActArguments& arguments, Tensor& output,
-                 bool in_place) {
-  const Channels channels = check_norm_act(arguments, in_place);
+// The input, mean and invstd have been checked, and the device is the current
+// one.
+NormActCodes run(const NormActArguments& arguments, const Channels& channels,
+                 Tensor& output, bool in_place) {
+  check_norm_act(arguments, channels, in_place);
   const Tensor& input = arguments.input;
-  const Geometry geometry = input_geometry(input, arguments.group_size);
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const Geometry geometry = geometry_of(channels, arguments.group_size);
   NormActCodes result = empty_norm_act_codes(arguments, geometry);
-  if (input.numel() == 0) return result;
+  if (channels.numel() == 0) return result;
   const auto* mean = static_cast<const float*>(arguments.mean.const_data_ptr());
   const auto* invstd =
       static_cast<const float*>(arguments.invstd.const_data_ptr());
@@ -602,32 +603,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act(
     int64_t bits, int64_t act_bits, int64_t group_size, int64_t seed,
     int64_t offset, std::optional<Tensor> count) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  Tensor output = allocate_like(input);
-  const auto [codes, ranges, act_codes, act_ranges] =
+  const Channels channels = channels_of("input", input);
+  check_per_channel("mean", mean, channels, input);
+  check_per_channel("invstd", invstd, channels, input);
+  Tensor output = empty_dense_like(input);
+  const NormActCodes codes =
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
            group_size, checked_stream(seed, offset, count, input)},
-          output, false);
-  return {output, codes, ranges,
-          existing_or_empty(act_codes, input, ScalarType::Byte),
-          existing_or_empty(act_ranges, input, ScalarType::BFloat16)};
+          channels, output, false);
+  return norm_act_results(output, codes);
 }
 
-struct MeanAndInvstd {
+struct Statistics {
+  Channels channels;
   Tensor mean;
   Tensor invstd;
 };
 
-MeanAndInvstd statistics(const Tensor& input, const BatchNorm& norm) {
+Statistics statistics(const Tensor& input, const BatchNorm& norm) {
   const Channels channels = check_stats(input, norm.running);
   check_batch_norm(norm);
-  const StatsOutputs stats{empty_stats(input, channels), std::nullopt,
-                           empty_stats(input, channels)};
+  const std::optional<Tensor>& running = norm.running.mean;
+  StatsOutputs stats{std::nullopt, std::nullopt, empty_stats(input, channels)};
+  // A running mean is normalised with where it is, if its dtype allows.
+  const bool copies =
+      norm.of_batch || running->scalar_type() != ScalarType::Float;
+  if (copies) stats.mean = empty_stats(input, channels);
   if (norm.of_batch) {
-    cuda::batch_stats(input, norm.eps, norm.running, stats);
+    cuda::batch_stats(input, channels, norm.eps, norm.running, stats);
   } else {
     cuda::running_stats(norm.running, norm.eps, stats);
   }
-  return {stats.mean, stats.invstd};
+  return {channels, copies ? *stats.mean : *running, stats.invstd};
 }
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> batch_norm_act(
@@ -638,15 +645,15 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> batch_norm_act(
     double eps, bool relu, int64_t bits, int64_t act_bits, int64_t group_size,
     int64_t seed, int64_t offset, std::optional<Tensor> count) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  Tensor output = allocate_like(input);
-  const auto [mean, invstd] = statistics(
+  const auto [channels, mean, invstd] = statistics(
       input, {{running_mean, running_var, num_batches_tracked, momentum},
               of_batch,
               eps});
+  Tensor output = empty_dense_like(input);
   const NormActCodes codes =
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
            group_size, checked_stream(seed, offset, count, input)},
-          output, false);
+          channels, output, false);
   return {output, invstd, codes.existing()};
 }
 
@@ -658,14 +665,14 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_(
     double eps, bool relu, int64_t bits, int64_t act_bits, int64_t group_size,
     int64_t seed, int64_t offset, std::optional<Tensor> count) {
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const auto [mean, invstd] = statistics(
+  const auto [channels, mean, invstd] = statistics(
       input, {{running_mean, running_var, num_batches_tracked, momentum},
               of_batch,
               eps});
   const NormActCodes codes =
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
            group_size, checked_stream(seed, offset, count, input)},
-          input, true);
+          channels, input, true);
   return {invstd, codes.existing()};
 }
 

@@ -33,13 +33,39 @@ constexpr int kFactoredAtOnce = kItems == kBlock ? 2 : 4;
 template <int kBits, int kWanted>
 constexpr int kResident = kBits == kAnyBits ? kWanted - 1 : kWanted;
 
+// What becomes of the sums of a channel over all splits.
+struct SumsOutputs {
+  float* sums;  // [2, C]
+  // What grad_input() multiplies with and subtracts, [3, C]: scale, then means;
+  // null if nobody wants them.
+  float* factors;
+  const float* weight;  // null: none
+  const float* invstd;
+  float count;    // elements of each channel
+  bool of_batch;  // whether the means are subtracted
+  int64_t channels;
+
+  // `which`: 0 for the gradients, 1 for their products.
+  __device__ __forceinline__ void write(int64_t channel, int which,
+                                        float sum) const {
+    sums[which * channels + channel] = sum;
+    if (factors == nullptr) return;
+    factors[(1 + which) * channels + channel] =
+        of_batch ? __fdiv_rn(sum, count) : 0.0f;
+    if (which != 0) return;
+    const float scale = weight == nullptr ? 1.0f : weight[channel];
+    factors[channel] = multiply(invstd[channel], scale);
+  }
+};
+
 // Sums of the gradients that pass and of their products with the normalised
-// input, [splits, 2, C]; `grad`, of NormCodes::kMask, takes those gradients.
+// input. Those of several splits go to `partial`, [splits, 2, C]; `grad`, of
+// NormCodes::kMask, takes those gradients.
 template <typename T, int kBits, NormCodes kCodes, int kItems>
 __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
     plane_sums_kernel(const T* __restrict__ grad_output, T* __restrict__ grad,
-                      float* __restrict__ sums, NormPayload payload,
-                      Planes planes) {
+                      float* __restrict__ partial, SumsOutputs outputs,
+                      NormPayload payload, Planes planes) {
   using Piece = NormPiece<T, kBits, kCodes, kItems>;
   // What is written takes registers, too.
   constexpr int kAtOnce = kCodes == NormCodes::kMask && kItems == kBlock
@@ -82,8 +108,12 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
   }
   sum = block_sum(sum);
   product = block_sum(product);
-  if (threadIdx.x == 0) {
-    float* target = sums + int64_t{2} * blockIdx.y * gridDim.x + blockIdx.x;
+  if (threadIdx.x != 0) return;
+  if (gridDim.y == 1) {
+    outputs.write(blockIdx.x, 0, sum);
+    outputs.write(blockIdx.x, 1, product);
+  } else {
+    float* target = partial + int64_t{2} * blockIdx.y * gridDim.x + blockIdx.x;
     target[0] = sum;
     target[gridDim.x] = product;
   }
@@ -92,8 +122,8 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
 template <typename T, int kBits, NormCodes kCodes, int kItems>
 __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
     column_sums_kernel(const T* __restrict__ grad_output, T* __restrict__ grad,
-                       float* __restrict__ sums, NormPayload payload,
-                       Columns columns) {
+                       float* __restrict__ partial, SumsOutputs outputs,
+                       NormPayload payload, Columns columns) {
   using Piece = NormPiece<T, kBits, kCodes, kItems>;
   constexpr int kAtOnce = kPiecesAtOnce<T, kItems>;
   const ColumnCursor cursor(columns);
@@ -126,8 +156,8 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
   for (int j = 0; j < 2 * kItems; ++j) shared[j][threadIdx.x] = total[j];
   __syncthreads();
   // [2, C] numbers: kItems of `columns` side by side, twice.
-  const uint32_t outputs = columns.columns * 2 * kItems;
-  for (uint32_t o = threadIdx.x; o < outputs; o += kThreads) {
+  const uint32_t numbers = columns.columns * 2 * kItems;
+  for (uint32_t o = threadIdx.x; o < numbers; o += kThreads) {
     const uint32_t j = columns.by_columns.quotient(o);
     const uint32_t lane = o - j * columns.columns;
     const uint32_t column = blockIdx.x * columns.columns + lane;
@@ -136,16 +166,20 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
     for (uint32_t p = 0; p < columns.pixels; ++p) {
       result += shared[j][p * columns.columns + lane];
     }
-    const int64_t channels = static_cast<int64_t>(columns.total) * kItems;
-    sums[(int64_t{2} * blockIdx.y + j / kItems) * channels +
-         int64_t{column} * kItems + j % kItems] = result;
+    const int64_t channel = int64_t{column} * kItems + j % kItems;
+    if (gridDim.y == 1) {
+      outputs.write(channel, j / kItems, result);
+    } else {
+      const int64_t row = int64_t{2} * blockIdx.y + j / kItems;
+      partial[row * outputs.channels + channel] = result;
+    }
   }
 }
 
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_sums_kernel(const float* __restrict__ partial,
-                       float* __restrict__ sums, uint32_t splits,
-                       int64_t width) {
+    finish_sums_kernel(const float* __restrict__ partial, SumsOutputs outputs,
+                       uint32_t splits) {
+  const int64_t width = 2 * outputs.channels;
   const int64_t column =
       int64_t{blockIdx.x} * kFinishColumns + threadIdx.x % kFinishColumns;
   double sum[1] = {};
@@ -160,7 +194,9 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
   column_sums(sum);
   if (threadIdx.x < kFinishColumns && column < width) {
-    sums[column] = static_cast<float>(sum[0]);
+    const int which = column < outputs.channels ? 0 : 1;
+    outputs.write(column - which * outputs.channels, which,
+                  static_cast<float>(sum[0]));
   }
 }
 
@@ -332,16 +368,18 @@ void dispatch_pieces(const Call& call, const Body& body) {
   }
 }
 
-// `grad` is of NormCodes::kMask only.
+// `grad` is of NormCodes::kMask only; `outputs` lacks the sums.
 template <NormCodes kCodes>
 Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
-                 Tensor* grad) {
+                 Tensor* grad, SumsOutputs outputs) {
   const int64_t channels = arguments.channels.count;
   if (grad_output.numel() == 0) {
     return torch::stable::new_zeros(grad_output, {2, channels},
                                     ScalarType::Float);
   }
-  Tensor sums = allocate(grad_output, {2, channels}, ScalarType::Float);
+  Tensor sums = empty(grad_output, {2, channels}, ScalarType::Float);
+  outputs.sums = static_cast<float*>(sums.mutable_data_ptr());
+  outputs.channels = channels;
   const Call call = make_call(grad_output, arguments);
   dispatch_dtype(grad_output.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -352,19 +390,18 @@ Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
       constexpr int kBits = decltype(width)::value;
       constexpr int kItems = decltype(items)::value;
       const auto launch = [&](const Splits& splits, const auto& kernel) {
-        Tensor partial =
-            splits.count == 1
-                ? sums
-                : allocate(sums, {int64_t{splits.count}, 2, channels},
-                           ScalarType::Float);
+        if (splits.count == 1) {
+          kernel(nullptr);
+          check_launch();
+          return;
+        }
+        const Tensor partial = empty(sums, {int64_t{splits.count}, 2, channels},
+                                     ScalarType::Float);
         auto* target = static_cast<float*>(partial.mutable_data_ptr());
         kernel(target);
         check_launch();
-        if (splits.count == 1) return;
         finish_sums_kernel<<<finish_grid(2 * channels), kFinishThreads, 0,
-                             call.stream>>>(
-            target, static_cast<float*>(sums.mutable_data_ptr()), splits.count,
-            2 * channels);
+                             call.stream>>>(target, outputs, splits.count);
         check_launch();
       };
       if (call.channels.last) {
@@ -373,14 +410,14 @@ Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
         launch(columns.splits, [&](float* target) {
           column_sums_kernel<T, kBits, kCodes, kItems>
               <<<columns.grid(), kThreads, 0, call.stream>>>(
-                  source, passed, target, call.payload, columns);
+                  source, passed, target, outputs, call.payload, columns);
         });
       } else {
         const Planes planes = make_planes<kItems>(call.channels, call.device);
         launch(planes.splits, [&](float* target) {
           plane_sums_kernel<T, kBits, kCodes, kItems>
               <<<planes.grid(channels), kThreads, 0, call.stream>>>(
-                  source, passed, target, call.payload, planes);
+                  source, passed, target, outputs, call.payload, planes);
         });
       }
     });
@@ -440,8 +477,10 @@ Tensor norm_grad_sums(Tensor grad_output, Tensor codes, Tensor ranges,
       check_norm_codes(grad_output, codes, ranges, bits, group_size, relu);
   const torch::stable::accelerator::DeviceGuard guard(
       grad_output.get_device_index());
-  return relu ? grad_sums<NormCodes::kSplit>(grad_output, arguments, nullptr)
-              : grad_sums<NormCodes::kPlain>(grad_output, arguments, nullptr);
+  return relu
+             ? grad_sums<NormCodes::kSplit>(grad_output, arguments, nullptr, {})
+             : grad_sums<NormCodes::kPlain>(grad_output, arguments, nullptr,
+                                            {});
 }
 
 std::tuple<Tensor, Tensor> norm_add_grad_sums(Tensor grad_output, Tensor codes,
@@ -453,8 +492,8 @@ std::tuple<Tensor, Tensor> norm_add_grad_sums(Tensor grad_output, Tensor codes,
   check_act_codes(grad_output, act_codes, act_bits, group_size, arguments);
   const torch::stable::accelerator::DeviceGuard guard(
       grad_output.get_device_index());
-  Tensor grad = allocate_like(grad_output);
-  Tensor sums = grad_sums<NormCodes::kMask>(grad_output, arguments, &grad);
+  Tensor grad = empty_dense_like(grad_output);
+  Tensor sums = grad_sums<NormCodes::kMask>(grad_output, arguments, &grad, {});
   return {grad, sums};
 }
 
@@ -467,7 +506,7 @@ Tensor norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges,
   check_per_channel("means", means, arguments.channels, grad_output, true);
   const torch::stable::accelerator::DeviceGuard guard(
       grad_output.get_device_index());
-  Tensor output = allocate_like(grad_output);
+  Tensor output = empty_dense_like(grad_output);
   if (output.numel() == 0) return output;
   const NormVectors vectors{static_cast<const float*>(scale.const_data_ptr()),
                             static_cast<const float*>(means.const_data_ptr()),
@@ -478,34 +517,6 @@ Tensor norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges,
     grad_input<NormCodes::kPlain>(grad_output, arguments, vectors, output);
   }
   return output;
-}
-
-// What grad_input() multiplies with and subtracts, [3, C]: scale, then means.
-__global__ void __launch_bounds__(kThreads)
-    coefficients_kernel(const float* sums, const float* weight,
-                        const float* invstd, bool of_batch, float count,
-                        int64_t channels, float* result) {
-  const int64_t c = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (c >= channels) return;
-  result[c] = multiply(invstd[c], weight == nullptr ? 1.0f : weight[c]);
-  result[channels + c] = of_batch ? __fdiv_rn(sums[c], count) : 0.0f;
-  result[2 * channels + c] =
-      of_batch ? __fdiv_rn(sums[channels + c], count) : 0.0f;
-}
-
-Tensor coefficients(const Tensor& sums, const std::optional<Tensor>& weight,
-                    const Tensor& invstd, bool of_batch, float count) {
-  const int64_t channels = sums.size(1);
-  Tensor result = allocate(sums, {3, channels}, ScalarType::Float);
-  coefficients_kernel<<<static_cast<unsigned int>((channels + kThreads - 1) /
-                                                  kThreads),
-                        kThreads, 0, current_stream(sums.get_device_index())>>>(
-      static_cast<const float*>(sums.const_data_ptr()),
-      weight ? static_cast<const float*>(weight->const_data_ptr()) : nullptr,
-      static_cast<const float*>(invstd.const_data_ptr()), of_batch, count,
-      channels, static_cast<float*>(result.mutable_data_ptr()));
-  check_launch();
-  return result;
 }
 
 std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
@@ -523,29 +534,40 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
   }
   const torch::stable::accelerator::DeviceGuard guard(
       grad_output.get_device_index());
+  const bool any = needs_input && grad_output.numel() != 0;
+  std::optional<Tensor> factors;
+  SumsOutputs outputs{};
+  if (any) {
+    factors = empty(grad_output, {3, channels}, ScalarType::Float);
+    outputs.factors = static_cast<float*>(factors->mutable_data_ptr());
+    outputs.weight = static_cast<const float*>(data_or_null(weight));
+    outputs.invstd = static_cast<const float*>(invstd.const_data_ptr());
+    outputs.count = static_cast<float>(plain.channels.channel_numel());
+    outputs.of_batch = of_batch;
+  }
   std::vector<Tensor> grads;
   Tensor grad = grad_output;
   const auto sum = [&] {
     if (act_codes) {
       NormArguments arguments = plain;
       check_act_codes(grad_output, *act_codes, act_bits, group_size, arguments);
-      grad = allocate_like(grad_output);
-      return grad_sums<NormCodes::kMask>(grad_output, arguments, &grad);
+      grad = empty_dense_like(grad_output);
+      return grad_sums<NormCodes::kMask>(grad_output, arguments, &grad,
+                                         outputs);
     }
-    return masks ? grad_sums<NormCodes::kSplit>(grad_output, plain, nullptr)
-                 : grad_sums<NormCodes::kPlain>(grad_output, plain, nullptr);
+    return masks ? grad_sums<NormCodes::kSplit>(grad_output, plain, nullptr,
+                                                outputs)
+                 : grad_sums<NormCodes::kPlain>(grad_output, plain, nullptr,
+                                                outputs);
   };
   const Tensor sums = sum();
   if (needs_input) {
-    grads.push_back(allocate_like(grad_output));
+    grads.push_back(empty_dense_like(grad_output));
   }
-  if (needs_input && grad_output.numel() != 0) {
+  if (any) {
     Tensor& output = grads.back();
-    const Tensor factors =
-        coefficients(sums, weight, invstd, of_batch,
-                     static_cast<float>(plain.channels.channel_numel()));
-    const auto* values = static_cast<const float*>(factors.const_data_ptr());
-    const NormVectors vectors{values, values + channels, channels};
+    const NormVectors vectors{outputs.factors, outputs.factors + channels,
+                              channels};
     if (masks) {
       grad_input<NormCodes::kSplit>(grad, plain, vectors, output);
     } else {

@@ -67,7 +67,7 @@ Tensor forward(const Tensor& input, Tensor& output,
 
 std::tuple<Tensor, Tensor> relu_mask(Tensor input, std::optional<double> max,
                                      std::optional<double> slope) {
-  Tensor output = allocate_like(input);
+  Tensor output = empty_dense_like(input);
   Tensor mask = forward(input, output, make_rectifier(max, slope));
   return {output, mask};
 }
@@ -85,7 +85,7 @@ Tensor relu_mask_backward(Tensor grad_output, Tensor mask,
   const Rectifier rectifier = make_rectifier(std::nullopt, slope);
   const torch::stable::accelerator::DeviceGuard guard(
       grad_output.get_device_index());
-  Tensor grad_input = allocate_like(grad_output);
+  Tensor grad_input = empty_dense_like(grad_output);
   dispatch_dtype(grad_output.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     map_blocks(static_cast<const T*>(grad_output.const_data_ptr()),

@@ -60,9 +60,9 @@ __global__ void __launch_bounds__(kThreads)
 Tensor row_spread(Tensor input, int64_t group_size) {
   const Geometry geometry = input_geometry(input, group_size);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  Tensor sums = allocate(input, {geometry.rows}, ScalarType::Float);
+  Tensor sums = empty(input, {geometry.rows}, ScalarType::Float);
   if (geometry.rows == 0) return sums;
-  Tensor groups = allocate(input, {geometry.groups()}, ScalarType::Float);
+  Tensor groups = empty(input, {geometry.groups()}, ScalarType::Float);
   const cudaStream_t stream = current_stream(input.get_device_index());
   auto* spread = static_cast<float*>(groups.mutable_data_ptr());
   if (input.numel() != 0) {

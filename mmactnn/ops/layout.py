@@ -5,8 +5,10 @@ import torch
 
 def is_dense(tensor):
     """Whether the elements fill one piece of memory, in whatever order."""
+    # Quick questions first: a step asks for every layer.
     return (
         tensor.is_contiguous()
+        or tensor.is_contiguous(memory_format=torch.channels_last)
         or torch.ops.aten.is_non_overlapping_and_dense(tensor)
     )
 
@@ -41,7 +43,9 @@ def dense_channels(tensor):
     Args:
         tensor (Tensor[N, C, *]): Of 2 to 5 dimensions, any layout.
     """
-    if tensor.is_contiguous():
+    if tensor.is_contiguous() or tensor.is_contiguous(
+        memory_format=torch.channels_last
+    ):
         return tensor
     inner = tensor.movedim(1, -1)
     if inner.is_contiguous():
