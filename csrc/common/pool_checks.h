@@ -69,7 +69,7 @@ inline Tensor empty_pooled(const Tensor& like,
     strides[d] = stride;
     stride *= std::max<int64_t>(sizes[d], 1);
   }
-  return allocate_strided(like, sizes, strides, like.scalar_type());
+  return empty_strided(like, sizes, strides, like.scalar_type());
 }
 
 // Checks `tensor`, which is the input or the gradient of the output.

@@ -57,7 +57,7 @@ Tensor dequantize_split(Tensor codes, Tensor ranges,
                         int64_t bits, int64_t group_size) {
   const Geometry geometry =
       checked_rectified(codes, ranges, size, bits, group_size, true);
-  Tensor output = allocate_strided(codes, size, stride, dtype);
+  Tensor output = empty_strided(codes, size, stride, dtype);
   const Channels channels = channels_of("the output", output);
   if (weight) check_per_channel("weight", *weight, channels, codes);
   if (bias) check_per_channel("bias", *bias, channels, codes);
@@ -96,7 +96,7 @@ Tensor dequantize_zeroed(Tensor codes, Tensor ranges, std::vector<int64_t> size,
                          int64_t bits, int64_t group_size) {
   const Geometry geometry =
       checked_rectified(codes, ranges, size, bits, group_size, false);
-  Tensor output = allocate_strided(codes, size, stride, dtype);
+  Tensor output = empty_strided(codes, size, stride, dtype);
   check_dtype("dtype", output);
   check_dense("the output", output);
   if (output.numel() == 0) return output;

@@ -116,7 +116,7 @@ Tensor dequantize_from(const Tensor& codes, const Tensor& ranges,
                        const std::vector<int64_t>& size,
                        const std::vector<int64_t>& stride, ScalarType dtype,
                        const Geometry& geometry, const CodeLayout& layout) {
-  Tensor output = allocate_strided(codes, size, stride, dtype);
+  Tensor output = empty_strided(codes, size, stride, dtype);
   check_dtype("dtype", output);
   check_dense("the output", output);
   const auto* code_bytes = static_cast<const uint8_t*>(codes.const_data_ptr());

@@ -1,4 +1,5 @@
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cfloat>
@@ -420,7 +421,7 @@ Tensor dequantize_split(Tensor codes, Tensor ranges,
   const Geometry geometry =
       checked_rectified(codes, ranges, size, bits, group_size, true);
   const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
-  Tensor output = allocate_strided(codes, size, stride, dtype);
+  Tensor output = empty_strided(codes, size, stride, dtype);
   const Channels channels = channels_of("the output", output);
   if (weight) check_per_channel("weight", *weight, channels, codes);
   if (bias) check_per_channel("bias", *bias, channels, codes);
@@ -443,7 +444,7 @@ Tensor dequantize_zeroed(Tensor codes, Tensor ranges, std::vector<int64_t> size,
   const Geometry geometry =
       checked_rectified(codes, ranges, size, bits, group_size, false);
   const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
-  Tensor output = allocate_strided(codes, size, stride, dtype);
+  Tensor output = empty_strided(codes, size, stride, dtype);
   check_dtype("dtype", output);
   check_dense("the output", output);
   if (output.numel() == 0) return output;

@@ -1,4 +1,5 @@
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
@@ -376,7 +377,7 @@ Tensor dequantize_from(const Tensor& codes, const Tensor& ranges,
                        const std::vector<int64_t>& stride, ScalarType dtype,
                        const Geometry& geometry, CodeLayout layout) {
   const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
-  Tensor output = allocate_strided(codes, size, stride, dtype);
+  Tensor output = empty_strided(codes, size, stride, dtype);
   check_dtype("dtype", output);
   check_dense("the output", output);
   if (output.numel() == 0) return output;
