@@ -67,9 +67,11 @@ def limit_memory(device, limit_mib):
             f'a memory limit needs the CUDA allocator, got device {device}'
         )
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(
-        min(1.0, limit_mib * MIB / total), device
-    )
+    with torch.cuda.device(device):
+        # Some versions of torch take no device without an index.
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, limit_mib * MIB / total)
+        )
 
 
 def is_out_of_memory(error):
