@@ -52,7 +52,9 @@ class Watch(NamedTuple):
 
     Attributes:
         slot (Slot): Whom it tells.
-        producer (Slot, optional): Slot of the layer that made the input.
+        producer (Slot, optional): For a normalisation, slot of the layer
+            that made the input. Of the inputs of a convolution, which may be
+            those of a head over several levels, each has another.
         collecting (bool): Whether layers report, or samples alone.
         adds_elements (bool): Whether the call keeps a payload of its own,
             not one that another call has counted.
@@ -110,10 +112,9 @@ class Watch(NamedTuple):
         self.slot.observe(numel, cost, relay, power, self.producer)
 
 
-def _watch(slot, input, adds_elements=True):
+def _watch(slot, producer=None, adds_elements=True):
     if slot is None or not slot.observes:
         return None
-    producer = getattr(input.grad_fn, 'slot', None)
     collecting = slot.precision.collecting
     return Watch(slot, producer, collecting, adds_elements)
 
@@ -319,20 +320,20 @@ class LayerQuantizer:
             payload.slot = self.slot
             if tensor is input:
                 share(input, payload)
-        watch = _watch(payload.slot, input, adds_elements=first)
+        watch = _watch(payload.slot, adds_elements=first)
         return payload.format, payload.tensors, watch
 
     def watch(self, input):
         """Prepare the report of a call, if one is wanted.
 
         Args:
-            input (Tensor[N, *]): The input, whose graph tells which layer
-                made it.
+            input (Tensor[N, *]): The input of a normalisation, whose graph
+                tells which layer made it.
 
         Returns:
             Watch, optional: What the backward pass reports to.
         """
-        return _watch(self.slot, input)
+        return _watch(self.slot, getattr(input.grad_fn, 'slot', None))
 
     @property
     def chunk_bytes(self):

@@ -57,6 +57,26 @@ class TestLayers:
         bits = get_precision(net).bits
         assert bits['norm'] == bits['stem']
 
+    def test_a_convolution_follows_none_that_it_reads(self):
+        class Head(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.levels = nn.ModuleList(
+                    nn.Conv2d(3, 4, 3, stride=2**i) for i in range(3)
+                )
+                self.head = nn.Conv2d(4, 4, 1)
+
+            def forward(self, x):
+                return sum(self.head(conv(x)).mean() for conv in self.levels)
+
+        torch.manual_seed(0)
+        net = Head()
+        convert_model(net, 'L3', generator=RoundingGenerator(seed=5))
+        for step in range(4):
+            net(batch(step).requires_grad_()).backward()
+        slots = get_precision(net).slots
+        assert [slot.leader for slot in slots] == [None] * 4
+
     def test_layers_without_reports_keep_their_bits(self, device):
         net = make_net().to(device)
         train(net, range(6), device)
