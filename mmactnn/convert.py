@@ -320,7 +320,11 @@ def convert_model(
         if not layers.isdisjoint(plan.layers.values())
     ]
     fusions = _find_fusions(model, level, chosen)
-    fused = {norm for fusion in fusions.values() for norm in fusion.norms}
+    rectified = {
+        norm: fusion.rectified_bits(level)
+        for fusion in fusions.values()
+        for norm in fusion.norms
+    }
     quantizers = []
     for name, module, target in chosen:
         own = OwnSettings()
@@ -335,7 +339,7 @@ def convert_model(
                 own,
                 name,
                 precision,
-                module in fused,
+                rectified.get(module),
                 bool(fusions) and _reads_images(module),
             )
         )

@@ -54,6 +54,11 @@ class Level:
             ``rectified``.
         rectified (int): Bits an element of what a fused ReLU makes of a
             normalised value, the sign included: 2 to 8.
+        head (int, optional): The same, if it is more, in MMCV's
+            ``ConvModule``, which heads and necks are made of. They are a
+            small part of what is kept; few blocks lie between them and the
+            loss, and over the levels of a pyramid their noise adds up.
+            Defaults to ``rectified``.
         image (int, optional): Bits an element of images (of what a
             convolution of at most four input channels reads) in a model with
             fused blocks. Of the few layers that share out bits there they
@@ -87,6 +92,7 @@ class Level:
     act: int | None = None
     fuse: bool = True
     rectified: int = 4
+    head: int | None = None
     image: int | None = None
     adaptive: bool = False
     use_gradient: bool = False
@@ -111,11 +117,14 @@ class Level:
                     f'{field} bits of level {self.name} must be a whole '
                     f'number unless the level is adaptive, got {bits!r}'
                 )
-        if self.rectified not in range(2, 9):
-            raise ValueError(
-                f'rectified bits of level {self.name} must be a whole number '
-                f'from 2 to 8, got {self.rectified!r}'
-            )
+        for field in ('rectified', 'head'):
+            bits = getattr(self, field)
+            optional = field == 'head' and bits is None
+            if not optional and bits not in range(2, 9):
+                raise ValueError(
+                    f'{field} bits of level {self.name} must be a whole '
+                    f'number from 2 to 8, got {bits!r}'
+                )
         for field in ('act', 'image'):
             bits = getattr(self, field)
             if bits is not None and bits not in VALID_BITS:
@@ -162,6 +171,7 @@ _L3 = Level(
     mask=True,
     act=4,
     rectified=3,
+    head=4,
     image=8,
     adaptive=True,
     chunk_mib=256,

@@ -36,10 +36,10 @@ class FusedBits(NamedTuple):
     zeroed: int
 
     @classmethod
-    def of_level(cls, level):
-        """The bits that a level gives."""
+    def of_level(cls, level, rectified):
+        """The bits that a level gives, but for those of ``split``."""
         zeroed = int(level.norm if level.conv is None else level.conv)
-        return cls(int(level.norm), level.rectified, max(2, zeroed))
+        return cls(int(level.norm), rectified, max(2, zeroed))
 
     @classmethod
     def of_layer(cls, bits):
@@ -177,7 +177,7 @@ class LayerQuantizer:
         own,
         name='',
         precision=None,
-        fused=False,
+        rectified=None,
         reads_images=False,
     ):
         """The settings of a layer in a model of some level.
@@ -195,8 +195,9 @@ class LayerQuantizer:
             precision (AdaptivePrecision, optional): Shares out the bits that
                 nothing fixes. Defaults to the level's bits for all, rounded
                 down.
-            fused (bool, optional): Whether the layer is a normalisation that
-                is fused; those share out no bits. Defaults to False.
+            rectified (int, optional): Bits of a rectified value, if the
+                layer is a normalisation that is fused; those share out no
+                bits. Defaults to None: it is not.
             reads_images (bool, optional): Whether it is a convolution of what
                 the level calls images. Defaults to False.
 
@@ -215,7 +216,8 @@ class LayerQuantizer:
         elif bits is not None and reads_images and level.image is not None:
             bits = level.image
         elif bits is not None and layer_class.kind != 'mask':
-            if precision is None or fused or not layer_class.shares_bits:
+            alone = rectified is None
+            if precision is None or not (alone and layer_class.shares_bits):
                 bits = int(bits)
             else:
                 slot = precision.add(name, bits)
@@ -228,11 +230,11 @@ class LayerQuantizer:
             rule is not None or own.bits is not None
         )
         fused_bits = None
-        if fused and bits is not None:
+        if rectified is not None and bits is not None:
             fused_bits = (
                 FusedBits.of_layer(bits)
                 if strict
-                else FusedBits.of_level(level)
+                else FusedBits.of_level(level, rectified)
             )
         return cls(
             bits,

@@ -396,6 +396,29 @@ def test_a_norm_by_itself_does_not_rectify():
 def test_rectified_bits(bad):
     with pytest.raises(ValueError, match='rectified'):
         convert_model(nn.ReLU(), dict(rectified=bad))
+    if bad is not None:
+        with pytest.raises(ValueError, match='head'):
+            convert_model(nn.ReLU(), dict(head=bad))
+
+
+@pytest.mark.parametrize(
+    ('level', 'bits'),
+    [
+        ('L3', 4),
+        ('L2', 4),
+        (dict(head=None), 3),
+        (dict(head=6), 6),
+        (dict(rectified=5), 5),
+        (dict(rules={'bn': 2}), 3),
+    ],
+)
+def test_bits_of_heads(level, bits):
+    block = make_block('ConvModule')
+    convert_model(block, level)
+    assert block.bn.quantizer.fused_bits.split == bits
+    residual = make_block('mmdet bottleneck')
+    convert_model(residual, 'L3')
+    assert residual.bn1.quantizer.fused_bits.split == 3
 
 
 def test_one_value_a_channel():

@@ -61,6 +61,17 @@ class FusedPairs:
         """list[nn.Module]: All normalisations that are fused."""
         return [getattr(self.module, pair.norm) for pair in self.pairs]
 
+    def rectified_bits(self, level):
+        """The bits that a level gives to what is rectified here.
+
+        Args:
+            level (Level): The level.
+
+        Returns:
+            int: Bits an element, the sign included.
+        """
+        return level.rectified
+
     def keep(self, is_norm, is_relu):
         """Leave out what is not made of compressed layers.
 
@@ -127,6 +138,10 @@ class FusedConvModule(FusedPairs):
         if module.with_norm:
             pairs.append(Pair('conv', module.norm_name, 'activate'))
         super().__init__(module, pairs)
+
+    def rectified_bits(self, level):
+        """See the base class."""
+        return max(level.rectified, level.head or level.rectified)
 
     def keep(self, is_norm, is_relu):
         """See the base class."""
