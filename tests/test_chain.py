@@ -191,6 +191,19 @@ def test_a_graph_that_is_kept():
         assert_same_bits(again, grad)
 
 
+@pytest.mark.parametrize('name', ['conv1.weight', 'bn2.bias', 'conv3.weight'])
+def test_some_gradients_alone(name):
+    block = make_block('mmdet bottleneck')
+    convert_model(block, 'L3')
+    x = make_input().requires_grad_()
+    y = block(x).sum()
+    wanted = x, block.get_parameter(name)
+    both = torch.autograd.grad(y, wanted, retain_graph=True)
+    for tensor, expected in zip(wanted, both):
+        (found,) = torch.autograd.grad(y, tensor, retain_graph=True)
+        assert_same_bits(found, expected)
+
+
 def test_second_derivatives_are_refused():
     block = make_block('ConvModule without norm')
     convert_model(block, 'L3')

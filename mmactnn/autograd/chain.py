@@ -58,28 +58,23 @@ class _Record(NamedTuple):
             the strides of what was rectified.
         places (tuple[int]): Where its tensors begin among those saved, where
             those of the convolution end, and where all end.
-        needs (tuple[bool]): Whether the gradients of input, weight and bias
-            of the convolution are wanted.
     """
 
     conv: object
     act: object
     places: tuple
-    needs: tuple
 
 
 class _Chain(Function):
     @staticmethod
     def forward(ctx, input, residual, dtype, links, made, *parameters):
-        needs = ctx.needs_input_grad
+        needs_parameters = ctx.needs_input_grad[-len(parameters) :]
         saved, records = [], []
-        output, payload, needs_output = input, None, needs[0]
-        # Of the arguments and, for their needs, of all before them.
-        first, shift = 0, len(needs) - len(parameters)
+        output, payload, first = input, None, 0
         for link in links:
-            weight, bias, scale, offset = parameters[first : first + 4]
-            start, first = first + shift, first + _PARAMETERS
-            needs_conv = needs_output, needs[start], needs[start + 1]
+            weight, bias, scale, shift = parameters[
+                first : first + _PARAMETERS
+            ]
             begin = len(saved)
             output, conv, kept = convolve(
                 output,
@@ -88,12 +83,12 @@ class _Chain(Function):
                 dtype,
                 link.geometry,
                 link.conv,
-                needs_conv[1],
+                needs_parameters[first],
                 payload,
             )
+            first += _PARAMETERS
             saved += weight, *kept
             middle = len(saved)
-            needs_output = any(needs_conv)
             if link.norm is None:
                 output, mask = rectify(output, overwrite=True)
                 link.mask.note(kept=(mask,), exact=(output,))
@@ -104,7 +99,7 @@ class _Chain(Function):
                     output,
                     residual if link is links[-1] else None,
                     scale,
-                    offset,
+                    shift,
                     link.settings,
                     link.group,
                     link.relu,
@@ -112,11 +107,7 @@ class _Chain(Function):
                     link.norm,
                 )
                 saved += scale, *kept
-                needs_output = (
-                    needs_output or needs[start + 2] or needs[start + 3]
-                )
-            places = begin, middle, len(saved)
-            records.append(_Record(conv, act, places, needs_conv))
+            records.append(_Record(conv, act, (begin, middle, len(saved))))
         if payload is not None:
             made.append(payload)
         ctx.records = records
@@ -129,25 +120,30 @@ class _Chain(Function):
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad
         grads = [None] * len(needs)
         grad, end = grad_output, len(needs)
-        for conv, act, (begin, middle, stop), needs_conv in reversed(
-            ctx.records
-        ):
+        for conv, act, (begin, middle, stop) in reversed(ctx.records):
+            first = end - _PARAMETERS
+            # A gradient is wanted if that of anything before it is.
+            before = needs[0] or any(
+                needs[-_PARAMETERS * len(ctx.records) : first]
+            )
+            needs_conv = before, needs[first], needs[first + 1]
             if isinstance(act, NormActRecord):
                 scale, *kept = saved[middle:stop]
-                grad, residual, *grads[end - 2 : end] = norm_act_gradients(
+                grad, residual, *grads[first + 2 : end] = norm_act_gradients(
                     act, scale, kept, grad, any(needs_conv)
                 )
                 if residual is not None:
                     grads[1] = residual
             else:
                 grad = rectified_gradient(grad, saved[middle], act)
-            if grad is None:
+            if not any(needs_conv):
+                grad = None
                 break
             weight, *kept = saved[begin:middle]
-            grad, *grads[end - 4 : end - 2] = convolution_gradients(
+            grad, *grads[first : first + 2] = convolution_gradients(
                 conv, weight, kept, grad, needs_conv
             )
-            end -= _PARAMETERS
+            end = first
         grads[0] = grad
         return tuple(
             [grad if need else None for grad, need in zip(grads, needs)]
