@@ -41,15 +41,32 @@ def test_gradient_error():
     assert images.shape == (4, 3, 32, 32)
     exact = tool.gradients(tool.make_model(args), images, labels)
     assert tool.relative(exact, exact, ('conv', 'gamma')) == 0
+    fixed, followed = 'L2:{"conv":2,"norm":2}', 'L3:{"use_gradient":true}'
     rows = {
-        case: tool.measure(args, case, exact, images, labels)
-        for case in ('L2', '2 bits, fixed', 'L3, use_gradient')
+        level: tool.measure(args, level, exact, images, labels)
+        for level in ('L2', fixed, followed)
     }
-    errors = {case: row['error'] for case, row in rows.items()}
-    assert 0 < 2 * errors['L2'] < errors['2 bits, fixed']
+    errors = {level: row['error'] for level, row in rows.items()}
+    assert 0 < 2 * errors['L2'] < errors[fixed]
     assert rows['L2']['mean'] < errors['L2']
     assert 'bits' not in rows['L2']
-    assert set(rows['L3, use_gradient']['bits']) == {
+    assert set(rows[followed]['bits']) == {
         'conv1', 'bn1', 'conv2', 'fc',
     }  # fmt: skip
     assert torch.tensor([row['ratio'] for row in rows.values()]).gt(3).all()
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        ['--levels', 'exact'],
+        ['--levels', 'L9'],
+        ['--levels', 'L3:{"conv":9}'],
+        ['--group-size', '100'],
+    ],
+)
+def test_gradient_error_of_nothing(options, capsys):
+    tool = load_tool('benchmark/gradient_error.py')
+    with pytest.raises(SystemExit):
+        tool.parse_args(options)
+    assert options[1].partition(':')[0] in capsys.readouterr().err

@@ -17,18 +17,20 @@ import torch
 import torch.nn.functional as F
 
 import mmactnn
+from mmactnn import ops
+from training.systems import parse_system
 
-CASES = {
-    'L1': 'L1',
-    'L2': 'L2',
-    '4 bits, adaptive': dict(conv=4, norm=4),
-    '2 bits, fixed': dict(base='L2', conv=2, norm=2),
-    'L3': 'L3',
+LEVELS = (
+    'L1',
+    'L2',
+    'L2:{"conv": 2, "norm": 2}',
+    'L3:{"conv": 4, "norm": 4}',
+    'L3',
     # Of fused blocks the convolutions' inputs, the sums and the rectified
     # values at 4 bits, the normalised values before a sum at 3.
-    'L3, 4/3/4 bits': dict(conv=4, norm=3, rectified=4),
-    'L3, use_gradient': dict(use_gradient=True),
-}
+    'L3:{"conv": 4, "norm": 3, "rectified": 4}',
+    'L3:{"use_gradient": true}',
+)
 
 
 def parse_args(argv=None):
@@ -38,14 +40,37 @@ def parse_args(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        '--cases', nargs='+', choices=CASES, default=list(CASES)
+        '--levels',
+        nargs='+',
+        default=list(LEVELS),
+        help='levels by name, or varied by json (L3:{"conv": 4})',
+    )
+    parser.add_argument(
+        '--group-size', type=int, default=256, help='elements a range'
     )
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--image-size', type=int, default=224)
     parser.add_argument('--warmup', type=int, default=5, help='steps')
     parser.add_argument('--draws', type=int, default=16)
     parser.add_argument('--device', default='cuda')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    try:
+        for name in args.levels:
+            _parse_level(name)
+        ops.check_format(1, args.group_size)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def _parse_level(name):
+    level = parse_system(name).level
+    if level is None:
+        raise ValueError(
+            f'a level must be one of {", ".join(mmactnn.LEVELS)}, perhaps '
+            f'with :JSON, got {name!r}'
+        )
+    return level
 
 
 def make_batch(args):
@@ -131,12 +156,12 @@ def relative(found, exact, kinds):
     ) ** 0.5
 
 
-def measure(args, case, exact, images, labels):
+def measure(args, name, exact, images, labels):
     """The errors at one level.
 
     Args:
         args (argparse.Namespace): From :func:`parse_args`.
-        case (str): Which of CASES.
+        name (str): The level.
         exact (dict[str, Tensor]): Exact gradients.
         images (Tensor[N, 3, H, W]): Images.
         labels (Tensor[N]): Labels.
@@ -144,11 +169,16 @@ def measure(args, case, exact, images, labels):
     Returns:
         dict: The row of the table.
     """
-    model = make_model(args)
-    mmactnn.convert_model(model, CASES[case], num_samples=args.batch_size)
+    model, level = make_model(args), _parse_level(name)
+    mmactnn.convert_model(
+        model,
+        level,
+        group_size=args.group_size,
+        num_samples=args.batch_size,
+    )
 
     def step():
-        if case == 'L3, use_gradient':
+        if level.use_gradient:
             precision = mmactnn.get_precision(model)
             precision.set_samples(range(args.batch_size))
         return gradients(model, images, labels)
@@ -157,16 +187,16 @@ def measure(args, case, exact, images, labels):
         step()
     kinds = ('conv', 'gamma', 'beta', 'fc')
     draws = [step() for _ in range(args.draws)]
-    mean = {name: sum(d[name] for d in draws) / len(draws) for name in exact}
+    mean = {key: sum(d[key] for d in draws) / len(draws) for key in exact}
 
     def error(*which):
         errors = [relative(draw, exact, which) for draw in draws]
         return round(sum(errors) / len(errors), 4)
 
-    row = dict(level=case, error=error(*kinds))
+    row = dict(level=name, error=error(*kinds))
     row['mean'] = round(relative(mean, exact, kinds), 4)
     row['expected'] = round(row['error'] / len(draws) ** 0.5, 4)
-    row.update({name: error(name) for name in kinds})
+    row.update({key: error(key) for key in kinds})
     with mmactnn.measure_activations(model) as meter:
         F.cross_entropy(model(images), labels).backward()
     row.update(activations_mib=round(meter.saved_mib, 1))
@@ -186,8 +216,8 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = False
     images, labels = make_batch(args)
     exact = gradients(make_model(args), images, labels)
-    for case in args.cases:
-        row = measure(args, case, exact, images, labels)
+    for name in args.levels:
+        row = measure(args, name, exact, images, labels)
         print(json.dumps(row), flush=True)
 
 
