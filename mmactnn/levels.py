@@ -55,7 +55,7 @@ class Level:
         rectified (int): Bits an element of what a fused ReLU makes of a
             normalised value, the sign included: 2 to 8.
         head (int, optional): The same, if it is more, in MMCV's
-            ``ConvModule``, which heads and necks are made of. They are a
+            ``ConvModule``, of which many heads are made. They are a
             small part of what is kept; few blocks lie between them and the
             loss, and over the levels of a pyramid their noise adds up.
             Defaults to ``rectified``.
