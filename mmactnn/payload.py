@@ -1,5 +1,6 @@
 """What a layer keeps of a tensor."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -108,6 +109,10 @@ class Payload:
 def pieces(samples, nbytes, max_bytes):
     """Ranges of the samples of a tensor that are no larger than a limit.
 
+    As few as there can be, and about equal: a rest would cost the calls of a
+    whole piece, and sizes of its own that the caching allocator cannot use
+    again for anything else.
+
     Args:
         samples (int): How many there are.
         nbytes (int): Bytes of all of them.
@@ -120,7 +125,8 @@ def pieces(samples, nbytes, max_bytes):
     if max_bytes is None or nbytes <= max_bytes or samples <= 1:
         yield WHOLE
         return
-    step = max(1, int(samples * max_bytes // nbytes))
+    most = max(1, int(samples * max_bytes // nbytes))
+    step = math.ceil(samples / math.ceil(samples / most))
     for start in range(0, samples, step):
         yield slice(start, min(start + step, samples))
 
