@@ -1,12 +1,17 @@
 """Loads and starts what is in tools/, which is no package."""
 
+import contextlib
 import importlib.util
 import os
+import random
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from types import ModuleType
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,15 +36,23 @@ def load_tool(name: str) -> ModuleType:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens to."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
+    """A port of this machine that nobody listens to.
+
+    Not one of those that the system gives to connections: by the time it is
+    used, another test may have it then.
+    """
+    # Its own source: tests seed the others alike in all workers.
+    ports = random.SystemRandom()
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = ports.randrange(10000, 32768)
+            probe.bind(('127.0.0.1', port))
+            return port
 
 
 def start_tool(
     name: str, *arguments: object, cwd: Path, **environ: object
-) -> subprocess.Popen:
+) -> tuple[subprocess.Popen, TextIO]:
     """Start a script without a GPU.
 
     Args:
@@ -49,7 +62,9 @@ def start_tool(
         **environ (object): Additional variables, such as ``PORT``.
 
     Returns:
-        subprocess.Popen: The process; its output is a pipe of text.
+        tuple[subprocess.Popen, TextIO]: The process, and the file that it
+        prints to: one that has to wait until a pipe is read may have others
+        wait for it.
     """
     program = 'bash' if name.endswith('.sh') else sys.executable
     environ.update(
@@ -63,14 +78,15 @@ def start_tool(
         ),
         PYTHONPATH=os.pathsep.join([str(ROOT / 'tests'), str(ROOT)]),
     )
-    return subprocess.Popen(
+    output = tempfile.TemporaryFile('w+')
+    process = subprocess.Popen(
         [program, str(ROOT / 'tools' / name), *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, **{k: str(v) for k, v in environ.items()}},
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
-        text=True,
     )
+    return process, output
 
 
 def run_tool(
@@ -102,11 +118,21 @@ def run_tool(
         )
         for rank in range(nodes)
     ]
-    try:
-        logs = [node.communicate(timeout=TIMEOUT)[0] for node in started]
-    finally:
-        for node in started:
-            node.kill()
-    for node, log in zip(started, logs):
-        assert (node.returncode != 0) == fails, log
+    # If one of them fails, the others wait for it in vain.
+    end = time.monotonic() + TIMEOUT
+    while time.monotonic() < end:
+        codes = [node.poll() for node, _ in started]
+        if None not in codes or any(codes):
+            break
+        time.sleep(0.1)
+    logs = []
+    for node, output in started:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            node.wait(5)
+        node.kill()
+        output.seek(0)
+        logs.append(output.read())
+        output.close()
+    for node, _ in started:
+        assert (node.wait() != 0) == fails, '\n'.join(logs)
     return ''.join(logs)
