@@ -157,6 +157,30 @@ def test_layers_that_somebody_looks_at(watch):
     assert torch.allclose(y, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ('name', 'layer', 'other'),
+    [
+        ('mmdet bottleneck', 'bn1', nn.BatchNorm2d(4)),
+        ('mmdet bottleneck', 'bn3', nn.BatchNorm2d(16)),
+        ('mmdet bottleneck', 'relu', nn.LeakyReLU(0.5)),
+        ('ConvModule', 'bn', nn.BatchNorm2d(16)),
+        ('ConvModule', 'activate', nn.LeakyReLU(0.5)),
+        ('ConvModule without norm', 'activate', nn.LeakyReLU(0.5)),
+    ],
+)
+def test_layers_that_somebody_has_replaced(name, layer, other):
+    block = make_block(name)
+    exact = copy.deepcopy(block)
+    setattr(exact, layer, copy.deepcopy(other))
+    convert_model(block, 'L3')
+    setattr(block, layer, copy.deepcopy(other))
+    x = make_input().requires_grad_()
+    y = block(x)
+    assert torch.allclose(y, exact(x), atol=1e-5)
+    assert '_ChainBackward' not in nodes(y)
+    y.sum().backward()
+
+
 def test_padding_that_is_no_number():
     block = make_block('ConvModule without norm')
     block.conv.padding = 'same'

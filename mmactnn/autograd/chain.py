@@ -10,7 +10,6 @@ from torch.autograd import Function
 
 from .. import ops
 from ..payload import share
-from .autocast import lower_dtype
 from .conv import convolution_gradients, convolve
 from .double_backward import first_order_only
 from .norm_act import NormActRecord, norm_act_gradients, normalise
@@ -150,7 +149,7 @@ class _Chain(Function):
         )
 
 
-def chain(input, residual, links):
+def chain(input, residual, dtype, links):
     """Convolutions, normalisations and ReLUs, one behind another.
 
     The output and all gradients are those of :func:`convolution`,
@@ -164,6 +163,8 @@ def chain(input, residual, links):
         residual (Tensor[N, O, *], optional): Added after the last
             normalisation, of the dtype and shape of the output; with ReLU
             only.
+        dtype (torch.dtype, optional): That of autocast, see
+            :func:`mmactnn.autograd.autocast.lower_dtype`.
         links (Sequence[Link]): The layers.
 
     Returns:
@@ -173,7 +174,7 @@ def chain(input, residual, links):
     output = _Chain.apply(
         input,
         residual,
-        lower_dtype(input),
+        dtype,
         links,
         made,
         *[tensor for link in links for tensor in link.parameters],

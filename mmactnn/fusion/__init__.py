@@ -8,8 +8,9 @@ what they are. Anything that is not known runs layer by layer.
 
 from ..layers import QReLU
 from ..wrapping import named_modules
-from .blocks import NORMS, FusedPairs
+from .blocks import FusedPairs
 from .known import MAKERS
+from .members import NORMS
 
 __all__ = ['FusedPairs', 'find_fusions', 'is_fused', 'remove_fusions']
 

@@ -5,18 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..layers import (
-    QBatchNorm,
-    QBatchNorm1d,
-    QBatchNorm2d,
-    QBatchNorm3d,
-    QSyncBatchNorm,
-)
 from ..layers.norm import Fusing
 from .chain import Layers, run_chain
+from .members import may_be_passed_over, may_join
 from .watched import is_only_reader, is_watched
-
-NORMS = (QBatchNorm, QBatchNorm1d, QBatchNorm2d, QBatchNorm3d, QSyncBatchNorm)
 
 
 class Pair(NamedTuple):
@@ -119,7 +111,7 @@ class FusedPairs:
         norms = []
         for pair in self.pairs:
             norm, relu = modules[pair.norm], modules[pair.relu]
-            if _may_join(norm) and not is_watched(relu):
+            if may_join(norm) and may_be_passed_over(relu):
                 _join(norm, True, modules.get(pair.conv))
                 norms.append(norm)
         return norms
@@ -206,7 +198,9 @@ class FusedResidual(FusedPairs):
         modules = self.module._modules
         relu = modules['relu']
         last_conv, last_norm = modules[self.last_conv], modules[self.last_norm]
-        if not (self.is_active and _may_join(last_norm)) or is_watched(relu):
+        if not (
+            self.is_active and may_join(last_norm) and may_be_passed_over(relu)
+        ):
             return super().__call__(x)
         # First, though the block's own forward pass has it last: the backward
         # pass then comes to it when the other branch's gradients are gone.
@@ -254,7 +248,7 @@ class FusedResidual(FusedPairs):
     def _fuse_shortcut(self):
         norms = []
         for conv, norm in self._shortcut():
-            if _may_join(norm):
+            if may_join(norm):
                 _join(norm, False, conv)
                 norms.append(norm)
         return norms
@@ -270,14 +264,6 @@ class FusedResidual(FusedPairs):
             for conv, norm in zip([None, *layers], layers)
             if isinstance(norm, nn.modules.batchnorm._BatchNorm)
         ]
-
-
-def _may_join(norm):
-    """Whether a normalisation can take part now.
-
-    A block that has been wrapped stays what it is when the model is reverted.
-    """
-    return isinstance(norm, NORMS) and not is_watched(norm)
 
 
 def _join(norm, relu, conv):

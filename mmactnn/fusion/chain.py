@@ -9,6 +9,7 @@ from ..autograd.autocast import lower_dtype
 from ..layers import QConv1d, QConv2d, QConv3d
 from ..ops.quantize import VALID_DTYPES
 from ..units import MIB
+from .members import may_be_passed_over, may_join
 from .watched import are_all_watched, is_watched
 
 _CONVS = (QConv1d, QConv2d, QConv3d)
@@ -63,11 +64,13 @@ def run_chain(layers, input, residual=None):
             return None
         needed = needed or _needs_gradient(conv)
         size = _output_size(conv, size)
+        if not needed or not (relu is None or may_be_passed_over(relu)):
+            return None
         if norm is None:
             fits = relu.training and not relu.quantizer.exact
         else:
             fits = _takes_norm(norm, size)
-        if not (needed and fits) or (relu is not None and is_watched(relu)):
+        if not fits:
             return None
     if residual is not None and (
         residual.shape != size
@@ -75,7 +78,8 @@ def run_chain(layers, input, residual=None):
         or residual.device != input.device
     ):
         return None
-    return chain(input, residual, [_link(*group) for group in layers])
+    links = [_link(*group) for group in layers]
+    return chain(input, residual, lowered, links)
 
 
 def _takes_conv(conv, size):
@@ -94,8 +98,8 @@ def _takes_conv(conv, size):
 def _takes_norm(norm, size):
     """Whether a normalisation of some input can be fused."""
     return (
-        norm.quantizer.fused_bits is not None
-        and not is_watched(norm)
+        may_join(norm)
+        and norm.quantizer.fused_bits is not None
         and norm.takes_size(size)
     )
 
