@@ -46,15 +46,13 @@ STABLE_TORCH_LIBRARY(mmactnn, m) {
       "Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, bool of_batch, float momentum, "
       "float eps, bool relu, int bits, int act_bits, int group_size, int seed, "
-      "int offset, Tensor? count=None) -> "
-      "(Tensor output, Tensor invstd, Tensor[] codes)");
+      "int offset, Tensor? count=None) -> Tensor[]");
   m.def(
       "batch_norm_act_(Tensor(a!) input, Tensor? residual, Tensor? weight, "
       "Tensor? bias, Tensor(b!)? running_mean, Tensor(c!)? running_var, "
       "Tensor(d!)? num_batches_tracked, bool of_batch, float momentum, "
       "float eps, bool relu, int bits, int act_bits, int group_size, int seed, "
-      "int offset, Tensor? count=None) -> "
-      "(Tensor invstd, Tensor[] codes)");
+      "int offset, Tensor? count=None) -> Tensor[]");
   m.def(
       "norm_grad_sums(Tensor grad_output, Tensor codes, Tensor ranges, "
       "int bits, int group_size, bool relu) -> Tensor sums");
@@ -70,7 +68,7 @@ STABLE_TORCH_LIBRARY(mmactnn, m) {
       "batch_norm_act_backward(Tensor grad_output, Tensor codes, "
       "Tensor ranges, Tensor? act_codes, Tensor? weight, Tensor invstd, "
       "bool relu, bool of_batch, bool needs_input, int bits, int act_bits, "
-      "int group_size) -> (Tensor sums, Tensor[] grads)");
+      "int group_size) -> Tensor[]");
   m.def(
       "dequantize_split(Tensor codes, Tensor ranges, Tensor? weight, "
       "Tensor? bias, int[] size, int[] stride, ScalarType dtype, int bits, "
@@ -92,4 +90,13 @@ STABLE_TORCH_LIBRARY(mmactnn, m) {
       "max_pool2d_backward(Tensor grad_output, Tensor indices, "
       "int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
       "int[] input_size, bool channels_last) -> Tensor");
+  m.def(
+      "conv_chain(Tensor input, Tensor? residual, Tensor?[] parameters, "
+      "Tensor(a!)?[] buffers, int[] plan, float[] settings, int seed, "
+      "int offset) -> (Tensor output, Tensor[] kept, int[] layouts)");
+  m.def(
+      "conv_chain_backward(Tensor grad_output, Tensor?[] input_codes, "
+      "int[] input_format, Tensor?[] parameters, Tensor[] kept, "
+      "int[] layouts, int[] plan, int[] needs, bool needs_input, "
+      "bool has_residual, bool observed, ScalarType dtype) -> Tensor?[]");
 }

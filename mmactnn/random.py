@@ -91,11 +91,14 @@ class RoundingGenerator:
         self._follow()
         self._offset = offset
 
-    def next(self, device):
+    def next(self, device, tensors=1):
         """The numbers for one more tensor.
 
         Args:
             device (torch.device): Where the tensor is.
+            tensors (int, optional): How many of them follow one another: the
+                i-th takes ``offset + i``. Not while a graph is captured.
+                Defaults to one.
 
         Returns:
             Draw: Seed, offset and count.
@@ -106,7 +109,7 @@ class RoundingGenerator:
         """
         self._follow()
         offset = self._offset
-        self._offset = (offset + 1) & _MASK64
+        self._offset = (offset + tensors) & _MASK64
         if device.type == 'cuda':
             counter = self._counters.get(device)
             if torch.cuda.is_current_stream_capturing():

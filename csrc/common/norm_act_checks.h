@@ -118,9 +118,11 @@ struct NormActCodes {
   std::optional<Tensor> act_codes;
   std::optional<Tensor> act_ranges;
 
-  std::vector<Tensor> existing() const {
-    if (!act_codes) return {codes, ranges};
-    return {codes, ranges, *act_codes, *act_ranges};
+  // Those that exist, after other tensors.
+  std::vector<Tensor> after(std::vector<Tensor> tensors) const {
+    tensors.insert(tensors.end(), {codes, ranges});
+    if (act_codes) tensors.insert(tensors.end(), {*act_codes, *act_ranges});
+    return tensors;
   }
 };
 

@@ -255,7 +255,7 @@ Statistics statistics(const Tensor& input, const BatchNorm& norm) {
   return {channels, copies ? *stats.mean : *running, stats.invstd};
 }
 
-std::tuple<Tensor, Tensor, std::vector<Tensor>> batch_norm_act(
+std::vector<Tensor> batch_norm_act(
     Tensor input, std::optional<Tensor> residual, std::optional<Tensor> weight,
     std::optional<Tensor> bias, std::optional<Tensor> running_mean,
     std::optional<Tensor> running_var,
@@ -271,10 +271,10 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> batch_norm_act(
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
            group_size, checked_stream(seed, offset, count, input)},
           channels, output, false);
-  return {output, invstd, codes.existing()};
+  return codes.after({output, invstd});
 }
 
-std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_(
+std::vector<Tensor> batch_norm_act_(
     Tensor input, std::optional<Tensor> residual, std::optional<Tensor> weight,
     std::optional<Tensor> bias, std::optional<Tensor> running_mean,
     std::optional<Tensor> running_var,
@@ -289,7 +289,7 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_(
       run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
            group_size, checked_stream(seed, offset, count, input)},
           channels, input, true);
-  return {invstd, codes.existing()};
+  return codes.after({invstd});
 }
 
 }  // namespace

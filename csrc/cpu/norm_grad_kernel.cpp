@@ -210,7 +210,7 @@ Tensor coefficients(const Tensor& sums, const std::optional<Tensor>& weight,
   return result;
 }
 
-std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
+std::vector<Tensor> batch_norm_act_backward(
     Tensor grad_output, Tensor codes, Tensor ranges,
     std::optional<Tensor> act_codes, std::optional<Tensor> weight,
     Tensor invstd, bool relu, bool of_batch, bool needs_input, int64_t bits,
@@ -223,7 +223,6 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
   if (weight) {
     check_per_channel("weight", *weight, plain.channels, grad_output);
   }
-  std::vector<Tensor> grads;
   Tensor grad = grad_output;
   const auto sum = [&] {
     if (act_codes) {
@@ -236,11 +235,12 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
                  : grad_sums<NormCodes::kPlain>(grad_output, plain, nullptr);
   };
   const Tensor sums = sum();
+  std::vector<Tensor> results{sums};
   if (needs_input) {
-    grads.push_back(empty_dense_like(grad_output));
+    results.push_back(empty_dense_like(grad_output));
   }
   if (needs_input && grad_output.numel() != 0) {
-    Tensor& output = grads.back();
+    Tensor& output = results.back();
     const Tensor factors =
         coefficients(sums, weight, invstd, of_batch,
                      static_cast<float>(plain.channels.channel_numel()));
@@ -253,8 +253,8 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
                                     output);
     }
   }
-  if (act_codes) grads.push_back(grad);
-  return {sums, grads};
+  if (act_codes) results.push_back(grad);
+  return results;
 }
 
 }  // namespace

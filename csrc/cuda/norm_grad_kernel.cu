@@ -519,7 +519,7 @@ Tensor norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges,
   return output;
 }
 
-std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
+std::vector<Tensor> batch_norm_act_backward(
     Tensor grad_output, Tensor codes, Tensor ranges,
     std::optional<Tensor> act_codes, std::optional<Tensor> weight,
     Tensor invstd, bool relu, bool of_batch, bool needs_input, int64_t bits,
@@ -545,7 +545,6 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
     outputs.count = static_cast<float>(plain.channels.channel_numel());
     outputs.of_batch = of_batch;
   }
-  std::vector<Tensor> grads;
   Tensor grad = grad_output;
   const auto sum = [&] {
     if (act_codes) {
@@ -561,11 +560,12 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
                                                 outputs);
   };
   const Tensor sums = sum();
+  std::vector<Tensor> results{sums};
   if (needs_input) {
-    grads.push_back(empty_dense_like(grad_output));
+    results.push_back(empty_dense_like(grad_output));
   }
   if (any) {
-    Tensor& output = grads.back();
+    Tensor& output = results.back();
     const NormVectors vectors{outputs.factors, outputs.factors + channels,
                               channels};
     if (masks) {
@@ -574,8 +574,8 @@ std::tuple<Tensor, std::vector<Tensor>> batch_norm_act_backward(
       grad_input<NormCodes::kPlain>(grad, plain, vectors, output);
     }
   }
-  if (act_codes) grads.push_back(grad);
-  return {sums, grads};
+  if (act_codes) results.push_back(grad);
+  return results;
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 """Autograd functions that keep payloads instead of tensors."""
 
 from .batch_norm import batch_norm
-from .chain import Link, chain
+from .chain import Chain, chain
 from .conv import convolution
 from .dropout import dropout
 from .gate import gate
@@ -13,7 +13,7 @@ from .relu import relu
 from .silu import silu
 
 __all__ = [
-    'Link',
+    'Chain',
     'adaptive_avg_pool2d',
     'avg_pool2d',
     'batch_norm',

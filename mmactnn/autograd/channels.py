@@ -2,6 +2,9 @@
 
 import torch
 
+# By the number of dimensions.
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 def channel_shape(tensor):
     """Shape that lets a vector of channels broadcast.
@@ -38,13 +41,10 @@ def memory_format(tensor):
         gaps, unless all of its memory is channels_last and not contiguous
         as well.
     """
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(tensor.dim())
-    if (
-        last is None
-        or tensor.is_contiguous()
-        or not tensor.is_contiguous(memory_format=last)
-    ):
+    if tensor.is_contiguous():
+        return torch.contiguous_format
+    last = _CHANNELS_LAST.get(tensor.dim())
+    if last is None or not tensor.is_contiguous(memory_format=last):
         return torch.contiguous_format
     return last
 

@@ -66,7 +66,9 @@ def convolve(
         tuple[Tensor[N, O, *], ConvRecord, tuple[Tensor]]: The output, and
         what :func:`convolution_gradients` wants.
     """
-    x, w, b = cast(dtype, input, weight, bias)
+    x, w, b = input, weight, bias
+    if dtype is not None:
+        x, w, b = cast(dtype, input, weight, bias)
     output = torch.convolution(x, w, b, *geometry)
     format, kept, watch = quantizer.keep_shared(
         input, x, needs_weight, payload
@@ -74,7 +76,7 @@ def convolve(
     record = ConvRecord(
         geometry,
         dtype,
-        input.shape,
+        x.shape,
         input.dtype,
         x.nbytes,
         memory_format(x),
@@ -104,29 +106,26 @@ def convolution_gradients(record, weight, kept, grad_output, needs):
         tuple[Tensor | None]: These gradients.
     """
     w = weight if record.dtype is None else weight.to(record.dtype)
-    if record.memory_format != torch.contiguous_format:
-        # Without the input itself at hand the weight's layout alone
-        # tells cuDNN and oneDNN which one to work in.
-        w = as_memory_format(w, record.memory_format)
     needs_input, needs_weight, needs_bias = needs
     grad_input = grad_weight = grad_bias = None
     if needs_weight:
-        # Before the input's gradient exists, if they are large: the two
-        # are the largest tensors here and need not live together.
         payload = record.format.payload(*kept)
-        together = needs_input and record.nbytes <= min(
-            _SMALL_BYTES, record.chunk_bytes or _SMALL_BYTES
-        )
-        for part, x in payload.chunks(record.chunk_bytes):
-            grad = grad_output if part == WHOLE else grad_output[part]
-            grad_input, weight_part, bias_part = _gradients(
-                record, grad, x, w, (together, True, needs_bias)
+        limit = record.chunk_bytes
+        if limit is None or record.nbytes <= limit:
+            # Both at once only if they are small: they are the largest
+            # tensors here, and need not live together.
+            wanted = needs_input and record.nbytes <= _SMALL_BYTES
+            grad_input, grad_weight, grad_bias = _gradients(
+                record,
+                grad_output,
+                payload.unpack(),
+                w,
+                (wanted, True, needs_bias),
             )
-            # Sums of parts in the dtype of the parameter.
-            grad_weight = _add(grad_weight, weight_part, weight.dtype)
-            if needs_bias:
-                grad_bias = _add(grad_bias, bias_part, record.bias_dtype)
-        del x
+        else:
+            grad_weight, grad_bias = _sums_of_pieces(
+                record, weight, w, payload, grad_output, needs_bias
+            )
         if record.watch is not None:
             fan = _fan(record.size, grad_output.shape, weight, record.geometry)
             record.watch.linear(payload, grad_output, grad_weight, fan)
@@ -139,6 +138,21 @@ def convolution_gradients(record, weight, kept, grad_output, needs):
     if grad_input is not None and grad_input.dtype != record.input_dtype:
         grad_input = grad_input.to(record.input_dtype)
     return grad_input, grad_weight, grad_bias
+
+
+def _sums_of_pieces(record, weight, w, payload, grad_output, needs_bias):
+    """The gradients of weight and bias, decoding piece by piece."""
+    grad_weight = grad_bias = None
+    for part, x in payload.chunks(record.chunk_bytes):
+        grad = grad_output if part == WHOLE else grad_output[part]
+        _, weight_part, bias_part = _gradients(
+            record, grad, x, w, (False, True, needs_bias)
+        )
+        # Sums of parts in the dtype of the parameter.
+        grad_weight = _add(grad_weight, weight_part, weight.dtype)
+        if needs_bias:
+            grad_bias = _add(grad_bias, bias_part, record.bias_dtype)
+    return grad_weight, grad_bias
 
 
 class _Convolution(Function):
@@ -178,6 +192,10 @@ def _gradients(record, grad_output, x, w, wanted):
 
 def _input_gradient(record, grad_output, w):
     """The gradient of the input alone, piece by piece if it is large."""
+    if record.memory_format != torch.contiguous_format:
+        # Without the input itself at hand the weight's layout alone
+        # tells cuDNN and oneDNN which one to work in.
+        w = as_memory_format(w, record.memory_format)
     parts = list(pieces(record.size[0], record.nbytes, record.chunk_bytes))
     if len(parts) == 1:
         return _whole_input_gradient(record, grad_output, w)

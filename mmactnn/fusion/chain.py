@@ -1,12 +1,15 @@
 """Layers of a block that run as one node of the graph where they can."""
 
+import math
 from typing import NamedTuple
 
 from torch import nn
 
-from ..autograd import Link, chain
+from ..autograd import Chain, chain
 from ..autograd.autocast import lower_dtype
+from ..capture import is_capturing
 from ..layers import QConv1d, QConv2d, QConv3d
+from ..ops import Follows, plan_link
 from ..ops.quantize import VALID_DTYPES
 from ..units import MIB
 from .members import may_be_passed_over, may_join
@@ -14,9 +17,10 @@ from .watched import are_all_watched, is_watched
 
 _CONVS = (QConv1d, QConv2d, QConv3d)
 
-# Up to this size of the input. A chain saves time on the host, which GPUs
+# Up to this size of an input. A chain saves time on the host, which GPUs
 # wait for at tensors smaller than this, and costs memory: the gradient of its
-# output lives until the backward pass is through.
+# output lives until the backward pass is through, and a convolution's two
+# gradients are computed in one call.
 _MAX_BYTES = 128 * MIB
 
 
@@ -50,27 +54,23 @@ def run_chain(layers, input, residual=None):
     """
     lowered = lower_dtype(input)
     dtype = lowered or input.dtype
-    if (
-        not 0 < input.nbytes <= _MAX_BYTES
-        or dtype not in VALID_DTYPES
-        or are_all_watched()
-    ):
+    if dtype not in VALID_DTYPES or are_all_watched() or is_capturing():
         return None
-    size, needed = input.shape, input.requires_grad
+    size = input.shape
+    quantizer = layers[0].conv.quantizer
     for conv, norm, relu in layers:
-        if not _takes_conv(conv, size):
+        if not _takes_conv(conv, size, lowered, dtype):
             return None
-        if lowered is None and conv._parameters['weight'].dtype != dtype:
-            return None
-        needed = needed or _needs_gradient(conv)
         size = _output_size(conv, size)
-        if not needed or not (relu is None or may_be_passed_over(relu)):
+        if conv.quantizer.generator is not quantizer.generator:
             return None
-        if norm is None:
-            fits = relu.training and not relu.quantizer.exact
-        else:
-            fits = _takes_norm(norm, size)
-        if not fits:
+        if relu is not None and not may_be_passed_over(relu):
+            return None
+        if not (
+            _takes_relu(relu, size)
+            if norm is None
+            else _takes_norm(norm, size)
+        ):
             return None
     if residual is not None and (
         residual.shape != size
@@ -78,36 +78,45 @@ def run_chain(layers, input, residual=None):
         or residual.device != input.device
     ):
         return None
-    links = [_link(*group) for group in layers]
-    return chain(input, residual, lowered, links)
+    return chain(input, residual, lowered, _plan(layers, residual))
 
 
-def _takes_conv(conv, size):
-    """Whether all that a convolution does to an input is to convolve it."""
+def _takes_conv(conv, size, lowered, dtype):
+    """Whether a convolution of some input is one that a chain computes."""
+    if type(conv) not in _CONVS or is_watched(conv) or not conv.training:
+        return False
+    quantizer = conv.quantizer
+    if quantizer.exact or quantizer.meter is not None:
+        return False
+    weight = conv._parameters['weight']
+    nbytes = math.prod(size) * dtype.itemsize
+    limit = quantizer.chunk_bytes
     return (
-        type(conv) in _CONVS
-        and conv.training
-        and not conv.quantizer.exact
+        weight is not None
+        and weight.requires_grad
+        and (lowered is not None or weight.dtype == dtype)
+        and 0 < nbytes <= _MAX_BYTES
+        and (limit is None or nbytes <= limit)
         and conv.padding_mode == 'zeros'
         and not isinstance(conv.padding, str)
         and len(size) == len(conv.kernel_size) + 2
-        and not is_watched(conv)
+        and size[1] == conv.in_channels
     )
 
 
 def _takes_norm(norm, size):
-    """Whether a normalisation of some input can be fused."""
+    """Whether a normalisation of some input can be fused here."""
     return (
         may_join(norm)
         and norm.quantizer.fused_bits is not None
         and norm.takes_size(size)
+        and norm.stats_group() is None
     )
 
 
-def _needs_gradient(layer):
-    return any(
-        p is not None and p.requires_grad for p in layer._parameters.values()
-    )
+def _takes_relu(relu, size):
+    """Whether a ReLU of some convolution's output keeps codes of it."""
+    return relu.keeps_codes and relu.training and 0 not in size
 
 
 def _output_size(conv, size):
@@ -118,35 +127,56 @@ def _output_size(conv, size):
     return (
         size[0],
         conv.out_channels,
-        *(
+        *[
             (length + 2 * pad - step * (kernel - 1) - 1) // stride + 1
             for length, kernel, stride, pad, step in places
-        ),
+        ],
     )
 
 
-def _link(conv, norm, relu):
-    parameters = conv._parameters
-    of_conv = parameters['weight'], parameters['bias']
-    if norm is None:
-        return Link(
-            (*of_conv, None, None),
-            conv.geometry,
-            conv.quantizer,
-            None,
-            None,
-            None,
-            True,
-            relu.quantizer,
+def _plan(layers, residual):
+    """The layers as the ops take them; counts the batch where norms do."""
+    parameters, buffers, plan, settings = [], [], [], []
+    output = None
+    for conv, norm, relu in layers:
+        of_conv = conv._parameters
+        parameters += of_conv['weight'], of_conv['bias']
+        if norm is None:
+            quantizer = relu.quantizer
+            bits, group_size = quantizer.fused_bits.zeroed, quantizer.group_size
+            parameters += None, None
+            buffers += None, None, None
+            settings += 0.0, 0.0
+            follows, of_batch, act_bits = Follows.RELU, False, 0
+            output = 'zeroed', bits, group_size
+        else:
+            of_norm, quantizer = norm._parameters, norm.quantizer
+            parameters += of_norm['weight'], of_norm['bias']
+            *stats, of_batch, momentum, eps = norm.next_settings()
+            buffers += stats
+            settings += momentum, eps
+            fused, group_size = quantizer.fused_bits, quantizer.group_size
+            adds = residual is not None and norm is layers[-1].norm
+            act_bits = fused.zeroed if adds else 0
+            if relu is None:
+                follows, bits = Follows.NORM, fused.plain
+            elif adds:
+                follows, bits = Follows.NORM_RELU, fused.plain
+                output = 'zeroed', act_bits, group_size
+            else:
+                follows, bits = Follows.NORM_RELU, fused.split
+                output = 'split', bits, group_size
+        plan += plan_link(
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            follows,
+            of_batch,
+            (bits, act_bits, group_size),
         )
-    parameters = norm._parameters
-    return Link(
-        (*of_conv, parameters['weight'], parameters['bias']),
-        conv.geometry,
-        conv.quantizer,
-        norm.quantizer,
-        norm.next_settings(),
-        norm.stats_group(),
-        relu is not None,
-        None,
+    if layers[-1].relu is None:
+        output = None
+    return Chain(
+        parameters, buffers, plan, settings, layers[0].conv.quantizer, output
     )

@@ -38,6 +38,11 @@ class QReLU(_Rectifier, nn.ReLU):
         >>> QReLU()(torch.randn(2, requires_grad=True)).sum().backward()
     """
 
+    @property
+    def keeps_codes(self):
+        """bool: Whether it keeps codes of its output in place of a mask."""
+        return self.quantizer.fused_bits is not None
+
     def forward(self, input):
         """See ``nn.ReLU``."""
         if self.compresses(input):

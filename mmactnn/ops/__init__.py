@@ -8,6 +8,13 @@ from .batch_norm_act import (
     batch_norm_act_backward,
 )
 from .channel_stats import channel_stats
+from .conv_chain import (
+    PARAMETERS,
+    Follows,
+    conv_chain,
+    conv_chain_backward,
+    plan_link,
+)
 from .dropout import dropout, dropout_
 from .norm_act import norm_act
 from .norm_grad import norm_add_grad_sums, norm_grad_input, norm_grad_sums
@@ -26,9 +33,11 @@ from .rows import dequantize_rows, quantize_rows, row_spread, split_bits
 
 __all__ = [
     'DEFAULT_GROUP_SIZE',
+    'Follows',
     'GROUP_SIZES',
     'MAX_TAPS',
     'NormSettings',
+    'PARAMETERS',
     'VALID_BITS',
     'as_pair',
     'batch_norm_act',
@@ -36,6 +45,8 @@ __all__ = [
     'batch_norm_act_backward',
     'channel_stats',
     'check_format',
+    'conv_chain',
+    'conv_chain_backward',
     'dequantize',
     'dequantize_rows',
     'dequantize_split',
@@ -49,6 +60,7 @@ __all__ = [
     'norm_add_grad_sums',
     'norm_grad_input',
     'norm_grad_sums',
+    'plan_link',
     'quantize',
     'quantize_rows',
     'relu_mask',

@@ -182,7 +182,7 @@ def _batch_norm_act(
     output, *codes = _norm_act(
         input, residual, invstd, invstd, weight, bias, *format
     )
-    return output, invstd, codes[: 2 if residual is None else 4]
+    return [output, invstd, *codes[: 2 if residual is None else 4]]
 
 
 def _batch_norm_act_(*args):
@@ -205,7 +205,7 @@ def _batch_norm_act_backward(
 ):
     sums = _norm_grad_sums(grad_output, codes, ranges, bits, group_size, relu)
     count = needs_input + (act_codes is not None)
-    return sums, [torch.empty_like(grad_output) for _ in range(count)]
+    return [sums, *(torch.empty_like(grad_output) for _ in range(count))]
 
 
 def _dequantize_split(

@@ -82,7 +82,7 @@ def batch_norm_act(
     input = dense_channels(input)
     if residual is not None:
         residual = with_strides(residual, input.stride())
-    return torch.ops.mmactnn.batch_norm_act.default(
+    output, invstd, *codes = torch.ops.mmactnn.batch_norm_act.default(
         input,
         residual,
         weight,
@@ -96,6 +96,7 @@ def batch_norm_act(
         as_int64(offset),
         count,
     )
+    return output, invstd, codes
 
 
 def batch_norm_act_(
@@ -141,7 +142,7 @@ def batch_norm_act_(
     require_kernels(input.device)
     if residual is not None:
         residual = with_strides(residual, input.stride())
-    return torch.ops.mmactnn.batch_norm_act_.default(
+    invstd, *codes = torch.ops.mmactnn.batch_norm_act_.default(
         input,
         residual,
         weight,
@@ -155,6 +156,7 @@ def batch_norm_act_(
         as_int64(offset),
         count,
     )
+    return invstd, codes
 
 
 def batch_norm_act_backward(
@@ -201,7 +203,7 @@ def batch_norm_act_backward(
             valid.
     """
     require_kernels(grad_output.device)
-    return torch.ops.mmactnn.batch_norm_act_backward.default(
+    sums, *grads = torch.ops.mmactnn.batch_norm_act_backward.default(
         grad_output,
         codes,
         ranges,
@@ -215,3 +217,4 @@ def batch_norm_act_backward(
         act_bits,
         group_size,
     )
+    return sums, grads

@@ -1,0 +1,50 @@
+// Calls of ops through the dispatcher.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/version.h>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <tuple>
+#include <utility>
+
+// Of torch >= 2.13; null before.
+extern "C" __attribute__((weak)) const char*
+torch_exception_get_what_without_backtrace();
+
+namespace mmactnn {
+
+// What torch says of the call that failed last.
+inline const char* last_error() {
+  if (torch_exception_get_what_without_backtrace == nullptr) {
+    return "torch has written the reason to the log";
+  }
+  return torch_exception_get_what_without_backtrace();
+}
+
+template <typename... Results, size_t... I>
+std::tuple<Results...> unpack_stack(const StableIValue* stack,
+                                    std::index_sequence<I...>) {
+  return {torch::stable::detail::to<Results>(stack[I])...};
+}
+
+// What an op without overloads returns. The arguments are of the types of its
+// schema, in its order, and all of them: defaults are not filled in.
+template <typename... Results, typename... Arguments>
+std::tuple<Results...> call(const char* op, const Arguments&... arguments) {
+  constexpr size_t kSlots =
+      std::max(sizeof...(Arguments), sizeof...(Results));
+  std::array<StableIValue, kSlots> stack{
+      torch::stable::detail::from(arguments)...};
+  STD_TORCH_CHECK(torch_call_dispatcher(op, "", stack.data(),
+                                        TORCH_ABI_VERSION) == TORCH_SUCCESS,
+                  op, " failed: ", last_error());
+  return unpack_stack<Results...>(stack.data(),
+                                  std::index_sequence_for<Results...>{});
+}
+
+}  // namespace mmactnn
