@@ -22,6 +22,7 @@ from .quantize import (
 )
 from .rectified import dequantize_split, dequantize_zeroed
 from .relu import relu_mask, relu_mask_, relu_mask_backward
+from .relu_codes import relu_codes, relu_codes_, relu_codes_backward
 from .rows import dequantize_rows, quantize_rows, row_spread, split_bits
 
 __all__ = [
@@ -51,6 +52,9 @@ __all__ = [
     'norm_grad_sums',
     'quantize',
     'quantize_rows',
+    'relu_codes',
+    'relu_codes_',
+    'relu_codes_backward',
     'relu_mask',
     'relu_mask_',
     'relu_mask_backward',
