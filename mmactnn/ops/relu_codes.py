@@ -6,7 +6,6 @@ from .layout import dense_rows
 from .quantize import (
     DEFAULT_GROUP_SIZE,
     as_int64,
-    check_input,
     check_rows,
 )
 from .rectified import check_rectified_bits, check_rectified_format
