@@ -32,6 +32,16 @@ STABLE_TORCH_LIBRARY(mmactnn, m) {
       "relu_mask_backward(Tensor grad_output, Tensor mask, "
       "float? slope=None) -> Tensor");
   m.def(
+      "relu_codes(Tensor input, int bits, int group_size, int seed, "
+      "int offset, Tensor? count=None) -> "
+      "(Tensor output, Tensor codes, Tensor ranges)");
+  m.def(
+      "relu_codes_(Tensor(a!) input, int bits, int group_size, int seed, "
+      "int offset, Tensor? count=None) -> (Tensor codes, Tensor ranges)");
+  m.def(
+      "relu_codes_backward(Tensor grad_output, Tensor codes, int bits) -> "
+      "Tensor");
+  m.def(
       "channel_stats(Tensor input, float eps, float momentum, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var) -> "
       "(Tensor mean, Tensor var, Tensor invstd)");

@@ -17,17 +17,10 @@
 #include "geometry.h"
 #include "norm_act.h"
 #include "philox.h"
-#include "rectified_codec.h"
+#include "rectified_checks.h"
 #include "tensor_checks.h"
 
 namespace mmactnn {
-
-inline void check_rectified_bits(const char* name, int64_t bits) {
-  STD_TORCH_CHECK(bits >= kMinRectifiedBits && bits <= kMaxBits, name,
-                  " must be an integer from 2 to 8 where there is a rectifier, "
-                  "got ",
-                  bits);
-}
 
 // The arguments of norm_act().
 struct NormActArguments {

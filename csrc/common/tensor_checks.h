@@ -108,21 +108,23 @@ inline Geometry make_geometry(int64_t rows, int64_t numel, int64_t group_size) {
   return {rows, rows == 0 ? 0 : numel / rows, group_size};
 }
 
-// The geometry of a tensor that is read row by row.
+// A tensor that is read row by row.
+inline void check_rows(const char* name, const Tensor& tensor) {
+  check_dtype(name, tensor);
+  check_dense(name, tensor);
+  STD_TORCH_CHECK(tensor.dim() >= 1, name,
+                  " must have at least one dimension, got 0");
+  const int64_t rows = tensor.size(0);
+  if (tensor.numel() == 0 || rows == 1) return;
+  const int64_t row_numel = tensor.numel() / rows;
+  STD_TORCH_CHECK(tensor.stride(0) == row_numel, name,
+                  "'s dimension 0 must be the outermost in memory, got stride ",
+                  tensor.stride(0), " where ", row_numel, " was expected");
+}
+
 inline Geometry input_geometry(const Tensor& input, int64_t group_size) {
-  check_dtype("input", input);
-  check_dense("input", input);
-  STD_TORCH_CHECK(input.dim() >= 1,
-                  "input must have at least one dimension, got 0");
-  const Geometry geometry =
-      make_geometry(input.size(0), input.numel(), group_size);
-  STD_TORCH_CHECK(input.numel() == 0 || geometry.rows == 1 ||
-                      input.stride(0) == geometry.row_numel,
-                  "input's dimension 0 must be the outermost in memory, got "
-                  "stride ",
-                  input.stride(0), " where ", geometry.row_numel,
-                  " was expected");
-  return geometry;
+  check_rows("input", input);
+  return make_geometry(input.size(0), input.numel(), group_size);
 }
 
 // The geometry of an output of `sizes` with these ranges.

@@ -1,10 +1,14 @@
 // Random bits and packed codes of consecutive blocks.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <cstdint>
 
 #include "../common/codec.h"
+#include "../common/dispatch.h"
+#include "../common/geometry.h"
 #include "../common/philox.h"
 #include "../common/rounding.h"
 #include "group.h"
@@ -54,6 +58,42 @@ void unpack_codes(const uint8_t* packed, int64_t blocks, uint8_t* codes) {
           static_cast<uint8_t>((word >> (i * kBits)) & max_code_of(kBits));
     }
   }
+}
+
+// The first block of a group, of all that have codes.
+inline int64_t first_block(const Geometry& geometry, const Group& group) {
+  return group.row * geometry.blocks_per_row() + group.start / kBlock;
+}
+
+// Packs the codes of a group; those past its end are 0.
+inline void store_group(uint8_t* unpacked, const Geometry& geometry,
+                        const Group& group, int bits, uint8_t* codes) {
+  const int64_t blocks = (group.count + kBlock - 1) / kBlock;
+  std::fill(unpacked + group.count, unpacked + blocks * kBlock, uint8_t{0});
+  const int64_t block = first_block(geometry, group);
+  dispatch_bits(bits, [&](auto width) {
+    pack_codes<decltype(width)::value>(unpacked, blocks, codes + block * bits);
+  });
+}
+
+// Calls `body(index, group, codes)` with the codes of every group.
+template <typename Body>
+void for_each_group(const uint8_t* packed, const Geometry& geometry, int bits,
+                    const Body& body) {
+  torch::stable::parallel_for(
+      0, geometry.groups(), kGrainElements / geometry.group_size,
+      [&](int64_t begin, int64_t end) {
+        uint8_t codes[kMaxGroup];
+        for (int64_t index = begin; index < end; ++index) {
+          const Group group = locate(geometry, index);
+          dispatch_bits(bits, [&](auto width) {
+            unpack_codes<decltype(width)::value>(
+                packed + first_block(geometry, group) * bits,
+                (group.count + kBlock - 1) / kBlock, codes);
+          });
+          body(index, group, codes);
+        }
+      });
 }
 
 }  // namespace mmactnn

@@ -27,25 +27,13 @@ namespace {
 template <typename T, typename Decoder>
 void decode_elements(const Tensor& codes, const Geometry& geometry, int bits,
                      T* output, const Decoder& decoder) {
-  const auto* bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
-  torch::stable::parallel_for(
-      0, geometry.groups(), kGrainElements / geometry.group_size,
-      [&](int64_t begin, int64_t end) {
-        uint8_t unpacked[kMaxGroup];
-        for (int64_t index = begin; index < end; ++index) {
-          const Group group = locate(geometry, index);
-          const int64_t block =
-              group.row * geometry.blocks_per_row() + group.start / kBlock;
-          dispatch_bits(bits, [&](auto width) {
-            unpack_codes<decltype(width)::value>(
-                bytes + block * bits, (group.count + kBlock - 1) / kBlock,
-                unpacked);
-          });
-          T* target = output + group.row * geometry.row_numel + group.start;
-          for (int64_t i = 0; i < group.count; ++i) {
-            target[i] =
-                static_cast<T>(decoder(index, group.start + i, unpacked[i]));
-          }
+  for_each_group(
+      static_cast<const uint8_t*>(codes.const_data_ptr()), geometry, bits,
+      [&](int64_t index, const Group& group, const uint8_t* unpacked) {
+        T* target = output + group.row * geometry.row_numel + group.start;
+        for (int64_t i = 0; i < group.count; ++i) {
+          target[i] =
+              static_cast<T>(decoder(index, group.start + i, unpacked[i]));
         }
       });
 }

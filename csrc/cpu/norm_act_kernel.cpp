@@ -20,6 +20,7 @@
 #include "../common/tensor_checks.h"
 #include "codes.h"
 #include "group.h"
+#include "kinds.h"
 #include "number.h"
 
 namespace mmactnn {
@@ -72,28 +73,6 @@ void normalise_group(const T* input, const T* residual, T* output,
   }
 }
 
-// Finds the range of one kind of elements, and codes them; the codes of the
-// others stay as they are.
-template <typename Of, typename Special>
-Range encode_kind(const float* values, int64_t count, uint32_t max_code,
-                  const uint16_t* random, const Of& of, const Special& special,
-                  uint8_t* codes) {
-  float kind[kMaxGroup];
-  int64_t kind_count = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    if (of(i)) kind[kind_count++] = values[i];
-  }
-  const Range range = make_kind_range(find_extent(kind, kind_count), max_code);
-  const float scale = encode_scale(range, max_code);
-  for (int64_t i = 0; i < count; ++i) {
-    if (!of(i)) continue;
-    codes[i] = static_cast<uint8_t>(
-        range.special() ? special(values[i], range)
-                        : encode(values[i], range, scale, random[i], max_code));
-  }
-  return range;
-}
-
 Range encode_plain(const GroupValues& values, int bits, const uint16_t* random,
                    uint8_t* codes) {
   const uint32_t max_code = max_code_of(bits);
@@ -124,33 +103,6 @@ void encode_split(const GroupValues& values, int bits, const uint16_t* random,
     codes[i] =
         static_cast<uint8_t>(join_split(codes[i], values.positive[i], bits));
   }
-}
-
-Range encode_zeroed(const GroupValues& values, int bits, const uint16_t* random,
-                    uint8_t* codes) {
-  const Range range = encode_kind(
-      values.output, values.count, max_zeroed_code(bits), random,
-      [&](int64_t i) { return values.positive[i]; },
-      [](float value, Range kind) {
-        return encode_zeroed_special(value, kind);
-      },
-      codes);
-  for (int64_t i = 0; i < values.count; ++i) {
-    codes[i] = values.positive[i] ? static_cast<uint8_t>(codes[i] + 1) : 0;
-  }
-  return range;
-}
-
-// Packs the codes of a group; those past its end are 0.
-void store_group(uint8_t* unpacked, const Geometry& geometry,
-                 const Group& group, int bits, uint8_t* codes) {
-  const int64_t blocks = (group.count + kBlock - 1) / kBlock;
-  std::fill(unpacked + group.count, unpacked + blocks * kBlock, uint8_t{0});
-  const int64_t block =
-      group.row * geometry.blocks_per_row() + group.start / kBlock;
-  dispatch_bits(bits, [&](auto width) {
-    pack_codes<decltype(width)::value>(unpacked, blocks, codes + block * bits);
-  });
 }
 
 // The input, mean and invstd have been checked.
@@ -190,13 +142,12 @@ NormActCodes run(const NormActArguments& arguments, const Channels& channels,
           uint8_t unpacked[kMaxGroup];
           for (int64_t index = begin; index < end; ++index) {
             const Group group = locate(geometry, index);
-            const auto first_block = static_cast<uint64_t>(
-                group.row * geometry.blocks_per_row() + group.start / kBlock);
+            const auto block =
+                static_cast<uint64_t>(first_block(geometry, group));
             const int64_t blocks = (group.count + kBlock - 1) / kBlock;
             normalise_group(source, residual, target, channels, parameters,
                             arguments.relu, group, values);
-            random_bits(stream, first_block, blocks, geometry.group_size,
-                        random);
+            random_bits(stream, block, blocks, geometry.group_size, random);
             if (payload == NormActPayload::kSplit) {
               encode_split(values, bits, random, unpacked, ranges + 2 * index);
             } else {
@@ -205,10 +156,12 @@ NormActCodes run(const NormActArguments& arguments, const Channels& channels,
             }
             store_group(unpacked, geometry, group, bits, codes);
             if (payload != NormActPayload::kPlainAndZeroed) continue;
-            random_bits(zeroed_stream, first_block, blocks, geometry.group_size,
+            random_bits(zeroed_stream, block, blocks, geometry.group_size,
                         random);
             act_ranges[index] =
-                encode_zeroed(values, act_bits, random, unpacked).pack();
+                encode_zeroed(values.output, values.positive, values.count,
+                              act_bits, random, unpacked)
+                    .pack();
             store_group(unpacked, geometry, group, act_bits, act_codes);
           }
         });

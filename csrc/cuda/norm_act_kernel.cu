@@ -25,6 +25,7 @@
 #include "group.h"
 #include "launch.h"
 #include "packed_block.h"
+#include "rectified_codes.h"
 
 namespace mmactnn {
 namespace {
@@ -102,14 +103,6 @@ __device__ __forceinline__ Bounds reduce_bounds(const Bounds& first,
   return mine;
 }
 
-// How the elements of one kind are coded.
-struct Coding {
-  float low;
-  float scale;  // NaN: the codes are special
-
-  __device__ __forceinline__ bool special() const { return is_nan(scale); }
-};
-
 __device__ __forceinline__ Coding select(bool second, const Coding& a,
                                          const Coding& b) {
   return {second ? b.low : a.low, second ? b.scale : a.scale};
@@ -133,40 +126,6 @@ __device__ __forceinline__ Coding select_by_flag(uint32_t flags, int i,
       : "r"(flags), "r"(1u << i), "f"(a.low), "f"(b.low), "f"(a.scale),
         "f"(b.scale));
   return selected;
-}
-
-// Whether the flags of a block are put between its codes all at once.
-template <int kBits>
-constexpr bool kSpread = kBits != kAnyBits && kBits <= 4;
-
-// The sum that holds the code of a value, see encode_sum().
-template <int kBits>
-__device__ __forceinline__ uint32_t code_sum(float value, const Coding& coding,
-                                             float rounding,
-                                             uint32_t max_code) {
-  const uint32_t sum = encode_sum(value, coding.low, coding.scale, rounding);
-  if constexpr (kSpread<kBits>) {
-    static_assert(max_code_of(kBits) <= kMaxUnclampedCode);
-    return sum;
-  } else {
-    return min(sum, largest_sum(max_code));
-  }
-}
-
-// The same in groups that have special codes.
-template <bool kZeroed>
-__device__ __forceinline__ uint32_t special_sum(float value,
-                                                const Coding& coding,
-                                                float rounding,
-                                                uint32_t max_code) {
-  if (!coding.special()) {
-    return code_sum<kAnyBits>(kZeroed ? fmaxf(value, coding.low) : value,
-                              coding, rounding, max_code);
-  }
-  const Range range{coding.low, coding.scale};
-  const uint32_t code = kZeroed ? encode_zeroed_special(value, range)
-                                : encode_special(value, range, max_code);
-  return kIntegerFloat | code << fraction_bits(max_code);
 }
 
 // What is known of the groups of a tensor.
@@ -438,33 +397,8 @@ __global__ void __launch_bounds__(kNormThreads, kNormResident)
         const auto zeroed_rounding = [&](int i) {
           return zeroed_bits.rounding(i, second_fraction, integer);
         };
-#pragma unroll
-        for (int i = 0; i < kBlock; ++i) {
-          // Zeros get the lowest code, and lose it below.
-          sums[i] =
-              code_sum<kBits>(fmaxf(output[b].get(i), second_coding.low),
-                              second_coding, zeroed_rounding(i), second_max);
-        }
-        if (special) {
-#pragma unroll
-          for (int i = 0; i < kBlock; ++i) {
-            sums[i] = special_sum<true>(output[b].get(i), second_coding,
-                                        zeroed_rounding(i), second_max);
-          }
-        }
-        if constexpr (!kSpread<kBits>) {
-#pragma unroll
-          for (int i = 0; i < kBlock; ++i) {
-            sums[i] = (flags & (1u << i)) != 0u
-                          ? sums[i] + (1u << second_fraction)
-                          : kIntegerFloat;
-          }
-        }
-        word = pack_sums<kBits>(sums, act_bits, second_fraction);
-        if constexpr (kSpread<kBits>) {
-          const uint32_t ones = spread_flags<kBits>(flags);
-          word = (word + ones) & (ones * max_code_of(kBits));
-        }
+        word = zeroed_word<kBits>(output[b], flags, second_coding, special,
+                                  zeroed_rounding, act_bits);
         store_word<kBits>(word, act_bits, left,
                           op.act_codes + block * act_bits);
       }

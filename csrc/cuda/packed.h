@@ -31,8 +31,9 @@ struct Packed<T, kBlock> {
 
   __device__ __forceinline__ void load(const T* source) { block.load(source); }
   __device__ __forceinline__ float value(int i) const { return block.get(i); }
+  // The numbers for which `keep(i)`, and 0 for the others.
   template <typename Keep>
-  __device__ __forceinline__ void store(T* target, const Keep& keep) const {
+  __device__ __forceinline__ PackedBlock<T> kept(const Keep& keep) const {
     constexpr int kPerWord = PackedBlock<T>::kPerWord;
     PackedBlock<T> kept;
 #pragma unroll
@@ -45,7 +46,11 @@ struct Packed<T, kBlock> {
       }
       kept.word[w] = block.word[w] & mask;
     }
-    kept.store(target);
+    return kept;
+  }
+  template <typename Keep>
+  __device__ __forceinline__ void store(T* target, const Keep& keep) const {
+    kept(keep).store(target);
   }
 };
 

@@ -17,6 +17,7 @@
 #include "../common/tensor_checks.h"
 #include "code_floats.h"
 #include "group.h"
+#include "group_words.h"
 #include "launch.h"
 #include "packed_block.h"
 #include "words.h"
@@ -60,39 +61,6 @@ struct GroupCodes {
                                         int left) const {
     store_word<kBits>(word, kBits, left, codes + (b * kLanes + lane) * kBits);
   }
-  // Whether the blocks of a whole group are no words of memory. They would be
-  // written byte by byte, and parts of the same sector again and again: they
-  // meet in shared memory first.
-  template <int kBits>
-  static constexpr bool kMeet = (kBits & (kBits - 1)) != 0;
-
-  // All blocks of a whole group.
-  template <int kBits>
-  __device__ __forceinline__ void store(const CodeWord<kBits>* words) const {
-    if (!is_aligned(codes, sizeof(uint32_t))) {
-#pragma unroll
-      for (int b = 0; b < kBlocksPerThread; ++b) {
-        store<kBits>(b, words[b], kBlock);
-      }
-      return;
-    }
-    // A thread has kBlocksPerThread blocks of as many bytes as a code has bits.
-    static_assert(kBlocksPerThread == sizeof(uint32_t));
-    __shared__ uint32_t staged[kThreads * (kMaxBits - 1)];
-    const uint32_t first = (threadIdx.x - lane) * (kMaxBits - 1);
-#pragma unroll
-    for (int b = 0; b < kBlocksPerThread; ++b) {
-      store_word<kBits>(words[b], kBits, kBlock,
-                        reinterpret_cast<uint8_t*>(staged + first) +
-                            (b * kLanes + lane) * kBits);
-    }
-    __syncwarp(((1u << kLanes) - 1u) << (threadIdx.x % kWarp - lane));
-    auto* target = reinterpret_cast<uint32_t*>(codes);
-#pragma unroll
-    for (int w = 0; w < kBits; ++w) {
-      target[w * kLanes + lane] = staged[first + w * kLanes + lane];
-    }
-  }
 };
 
 // kWhole: there is no end of a row in the group.
@@ -103,8 +71,7 @@ __device__ __forceinline__ void encode_group(const GroupCodes<T, kGroup>& group,
   constexpr int kHalf = kBlocksPerThread / 2;
   static_assert(half_blocks(kGroup) == kHalf * kLanes);
   constexpr uint32_t kMaxCode = max_code_of(kBits);
-  constexpr bool kTogether =
-      kWhole && GroupCodes<T, kGroup>::template kMeet<kBits>;
+  constexpr bool kTogether = kWhole && kMeet<kBits>;
 
   const float scale = encode_scale(range, kMaxCode);
   const uint32_t integer = opaque_integer_float(group.count);
@@ -133,7 +100,9 @@ __device__ __forceinline__ void encode_group(const GroupCodes<T, kGroup>& group,
       if (!kTogether) group.template store<kBits>(b, words[b], left);
     }
   }
-  if constexpr (kTogether) group.template store<kBits>(words);
+  if constexpr (kTogether) {
+    store_whole_group<kBits, kLanes>(words, group.lane, group.codes);
+  }
 }
 
 template <int kBits, typename T, int kGroup>

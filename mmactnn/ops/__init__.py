@@ -29,6 +29,7 @@ from .quantize import (
 )
 from .rectified import dequantize_split, dequantize_zeroed
 from .relu import relu_mask, relu_mask_, relu_mask_backward
+from .relu_codes import relu_codes, relu_codes_, relu_codes_backward
 from .rows import dequantize_rows, quantize_rows, row_spread, split_bits
 
 __all__ = [
@@ -63,6 +64,9 @@ __all__ = [
     'plan_link',
     'quantize',
     'quantize_rows',
+    'relu_codes',
+    'relu_codes_',
+    'relu_codes_backward',
     'relu_mask',
     'relu_mask_',
     'relu_mask_backward',

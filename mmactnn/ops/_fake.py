@@ -76,6 +76,14 @@ def _relu_mask_backward(grad_output, mask, slope=None):
     return torch.empty_like(grad_output)
 
 
+def _relu_codes(input, *format):
+    return torch.empty_like(input), *_quantize(input, *format)
+
+
+def _relu_codes_backward(grad_output, codes, bits):
+    return torch.empty_like(grad_output)
+
+
 def _dropout(input, p, seed, offset, count=None):
     return torch.empty_like(input)
 
@@ -225,6 +233,11 @@ if load_error() is None:
     torch.library.register_fake('mmactnn::relu_mask_', _empty_mask)
     torch.library.register_fake(
         'mmactnn::relu_mask_backward', _relu_mask_backward
+    )
+    torch.library.register_fake('mmactnn::relu_codes', _relu_codes)
+    torch.library.register_fake('mmactnn::relu_codes_', _quantize)
+    torch.library.register_fake(
+        'mmactnn::relu_codes_backward', _relu_codes_backward
     )
     torch.library.register_fake('mmactnn::dropout', _dropout)
     torch.library.register_fake('mmactnn::dropout_', _dropout_)

@@ -6,6 +6,24 @@ from ..extension import require_kernels
 from .quantize import DEFAULT_GROUP_SIZE, check_dtype, check_group_size
 
 
+def check_rectified_bits(bits, name='bits'):
+    """Check the width of split or zeroed codes.
+
+    Args:
+        bits (int): Bits a code.
+        name (str, optional): What errors call ``bits``. Defaults to
+            ``'bits'``.
+
+    Raises:
+        ValueError: If ``bits`` is not an integer from 2 to 8.
+    """
+    if bits not in range(2, 9):
+        raise ValueError(
+            f'{name} must be an integer from 2 to 8 where there is a '
+            f'rectifier, got {bits!r}'
+        )
+
+
 def check_rectified_format(bits, group_size, name='bits'):
     """Check the format of split or zeroed codes.
 
@@ -19,11 +37,7 @@ def check_rectified_format(bits, group_size, name='bits'):
         ValueError: If ``bits`` is not an integer from 2 to 8, or
             ``group_size`` not 64, 128, 256 or 512.
     """
-    if bits not in range(2, 9):
-        raise ValueError(
-            f'{name} must be an integer from 2 to 8 where there is a '
-            f'rectifier, got {bits!r}'
-        )
+    check_rectified_bits(bits, name)
     check_group_size(group_size)
 
 
@@ -86,7 +100,8 @@ def dequantize_zeroed(
     """Turn zeroed codes back into the output of a ReLU.
 
     Args:
-        codes (Tensor[N, ceil(M / 8) * bits]): uint8, the ``act_codes`` of
+        codes (Tensor[N, ceil(M / 8) * bits]): uint8, from
+            :func:`mmactnn.ops.relu_codes`, or the ``act_codes`` of
             :func:`mmactnn.ops.norm_act`.
         ranges (Tensor[N, ceil(M / group_size), 2]): bfloat16.
         size (Sequence[int]): Shape of the result, N first.

@@ -376,10 +376,7 @@ def norm_add_grad_sums(
     grad_output, codes, ranges, act_codes, bits, act_bits, group_size
 ):
     """Specification of :func:`mmactnn.ops.norm_add_grad_sums`."""
-    row_numel = grad_output[:1].numel()
-    positive = _unpack(act_codes, act_bits)[:, :row_numel] != 0
-    positive = _per_element(positive, grad_output)
-    grad = _strided_like(grad_output.where(positive, 0.0), grad_output)
+    grad = relu_codes_backward(grad_output, act_codes, act_bits)
     sums = norm_grad_sums(grad, codes, ranges, bits, group_size, False)
     return grad, sums
 
@@ -546,6 +543,21 @@ def relu_mask(input, max=None, slope=None):
         rest = rest.where(~(input >= max), max)
     mask = _pack_bits(keep.permute(_memory_order(input)).reshape(-1), bits=1)
     return input.where(keep, rest), mask
+
+
+def relu_codes(input, bits, group_size, seed, offset, count=None):
+    """Specification of :func:`mmactnn.ops.relu_codes`, same arguments."""
+    offset = _moved(offset, count)
+    output = _strided_like(input.where(~(input <= 0), 0.0), input)
+    return output, *_zeroed_codes(output, bits, group_size, seed, offset)
+
+
+def relu_codes_backward(grad_output, codes, bits):
+    """Specification of :func:`mmactnn.ops.relu_codes_backward`."""
+    row_numel = grad_output[:1].numel()
+    positive = _unpack(codes, bits)[:, :row_numel] != 0
+    positive = _per_element(positive, grad_output)
+    return _strided_like(grad_output.where(positive, 0.0), grad_output)
 
 
 def dropout(input, p, seed, offset=0, count=None):

@@ -120,6 +120,21 @@ def run_relu(x, arguments):
     check(inplace, expected)
 
 
+def run_relu_codes(x, bits, group_size):
+    """A rectifier that keeps codes, in place and not, and its backward."""
+    expected = ops.relu_codes(x, bits, group_size, seed=1)
+    actual = ops.relu_codes(x.cuda(), bits, group_size, seed=1)
+    inplace = x.cuda()
+    payload = ops.relu_codes_(inplace, bits, group_size, seed=1)
+    for one, other, wanted in zip(actual, (inplace, *payload), expected):
+        check(one, wanted)
+        check(other, wanted)
+    check(
+        ops.relu_codes_backward(x.cuda(), payload[0], bits),
+        ops.relu_codes_backward(x, expected[1], bits),
+    )
+
+
 def run_dropout(x):
     """Dropout, in place and not."""
     expected = ops.dropout(x, 0.3, seed=1)
@@ -328,6 +343,8 @@ def main():
             ops.VALID_BITS, ops.GROUP_SIZES
         ):
             run_quantize(x, bits, group_size)
+            if bits > 1:
+                run_relu_codes(x, bits, group_size)
             count += 1
         for group_size in ops.GROUP_SIZES:
             run_rows(x, group_size)

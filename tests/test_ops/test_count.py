@@ -45,6 +45,14 @@ def dropout_(x, **random):
     return (ops.dropout_(x.clone(), 0.4, **random),)
 
 
+def relu_codes(x, module=ops, **random):
+    return module.relu_codes(x, 3, 64, **random)
+
+
+def relu_codes_(x, **random):
+    return ops.relu_codes_(x.clone(), 3, 64, **random)
+
+
 def batch_norm_act(x, op=ops.batch_norm_act, **random):
     mean, var, weight, bias = make_vectors(x)
     settings = ops.NormSettings(mean, var, None, False, 0.1, 1e-5)
@@ -58,8 +66,8 @@ def batch_norm_act_(x, **random):
     return batch_norm_act(x, ops.batch_norm_act_, **random)
 
 
-SPECIFIED = [quantize, quantize_rows, norm_act, dropout]
-CALLS = [*SPECIFIED, dropout_, batch_norm_act, batch_norm_act_]
+SPECIFIED = [quantize, quantize_rows, norm_act, relu_codes, dropout]
+CALLS = [*SPECIFIED, relu_codes_, dropout_, batch_norm_act, batch_norm_act_]
 
 
 def number(value, device, dtype=torch.int64):
@@ -143,6 +151,8 @@ def test_opcheck(device):
         norm_act=(x.flip(0), *vectors, True, 2, 3, 64),
         batch_norm_act=(*norm, True, 2, 3, 64),
         batch_norm_act_=(*norm, True, 2, 3, 64),
+        relu_codes=(3, 64),
+        relu_codes_=(3, 64),
         dropout=(0.4,),
         dropout_=(0.4,),
     )

@@ -145,6 +145,7 @@ def measure(shape, dtype, channels_last):
     yield row('relu forward', nbytes, lambda: ops.relu_mask(x))
     yield row('relu forward in place', nbytes, lambda: ops.relu_mask_(y))
     yield row('relu backward', nbytes, lambda: ops.relu_mask_backward(x, mask))
+    yield from measure_relu_codes(x, row)
     nbytes = 2 * x.nbytes
     yield row('dropout', nbytes, lambda: ops.dropout(x, 0.1, seed=1))
     pooled, indices, format = ops.max_pool2d(x, 3, 2, 1)
@@ -194,6 +195,31 @@ def measure_norms(x, row):
             )
             moved = x.nbytes + payload
             yield row(f'dequantize split {bits} bit', moved, decode)
+
+
+def measure_relu_codes(x, row):
+    """Measure the ReLU that keeps codes of its output.
+
+    Args:
+        x (Tensor[N, *]): On the GPU.
+        row (Callable): Makes a row of the result, see :func:`measure`.
+
+    Yields:
+        dict: One row of the result.
+    """
+    overwritten = x.clone()
+    for bits in (2, 3, 4, 8):
+        name = f'relu codes {bits} bit'
+        arguments = dict(bits=bits, seed=1)
+        _, codes, ranges = ops.relu_codes(x, **arguments)
+        nbytes = 2 * x.nbytes + codes.nbytes + ranges.nbytes
+        forward = functools.partial(ops.relu_codes, x, **arguments)
+        yield row(f'{name} forward', nbytes, forward)
+        # The first call leaves nothing to rectify; the work is the same.
+        in_place = functools.partial(ops.relu_codes_, overwritten, **arguments)
+        yield row(f'{name} forward in place', nbytes, in_place)
+        backward = functools.partial(ops.relu_codes_backward, x, codes, bits)
+        yield row(f'{name} backward', nbytes - ranges.nbytes, backward)
 
 
 def main():

@@ -1,0 +1,368 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include "../common/allocate.h"
+#include "../common/codec.h"
+#include "../common/dispatch.h"
+#include "../common/divider.h"
+#include "../common/geometry.h"
+#include "../common/philox.h"
+#include "../common/rectified_checks.h"
+#include "../common/rectified_codec.h"
+#include "../common/rounding.h"
+#include "../common/tensor_checks.h"
+#include "bounds.h"
+#include "code_floats.h"
+#include "group.h"
+#include "group_words.h"
+#include "launch.h"
+#include "packed.h"
+#include "packed_block.h"
+#include "rectified_codes.h"
+
+namespace mmactnn {
+namespace {
+
+// Sets what a rectifier stops to 0; returns a bit for each element that it
+// lets pass.
+template <typename T>
+__device__ __forceinline__ uint32_t rectify(PackedBlock<T>& block) {
+  uint32_t flags = 0;
+  if constexpr (sizeof(T) == sizeof(float)) {
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      const bool positive = is_positive(block.get(i));
+      flags |= positive ? 1u << i : 0u;
+      if (!positive) block.word[i] = 0u;
+    }
+    return flags;
+  } else {
+    const PairOf<T> zeros = as_pair<T>(0u);
+#pragma unroll
+    for (int w = 0; w < PackedBlock<T>::kWords; ++w) {
+      // Greater or NaN.
+      const uint32_t mask = __hgtu2_mask(as_pair<T>(block.word[w]), zeros);
+      block.word[w] &= mask;
+      flags |= mask & (1u << (2 * w) | 1u << (16 + 2 * w + 1));
+    }
+    return (flags | flags >> 16) & 0xFFu;
+  }
+}
+
+// Thread blocks that the registers of a multiprocessor must suffice for.
+template <typename T>
+constexpr int kReluResident = sizeof(T) == sizeof(float) ? 3 : 4;
+
+// Of kBits, or of `any_bits` with kAnyBits. `output` may be `input`: neither
+// is __restrict__.
+template <typename T, int kBits, int kGroup>
+__global__ void __launch_bounds__(kThreads, kReluResident<T>)
+    relu_codes_kernel(const T* input, T* output, uint8_t* __restrict__ codes,
+                      uint32_t* __restrict__ ranges, Launch launch,
+                      int any_bits, CountedStream random,
+                      uint64_t first_block) {
+  constexpr int kLanes = kLanesPerGroup<kGroup>;
+  constexpr int kHalf = kBlocksPerThread / 2;
+  static_assert(half_blocks(kGroup) == kHalf * kLanes);
+
+  const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
+  const uint32_t index = thread / kLanes;
+  const int lane = threadIdx.x % kLanes;
+  // Whole warps stay: shuffles name every lane of the warp. Groups past the
+  // end have no elements.
+  const bool inside = index < launch.groups;
+  const Group group = locate<kGroup>(launch, inside ? index : 0);
+  const int count = inside ? group.count : 0;
+  const bool whole = count == kGroup;
+  const int64_t base = group.row * launch.row_numel + group.start;
+  const auto begin_of = [&](int b) { return (b * kLanes + lane) * kBlock; };
+  // Elements from the start of a block to the end of the group.
+  const auto left_of = [&](int b) { return count - begin_of(b); };
+
+  PackedBlock<T> block[kBlocksPerThread];
+  if (whole && launch.vectorized) {
+#pragma unroll
+    for (int b = 0; b < kBlocksPerThread; ++b) {
+      block[b].load(input + base + begin_of(b));
+    }
+  } else {
+#pragma unroll
+    for (int b = 0; b < kBlocksPerThread; ++b) {
+      // What is past the end repeats the first of the block, so that it widens
+      // no range, or is 0, which is in none.
+      block[b] = {};
+      if (left_of(b) > 0) {
+        block[b].load(input + base + begin_of(b), 0, left_of(b));
+      }
+    }
+  }
+  // The compiler would put reads off until there are more registers.
+  __syncwarp();
+
+  uint32_t positives = 0;  // a bit for each element
+  PositiveBounds<T> outputs;
+#pragma unroll
+  for (int b = 0; b < kBlocksPerThread; ++b) {
+    positives |= rectify(block[b]) << (b * kBlock);
+    outputs.include(block[b]);
+    T* target = output + base + begin_of(b);
+    if (whole && launch.vectorized) {
+      block[b].store(target);
+    } else {
+      block[b].store(target, left_of(b));
+    }
+  }
+
+  Bounds bounds = outputs.finish().of_lanes(kLanes);
+  const bool all_finite = bounds.all_finite();
+  // Warps with several groups take the slow path together when one of their
+  // groups needs it.
+  if (__any_sync(0xFFFFFFFFu, !all_finite)) {
+    // Once more, without NaN and inf.
+    bounds = Bounds();
+#pragma unroll
+    for (int b = 0; b < kBlocksPerThread; ++b) {
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        const float value = block[b].get(i);
+        if (is_positive(value) && is_finite(value)) bounds.include(value);
+      }
+    }
+    bounds = bounds.of_lanes(kLanes);
+  }
+  if (!inside) return;
+
+  const int bits = kBits == kAnyBits ? any_bits : kBits;
+  const uint32_t max_code = max_zeroed_code(bits);
+  const Range range =
+      make_kind_range({bounds.low, bounds.high, all_finite}, max_code);
+  const Coding coding{range.low, encode_scale(range, max_code)};
+  if (lane == 0) ranges[index] = range.pack();
+
+  const int64_t group_block =
+      group.row * launch.row_blocks + group.start / kBlock;
+  const int fraction = fraction_bits(max_code);
+  const uint32_t integer = opaque_integer_float(count);
+  uint8_t* target = codes + group_block * bits;
+  CodeWord<kBits> words[kBlocksPerThread];
+#pragma unroll
+  for (int p = 0; p < kHalf; ++p) {
+    const PhiloxBlock call = philox(
+        random.current(),
+        first_block + static_cast<uint64_t>(group_block) + p * kLanes + lane);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int b = p + half * kHalf;
+      const BlockBits block_bits(call, half);
+      words[b] = zeroed_word<kBits>(
+          block[b], positives >> (b * kBlock) & 0xFFu, coding, coding.special(),
+          [&](int i) { return block_bits.rounding(i, fraction, integer); },
+          bits);
+    }
+  }
+  if constexpr (kMeet<kBits>) {
+    if (whole) {
+      store_whole_group<kBits, kLanes>(words, lane, target);
+      return;
+    }
+  }
+#pragma unroll
+  for (int b = 0; b < kBlocksPerThread; ++b) {
+    if (left_of(b) <= 0) continue;
+    store_word<kBits>(words[b], bits, left_of(b),
+                      target + (b * kLanes + lane) * bits);
+  }
+}
+
+// Rows of blocks, as many as one launch covers.
+struct BlockRows {
+  int64_t row_numel;
+  uint32_t blocks;
+  Divider by_row_blocks;
+  bool vectorized;  // every full block starts on a 16-byte boundary
+};
+
+// The blocks that a thread reads before it writes one.
+template <typename T>
+constexpr int kBlocksAtOnce = sizeof(T) == sizeof(float) ? 2 : 4;
+
+// Of kBits, or of `any_bits` with kAnyBits.
+template <typename T, int kBits>
+__global__ void __launch_bounds__(kThreads)
+    relu_codes_backward_kernel(const T* __restrict__ grad_output,
+                               const uint8_t* __restrict__ codes,
+                               T* __restrict__ grad_input, BlockRows rows,
+                               int any_bits) {
+  constexpr int kAtOnce = kBlocksAtOnce<T>;
+  const int bits = kBits == kAnyBits ? any_bits : kBits;
+  const uint32_t first = blockIdx.x * (kThreads * kAtOnce) + threadIdx.x;
+  Packed<T, kBlock> grads[kAtOnce];
+  CodeWord<kBits> words[kAtOnce];
+  int64_t offset[kAtOnce];
+  int count[kAtOnce];  // elements of each block
+#pragma unroll
+  for (int u = 0; u < kAtOnce; ++u) {
+    const uint32_t index = first + u * kThreads;
+    count[u] = 0;
+    if (index >= rows.blocks) continue;
+    const uint32_t row = rows.by_row_blocks.quotient(index);
+    const int64_t begin =
+        int64_t{index - row * rows.by_row_blocks.divisor} * kBlock;
+    offset[u] = row * rows.row_numel + begin;
+    count[u] = static_cast<int>(min(rows.row_numel - begin, int64_t{kBlock}));
+    words[u] = load_word<kBits>(codes + int64_t{index} * bits, bits);
+    if (rows.vectorized && count[u] == kBlock) {
+      grads[u].load(grad_output + offset[u]);
+    } else {
+      grads[u].block.load(grad_output + offset[u], 0, count[u]);
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kAtOnce; ++u) {
+    if (count[u] == 0) continue;
+    const PackedBlock<T> passed = grads[u].kept([&](int i) {
+      return (static_cast<uint32_t>(words[u] >> (i * bits)) &
+              max_code_of(bits)) != 0u;
+    });
+    T* target = grad_input + offset[u];
+    if (rows.vectorized && count[u] == kBlock) {
+      passed.store(target);
+    } else {
+      passed.store(target, count[u]);
+    }
+  }
+}
+
+// Calls `body` with the width, kAnyBits for those of the one kernel.
+template <typename Body>
+void dispatch_width(int64_t bits, const Body& body) {
+  if (bits == 2) {
+    body(Constant<2>{});
+  } else if (bits == 3) {
+    body(Constant<3>{});
+  } else if (bits == 4) {
+    body(Constant<4>{});
+  } else if (bits == 8) {
+    body(Constant<8>{});
+  } else {
+    body(Constant<kAnyBits>{});
+  }
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& input, Tensor& output,
+                                   int64_t bits, int64_t group_size,
+                                   const CountedStream& random) {
+  const Geometry geometry = input_geometry(input, group_size);
+  check_rectified_bits("bits", bits);
+  Tensor codes = empty_codes(input, geometry, bits);
+  Tensor ranges = empty_ranges(input, geometry);
+  if (input.numel() == 0) return {codes, ranges};
+  const cudaStream_t stream = current_stream(input.get_device_index());
+  auto* code_bytes = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  auto* range_words = static_cast<uint32_t*>(ranges.mutable_data_ptr());
+  dispatch_dtype(input.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T* source = static_cast<const T*>(input.const_data_ptr());
+    T* target = static_cast<T*>(output.mutable_data_ptr());
+    const auto launch_kernel = [&](auto width, auto group) {
+      constexpr int kBits = decltype(width)::value;
+      constexpr int kGroup = decltype(group)::value;
+      for_each_launch(geometry, source, [&](Launch launch, int64_t row) {
+        launch.vectorized = launch.vectorized && is_aligned(target, 16);
+        const int64_t element = row * geometry.row_numel;
+        const int64_t block = row * launch.row_blocks;
+        relu_codes_kernel<T, kBits, kGroup>
+            <<<grid_size(launch.groups, kLanesPerGroup<kGroup>), kThreads, 0,
+               stream>>>(
+                source + element, target + element, code_bytes + block * bits,
+                range_words + row * geometry.groups_per_row(), launch,
+                static_cast<int>(bits), random, static_cast<uint64_t>(block));
+        check_launch();
+      });
+    };
+    dispatch_width(bits, [&](auto width) {
+      dispatch_group_size(group_size,
+                          [&](auto group) { launch_kernel(width, group); });
+    });
+  });
+  return {codes, ranges};
+}
+
+std::tuple<Tensor, Tensor, Tensor> relu_codes(Tensor input, int64_t bits,
+                                              int64_t group_size, int64_t seed,
+                                              int64_t offset,
+                                              std::optional<Tensor> count) {
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  Tensor output = empty_dense_like(input);
+  const auto [codes, ranges] =
+      forward(input, output, bits, group_size,
+              checked_stream(seed, offset, count, input));
+  return {output, codes, ranges};
+}
+
+std::tuple<Tensor, Tensor> relu_codes_(Tensor input, int64_t bits,
+                                       int64_t group_size, int64_t seed,
+                                       int64_t offset,
+                                       std::optional<Tensor> count) {
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  return forward(input, input, bits, group_size,
+                 checked_stream(seed, offset, count, input));
+}
+
+template <typename T>
+void backward(const T* source, const uint8_t* codes, T* target,
+              const Geometry& geometry, int64_t bits, cudaStream_t stream) {
+  const int64_t row_blocks = geometry.blocks_per_row();
+  STD_TORCH_CHECK(row_blocks <= kMaxIndex, "a sample may have at most ",
+                  kMaxIndex, " blocks of elements, got ", row_blocks);
+  const bool vectorized = is_aligned(source, 16) && is_aligned(target, 16) &&
+                          geometry.row_numel * sizeof(T) % 16 == 0;
+  // The codes may be a slice of others.
+  const int64_t width = is_aligned(codes, 8) ? bits : int64_t{kAnyBits};
+  const int64_t max_rows = kMaxIndex / row_blocks;
+  constexpr int64_t kStep = int64_t{kThreads} * kBlocksAtOnce<T>;
+  for (int64_t row = 0; row < geometry.rows; row += max_rows) {
+    const int64_t blocks = std::min(max_rows, geometry.rows - row) * row_blocks;
+    const BlockRows rows{geometry.row_numel, static_cast<uint32_t>(blocks),
+                         Divider(static_cast<uint32_t>(row_blocks)),
+                         vectorized};
+    const int64_t element = row * geometry.row_numel;
+    dispatch_width(width, [&](auto constant) {
+      relu_codes_backward_kernel<T, decltype(constant)::value>
+          <<<static_cast<unsigned int>((blocks + kStep - 1) / kStep), kThreads,
+             0, stream>>>(source + element, codes + row * row_blocks * bits,
+                          target + element, rows, static_cast<int>(bits));
+      check_launch();
+    });
+  }
+}
+
+Tensor relu_codes_backward(Tensor grad_output, Tensor codes, int64_t bits) {
+  const Geometry geometry = check_zeroed_codes(grad_output, codes, bits);
+  const torch::stable::accelerator::DeviceGuard guard(
+      grad_output.get_device_index());
+  Tensor grad_input = empty_dense_like(grad_output);
+  if (grad_output.numel() == 0) return grad_input;
+  dispatch_dtype(grad_output.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    backward(static_cast<const T*>(grad_output.const_data_ptr()),
+             static_cast<const uint8_t*>(codes.const_data_ptr()),
+             static_cast<T*>(grad_input.mutable_data_ptr()), geometry, bits,
+             current_stream(grad_output.get_device_index()));
+  });
+  return grad_input;
+}
+
+}  // namespace
+}  // namespace mmactnn
+
+STABLE_TORCH_LIBRARY_IMPL(mmactnn, CUDA, m) {
+  m.impl("relu_codes", TORCH_BOX(&mmactnn::relu_codes));
+  m.impl("relu_codes_", TORCH_BOX(&mmactnn::relu_codes_));
+  m.impl("relu_codes_backward", TORCH_BOX(&mmactnn::relu_codes_backward));
+}
