@@ -321,9 +321,14 @@ def convert_model(
     ]
     fusions = _find_fusions(model, level, chosen)
     rectified = {
-        norm: fusion.rectified_bits(level)
+        layer: fusion.rectified_bits(level)
         for fusion in fusions.values()
-        for norm in fusion.norms
+        # Codes of a ReLU's output are for the convolutions that read it.
+        for layer in (
+            fusion.norms
+            if level.conv is None
+            else (*fusion.norms, *fusion.relus)
+        )
     }
     quantizers = []
     for name, module, target in chosen:

@@ -196,8 +196,9 @@ class LayerQuantizer:
                 nothing fixes. Defaults to the level's bits for all, rounded
                 down.
             rectified (int, optional): Bits of a rectified value, if the
-                layer is a normalisation that is fused; those share out no
-                bits. Defaults to None: it is not.
+                layer is a normalisation that is fused, or a ReLU that is with
+                the convolution before it; those share out no bits. Defaults
+                to None: it is not.
             reads_images (bool, optional): Whether it is a convolution of what
                 the level calls images. Defaults to False.
 
@@ -230,7 +231,11 @@ class LayerQuantizer:
             rule is not None or own.bits is not None
         )
         fused_bits = None
-        if rectified is not None and bits is not None:
+        if rectified is None or bits is None:
+            pass
+        elif layer_class.kind == 'mask':
+            bits = rectified if rule is None else max(2, rule.bits)
+        else:
             fused_bits = (
                 FusedBits.of_layer(bits)
                 if strict

@@ -22,7 +22,7 @@ from mmactnn import (
     measure_activations,
     revert_model,
 )
-from mmactnn.fusion import FusedPairs
+from mmactnn.fusion import FusedPairs, chain
 
 # Codes of 8 bits throughout.
 FINE = dict(base='L2', conv=8, norm=8, rectified=8)

@@ -9,7 +9,7 @@ from .group_norm import group_norm
 from .linear import linear
 from .norm_act import norm_act
 from .pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
-from .relu import relu
+from .relu import relu, relu_codes
 from .silu import silu
 
 __all__ = [
@@ -26,5 +26,6 @@ __all__ = [
     'max_pool2d',
     'norm_act',
     'relu',
+    'relu_codes',
     'silu',
 ]

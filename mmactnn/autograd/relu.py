@@ -1,8 +1,9 @@
-"""Rectifiers that keep one bit an element."""
+"""Rectifiers that keep one bit an element, or codes of their output."""
 
 from torch.autograd import Function
 
 from .. import ops
+from ..payload import PayloadFormat, share
 from .double_backward import first_order_only
 from .in_place import finish, may_overwrite
 from .stand_in import counted
@@ -85,3 +86,54 @@ def relu(input, inplace, quantizer, max=None, slope=None):
         Tensor[*]: The output.
     """
     return _Rectifier.apply(input, inplace, max, slope, quantizer)
+
+
+class _CodedReLU(Function):
+    @staticmethod
+    def forward(ctx, input, inplace, quantizer, made):
+        rows = ops.layout.dense_rows(input)
+        bits, group_size = quantizer.bits, quantizer.group_size
+        random = quantizer.generator.next(rows.device)._asdict()
+        if inplace and rows is input:
+            seen = input
+            codes, ranges = ops.relu_codes_(input, bits, group_size, **random)
+        else:
+            seen, codes, ranges = ops.relu_codes(
+                rows, bits, group_size, **random
+            )
+        output = finish(ctx, input, seen, inplace)
+        format = PayloadFormat.of(seen, bits, group_size, 'zeroed')
+        made.append(format.payload(codes, ranges))
+        ctx.save_for_backward(codes)
+        ctx.stride, ctx.bits = format.stride, bits
+        quantizer.note(kept=(codes, ranges), exact=(output,))
+        return output
+
+    @staticmethod
+    @first_order_only('A rectifier (QReLU)')
+    def backward(ctx, grad_output):
+        (codes,) = ctx.saved_tensors
+        grad = ops.layout.with_strides(grad_output, ctx.stride)
+        grad_input = ops.relu_codes_backward(grad, codes, ctx.bits)
+        return grad_input, None, None, None
+
+
+def relu_codes(input, inplace, quantizer):
+    """ReLU that keeps zeroed codes of its output, for itself and its readers.
+
+    Output and gradient are exact: whether a gradient passes, the codes tell.
+    A layer that reads the output, and whose weight's gradient is linear in
+    it, needs no codes of its own.
+
+    Args:
+        input (Tensor[N, *]): float32, float16 or bfloat16.
+        inplace (bool): Whether to overwrite the input.
+        quantizer (LayerQuantizer): Settings of the layer; 2 bits or more.
+
+    Returns:
+        Tensor[N, *]: The output.
+    """
+    made = []
+    output = _CodedReLU.apply(input, inplace, quantizer, made)
+    share(output, made[0])
+    return output

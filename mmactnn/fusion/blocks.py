@@ -53,6 +53,11 @@ class FusedPairs:
         """list[nn.Module]: All normalisations that are fused."""
         return [getattr(self.module, pair.norm) for pair in self.pairs]
 
+    @property
+    def relus(self):
+        """list[nn.Module]: The ReLUs that keep codes, behind a convolution."""
+        return []
+
     def rectified_bits(self, level):
         """The bits that a level gives to what is rectified here.
 
@@ -131,8 +136,15 @@ class FusedConvModule(FusedPairs):
             pairs.append(Pair('conv', module.norm_name, 'activate'))
         super().__init__(module, pairs)
 
+    @property
+    def relus(self):
+        """See the base class."""
+        return [] if self.module.with_norm else [self.module.activate]
+
     def rectified_bits(self, level):
         """See the base class."""
+        if not self.module.with_norm:
+            return level.rectified
         return max(level.rectified, level.head or level.rectified)
 
     def keep(self, is_norm, is_relu):

@@ -143,7 +143,7 @@ def _plan(layers, residual):
         parameters += of_conv['weight'], of_conv['bias']
         if norm is None:
             quantizer = relu.quantizer
-            bits, group_size = quantizer.fused_bits.zeroed, quantizer.group_size
+            bits, group_size = quantizer.bits, quantizer.group_size
             parameters += None, None
             buffers += None, None, None
             settings += 0.0, 0.0

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from ..autograd import relu, silu
+from ..autograd import relu, relu_codes, silu
+from ..ops.quantize import VALID_DTYPES
 from ..payload import shared_payload
 from .base import CodedLayer, ExactLayer
 
@@ -18,6 +19,9 @@ class _Rectifier(ExactLayer):
         refused = self.inplace and input.is_leaf and input.requires_grad
         if refused or not (self.training and self.compresses(input)):
             return super().forward(input)
+        return self._rectify(input)
+
+    def _rectify(self, input):
         return relu(input, self.inplace, self.quantizer, **self._arguments())
 
     def _arguments(self):
@@ -28,7 +32,9 @@ class _Rectifier(ExactLayer):
 class QReLU(_Rectifier, nn.ReLU):
     """``nn.ReLU`` that keeps a mask of one bit an element. Exact.
 
-    In eval mode, without grad and at level L0 it is ``nn.ReLU``.
+    Right behind a convolution, in a block that is fused, it keeps codes of its
+    output, which serve the layers that read it, too. In eval mode, without
+    grad and at level L0 it is ``nn.ReLU``.
 
     Args:
         inplace (bool, optional): Whether to overwrite the input. Defaults to
@@ -41,7 +47,8 @@ class QReLU(_Rectifier, nn.ReLU):
     @property
     def keeps_codes(self):
         """bool: Whether it keeps codes of its output in place of a mask."""
-        return self.quantizer.fused_bits is not None
+        bits = self.quantizer.bits
+        return bits is not None and bits > self.kept_bits
 
     def forward(self, input):
         """See ``nn.ReLU``."""
@@ -50,6 +57,11 @@ class QReLU(_Rectifier, nn.ReLU):
             if payload is not None and payload.rectified:
                 return input  # ReLU of ReLU
         return super().forward(input)
+
+    def _rectify(self, input):
+        if self.keeps_codes and input.dim() and input.dtype in VALID_DTYPES:
+            return relu_codes(input, self.inplace, self.quantizer)
+        return super()._rectify(input)
 
 
 class QReLU6(_Rectifier, nn.ReLU6):
