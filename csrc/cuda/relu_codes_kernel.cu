@@ -54,14 +54,14 @@ __device__ __forceinline__ uint32_t rectify(PackedBlock<T>& block) {
   }
 }
 
-// Thread blocks that the registers of a multiprocessor must suffice for.
-template <typename T>
-constexpr int kReluResident = sizeof(T) == sizeof(float) ? 3 : 4;
+// Thread blocks that the registers of a multiprocessor must suffice for; with
+// more, kernels spill where the GPU does not compare bfloat16 by itself.
+constexpr int kReluResident = 3;
 
 // Of kBits, or of `any_bits` with kAnyBits. `output` may be `input`: neither
 // is __restrict__.
 template <typename T, int kBits, int kGroup>
-__global__ void __launch_bounds__(kThreads, kReluResident<T>)
+__global__ void __launch_bounds__(kThreads, kReluResident)
     relu_codes_kernel(const T* input, T* output, uint8_t* __restrict__ codes,
                       uint32_t* __restrict__ ranges, Launch launch,
                       int any_bits, CountedStream random,
