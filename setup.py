@@ -84,9 +84,7 @@ def extension():
     host = ['-std=c++20', '-ffp-contract=off', '-fvisibility=hidden']
     flags = dict(cxx=[*common, *host], nvcc=[])
     arguments = dict(
-        sources=find(
-            'csrc/*.cpp', 'csrc/composite/*.cpp', 'csrc/cpu/*.cpp'
-        ),
+        sources=find('csrc/*.cpp', 'csrc/composite/*.cpp', 'csrc/cpu/*.cpp'),
         extra_link_args=['-s'],
     )
     cuda_home = find_cuda_home()

@@ -259,3 +259,111 @@ def test_what_is_kept_and_counted():
                 (meter.exact_bytes, meter.saved_bytes, sum(kept.values()))
             )
     assert found[0] == found[1]
+
+
+def make_retina_head(**kwargs):
+    from mmdet.models.dense_heads import RetinaHead
+
+    torch.manual_seed(3)
+    head = RetinaHead(
+        2,
+        8,
+        stacked_convs=2,
+        feat_channels=8,
+        anchor_generator=dict(
+            type='AnchorGenerator',
+            scales=[4],
+            ratios=[1.0],
+            strides=[8, 16],
+        ),
+        **kwargs,
+    )
+    return head.train()
+
+
+def run_head(head, sizes=(9, 5)):
+    torch.manual_seed(4)
+    feats = [torch.randn(2, 8, n, n, requires_grad=True) for n in sizes]
+    with exact_numerics():
+        outputs = head([x * 1 for x in feats])
+        flat = [x for level in outputs for x in level]
+        sum(x.square().sum() for x in flat).backward()
+    found = dict(enumerate(x.detach() for x in flat))
+    found.update((f'input{i}', x.grad) for i, x in enumerate(feats))
+    found.update((n, p.grad) for n, p in head.named_parameters())
+    return found
+
+
+@pytest.mark.parametrize('norm', [None, dict(type='BN')])
+def test_towers_are_equal_to_layers(norm):
+    head = make_retina_head(norm_cfg=norm)
+    convert_model(head, 'L3')
+    found, kinds = [], []
+    for max_bytes in (chain._MAX_BYTES, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chain, '_MAX_BYTES', max_bytes)
+            twin = copy.deepcopy(head)
+            found.append(run_head(twin))
+            x = torch.randn(2, 8, 9, 9, requires_grad=True) * 1
+            scores, boxes = twin([x])
+            kinds.append([type(y).__name__ for y in (scores, boxes)])
+            chains = nodes(scores[0]).count('_ChainBackward')
+            assert chains == (max_bytes > 0)
+    assert_equal(*found)
+    # As MMDetection returns them.
+    assert kinds == [['list', 'list']] * 2
+
+
+def test_towers_are_exact_at_level_0():
+    head = make_retina_head()
+    exact = run_head(copy.deepcopy(head))
+    convert_model(head, 'L0')
+    assert_equal(run_head(head), exact)
+
+
+@pytest.mark.parametrize(
+    'watch',
+    [
+        lambda head: head.cls_convs[1].register_forward_hook(lambda *_: None),
+        lambda head: head.retina_cls.register_forward_hook(lambda *_: None),
+        lambda head: setattr(head.cls_convs, '1', nn.Identity()),
+    ],
+)
+def test_towers_that_somebody_looks_at(watch):
+    head = make_retina_head()
+    convert_model(head, 'L3')
+    watch(head)
+    x = torch.randn(2, 8, 9, 9, requires_grad=True) * 1
+    (scores,), _ = head([x])
+    assert scores.grad_fn.name() != '_ChainBackward'
+    scores.sum().backward()
+
+
+def test_heads_that_compute_otherwise():
+    from mmdet.models.dense_heads import RetinaHead
+
+    class Head(RetinaHead):
+        def forward_single(self, x):
+            return super().forward_single(2 * x)
+
+    head = make_retina_head()
+    head.__class__ = Head
+    report = convert_model(head, 'L3')
+    assert 'Head' not in [item.source for item in report.fused]
+
+
+def test_relu_keeps_no_mask_behind_a_convolution():
+    block = make_block('ConvModule without norm')
+    follower = nn.Sequential(block, nn.Conv2d(16, 4, 1))
+    convert_model(follower, dict(base='L2', conv=2, norm=2, rectified=3))
+    x = torch.randn(4, 16, 16, 16, requires_grad=True)
+    numel = 4 * 16 * 16 * 16
+    for max_bytes in (chain._MAX_BYTES, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chain, '_MAX_BYTES', max_bytes)
+            with saved_tensors() as saved:
+                follower(x)
+        kept = {t.data_ptr(): t for t in saved}
+        codes = [t.nbytes for t in kept.values() if t.dtype == torch.uint8]
+        # The input's and the output's, which is the follower's input.
+        assert sorted(codes) == [numel * 2 // 8, numel * 3 // 8]

@@ -32,6 +32,7 @@ constexpr size_t kSettings = 2;  // momentum, eps
 
 // What follows a convolution; these numbers are in the schema's `plan`.
 enum class Follows : int64_t {
+  kNothing = 0,   // of the last one only
   kReLU = 1,      // kept as zeroed codes
   kNorm = 2,      // kept as plain codes
   kNormReLU = 3,  // kept as split codes, after an addition as plain and zeroed
@@ -201,7 +202,7 @@ std::tuple<Tensor, std::vector<Tensor>, Integers> conv_chain(
           link.follows == Follows::kNormReLU, link.bits, link.act_bits,
           link.group_size, seed, draw, none);
       kept.insert(kept.end(), codes.begin(), codes.end());
-    } else {
+    } else if (link.follows == Follows::kReLU) {
       const auto [codes, ranges] = call<Tensor, Tensor>(
           "mmactnn::relu_codes_", output, link.bits, link.group_size, seed,
           draw, none);
@@ -252,6 +253,7 @@ constexpr size_t kOthers = 3;
 
 // How many tensors are kept of what follows a convolution.
 size_t count_kept(const Link& link, bool adds) {
+  if (link.follows == Follows::kNothing) return 0;
   return (link.has_norm() ? 3u : 2u) + (adds ? 2u : 0u);
 }
 
@@ -266,7 +268,7 @@ Tensor decode_output(const Link& link, const Tensor* kept,
                                     link.group_size));
   }
   STD_TORCH_CHECK(link.follows == Follows::kNormReLU,
-                  "only the last normalisation may have no ReLU behind it");
+                  "only the last convolution may have no ReLU behind it");
   return std::get<0>(call<Tensor>("mmactnn::dequantize_split", kept[1], kept[2],
                                   parameters[2], parameters[3], sizes, strides,
                                   dtype, link.bits, link.group_size));
@@ -304,7 +306,9 @@ OptionalTensors conv_chain_backward(
     wanted_before -= std::count(need, need + kParameters, 1);
     const bool before = needs_input || wanted_before > 0;
     const bool needs_conv = before || need[0] != 0 || need[1] != 0;
-    grad = with_strides(grad, layout[i + 1].strides);
+    if (link.follows != Follows::kNothing) {
+      grad = with_strides(grad, layout[i + 1].strides);
+    }
     if (link.has_norm()) {
       std::optional<Tensor> act_codes;
       if (adds) act_codes = own[3];
@@ -316,7 +320,7 @@ OptionalTensors conv_chain_backward(
       if (need[3] != 0) grad_of[3] = torch::stable::select(results[0], 0, 0);
       if (adds) grads[1] = results.back();
       if (needs_conv) grad = results[1];
-    } else {
+    } else if (link.follows == Follows::kReLU) {
       std::tie(grad) =
           call<Tensor>("mmactnn::relu_codes_backward", grad, own[0], link.bits);
     }

@@ -24,6 +24,7 @@ class Chain(NamedTuple):
         buffers (list[Tensor | None]): See there.
         plan (list[int]): See there.
         settings (list[float]): See there.
+        rounded (int): How many tensors are rounded.
         quantizer (LayerQuantizer): Settings of the first convolution.
         output (tuple[str, int, int], optional): Kind, bits and group size of
             the payload that the output has; None if it has none.
@@ -33,6 +34,7 @@ class Chain(NamedTuple):
     buffers: list
     plan: list
     settings: list
+    rounded: int
     quantizer: object
     output: tuple | None
 
@@ -44,8 +46,7 @@ class _Chain(Function):
         quantizer = layers.quantizer
         format, codes, ctx.watch = quantizer.keep_shared(input, x, True)
         cast = _cast(parameters, x.dtype)
-        count = len(parameters) // ops.PARAMETERS
-        seed, offset, _ = quantizer.generator.next(x.device, count)
+        seed, offset, _ = quantizer.generator.next(x.device, layers.rounded)
         output, kept, ctx.layouts = ops.conv_chain(
             x,
             residual,

@@ -157,25 +157,28 @@ class FusedConvModule(FusedPairs):
         """See ``ConvModule``."""
         if not activate:
             return self._unfused(x, activate, norm)
-        if self.is_active and norm and not self._merges_norm():
-            modules = self.module._modules
-            output = run_chain(
-                [
-                    Layers(
-                        modules['conv'],
-                        modules.get(self.module.norm_name),
-                        modules['activate'],
-                    )
-                ],
-                x,
-            )
+        if norm and self.runs_all:
+            output = run_chain([self.layers], x)
             if output is not None:
                 return output
         return super().__call__(x, activate, norm)
 
-    def _merges_norm(self):
-        """Whether the normalisation goes into the convolution's weight."""
-        return self.module.efficient_conv_bn_eval_forward is not None
+    @property
+    def runs_all(self):
+        """bool: Whether it is trained, layer by layer.
+
+        MMCV can merge a normalisation in evaluation mode into the
+        convolution's weight.
+        """
+        merges = self.module.efficient_conv_bn_eval_forward is not None
+        return self.is_active and not merges
+
+    @property
+    def layers(self):
+        """Layers: What the module is made of."""
+        modules = self.module._modules
+        norm = modules.get(self.module.norm_name)
+        return Layers(modules['conv'], norm, modules['activate'])
 
 
 class FusedResidual(FusedPairs):

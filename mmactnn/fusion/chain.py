@@ -30,8 +30,8 @@ class Layers(NamedTuple):
     Attributes:
         conv (nn.Module): A convolution ...
         norm (nn.Module, optional): ... the normalisation of its output ...
-        relu (nn.Module, optional): ... and the ReLU of that. One of the two
-            there must be.
+        relu (nn.Module, optional): ... and the ReLU of that. Only the last of
+            several may have none.
     """
 
     conv: nn.Module
@@ -66,11 +66,11 @@ def run_chain(layers, input, residual=None):
             return None
         if relu is not None and not may_be_passed_over(relu):
             return None
-        if not (
-            _takes_relu(relu, size)
-            if norm is None
-            else _takes_norm(norm, size)
-        ):
+        if norm is not None:
+            fits = _takes_norm(norm, size)
+        else:
+            fits = relu is None or _takes_relu(relu, size)
+        if not fits:
             return None
     if residual is not None and (
         residual.shape != size
@@ -142,13 +142,18 @@ def _plan(layers, residual):
         of_conv = conv._parameters
         parameters += of_conv['weight'], of_conv['bias']
         if norm is None:
-            quantizer = relu.quantizer
-            bits, group_size = quantizer.bits, quantizer.group_size
             parameters += None, None
             buffers += None, None, None
             settings += 0.0, 0.0
-            follows, of_batch, act_bits = Follows.RELU, False, 0
-            output = 'zeroed', bits, group_size
+            of_batch, act_bits = False, 0
+            if relu is None:
+                # A group size that is valid, and not looked at.
+                follows, bits = Follows.NOTHING, 0
+                group_size = conv.quantizer.group_size
+            else:
+                follows, bits = Follows.RELU, relu.quantizer.bits
+                group_size = relu.quantizer.group_size
+                output = 'zeroed', bits, group_size
         else:
             of_norm, quantizer = norm._parameters, norm.quantizer
             parameters += of_norm['weight'], of_norm['bias']
@@ -175,8 +180,11 @@ def _plan(layers, residual):
             of_batch,
             (bits, act_bits, group_size),
         )
-    if layers[-1].relu is None:
+    last = layers[-1]
+    if last.relu is None:
         output = None
+    rounded = len(layers) - (last.norm is None and last.relu is None)
+    quantizer = layers[0].conv.quantizer
     return Chain(
-        parameters, buffers, plan, settings, layers[0].conv.quantizer, output
+        parameters, buffers, plan, settings, rounded, quantizer, output
     )

@@ -3,6 +3,7 @@
 from torch import nn
 
 from .blocks import FusedConvModule, FusedPairs, FusedResidual, Pair
+from .heads import make_retina_head
 
 
 def _sequential(module):
@@ -90,6 +91,7 @@ MAKERS = {
     ),
     'torchvision.models.densenet._DenseLayer': _dense_layer,
     'mmcv.cnn.bricks.conv_module.ConvModule': _conv_module,
+    'mmdet.models.dense_heads.anchor_head.AnchorHead': make_retina_head,
     'mmpretrain.models.backbones.resnet_cifar.ResNet_CIFAR': _openmmlab_stem,
     'mmpretrain.models.necks.nonlinear_neck.NonLinearNeck': _non_linear_neck,
 }

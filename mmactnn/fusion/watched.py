@@ -13,12 +13,20 @@ def is_watched(layer):
     Returns:
         bool: Of hooks that all modules have it tells nothing.
     """
+    return has_hooks(layer) or 'forward' in layer.__dict__
+
+
+def has_hooks(layer):
+    """Whether a layer has hooks of its own.
+
+    Args:
+        layer (nn.Module): The layer.
+    """
     return bool(
         layer._forward_hooks
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
-        or 'forward' in layer.__dict__
     )
 
 

@@ -18,6 +18,7 @@ PARAMETERS = 4
 class Follows(enum.IntEnum):
     """What follows a convolution."""
 
+    NOTHING = 0
     RELU = 1
     NORM = 2
     NORM_RELU = 3
@@ -27,9 +28,7 @@ class Follows(enum.IntEnum):
 _KEPT = dict(plain=0, rows=1, split=2, zeroed=3)
 
 
-def plan_link(
-    stride, padding, dilation, groups, follows, of_batch, format
-):
+def plan_link(stride, padding, dilation, groups, follows, of_batch, format):
     """One convolution of a plan.
 
     Args:
@@ -144,7 +143,9 @@ def conv_chain_backward(
         RuntimeError: As :func:`conv_chain`.
     """
     format, codes = input_payload
-    kind = 'rows' if len(codes) == 4 and format.kind == 'plain' else format.kind
+    kind = (
+        'rows' if len(codes) == 4 and format.kind == 'plain' else format.kind
+    )
     return torch.ops.mmactnn.conv_chain_backward.default(
         grad_output,
         codes,
