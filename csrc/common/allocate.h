@@ -13,6 +13,7 @@
 #include <initializer_list>
 #include <tuple>
 
+#include "errors.h"
 #include "geometry.h"
 
 namespace mmactnn {
@@ -33,9 +34,11 @@ inline torch::stable::Tensor empty_strided(
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle tensor = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      to<int32_t>(from(dtype)), type, index, &tensor));
+  STD_TORCH_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                               strides.data(), to<int32_t>(from(dtype)), type,
+                               index, &tensor) == TORCH_SUCCESS,
+      "a tensor cannot be allocated: ", last_error());
   return torch::stable::Tensor(tensor);
 }
 

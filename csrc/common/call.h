@@ -12,19 +12,9 @@
 #include <tuple>
 #include <utility>
 
-// Of torch >= 2.13; null before.
-extern "C" __attribute__((weak)) const char*
-torch_exception_get_what_without_backtrace();
+#include "errors.h"
 
 namespace mmactnn {
-
-// What torch says of the call that failed last.
-inline const char* last_error() {
-  if (torch_exception_get_what_without_backtrace == nullptr) {
-    return "torch has written the reason to the log";
-  }
-  return torch_exception_get_what_without_backtrace();
-}
 
 template <typename... Results, size_t... I>
 std::tuple<Results...> unpack_stack(const StableIValue* stack,

@@ -93,16 +93,20 @@ def conv_chain(
             failed.
     """
     require_kernels(input.device)
-    return torch.ops.mmactnn.conv_chain.default(
-        input,
-        residual,
-        parameters,
-        buffers,
-        plan,
-        settings,
-        as_int64(seed),
-        as_int64(offset),
-    )
+    try:
+        return torch.ops.mmactnn.conv_chain.default(
+            input,
+            residual,
+            parameters,
+            buffers,
+            plan,
+            settings,
+            as_int64(seed),
+            as_int64(offset),
+        )
+    except RuntimeError as error:
+        _raise_out_of_memory(error)
+        raise
 
 
 def conv_chain_backward(
@@ -146,17 +150,30 @@ def conv_chain_backward(
     kind = (
         'rows' if len(codes) == 4 and format.kind == 'plain' else format.kind
     )
-    return torch.ops.mmactnn.conv_chain_backward.default(
-        grad_output,
-        codes,
-        [_KEPT[kind], int(format.bits), format.group_size],
-        parameters,
-        kept,
-        layouts,
-        plan,
-        needs,
-        needs_input,
-        has_residual,
-        observed,
-        format.dtype,
-    )
+    try:
+        return torch.ops.mmactnn.conv_chain_backward.default(
+            grad_output,
+            codes,
+            [_KEPT[kind], int(format.bits), format.group_size],
+            parameters,
+            kept,
+            layouts,
+            plan,
+            needs,
+            needs_input,
+            has_residual,
+            observed,
+            format.dtype,
+        )
+    except RuntimeError as error:
+        _raise_out_of_memory(error)
+        raise
+
+
+def _raise_out_of_memory(error):
+    """Tell the error of which torch has a class of its own.
+
+    A call within the op loses the class.
+    """
+    if 'CUDA out of memory' in str(error):
+        raise torch.OutOfMemoryError(str(error)) from error

@@ -243,3 +243,23 @@ def test_errors():
         run(residual=x)
     with pytest.raises(RuntimeError, match='aten::convolution failed'):
         run(x=x[:, :3])
+
+
+def test_out_of_memory_has_its_class():
+    if not torch.cuda.is_available():
+        pytest.skip('no GPU is available')
+    if torch.__version__ < (2, 13):
+        pytest.skip('torch does not tell the reason before 2.13')
+    x = torch.randn(64, 8, 64, 64, device='cuda')
+    link = make_link(
+        8, GEOMETRIES[0], (1, 1), ops.Follows.RELU, torch.float32, 'cuda'
+    )
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    used = torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction((used + 2**20) / total, 0)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            run_chain(x, None, [link])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)

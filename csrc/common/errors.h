@@ -1,0 +1,17 @@
+// What torch says of a call of the stable API that failed.
+#pragma once
+
+// Of torch >= 2.13; null before.
+extern "C" __attribute__((weak)) const char*
+torch_exception_get_what_without_backtrace();
+
+namespace mmactnn {
+
+inline const char* last_error() {
+  if (torch_exception_get_what_without_backtrace == nullptr) {
+    return "torch has written the reason to the log; it may be out of memory";
+  }
+  return torch_exception_get_what_without_backtrace();
+}
+
+}  // namespace mmactnn
