@@ -140,6 +140,9 @@ class LayerQuantizer:
             False.
         fused_bits (FusedBits, optional): For a normalisation that is fused.
 
+    Attributes:
+        chunk_bytes (int, optional): ``chunk_mib`` in bytes.
+
     Raises:
         ValueError: If ``bits`` or ``group_size`` is not valid.
     """
@@ -162,7 +165,7 @@ class LayerQuantizer:
         self.generator = generator or default_generator
         self.own = own
         self.slot = slot
-        self.chunk_mib = chunk_mib
+        self.chunk_bytes = None if chunk_mib is None else int(chunk_mib * MIB)
         self.strict = strict
         self.fused_bits = fused_bits
         self.meter = None
@@ -341,11 +344,6 @@ class LayerQuantizer:
             Watch, optional: What the backward pass reports to.
         """
         return _watch(self.slot, getattr(input.grad_fn, 'slot', None))
-
-    @property
-    def chunk_bytes(self):
-        """int, optional: ``chunk_mib`` in bytes."""
-        return None if self.chunk_mib is None else int(self.chunk_mib * MIB)
 
     def note(self, kept, exact):
         """Report to the meter, if one is attached, what a call keeps.

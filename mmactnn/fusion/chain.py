@@ -1,5 +1,6 @@
 """Layers of a block that run as one node of the graph where they can."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -61,7 +62,16 @@ def run_chain(layers, input, residual=None):
     for conv, norm, relu in layers:
         if not _takes_conv(conv, size, lowered, dtype):
             return None
-        size = _output_size(conv, size)
+        size = _output_size(
+            size,
+            conv.out_channels,
+            tuple(conv.kernel_size),
+            tuple(conv.stride),
+            tuple(conv.padding),
+            tuple(conv.dilation),
+        )
+        if min(size) <= 0:
+            return None
         if conv.quantizer.generator is not quantizer.generator:
             return None
         if relu is not None and not may_be_passed_over(relu):
@@ -69,7 +79,7 @@ def run_chain(layers, input, residual=None):
         if norm is not None:
             fits = _takes_norm(norm, size)
         else:
-            fits = relu is None or _takes_relu(relu, size)
+            fits = relu is None or (relu.keeps_codes and relu.training)
         if not fits:
             return None
     if residual is not None and (
@@ -114,19 +124,13 @@ def _takes_norm(norm, size):
     )
 
 
-def _takes_relu(relu, size):
-    """Whether a ReLU of some convolution's output keeps codes of it."""
-    return relu.keeps_codes and relu.training and 0 not in size
-
-
-def _output_size(conv, size):
+@functools.lru_cache
+def _output_size(size, channels, kernel_size, stride, padding, dilation):
     """Shape of what a convolution makes of an input of some shape."""
-    places = zip(
-        size[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation
-    )
+    places = zip(size[2:], kernel_size, stride, padding, dilation)
     return (
         size[0],
-        conv.out_channels,
+        channels,
         *[
             (length + 2 * pad - step * (kernel - 1) - 1) // stride + 1
             for length, kernel, stride, pad, step in places
@@ -172,9 +176,9 @@ def _plan(layers, residual):
                 follows, bits = Follows.NORM_RELU, fused.split
                 output = 'split', bits, group_size
         plan += plan_link(
-            conv.stride,
-            conv.padding,
-            conv.dilation,
+            tuple(conv.stride),
+            tuple(conv.padding),
+            tuple(conv.dilation),
             conv.groups,
             follows,
             of_batch,

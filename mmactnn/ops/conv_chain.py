@@ -5,6 +5,7 @@ is the time between two calls, of which small tensors want less than the host.
 """
 
 import enum
+import functools
 
 import torch
 
@@ -28,34 +29,35 @@ class Follows(enum.IntEnum):
 _KEPT = dict(plain=0, rows=1, split=2, zeroed=3)
 
 
+@functools.lru_cache
 def plan_link(stride, padding, dilation, groups, follows, of_batch, format):
     """One convolution of a plan.
 
     Args:
-        stride (Sequence[int]): Of the convolution.
-        padding (Sequence[int]): Likewise.
-        dilation (Sequence[int]): Likewise.
+        stride (tuple[int]): Of the convolution.
+        padding (tuple[int]): Likewise.
+        dilation (tuple[int]): Likewise.
         groups (int): Likewise.
         follows (Follows): What follows it.
         of_batch (bool): Whether the normalisation's statistics are the
             batch's.
-        format (Sequence[int]): Bits of the codes of what follows, those of
+        format (tuple[int]): Bits of the codes of what follows, those of
             the output's after an addition (else 0), and the group size.
 
     Returns:
-        list[int]: A part of ``plan``; plans are such parts, one after the
+        tuple[int]: A part of ``plan``; plans are such parts, one after the
         other.
     """
-    return [
+    return (
         len(stride),
         *stride,
         *padding,
         *dilation,
         groups,
-        follows,
-        of_batch,
+        int(follows),
+        int(of_batch),
         *format,
-    ]
+    )
 
 
 def conv_chain(
