@@ -14,15 +14,13 @@ from ..analysis import Breakdown, Locator
 from ..convert import convert_model, get_precision
 from ..levels import get_level
 from ..memory import measure_activations
+from ..names import require_named_layers
 from ..ops import DEFAULT_GROUP_SIZE
 from ..random import RoundingGenerator
-from ..registry import HOOKS, ROOT_HOOKS, require_named_layers
 from ..units import MIB
 from .samples import SampleIndex
 
 
-@ROOT_HOOKS.register_module()
-@HOOKS.register_module()
 class ActNNHook(Hook):
     """Convert the model, seed its rounding, log what it saves.
 

@@ -28,15 +28,22 @@ class LayeredFPN(LayeredModule):
                 f'{len(inputs)}'
             )
         laterals = self._merge(inputs)
-        outs = [conv(x) for conv, x in zip(self.fpn_convs, laterals)]
-        extra_convs = list(self.fpn_convs)[len(outs) :]
+        coarsest = laterals[-1]
+        # From the finest, and none is held longer than its convolution needs
+        # it: what is left of it then are codes.
+        laterals.reverse()
+        convs = iter(self.fpn_convs)
+        outs = []
+        while laterals:
+            outs.append(next(convs)(laterals.pop()))
+        extra_convs = list(convs)
         if not self.add_extra_convs:
             while len(outs) < self.num_outs:
                 outs.append(self.extra_pool(outs[-1]))
         elif len(outs) < self.num_outs:
             source = {
                 'on_input': inputs[self.backbone_end_level - 1],
-                'on_lateral': laterals[-1],
+                'on_lateral': coarsest,
                 'on_output': outs[-1],
             }[self.add_extra_convs]
             outs.append(extra_convs[0](source))
@@ -56,7 +63,9 @@ class LayeredFPN(LayeredModule):
             size = None
             if 'scale_factor' not in self.upsample_cfg:
                 size = laterals[i - 1].shape[2:]
-            laterals[i - 1] = laterals[i - 1] + F.interpolate(
-                laterals[i], size=size, **self.upsample_cfg
-            )
+            # Into the upsampled map, which nobody else has: an activation may
+            # have kept the lateral one, or a hook.
+            merged = F.interpolate(laterals[i], size=size, **self.upsample_cfg)
+            merged += laterals[i - 1]
+            laterals[i - 1] = merged
         return laterals

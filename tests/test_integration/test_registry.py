@@ -1,6 +1,7 @@
 """Names in configs, and what MMEngine and MMCV do with our layers."""
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 
@@ -337,13 +338,17 @@ class TestExternalConfigs:
         assert MODULE2PACKAGE['mmactnn'] == 'mmactnn'
 
 
-def run_python(code):
+def run_python(code, *paths):
     """Run code in a process of its own, where nothing is imported yet."""
+    inherited = os.environ.get('PYTHONPATH', '')
+    paths = [str(path) for path in paths]
     done = subprocess.run(
         [sys.executable, '-c', code],
         capture_output=True,
         text=True,
         cwd=ROOT,
+        env=os.environ
+        | dict(PYTHONPATH=os.pathsep.join(filter(None, [*paths, inherited]))),
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -369,3 +374,32 @@ def test_without_mmengine_and_mmcv():
         'conv(torch.ones(1, 3, 5, 5)).sum().backward()\n'
         'print(type(conv).__name__, conv.weight.grad.mean().item())\n'
     ) == ['QConv2d', '9.0']
+
+
+@pytest.mark.parametrize(
+    'first', ['mmengine.model', 'mmengine.optim', 'mmcv.cnn']
+)
+def test_import_in_the_middle_of_mmengines(first, tmp_path):
+    # MMEngine's optimizers import transformers if it is there, which imports
+    # other packages, for which a module of the same name that imports mmactnn
+    # may be taken. MMEngine is half imported then, and ignores what fails.
+    package = tmp_path / 'transformers'
+    package.mkdir()
+    (package / '__init__.py').write_text('import needed_by_transformers\n')
+    (tmp_path / 'needed_by_transformers.py').write_text(
+        'try:\n'
+        '    import mmactnn\n'
+        'except ImportError:\n'
+        "    print('refused')\n"
+        '    raise\n'
+    )
+    assert run_python(
+        f'import {first}\n'
+        'import sys\n'
+        "assert 'mmactnn' not in sys.modules\n"
+        'import mmactnn\n'
+        'from mmengine.registry import HOOKS, MODELS\n'
+        "print(MODELS.get('QConv2d').__name__)\n"
+        "print(HOOKS.get('mmactnn.ActNNHook').__name__)\n",
+        tmp_path,
+    ) == ['refused', 'QConv2d', 'ActNNHook']

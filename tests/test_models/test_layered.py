@@ -17,9 +17,17 @@ from support.layers import (
     relative_error,
     saved_tensors,
 )
+from support.live import LiveBytes
 from torch import nn
+from torch.nn import functional as F
 
-from mmactnn import QMaxPool2d, QReLU, convert_model, revert_model
+from mmactnn import (
+    QMaxPool2d,
+    QReLU,
+    RoundingGenerator,
+    convert_model,
+    revert_model,
+)
 from mmactnn.layers import QGate
 from mmactnn.models import find_layered
 from mmactnn.models.detection import (
@@ -214,6 +222,80 @@ class TestConversion:
         model = Own(6, feat_channels=6)
         convert_model(model)
         assert type(model) is Own
+
+
+class OutOfPlace(QFPN):
+    """As MMDetection sums the maps, and keeps the sums."""
+
+    def forward(self, inputs):
+        maps = [conv(x) for conv, x in zip(self.lateral_convs, inputs)]
+        for i in range(len(maps) - 1, 0, -1):
+            size = None
+            if 'scale_factor' not in self.upsample_cfg:
+                size = maps[i - 1].shape[2:]
+            maps[i - 1] = maps[i - 1] + F.interpolate(
+                maps[i], size=size, **self.upsample_cfg
+            )
+        outs = [conv(x) for conv, x in zip(self.fpn_convs, maps)]
+        return (*outs, self.extra_pool(outs[-1]))
+
+
+class TestPyramid:
+    """Sums of three levels."""
+
+    UPSAMPLING = [
+        dict(mode='nearest'),
+        dict(mode='bilinear', scale_factor=2, align_corners=False),
+    ]
+
+    @pytest.fixture(params=UPSAMPLING, ids=['nearest', 'bilinear'])
+    def upsample_cfg(self, request):
+        return request.param
+
+    @pytest.fixture
+    def inputs(self):
+        sizes = (2, 4, 16, 20), (2, 8, 8, 10), (2, 16, 4, 5)
+        return [torch.randn(size) for size in sizes]
+
+    @pytest.mark.parametrize('act_cfg', [None, dict(type='ReLU')])
+    @pytest.mark.parametrize('level', ['L0', 'L3'])
+    def test_same_bits(self, level, act_cfg, upsample_cfg, inputs):
+        found, expected = [], []
+        # The activations keep their outputs, which the sums must not change.
+        kwargs = dict(act_cfg=act_cfg, upsample_cfg=upsample_cfg)
+        stock = FPN([4, 8, 16], 6, num_outs=4, **kwargs)
+        for cls, results in ((QFPN, found), (OutOfPlace, expected)):
+            neck = cls([4, 8, 16], 6, num_outs=4, **kwargs)
+            neck.load_state_dict(stock.state_dict())
+            convert_model(neck, level, generator=RoundingGenerator(1))
+            for _ in range(2):
+                results += run(neck, inputs)
+        if level == 'L0':
+            expected += run(stock, inputs)
+            found += found[:2]
+        for some, others in zip(found, expected, strict=True):
+            for a, b in zip(some, others, strict=True):
+                assert_same_bits(a, b)
+
+    def test_hooks_see_the_laterals(self, inputs):
+        neck = QFPN([4, 8, 16], 6, num_outs=4)
+        convert_model(neck, 'L3')
+        seen = []
+        for conv in neck.lateral_convs:
+            conv.register_forward_hook(lambda m, i, o: seen.append((o, o + 0)))
+        neck(inputs)
+        for kept, copied in seen:
+            assert_same_bits(kept, copied)
+
+    def test_sums_are_not_held(self):
+        inputs = [torch.randn(2, 4, 64 >> i, 64 >> i) for i in range(3)]
+        neck = QFPN([4, 4, 4], 64, num_outs=4)
+        convert_model(neck, 'L3')
+        with LiveBytes() as live:
+            neck(inputs)
+        # Two of the finest, and 5/16 of it in coarser ones; the rest codes.
+        finest = 2 * 64 * 64 * 64 * 4
+        assert live.peak < 2.6 * finest
 
 
 class TestNames:

@@ -36,7 +36,7 @@ from rich.text import Text
 import mmactnn
 from mmactnn.analysis import Breakdown, Category, Locator, synthetic
 from mmactnn.levels import DEFAULT_LEVEL
-from mmactnn.registry import require_named_layers
+from mmactnn.names import require_named_layers
 from mmactnn.units import MIB
 
 _DTYPES = dict(fp16=torch.float16, bf16=torch.bfloat16)

@@ -1,6 +1,6 @@
 """Measure the kernels against the device's own copy.
 
-    python tools/benchmark/kernels.py [--out kernels.json]
+    python tools/benchmark/kernel_speed.py [--out kernels.json]
 
 The rate of a kernel is the bytes that must move (input once, codes, ranges,
 mask or positions, output once) over the median time; its share is that rate
