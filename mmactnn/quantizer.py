@@ -298,7 +298,7 @@ class LayerQuantizer:
         payload = self.pack(tensor)
         return payload.format, payload.tensors
 
-    def keep_shared(self, input, tensor, needed, payload=None):
+    def keep_shared(self, input, tensor, needed):
         """As :meth:`keep`, by the payload that another layer has.
 
         Fits what is linear in the kept tensor, and the layers that take the
@@ -309,8 +309,6 @@ class LayerQuantizer:
             tensor (Tensor[N, *]): What is to be kept: the input, or a cast or
                 padded one.
             needed (bool): Whether the backward pass needs anything.
-            payload (Payload, optional): That of the other layer. Defaults to
-                what travels with the input.
 
         Returns:
             tuple[PayloadFormat, tuple[Tensor], Watch]: The first two as
@@ -319,7 +317,7 @@ class LayerQuantizer:
         """
         if not needed:
             return None, (), None
-        payload, first = payload or shared_payload(input), False
+        payload, first = shared_payload(input), False
         if (
             payload is None
             or payload.format.size != tensor.shape

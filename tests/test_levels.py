@@ -1,11 +1,17 @@
 """Levels: the table, variations of it, rules by name."""
 
+import importlib
+
 import pytest
 import torch
+from support.layers import exact_numerics
 from torch import nn
 
 import mmactnn
 from mmactnn import LEVELS, Level, Rule, convert_model, get_level
+
+# The package has a function of this name.
+conv_module = importlib.import_module('mmactnn.autograd.conv')
 
 
 def small_model():
@@ -142,3 +148,42 @@ class TestConversion:
             model(x).square().sum().backward()
             grads.append(model[0].weight.grad)
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize('channels_last', [False, True])
+    @pytest.mark.parametrize('stride', [1, 2])
+    def test_large_convolutions_run_in_pieces(
+        self, stride, channels_last, device
+    ):
+        sample = 16 * 8 * 8 * 4
+        x = torch.randn(5, 16, 8, 8, device=device)
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        conv = nn.Conv2d(16, 16 * stride**2, 3, stride, 1).to(device)
+        with exact_numerics():
+            expected = conv(x)
+            convert_model(conv, dict(chunk_mib=sample / 2**20))
+            sizes = []
+            with pytest.MonkeyPatch.context() as patch:
+                original = torch.convolution
+                patch.setattr(conv_module, '_LARGE_BYTES', 2 * sample)
+                patch.setattr(
+                    torch,
+                    'convolution',
+                    lambda x, *args: (
+                        sizes.append(len(x)) or original(x, *args)
+                    ),
+                )
+                output = conv(x)
+        # Not as small as the backward pass would have them, and about equal.
+        assert sizes == [2, 2, 1]
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+        assert output.stride() == expected.stride()
+
+    def test_a_small_output_is_no_reason_for_pieces(self):
+        conv = nn.Conv2d(16, 4, 3)
+        convert_model(conv, 'L3')
+        x = torch.randn(5, 16, 8, 8)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(conv_module, '_LARGE_BYTES', x.nbytes // 2)
+            patch.setattr(torch, 'empty', None)
+            conv(x)

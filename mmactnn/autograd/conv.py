@@ -16,6 +16,11 @@ from .double_backward import first_order_only
 # takes on the host then counts for more than that two tensors live at once.
 _SMALL_BYTES = 32 * MIB
 
+# From this size on the forward pass, too, goes in pieces, and in none that are
+# smaller: it costs a copy of the output, and where tensors are smaller the
+# backward pass needs more memory than the forward pass anyway.
+_LARGE_BYTES = 256 * MIB
+
 
 class ConvRecord(NamedTuple):
     """What the backward pass of a convolution knows besides tensors.
@@ -46,9 +51,7 @@ class ConvRecord(NamedTuple):
     watch: object
 
 
-def convolve(
-    input, weight, bias, dtype, geometry, quantizer, needs_weight, payload=None
-):
+def convolve(input, weight, bias, dtype, geometry, quantizer, needs_weight):
     """The forward pass of a convolution.
 
     Args:
@@ -59,8 +62,6 @@ def convolve(
         geometry (tuple): See :func:`convolution`.
         quantizer (LayerQuantizer): Settings of the layer.
         needs_weight (bool): Whether the weight's gradient is wanted.
-        payload (Payload, optional): Of the input. Defaults to what travels
-            with it.
 
     Returns:
         tuple[Tensor[N, O, *], ConvRecord, tuple[Tensor]]: The output, and
@@ -69,10 +70,8 @@ def convolve(
     x, w, b = input, weight, bias
     if dtype is not None:
         x, w, b = cast(dtype, input, weight, bias)
-    output = torch.convolution(x, w, b, *geometry)
-    format, kept, watch = quantizer.keep_shared(
-        input, x, needs_weight, payload
-    )
+    output = _convolve(x, w, b, geometry, quantizer.chunk_bytes)
+    format, kept, watch = quantizer.keep_shared(input, x, needs_weight)
     record = ConvRecord(
         geometry,
         dtype,
@@ -88,6 +87,34 @@ def convolve(
     if quantizer.meter is not None:
         quantizer.note(kept=kept, exact=(x, w))
     return output, record, kept
+
+
+def _convolve(x, w, b, geometry, limit):
+    """The output, piece by piece if both input and output are large.
+
+    Where cuDNN computes in another layout, its workspace has room for both.
+    """
+    transposed = geometry[3]
+    if limit is None or transposed or x.nbytes <= _LARGE_BYTES:
+        return torch.convolution(x, w, b, *geometry)
+    limit = max(limit, _LARGE_BYTES)
+    # But for what the edges add or take.
+    nbytes = x.nbytes * w.shape[0] / x.shape[1] / math.prod(geometry[0])
+    parts = list(pieces(x.shape[0], max(x.nbytes, nbytes), limit))
+    if nbytes <= limit or len(parts) == 1:
+        return torch.convolution(x, w, b, *geometry)
+    output = None
+    for part in parts:
+        made = torch.convolution(x[part], w, b, *geometry)
+        if output is None:
+            output = torch.empty(
+                (x.shape[0], *made.shape[1:]),
+                dtype=made.dtype,
+                device=made.device,
+                memory_format=memory_format(made),
+            )
+        output[part] = made
+    return output
 
 
 def convolution_gradients(record, weight, kept, grad_output, needs):

@@ -215,8 +215,7 @@ def test_opcheck(mode, device):
             arguments,
             test_utils=checks,
         )
-    found = torch.ops.mmactnn.batch_norm_act.default(*arguments)
-    codes = found[2]
+    _, invstd, *codes = torch.ops.mmactnn.batch_norm_act.default(*arguments)
     torch.library.opcheck(
         torch.ops.mmactnn.batch_norm_act_backward.default,
         (
@@ -224,7 +223,7 @@ def test_opcheck(mode, device):
             *codes[:2],
             codes[2] if adds else None,
             weight,
-            found[1],
+            invstd,
             relu,
             True,
             True,
