@@ -22,7 +22,7 @@ _CONVS = (QConv1d, QConv2d, QConv3d)
 # wait for at tensors smaller than this, and costs memory: the gradient of its
 # output lives until the backward pass is through, and a convolution's two
 # gradients are computed in one call.
-_MAX_BYTES = 128 * MIB
+_MAX_BYTES = 192 * MIB
 
 
 class Layers(NamedTuple):
