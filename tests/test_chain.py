@@ -160,6 +160,9 @@ def test_layers_that_somebody_looks_at(watch):
 @pytest.mark.parametrize(
     ('name', 'layer', 'other'),
     [
+        ('mmdet bottleneck', 'conv1', nn.Conv2d(16, 4, 1, bias=False)),
+        ('mmdet bottleneck', 'conv3', nn.Conv2d(4, 16, 1, bias=False)),
+        ('ConvModule without norm', 'conv', nn.Conv2d(16, 16, 3, 1, 1)),
         ('mmdet bottleneck', 'bn1', nn.BatchNorm2d(4)),
         ('mmdet bottleneck', 'bn3', nn.BatchNorm2d(16)),
         ('mmdet bottleneck', 'relu', nn.LeakyReLU(0.5)),

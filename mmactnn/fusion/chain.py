@@ -57,10 +57,12 @@ def run_chain(layers, input, residual=None):
     dtype = lowered or input.dtype
     if dtype not in VALID_DTYPES or are_all_watched() or is_capturing():
         return None
-    size = input.shape
-    quantizer = layers[0].conv.quantizer
+    size, generator = input.shape, None
     for conv, norm, relu in layers:
-        if not _takes_conv(conv, size, lowered, dtype):
+        if not _takes_conv(conv, size, input, lowered):
+            return None
+        generator = generator or conv.quantizer.generator
+        if conv.quantizer.generator is not generator:
             return None
         size = _output_size(
             size,
@@ -71,8 +73,6 @@ def run_chain(layers, input, residual=None):
             tuple(conv.dilation),
         )
         if min(size) <= 0:
-            return None
-        if conv.quantizer.generator is not quantizer.generator:
             return None
         if relu is not None and not may_be_passed_over(relu):
             return None
@@ -91,19 +91,30 @@ def run_chain(layers, input, residual=None):
     return chain(input, residual, lowered, _plan(layers, residual))
 
 
-def _takes_conv(conv, size, lowered, dtype):
-    """Whether a convolution of some input is one that a chain computes."""
+def _takes_conv(conv, size, first, lowered):
+    """Whether a convolution of some input is one that a chain computes.
+
+    Args:
+        conv (nn.Module): What is in its place.
+        size (Sequence[int]): Shape of its input.
+        first (Tensor[N, C, *]): Input of the chain.
+        lowered (torch.dtype, optional): Autocast's.
+
+    Returns:
+        bool: False also where torch's layer would refuse the input.
+    """
     if type(conv) not in _CONVS or is_watched(conv) or not conv.training:
         return False
     quantizer = conv.quantizer
     if quantizer.exact or quantizer.meter is not None:
         return False
-    weight = conv._parameters['weight']
+    weight, dtype = conv._parameters['weight'], lowered or first.dtype
     nbytes = math.prod(size) * dtype.itemsize
     limit = quantizer.chunk_bytes
     return (
         weight is not None
         and weight.requires_grad
+        and weight.device == first.device
         and (lowered is not None or weight.dtype == dtype)
         and 0 < nbytes <= _MAX_BYTES
         and (limit is None or nbytes <= limit)
