@@ -1,5 +1,6 @@
 """What a layer keeps of a tensor."""
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -330,12 +331,28 @@ def share(tensor, payload):
 
     Args:
         tensor (Tensor[N, *]): What the payload stands for. That of a leaf is
-            not shared: a leaf may be read in many passes, all of which would
-            round alike.
+            not shared but within a block (:func:`shared_in_block`): a leaf may
+            be read in many passes, all of which would round alike.
         payload (Payload): Its payload.
     """
-    if tensor.grad_fn is not None:
+    if tensor.grad_fn is not None or hasattr(tensor, '_mmactnn_in_block'):
         tensor._mmactnn_shared = _Shared(payload, tensor._version, _context())
+
+
+@contextlib.contextmanager
+def shared_in_block(tensor):
+    """Let the layers of a block share the payload of its input, a leaf.
+
+    Args:
+        tensor (Tensor[N, *]): The input. It has no payload any more when the
+            block is through.
+    """
+    tensor._mmactnn_in_block = True
+    try:
+        yield
+    finally:
+        for name in ('_mmactnn_in_block', '_mmactnn_shared'):
+            tensor.__dict__.pop(name, None)
 
 
 def shared_payload(tensor):

@@ -1,6 +1,7 @@
 """Blocks that run fused, against themselves unfused and in float64."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -290,6 +291,32 @@ def test_hooks_see_what_they_would():
     assert any(float(v.min()) < 0 for v in seen.values())
     for name in names:
         assert relative_error(seen[name], expected[name]) < 1e-5
+
+
+@pytest.mark.parametrize('max_bytes', [chain._MAX_BYTES, 0])
+def test_shortcut_shares_the_payload_of_what_is_frozen(max_bytes):
+    block = make_block('mmdet bottleneck, stride')
+    convert_model(block, FIXED)
+    x = make_input()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chain, '_MAX_BYTES', max_bytes)
+        found = []
+        for _ in range(2):
+            with saved_tensors() as saved:
+                block(x)
+            codes = {
+                t.data_ptr(): t
+                for t in saved
+                if t.dtype == torch.uint8 and t.shape[0] == len(x)
+            }
+            size = math.ceil(x[0].numel() / 8) * 2
+            own = [t for t in codes.values() if t.shape[1:] == (size,)]
+            # Once, though two convolutions read it, ...
+            assert len(own) == 1
+            found += own
+    # ... but anew in each pass.
+    assert not torch.equal(*found)
+    assert not any(name.startswith('_mmactnn') for name in vars(x))
 
 
 @pytest.mark.parametrize('name', ['mmdet bottleneck', 'ConvModule'])

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..layers.norm import Fusing
+from ..payload import shared_in_block
 from .chain import Layers, run_chain
 from .members import may_be_passed_over, may_join
 from .watched import is_only_reader, is_watched
@@ -217,6 +218,16 @@ class FusedResidual(FusedPairs):
             self.is_active and may_join(last_norm) and may_be_passed_over(relu)
         ):
             return super().__call__(x)
+        if x.grad_fn is not None:
+            return self._run(x)
+        # What frozen stages return is read by the shortcut, too.
+        with shared_in_block(x):
+            return self._run(x)
+
+    def _run(self, x):
+        modules = self.module._modules
+        relu = modules['relu']
+        last_conv, last_norm = modules[self.last_conv], modules[self.last_norm]
         # First, though the block's own forward pass has it last: the backward
         # pass then comes to it when the other branch's gradients are gone.
         shortcut = self._run_shortcut(x)
