@@ -1,5 +1,6 @@
 """The benchmarks measure what they say, on a model of no size."""
 
+import json
 import sys
 import types
 
@@ -70,3 +71,63 @@ def test_gradient_error_of_nothing(options, capsys):
     with pytest.raises(SystemExit):
         tool.parse_args(options)
     assert options[1].partition(':')[0] in capsys.readouterr().err
+
+
+SMALL_RETINANET = (
+    'model.backbone.base_channels=4',
+    'model.neck.in_channels=[16,32,64,128]',
+    'model.neck.out_channels=8',
+    'model.bbox_head.in_channels=8',
+    'model.bbox_head.feat_channels=8',
+)
+
+
+def test_host_time(tmp_path, monkeypatch, capsys):
+    tool = load_tool('benchmark/host_time.py')
+    out = tmp_path / 'rows.json'
+    monkeypatch.setattr(
+        sys,
+        'argv',
+        [
+            'host_time.py',
+            *('--model', 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'),
+            *('--device', 'cpu', '--batch-size', '1', '--warmup', '0'),
+            *('--image-size', '64', '64', '--turns', '2', '--steps', '1'),
+            *('--cfg-options', *SMALL_RETINANET, '--out', str(out)),
+        ],
+    )
+    turns = []
+    timed_step = tool.timed_step
+    monkeypatch.setattr(
+        tool,
+        'timed_step',
+        lambda training: (
+            turns.append(training.trial.system) or timed_step(training)
+        ),
+    )
+    tool.main()
+    assert turns == ['exact', 'L3'] * 2
+    result = json.loads(out.read_text())
+    exact, compressed = result['rows']
+    assert (exact['system'], compressed['system']) == ('exact', 'L3')
+    assert exact['ratio'] == 1
+    assert compressed['ratio'] == compressed['step'] / exact['step']
+    for row in result['rows']:
+        # A CPU is done when the call is.
+        assert 0 < row['host'] <= row['step'] < row['host'] + 50
+        assert row['25 %'] <= row['step'] <= row['75 %']
+    assert 'batch 1' in capsys.readouterr().out
+
+
+def test_quartiles():
+    tool = load_tool('benchmark/host_time.py')
+    assert tool.quartiles([5.0]) == [5.0] * 3
+    assert tool.quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == [2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize('option', ['--turns', '--steps', '--batch-size'])
+def test_host_time_of_nothing(option, capsys):
+    tool = load_tool('benchmark/host_time.py')
+    with pytest.raises(SystemExit):
+        tool.parse_args([option, '0'])
+    assert 'must be 1 or more, got 0' in capsys.readouterr().err
