@@ -212,10 +212,10 @@ class FusedResidual(FusedPairs):
     def __call__(self, x):
         """See the block's own ``forward``."""
         modules = self.module._modules
-        relu = modules['relu']
-        last_conv, last_norm = modules[self.last_conv], modules[self.last_norm]
         if not (
-            self.is_active and may_join(last_norm) and may_be_passed_over(relu)
+            self.is_active
+            and may_join(modules[self.last_norm])
+            and may_be_passed_over(modules['relu'])
         ):
             return super().__call__(x)
         if x.grad_fn is not None:

@@ -26,6 +26,7 @@ import time
 import torch
 from rich.console import Console
 from rich.table import Table
+
 from training.measure import Training
 from training.trial import Trial
 
