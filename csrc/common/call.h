@@ -26,8 +26,7 @@ std::tuple<Results...> unpack_stack(const StableIValue* stack,
 // schema, in its order, and all of them: defaults are not filled in.
 template <typename... Results, typename... Arguments>
 std::tuple<Results...> call(const char* op, const Arguments&... arguments) {
-  constexpr size_t kSlots =
-      std::max(sizeof...(Arguments), sizeof...(Results));
+  constexpr size_t kSlots = std::max(sizeof...(Arguments), sizeof...(Results));
   std::array<StableIValue, kSlots> stack{
       torch::stable::detail::from(arguments)...};
   STD_TORCH_CHECK(torch_call_dispatcher(op, "", stack.data(),

@@ -27,7 +27,7 @@ using Integers = std::vector<int64_t>;
 
 // Of the lists of tensors that come with each link.
 constexpr size_t kParameters = 4;  // weight, bias; scale and shift
-constexpr size_t kBuffers = 3;  // running mean and variance, count of batches
+constexpr size_t kBuffers = 3;   // running mean and variance, count of batches
 constexpr size_t kSettings = 2;  // momentum, eps
 
 // What follows a convolution; these numbers are in the schema's `plan`.
@@ -154,10 +154,10 @@ Tensor with_strides(const Tensor& tensor, const Integers& strides) {
 std::vector<Link> checked_links(const Integers& plan,
                                 const OptionalTensors& parameters) {
   std::vector<Link> links = read_plan(plan);
-  STD_TORCH_CHECK(!links.empty() &&
-                      parameters.size() == links.size() * kParameters,
-                  "parameters must be ", kParameters, " for each of ",
-                  links.size(), " convolutions, got ", parameters.size());
+  STD_TORCH_CHECK(
+      !links.empty() && parameters.size() == links.size() * kParameters,
+      "parameters must be ", kParameters, " for each of ", links.size(),
+      " convolutions, got ", parameters.size());
   return links;
 }
 
@@ -196,16 +196,16 @@ std::tuple<Tensor, std::vector<Tensor>, Integers> conv_chain(
         added = with_strides(*residual, {strides.begin(), strides.end()});
       }
       const auto [codes] = call<std::vector<Tensor>>(
-          "mmactnn::batch_norm_act_", output, added, parameter[2],
-          parameter[3], buffer[0], buffer[1], buffer[2], link.of_batch,
+          "mmactnn::batch_norm_act_", output, added, parameter[2], parameter[3],
+          buffer[0], buffer[1], buffer[2], link.of_batch,
           settings[i * kSettings], settings[i * kSettings + 1],
           link.follows == Follows::kNormReLU, link.bits, link.act_bits,
           link.group_size, seed, draw, none);
       kept.insert(kept.end(), codes.begin(), codes.end());
     } else if (link.follows == Follows::kReLU) {
-      const auto [codes, ranges] = call<Tensor, Tensor>(
-          "mmactnn::relu_codes_", output, link.bits, link.group_size, seed,
-          draw, none);
+      const auto [codes, ranges] =
+          call<Tensor, Tensor>("mmactnn::relu_codes_", output, link.bits,
+                               link.group_size, seed, draw, none);
       kept.push_back(codes);
       kept.push_back(ranges);
     }
@@ -221,10 +221,10 @@ Tensor decode(const OptionalTensors& codes, const Integers& format,
   const int64_t bits = reader.next();
   const int64_t group_size = reader.next();
   const Sizes sizes(layout.sizes), strides(layout.strides);
-  STD_TORCH_CHECK(codes.size() >= 2 && codes[0] && codes[1] &&
-                      (kind == Kept::kPlain || kind == Kept::kZeroed ||
-                       codes.size() == 4),
-                  "input_codes must be codes, ranges and what belongs to them");
+  STD_TORCH_CHECK(
+      codes.size() >= 2 && codes[0] && codes[1] &&
+          (kind == Kept::kPlain || kind == Kept::kZeroed || codes.size() == 4),
+      "input_codes must be codes, ranges and what belongs to them");
   switch (kind) {
     case Kept::kPlain:
       return std::get<0>(call<Tensor>("mmactnn::dequantize", *codes[0],
@@ -251,10 +251,19 @@ Tensor decode(const OptionalTensors& codes, const Integers& format,
 // and what the first convolution returned.
 constexpr size_t kOthers = 3;
 
-// How many tensors are kept of what follows a convolution.
-size_t count_kept(const Link& link, bool adds) {
-  if (link.follows == Follows::kNothing) return 0;
-  return (link.has_norm() ? 3u : 2u) + (adds ? 2u : 0u);
+// Where the tensors begin that are kept of what follows each convolution.
+std::vector<size_t> locate_kept(const std::vector<Link>& links,
+                                bool has_residual, size_t count) {
+  std::vector<size_t> begins;
+  size_t place = 0;
+  for (const Link& link : links) {
+    begins.push_back(place);
+    if (link.follows != Follows::kNothing) place += link.has_norm() ? 3 : 2;
+  }
+  if (has_residual) place += 2;
+  STD_TORCH_CHECK(place == count, "kept must be ", place, " tensors, got ",
+                  count);
+  return begins;
 }
 
 // Decodes what followed a convolution, from what is kept of it.
@@ -288,8 +297,8 @@ OptionalTensors conv_chain_backward(
   OptionalTensors grads(kOthers + parameters.size());
   // Parameters that want a gradient, before the current ones.
   int64_t wanted_before = std::count(needs.begin(), needs.end(), 1);
-  size_t begin = kept.size();
-  size_t previous = kept.size();
+  const std::vector<size_t> begins =
+      locate_kept(links, has_residual, kept.size());
   Tensor grad = grad_output;
   for (size_t i = links.size(); i-- > 0;) {
     const Link& link = links[i];
@@ -298,11 +307,7 @@ OptionalTensors conv_chain_backward(
     const auto* parameter = &parameters[first];
     const int64_t* need = &needs[first];
     auto* grad_of = &grads[kOthers + first];
-    if (i + 1 == links.size()) previous -= count_kept(link, adds);
-    begin = previous;
-    STD_TORCH_CHECK(begin <= kept.size(),
-                    "kept is shorter than what it belongs to");
-    const Tensor* own = kept.data() + begin;
+    const Tensor* own = kept.data() + begins[i];
     wanted_before -= std::count(need, need + kParameters, 1);
     const bool before = needs_input || wanted_before > 0;
     const bool needs_conv = before || need[0] != 0 || need[1] != 0;
@@ -330,8 +335,7 @@ OptionalTensors conv_chain_backward(
       if (observed) grads[2] = grad;
       x = decode(input_codes, input_format, layout[0], dtype);
     } else {
-      previous = begin - count_kept(links[i - 1], false);
-      x = decode_output(links[i - 1], kept.data() + previous,
+      x = decode_output(links[i - 1], kept.data() + begins[i - 1],
                         &parameters[first - kParameters], layout[i], dtype);
     }
     const int64_t channels = grad.size(1);
@@ -339,12 +343,11 @@ OptionalTensors conv_chain_backward(
     if (need[1] != 0) bias_sizes = Sizes(&channels, 1);
     const std::array<bool, 3> wanted{before, need[0] != 0, need[1] != 0};
     std::array<Tensor, 3> results;
-    std::tie(results[0], results[1], results[2]) =
-        call<Tensor, Tensor, Tensor>(
-            "aten::convolution_backward", grad, x, *parameter[0], bias_sizes,
-            Sizes(link.stride), Sizes(link.padding), Sizes(link.dilation),
-            false, Sizes(link.output_padding), link.groups,
-            torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3));
+    std::tie(results[0], results[1], results[2]) = call<Tensor, Tensor, Tensor>(
+        "aten::convolution_backward", grad, x, *parameter[0], bias_sizes,
+        Sizes(link.stride), Sizes(link.padding), Sizes(link.dilation), false,
+        Sizes(link.output_padding), link.groups,
+        torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3));
     if (need[0] != 0) grad_of[0] = results[1];
     if (need[1] != 0) grad_of[1] = results[2];
     if (!before) break;
