@@ -90,6 +90,13 @@ def test_as_one_process(name, kept, device):
         if expected[key] is None:
             assert parts == [None, None]
             continue
+        if exact and device.type == 'cuda':
+            # Torch's own layer has no gradient where there are no samples.
+            none = torch.zeros_like(expected[key])
+            parts = [
+                none if part is None and not samples else part
+                for part, samples in zip(parts, case['samples'])
+            ]
         total = sum(p.double() for p in parts)
         sees_codes = key == 'weight' and not exact
         limit = 0.02 if half or sees_codes else FLOAT32_ERROR
