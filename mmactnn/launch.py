@@ -193,6 +193,18 @@ def build_runner(cfg: Config) -> Runner:
     return runner
 
 
+def leave_process_group() -> None:
+    """End the process group of a distributed job that went well.
+
+    Threads of a group that is still there when the interpreter ends may abort
+    the process, and the launcher then calls the job a failure. Nobody leaves
+    while another process may still need it.
+    """
+    if is_distributed():
+        torch_dist.barrier()
+        torch_dist.destroy_process_group()
+
+
 def _distribute_on_cpu(cfg: Config) -> list[str]:
     """Set up a process group of CPU processes, and a model wrapper for it.
 

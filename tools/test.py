@@ -10,6 +10,7 @@ from mmactnn.launch import (
     add_common_arguments,
     build_runner,
     check_data,
+    leave_process_group,
     load_config,
 )
 
@@ -164,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         dump = dict(type=name, out_file_path=args.out)
         runner.test_evaluator.metrics.append(METRICS.build(dump))
     runner.test()
+    leave_process_group()
 
 
 if __name__ == '__main__':

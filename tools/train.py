@@ -8,6 +8,7 @@ from mmactnn.launch import (
     add_common_arguments,
     build_runner,
     check_data,
+    leave_process_group,
     load_config,
 )
 
@@ -80,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = build_config(parse_args(argv))
     check_data(cfg, ['train', 'val'])
     build_runner(cfg).train()
+    leave_process_group()
 
 
 if __name__ == '__main__':

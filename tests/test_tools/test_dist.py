@@ -1,6 +1,7 @@
 """Tests of tools/dist_train.sh and tools/dist_test.sh, without a GPU."""
 
 import torch
+import torch.distributed as dist
 from mmengine.config import Config
 from support.dist_train import (
     assert_equal_bits,
@@ -10,6 +11,8 @@ from support.dist_train import (
 )
 from support.tools import run_tool
 from support.toy import make_config
+
+from mmactnn.launch import leave_process_group
 
 
 def write_toy(path, *hooks, **kwargs):
@@ -97,3 +100,12 @@ def test_goes_on_with_another_number_of_ranks(tmp_path):
         assert all('running_' in key for key in differing(states))
         assert_equal_bits(states)
         iteration += 12 // ranks
+
+
+def test_leaving_a_process_group(tmp_path):
+    leave_process_group()  # of no distributed job
+    dist.init_process_group(
+        'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1
+    )
+    leave_process_group()
+    assert not dist.is_initialized()
