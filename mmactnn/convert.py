@@ -23,6 +23,7 @@ from .layers import (
     QConvTranspose2d,
     QConvTranspose3d,
     QDropout,
+    QDropout2d,
     QGate,
     QGroupNorm,
     QLeakyReLU,
@@ -79,6 +80,7 @@ CONVERSIONS = {
     'torch.nn.modules.pooling.AvgPool2d': QAvgPool2d,
     'torch.nn.modules.pooling.AdaptiveAvgPool2d': QAdaptiveAvgPool2d,
     'torch.nn.modules.dropout.Dropout': QDropout,
+    'torch.nn.modules.dropout.Dropout2d': QDropout2d,
     'mmcv.cnn.bricks.drop.Dropout': QDropout,
     'mmactnn.layers.gate.Gate': QGate,
 }
@@ -99,8 +101,6 @@ _KEEP_NOTHING = (
     nn.Flatten,
     nn.Unflatten,
     nn.ZeroPad2d,
-    # One number a channel of a sample.
-    nn.Dropout2d,
 )
 
 

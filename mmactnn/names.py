@@ -13,6 +13,7 @@ from .layers import (
     QConvTranspose2d,
     QConvTranspose3d,
     QDropout,
+    QDropout2d,
     QGroupNorm,
     QLeakyReLU,
     QLinear,
@@ -47,6 +48,7 @@ LAYER_NAMES = {
     QAvgPool2d: ('QAvgPool2d',),
     QAdaptiveAvgPool2d: ('QAdaptiveAvgPool2d',),
     QDropout: ('QDropout',),
+    QDropout2d: ('QDropout2d',),
 }
 
 _TYPE_NAMES = {name for names in LAYER_NAMES.values() for name in names}

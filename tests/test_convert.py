@@ -303,7 +303,6 @@ class TestTypes:
             nn.MaxPool2d(2, return_indices=True),
             QMaxPool2d(5),
             nn.AdaptiveAvgPool2d((1, 1)),
-            nn.Dropout2d(),
         )
         classes = [type(m) for m in model]
         report = convert_model(model)
@@ -315,15 +314,18 @@ class TestTypes:
             'returns the indices, which take more than 4 bits',
             'window of 25 taps, 16 at most',
             'keeps nothing',
-            'keeps nothing',
         ]
         assert 'MaxPool2d left: window of 25 taps' in str(report)
 
     def test_bits_of_exact_layers(self):
         model = nn.Sequential(
-            nn.LeakyReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Dropout()
+            nn.LeakyReLU(),
+            nn.MaxPool2d(2),
+            nn.AvgPool2d(2),
+            nn.Dropout(),
+            nn.Dropout2d(),
         )
-        for level, bits in [('L1', [1, 4, 0, 0]), ('L0', 4 * [None])]:
+        for level, bits in [('L1', [1, 4, 0, 0, 0]), ('L0', 5 * [None])]:
             report = convert_model(model, level)
             assert [c.bits for c in report.converted] == bits
         assert 'AvgPool2d (0 bit)' in str(convert_model(model))

@@ -3,7 +3,7 @@
 from .batch_norm import batch_norm
 from .chain import Chain, chain
 from .conv import convolution
-from .dropout import dropout
+from .dropout import dropout, feature_dropout
 from .gate import gate
 from .group_norm import group_norm
 from .linear import linear
@@ -20,6 +20,7 @@ __all__ = [
     'chain',
     'convolution',
     'dropout',
+    'feature_dropout',
     'gate',
     'group_norm',
     'linear',

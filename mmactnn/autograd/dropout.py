@@ -28,6 +28,32 @@ class _Dropout(Function):
         return grad_input, *[None] * 4
 
 
+class _FeatureDropout(Function):
+    @staticmethod
+    def forward(ctx, input, inplace, p, seed, count):
+        ones = torch.ones(_features(input), device=input.device)
+        noise = ops.dropout(ones, p, seed, count=count).to(input.dtype)
+        ctx.p, ctx.seed = p, seed
+        ctx.save_for_backward(count)
+        if not inplace:
+            return input * noise
+        ctx.mark_dirty(input)
+        return input.mul_(noise)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (count,) = ctx.saved_tensors
+        grad_input = _FeatureDropout.apply(
+            grad_output, False, ctx.p, ctx.seed, count
+        )
+        return grad_input, *[None] * 4
+
+
+def _features(input):
+    """Shape of one number for each channel of each sample."""
+    return [*input.shape[:2], *[1] * (input.dim() - 2)]
+
+
 def dropout(input, p, inplace, quantizer):
     """Dropout whose backward makes the same mask again.
 
@@ -49,13 +75,38 @@ def dropout(input, p, inplace, quantizer):
     Returns:
         Tensor[*]: The output.
     """
+    # torch keeps the factors, or a mask where it has a kernel of its own.
+    fused = input.is_cuda and not inplace
+    dtype = torch.bool if fused else input.dtype
+    _note(quantizer, input, input.shape, dtype)
+    return _Dropout.apply(input, inplace, p, *_draw(input))
+
+
+def feature_dropout(input, p, inplace, quantizer):
+    """Dropout of whole channels of samples, else as :func:`dropout`.
+
+    Args:
+        input (Tensor[N, C, *]): Any floating-point dtype.
+        p (float): Probability to drop a channel of a sample, in (0, 1).
+        inplace (bool): Whether to overwrite the input.
+        quantizer (LayerQuantizer): Settings of the layer.
+
+    Returns:
+        Tensor[N, C, *]: The output.
+    """
+    _note(quantizer, input, _features(input), input.dtype)
+    return _FeatureDropout.apply(input, inplace, p, *_draw(input))
+
+
+def _note(quantizer, input, size, dtype):
+    """Report what torch keeps, if it keeps anything."""
     if torch.is_grad_enabled() and input.requires_grad:
-        # torch keeps the factors, or a mask where it has a kernel of its own.
-        fused = input.is_cuda and not inplace
-        exact = counted(input.shape, torch.bool if fused else input.dtype)
-        quantizer.note(kept=(), exact=(exact,))
+        quantizer.note(kept=(), exact=(counted(size, dtype),))
+
+
+def _draw(input):
+    """Seed, and the number on the device that is added to the offset."""
     seed = torch.randint(1 << 62, (), device='cpu').item()
-    count = None
     if input.is_cuda and is_capturing():
-        count = torch.randint(1 << 62, (1,), device=input.device)
-    return _Dropout.apply(input, inplace, p, seed, count)
+        return seed, torch.randint(1 << 62, (1,), device=input.device)
+    return seed, None

@@ -10,7 +10,7 @@ from .conv import (
     QConvTranspose2d,
     QConvTranspose3d,
 )
-from .dropout import QDropout
+from .dropout import QDropout, QDropout2d
 from .gate import Gate, QGate
 from .group_norm import QGroupNorm
 from .linear import QLinear
@@ -38,6 +38,7 @@ __all__ = [
     'QGroupNorm',
     'QLinear',
     'QDropout',
+    'QDropout2d',
     'QLeakyReLU',
     'QMaxPool2d',
     'QReLU',

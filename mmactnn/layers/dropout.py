@@ -2,11 +2,22 @@
 
 from torch import nn
 
-from ..autograd import dropout
+from ..autograd import dropout, feature_dropout
 from .base import ExactLayer
 
 
-class QDropout(ExactLayer, nn.Dropout):
+class _Dropout(ExactLayer):
+    """Mixin of the layers that keep a seed instead of a mask."""
+
+    def _draws(self, input):
+        """Whether a call makes a mask of its own."""
+        # torch refuses to overwrite a leaf, and does so before it writes.
+        refused = self.inplace and input.is_leaf and self.compresses(input)
+        draws = self.training and 0 < self.p < 1
+        return draws and not refused and not self.quantizer.exact
+
+
+class QDropout(_Dropout, nn.Dropout):
     """``nn.Dropout`` that keeps a seed instead of a mask.
 
     The elements are dropped independently of each other with probability p,
@@ -32,9 +43,31 @@ class QDropout(ExactLayer, nn.Dropout):
 
     def forward(self, input):
         """See ``nn.Dropout``."""
-        # torch refuses to overwrite a leaf, and does so before it writes.
-        refused = self.inplace and input.is_leaf and self.compresses(input)
-        draws = self.training and 0 < self.p < 1
-        if refused or not draws or self.quantizer.exact:
+        if not self._draws(input):
             return super().forward(input)
         return dropout(input, self.p, self.inplace, self.quantizer)
+
+
+class QDropout2d(_Dropout, nn.Dropout2d):
+    """``nn.Dropout2d`` that keeps a seed instead of a mask.
+
+    Whole channels of samples are dropped, else it is as :class:`QDropout`.
+    torch keeps one number a channel of a sample, which is little.
+
+    Args:
+        p (float, optional): Probability to drop a channel of a sample.
+            Defaults to 0.5.
+        inplace (bool, optional): Whether to overwrite the input. Defaults to
+            False.
+
+    Examples:
+        >>> x = torch.randn(2, 3, 4, 4, requires_grad=True)
+        >>> QDropout2d(0.1)(x).sum().backward()
+    """
+
+    def forward(self, input):
+        """See ``nn.Dropout2d``."""
+        # Of other ranks torch has something to say.
+        if input.dim() != 4 or not self._draws(input):
+            return super().forward(input)
+        return feature_dropout(input, self.p, self.inplace, self.quantizer)

@@ -36,6 +36,7 @@ from mmactnn import (
     QConvTranspose2d,
     QConvTranspose3d,
     QDropout,
+    QDropout2d,
     QGroupNorm,
     QLeakyReLU,
     QLinear,
@@ -77,6 +78,7 @@ NAMES = {
     'QAvgPool2d': QAvgPool2d,
     'QAdaptiveAvgPool2d': QAdaptiveAvgPool2d,
     'QDropout': QDropout,
+    'QDropout2d': QDropout2d,
 }
 
 

@@ -16,7 +16,7 @@ from support.layers import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmactnn import QDropout, convert_model, revert_model
+from mmactnn import QDropout, QDropout2d, convert_model, revert_model
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((), (1,), (7,), (0, 4), (3, 5, 9, 11))
@@ -266,3 +266,76 @@ class TestModule:
         assert torch.equal(output, grad)
         revert_model(model)
         assert type(model[0]) is MMCVDropout
+
+
+class TestWholeChannels:
+    @pytest.mark.parametrize('dtype', [*DTYPES, torch.float64], ids=str)
+    @pytest.mark.parametrize('layout', LAYOUTS)
+    @pytest.mark.parametrize('inplace', [False, True])
+    def test_one_number_a_channel(self, inplace, layout, dtype, device):
+        x = LAYOUTS[layout](torch.rand(4, 6, 9, 11, device=device) + 1)
+        x = x.to(dtype)
+        output, grad = through(QDropout2d(0.5, inplace), x)
+        assert output.dtype == grad.dtype == dtype
+        # The factors, which a gradient of ones shows.
+        factors = grad.flatten(2)
+        assert torch.equal(factors, factors[..., :1].expand_as(factors))
+        assert set(factors.unique().tolist()) == {0.0, 2.0}
+        torch.testing.assert_close(output, x * grad)
+
+    @pytest.mark.parametrize('p', [0.1, 0.7])
+    def test_rate_and_mean(self, p, device):
+        n = 1 << 14
+        x = torch.ones(n // 64, 64, 2, 2, device=device)
+        output, _ = through(QDropout2d(p), x)
+        error = math.sqrt(p * (1 - p) / n)
+        rate = float((output == 0).double().mean())
+        assert abs(rate - p) < 4 * error + 2**-17
+        assert abs(float(output.double().mean()) - 1) < 4 * error / (1 - p)
+
+    def test_keeps_nothing(self):
+        x = torch.randn(4, 6, 9, 11, requires_grad=True)
+        with saved_tensors() as saved:
+            QDropout2d()(x)
+        assert saved == []
+
+    @pytest.mark.parametrize('use_reentrant', [False, True])
+    def test_checkpointed(self, use_reentrant, device):
+        x = torch.ones(4, 6, 9, 11, device=device)
+        leaf = x.clone().requires_grad_()
+        output = checkpoint(QDropout2d(0.5), leaf, use_reentrant=use_reentrant)
+        output.sum().backward()
+        assert torch.equal(leaf.grad, output.detach())
+
+    def test_second_derivative(self):
+        x = torch.ones(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+        output = QDropout2d(0.5)(x)
+        (grad,) = torch.autograd.grad(
+            output.square().sum(), x, create_graph=True
+        )
+        (second,) = torch.autograd.grad(grad.sum(), x)
+        assert torch.equal(second, 2 * output.detach().square())
+
+    def test_other_calls_are_torchs(self):
+        x = torch.randn(3, 4, 5, 5)
+        assert QDropout2d().eval()(x) is nn.Dropout2d().eval()(x)
+        for p in (0.0, 1.0):
+            expected = nn.Dropout2d(p)(x)
+            assert_same_bits(QDropout2d(p)(x), expected)
+        exact = nn.Dropout2d()
+        convert_model(exact, 'L0')
+        assert type(exact) is QDropout2d
+        found = []
+        for dropout in (exact, nn.Dropout2d()):
+            torch.manual_seed(3)
+            found.append(dropout(x))
+        assert_same_bits(*found)
+        with pytest.warns(UserWarning, match='3D input'):
+            QDropout2d()(x[0])
+        revert_model(exact)
+        assert type(exact) is nn.Dropout2d
+
+    def test_refuses_a_leaf_as_torch(self):
+        x = torch.randn(3, 4, 5, 5, requires_grad=True)
+        with pytest.raises(RuntimeError, match='leaf'):
+            QDropout2d(inplace=True)(x)
