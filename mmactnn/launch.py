@@ -5,6 +5,7 @@ Importing this module imports ``mmactnn``, which teaches MMEngine to resolve
 """
 
 import argparse
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -197,11 +198,14 @@ def leave_process_group() -> None:
     """End the process group of a distributed job that went well.
 
     Threads of a group that is still there when the interpreter ends may abort
-    the process, and the launcher then calls the job a failure. Nobody leaves
-    while another process may still need it.
+    the process, and the launcher then calls the job a failure. A model in DDP
+    holds on to the group: drop the runner before. Nobody leaves while another
+    process may still need it.
     """
     if is_distributed():
         torch_dist.barrier()
+        # Runners are parts of cycles.
+        gc.collect()
         torch_dist.destroy_process_group()
 
 

@@ -165,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         dump = dict(type=name, out_file_path=args.out)
         runner.test_evaluator.metrics.append(METRICS.build(dump))
     runner.test()
+    del runner
     leave_process_group()
 
 

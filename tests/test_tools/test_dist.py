@@ -1,5 +1,7 @@
 """Tests of tools/dist_train.sh and tools/dist_test.sh, without a GPU."""
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
@@ -11,8 +13,9 @@ from support.dist_train import (
 )
 from support.tools import run_tool
 from support.toy import make_config
+from torch import nn
 
-from mmactnn.launch import leave_process_group
+from mmactnn.launch import CPUDistributedDataParallel, leave_process_group
 
 
 def write_toy(path, *hooks, **kwargs):
@@ -107,5 +110,17 @@ def test_leaving_a_process_group(tmp_path):
     dist.init_process_group(
         'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1
     )
+    # As a runner holds its model, and the model the group.
+    holder = [CPUDistributedDataParallel(nn.Linear(2, 2))]
+    holder.append(holder)
+    assert 'pt_gloo_runloop' in names_of_threads()
+    del holder
     leave_process_group()
     assert not dist.is_initialized()
+    assert 'pt_gloo_runloop' not in names_of_threads()
+
+
+def names_of_threads():
+    """Of this process, those of libraries included."""
+    files = Path('/proc/self/task').glob('*/comm')
+    return {file.read_text().strip() for file in files}
