@@ -234,16 +234,15 @@ class LayerQuantizer:
             rule is not None or own.bits is not None
         )
         fused_bits = None
-        if rectified is None or bits is None:
-            pass
-        elif layer_class.kind == 'mask':
-            bits = rectified if rule is None else max(2, rule.bits)
-        else:
-            fused_bits = (
-                FusedBits.of_layer(bits)
-                if strict
-                else FusedBits.of_level(level, rectified)
-            )
+        if rectified is not None and bits is not None:
+            if layer_class.kind == 'mask':
+                bits = rectified if rule is None else max(2, rule.bits)
+            else:
+                fused_bits = (
+                    FusedBits.of_layer(bits)
+                    if strict
+                    else FusedBits.of_level(level, rectified)
+                )
         return cls(
             bits,
             group_size,

@@ -22,7 +22,7 @@ _SMALL_BYTES = 32 * MIB
 _LARGE_BYTES = 256 * MIB
 
 
-class ConvRecord(NamedTuple):
+class _Record(NamedTuple):
     """What the backward pass of a convolution knows besides tensors.
 
     Attributes:
@@ -49,44 +49,6 @@ class ConvRecord(NamedTuple):
     chunk_bytes: int | None
     format: object
     watch: object
-
-
-def convolve(input, weight, bias, dtype, geometry, quantizer, needs_weight):
-    """The forward pass of a convolution.
-
-    Args:
-        input (Tensor[N, C, *]): See :func:`convolution`.
-        weight (Tensor[O, C / groups, *]): See :func:`convolution`.
-        bias (Tensor[O], optional): See :func:`convolution`.
-        dtype (torch.dtype, optional): That of autocast.
-        geometry (tuple): See :func:`convolution`.
-        quantizer (LayerQuantizer): Settings of the layer.
-        needs_weight (bool): Whether the weight's gradient is wanted.
-
-    Returns:
-        tuple[Tensor[N, O, *], ConvRecord, tuple[Tensor]]: The output, and
-        what :func:`convolution_gradients` wants.
-    """
-    x, w, b = input, weight, bias
-    if dtype is not None:
-        x, w, b = cast(dtype, input, weight, bias)
-    output = _convolve(x, w, b, geometry, quantizer.chunk_bytes)
-    format, kept, watch = quantizer.keep_shared(input, x, needs_weight)
-    record = ConvRecord(
-        geometry,
-        dtype,
-        x.shape,
-        input.dtype,
-        x.nbytes,
-        memory_format(x),
-        None if bias is None else bias.dtype,
-        quantizer.chunk_bytes,
-        format,
-        watch,
-    )
-    if quantizer.meter is not None:
-        quantizer.note(kept=kept, exact=(x, w))
-    return output, record, kept
 
 
 def _convolve(x, w, b, geometry, limit):
@@ -117,20 +79,10 @@ def _convolve(x, w, b, geometry, limit):
     return output
 
 
-def convolution_gradients(record, weight, kept, grad_output, needs):
-    """The backward pass of a convolution.
+def _all_gradients(record, weight, kept, grad_output, needs):
+    """The gradients of input, weight and bias that are wanted.
 
-    Args:
-        record (ConvRecord): From :func:`convolve`.
-        weight (Tensor[O, C / groups, *]): The parameter itself, not its copy
-            in the dtype of autocast.
-        kept (Sequence[Tensor]): From :func:`convolve`.
-        grad_output (Tensor[N, O, *]): Gradient of the output.
-        needs (Sequence[bool]): Whether the gradients of input, weight and
-            bias are wanted.
-
-    Returns:
-        tuple[Tensor | None]: These gradients.
+    The weight is the parameter itself, not its copy in autocast's dtype.
     """
     w = weight if record.dtype is None else weight.to(record.dtype)
     needs_input, needs_weight, needs_bias = needs
@@ -185,15 +137,24 @@ def _sums_of_pieces(record, weight, w, payload, grad_output, needs_bias):
 class _Convolution(Function):
     @staticmethod
     def forward(ctx, input, weight, bias, dtype, geometry, quantizer):
-        output, ctx.record, kept = convolve(
-            input,
-            weight,
-            bias,
-            dtype,
-            geometry,
-            quantizer,
-            ctx.needs_input_grad[1],
+        x, w, b = cast(dtype, input, weight, bias)
+        output = _convolve(x, w, b, geometry, quantizer.chunk_bytes)
+        format, kept, watch = quantizer.keep_shared(
+            input, x, ctx.needs_input_grad[1]
         )
+        ctx.record = _Record(
+            geometry,
+            dtype,
+            x.shape,
+            input.dtype,
+            x.nbytes,
+            memory_format(x),
+            None if bias is None else bias.dtype,
+            quantizer.chunk_bytes,
+            format,
+            watch,
+        )
+        quantizer.note(kept=kept, exact=(x, w))
         # Read by the layer that takes the output, from the graph.
         ctx.slot = quantizer.slot
         ctx.save_for_backward(weight, *kept)
@@ -203,7 +164,7 @@ class _Convolution(Function):
     @first_order_only('QConv')
     def backward(ctx, grad_output):
         weight, *kept = ctx.saved_tensors
-        grads = convolution_gradients(
+        grads = _all_gradients(
             ctx.record, weight, kept, grad_output, ctx.needs_input_grad[:3]
         )
         return *grads, None, None, None

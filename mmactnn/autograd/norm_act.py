@@ -13,7 +13,7 @@ from .stand_in import counted
 from .sync_batch_norm import global_statistics, update_running
 
 
-class NormActRecord(NamedTuple):
+class _Record(NamedTuple):
     """What the backward pass of a normalisation knows besides tensors.
 
     Attributes:
@@ -33,104 +33,6 @@ class NormActRecord(NamedTuple):
     of_batch: bool
 
 
-def normalise(
-    input, residual, weight, bias, settings, group, relu, inplace, quantizer
-):
-    """The forward pass of a normalisation and what follows it.
-
-    Args:
-        input (Tensor[N, C, *]): See :func:`norm_act`.
-        residual (Tensor[N, C, *], optional): See :func:`norm_act`.
-        weight (Tensor[C], optional): See :func:`norm_act`.
-        bias (Tensor[C], optional): See :func:`norm_act`.
-        settings (NormSettings): See :func:`norm_act`.
-        group (ProcessGroup, optional): See :func:`norm_act`.
-        relu (bool): See :func:`norm_act`.
-        inplace (bool): Whether the output may be written over the input; it
-            is where the layout allows, but not with a group.
-        quantizer (LayerQuantizer): See :func:`norm_act`.
-
-    Returns:
-        tuple: The output (Tensor[N, C, *]); a :class:`NormActRecord`; the
-        tensors that :func:`norm_act_gradients` wants; and the output's
-        payload (Payload), which there is only if it was rectified.
-    """
-    x = ops.layout.dense_channels(input)
-    adds = residual is not None
-    kind = 'split' if relu and not adds else 'plain'
-    bits = quantizer.fused_bits
-    norm = PayloadFormat.of(x, getattr(bits, kind), quantizer.group_size, kind)
-    inplace = inplace and group is None and x is input
-    exact = None
-    if quantizer.meter is not None:
-        # As torch: the input, mean and invstd, and what ReLU keeps.
-        exact = [counted(x.shape, x.dtype) if inplace else input]
-    random = quantizer.generator.next(x.device)._asdict()
-    tensors = x, residual, _float(weight), _float(bias)
-    arguments = (
-        relu,
-        norm.bits,
-        bits.zeroed if adds else 0,
-        quantizer.group_size,
-    )
-    count = None
-    if group is not None:
-        output, invstd, count, codes = _normalise_batch_of_all(
-            tensors, settings, group, arguments, random
-        )
-    elif inplace:
-        output = input
-        invstd, codes = ops.batch_norm_act_(
-            *tensors, settings, *arguments, **random
-        )
-    else:
-        output, invstd, codes = ops.batch_norm_act(
-            *tensors, settings, *arguments, **random
-        )
-    act = payload = None
-    if adds:
-        act = norm._replace(bits=bits.zeroed, kind='zeroed')
-        payload = act.payload(*codes[2:])
-    elif relu:
-        payload = norm.payload(*codes, *tensors[2:])
-    if exact is not None:
-        exact += [invstd, counted(invstd.shape, invstd.dtype)]
-        exact += [output] * relu
-        quantizer.note(kept=tuple(codes), exact=tuple(exact))
-    record = NormActRecord(norm, act, relu, group, count, settings.of_batch)
-    return output, record, (invstd, *codes), payload
-
-
-def norm_act_gradients(record, weight, kept, grad_output, needs_input):
-    """The backward pass of a normalisation and what follows it.
-
-    Args:
-        record (NormActRecord): From :func:`normalise`.
-        weight (Tensor[C], optional): Scale.
-        kept (Sequence[Tensor]): From :func:`normalise`.
-        grad_output (Tensor[N, C, *]): Gradient of the output.
-        needs_input (bool): Whether that of the input is wanted.
-
-    Returns:
-        tuple: The gradients of the input (Tensor[N, C, *], None if it is not
-        wanted), of the residual (likewise, None without one) and of weight
-        and bias (Tensor[C]).
-    """
-    invstd, codes, ranges, *act = kept
-    grad = ops.layout.with_strides(grad_output, record.norm.stride)
-    compute = _gradients if record.group is None else _gradients_of_all
-    sums, grads = compute(
-        record, grad, codes, ranges, act, _float(weight), invstd, needs_input
-    )
-    grad_bias, grad_weight = sums.unbind()
-    return (
-        grads[0] if needs_input else None,
-        grads[-1] if act else None,
-        grad_weight,
-        grad_bias,
-    )
-
-
 class _NormAct(Function):
     @staticmethod
     def forward(
@@ -146,32 +48,75 @@ class _NormAct(Function):
         quantizer,
         made,
     ):
-        output, ctx.record, kept, payload = normalise(
-            input,
-            residual,
-            weight,
-            bias,
-            settings,
-            group,
-            relu,
-            inplace,
-            quantizer,
+        x = ops.layout.dense_channels(input)
+        adds = residual is not None
+        kind = 'split' if relu and not adds else 'plain'
+        bits = quantizer.fused_bits
+        norm = PayloadFormat.of(
+            x, getattr(bits, kind), quantizer.group_size, kind
         )
+        inplace = inplace and group is None and x is input
+        exact = None
+        if quantizer.meter is not None:
+            # As torch: the input, mean and invstd, and what ReLU keeps.
+            exact = [counted(x.shape, x.dtype) if inplace else input]
+        random = quantizer.generator.next(x.device)._asdict()
+        tensors = x, residual, _float(weight), _float(bias)
+        arguments = (
+            relu,
+            norm.bits,
+            bits.zeroed if adds else 0,
+            quantizer.group_size,
+        )
+        count = None
+        if group is not None:
+            output, invstd, count, codes = _normalise_batch_of_all(
+                tensors, settings, group, arguments, random
+            )
+        elif inplace:
+            output = input
+            invstd, codes = ops.batch_norm_act_(
+                *tensors, settings, *arguments, **random
+            )
+        else:
+            output, invstd, codes = ops.batch_norm_act(
+                *tensors, settings, *arguments, **random
+            )
+        act = payload = None
+        if adds:
+            act = norm._replace(bits=bits.zeroed, kind='zeroed')
+            payload = act.payload(*codes[2:])
+        elif relu:
+            payload = norm.payload(*codes, *tensors[2:])
+        if exact is not None:
+            exact += [invstd, counted(invstd.shape, invstd.dtype)]
+            exact += [output] * relu
+            quantizer.note(kept=tuple(codes), exact=tuple(exact))
+        ctx.record = _Record(norm, act, relu, group, count, settings.of_batch)
         if output is input:
             ctx.mark_dirty(input)
         # The layers behind need no more of the output than is here already.
         if payload is not None:
             made.append(payload)
-        ctx.save_for_backward(weight, *kept)
+        ctx.save_for_backward(weight, invstd, *codes)
         return output
 
     @staticmethod
     @first_order_only('A normalisation that is fused with what follows')
     def backward(ctx, grad_output):
-        weight, *kept = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        grads = norm_act_gradients(
-            ctx.record, weight, kept, grad_output, needs[0]
+        weight, invstd, codes, ranges, *act = ctx.saved_tensors
+        record, needs = ctx.record, ctx.needs_input_grad
+        grad = ops.layout.with_strides(grad_output, record.norm.stride)
+        compute = _gradients if record.group is None else _gradients_of_all
+        sums, grads = compute(
+            record, grad, codes, ranges, act, _float(weight), invstd, needs[0]
+        )
+        grad_bias, grad_weight = sums.unbind()
+        grads = (
+            grads[0] if needs[0] else None,
+            grads[-1] if act else None,
+            grad_weight,
+            grad_bias,
         )
         wanted = [
             grad if needed else None for grad, needed in zip(grads, needs)

@@ -9,45 +9,13 @@ from .in_place import finish, may_overwrite
 from .stand_in import counted
 
 
-def rectify(input, overwrite, max=None, slope=None):
-    """The forward pass of a rectifier.
-
-    Args:
-        input (Tensor[*]): See :func:`relu`.
-        overwrite (bool): Whether the output may be written over the input; it
-            is where the layout allows.
-        max (float, optional): See :func:`relu`.
-        slope (float, optional): See :func:`relu`.
-
-    Returns:
-        tuple[Tensor[*], Tensor]: The output, in whose memory order the mask
-        is, and the mask.
-    """
-    if may_overwrite(input, overwrite):
-        return input, ops.relu_mask_(input, max, slope)
-    return ops.relu_mask(input, max, slope)
-
-
-def rectified_gradient(grad_output, mask, stride, slope=None):
-    """The backward pass of a rectifier.
-
-    Args:
-        grad_output (Tensor[*]): Gradient of the output.
-        mask (Tensor): From :func:`rectify`.
-        stride (tuple[int]): Strides of what :func:`rectify` returned.
-        slope (float, optional): See :func:`relu`.
-
-    Returns:
-        Tensor[*]: Gradient of the input.
-    """
-    grad = ops.layout.with_strides(grad_output, stride)
-    return ops.relu_mask_backward(grad, mask, slope)
-
-
 class _Rectifier(Function):
     @staticmethod
     def forward(ctx, input, inplace, max, slope, quantizer):
-        seen, mask = rectify(input, inplace, max, slope)
+        if may_overwrite(input, inplace):
+            seen, mask = input, ops.relu_mask_(input, max, slope)
+        else:
+            seen, mask = ops.relu_mask(input, max, slope)
         output = finish(ctx, input, seen, inplace)
         ctx.save_for_backward(mask)
         ctx.stride, ctx.slope = seen.stride(), slope
@@ -64,9 +32,8 @@ class _Rectifier(Function):
     @first_order_only('A rectifier (QReLU, QReLU6, QLeakyReLU)')
     def backward(ctx, grad_output):
         (mask,) = ctx.saved_tensors
-        grad_input = rectified_gradient(
-            grad_output, mask, ctx.stride, ctx.slope
-        )
+        grad = ops.layout.with_strides(grad_output, ctx.stride)
+        grad_input = ops.relu_mask_backward(grad, mask, ctx.slope)
         return grad_input, None, None, None, None
 
 

@@ -79,7 +79,7 @@ def run_chain(layers, input, residual=None):
         if norm is not None:
             fits = _takes_norm(norm, size)
         else:
-            fits = relu is None or (relu.keeps_codes and relu.training)
+            fits = relu is None or (relu.is_coded and relu.training)
         if not fits:
             return None
     if residual is not None and (

@@ -45,7 +45,7 @@ class QReLU(_Rectifier, nn.ReLU):
     """
 
     @property
-    def keeps_codes(self):
+    def is_coded(self):
         """bool: Whether it keeps codes of its output in place of a mask."""
         bits = self.quantizer.bits
         return bits is not None and bits > self.kept_bits
@@ -59,7 +59,7 @@ class QReLU(_Rectifier, nn.ReLU):
         return super().forward(input)
 
     def _rectify(self, input):
-        if self.keeps_codes and input.dim() and input.dtype in VALID_DTYPES:
+        if self.is_coded and input.dim() and input.dtype in VALID_DTYPES:
             return relu_codes(input, self.inplace, self.quantizer)
         return super()._rectify(input)
 

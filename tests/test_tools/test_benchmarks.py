@@ -97,9 +97,9 @@ def test_host_time(tmp_path, monkeypatch, capsys):
         ],
     )
     turns = []
-    timed_step = tool.timed_step
+    timed_step = tool.Training.timed_step
     monkeypatch.setattr(
-        tool,
+        tool.Training,
         'timed_step',
         lambda training: (
             turns.append(training.trial.system) or timed_step(training)

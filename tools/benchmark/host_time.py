@@ -21,7 +21,6 @@ want settings of the allocator.
 import argparse
 import json
 import statistics
-import time
 
 import torch
 from rich.console import Console
@@ -83,24 +82,6 @@ def parse_args(argv=None):
     return args
 
 
-def timed_step(training):
-    """Train on the batch once.
-
-    Args:
-        training (Training): A model in training.
-
-    Returns:
-        tuple[float, float]: Milliseconds until the call has returned, and
-        until the device has done it.
-    """
-    training.synchronize()
-    start = time.perf_counter()
-    training.step()
-    called = time.perf_counter()
-    training.synchronize()
-    return (called - start) * 1e3, (time.perf_counter() - start) * 1e3
-
-
 def measure(args):
     """Let the systems take turns.
 
@@ -131,10 +112,10 @@ def measure(args):
         for system, training in trainings.items():
             # What the others have left in caches counts for none.
             training.step()
-            times[system] += [timed_step(training) for _ in range(args.steps)]
+            times[system] += [training.timed_step() for _ in range(args.steps)]
     rows = []
     for system, pairs in times.items():
-        host, step = zip(*pairs)
+        host, step = ([t * 1e3 for t in part] for part in zip(*pairs))
         low, median, high = quartiles(step)
         rows.append(
             {

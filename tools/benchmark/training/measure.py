@@ -142,13 +142,15 @@ class Training:
         """Train on the batch once.
 
         Returns:
-            float: Seconds that it took.
+            tuple[float, float]: Seconds until the call has returned, and
+            until the device has done it.
         """
         self.synchronize()
         start = time.perf_counter()
         self.step()
+        called = time.perf_counter()
         self.synchronize()
-        return time.perf_counter() - start
+        return called - start, time.perf_counter() - start
 
     def synchronize(self):
         """Wait for the device."""
@@ -192,7 +194,7 @@ def _measure(trial, device):
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     seconds = statistics.median(
-        training.timed_step() for _ in range(trial.steps)
+        training.timed_step()[1] for _ in range(trial.steps)
     )
     peak = reserved = None
     if on_gpu:
