@@ -101,12 +101,13 @@ STABLE_TORCH_LIBRARY(mmactnn, m) {
       "int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
       "int[] input_size, bool channels_last) -> Tensor");
   m.def(
-      "conv_chain(Tensor input, Tensor? residual, Tensor?[] parameters, "
-      "Tensor(a!)?[] buffers, int[] plan, float[] settings, int seed, "
-      "int offset) -> (Tensor output, Tensor[] kept, int[] layouts)");
+      "conv_chain(Tensor[] inputs, Tensor?[] parameters, "
+      "Tensor(a!)?[] buffers, Tensor plan, Tensor settings, int[] formats, "
+      "int seed, int offset) -> (Tensor[] outputs, Tensor[] codes, "
+      "Tensor[] kept, Tensor layouts)");
   m.def(
-      "conv_chain_backward(Tensor grad_output, Tensor?[] input_codes, "
-      "int[] input_format, Tensor?[] parameters, Tensor[] kept, "
-      "int[] layouts, int[] plan, int[] needs, bool needs_input, "
-      "bool has_residual, bool observed, ScalarType dtype) -> Tensor?[]");
+      "conv_chain_backward(Tensor?[] grad_outputs, Tensor?[] codes, "
+      "int[] formats, Tensor?[] parameters, Tensor[] kept, Tensor layouts, "
+      "Tensor plan, int[] needs, int[] needs_inputs, bool observed, "
+      "ScalarType dtype) -> Tensor?[]");
 }

@@ -443,12 +443,31 @@ class Slot:
         """
         samples = rows.shape[0]
         spread = ops.row_spread(rows, group_size)
-        if self.precision.batch_size == samples and not is_capturing():
+        if self.knows_samples(samples):
             shares = self.precision.shares(rows.device)
             shares = shares[:, self.index].to(rows.device, non_blocking=True)
             spread = spread * shares
-        total = round(self.bits * samples)
+        total = self.total_bits(samples)
         return *ops.split_bits(spread, total), total
+
+    def knows_samples(self, samples):
+        """Whether the gradients of samples are known from another pass.
+
+        Args:
+            samples (int): How many they are.
+        """
+        return self.precision.batch_size == samples and not is_capturing()
+
+    def total_bits(self, samples):
+        """The bits that samples share out.
+
+        Args:
+            samples (int): How many they are.
+
+        Returns:
+            int: The sum of the bits a code of each.
+        """
+        return round(self.bits * samples)
 
     def observe_norms(self, norms):
         """Take note of the gradients of the samples.

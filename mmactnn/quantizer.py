@@ -268,16 +268,43 @@ class LayerQuantizer:
         Returns:
             QuantizedTensor: The payload.
         """
-        slot, bits = self.slot, self.bits
-        if slot is not None:
-            bits = slot.bits
-            shares = MIN_BITS < bits < MAX_BITS
-            if shares and tensor.dim() and tensor.shape[0] > 1:
-                return QuantizedTensor.pack_rows(
-                    tensor, slot.row_bits, self.group_size, self.generator
-                )
+        if tensor.dim() and self._shares_among(tensor.shape[0]):
+            return QuantizedTensor.pack_rows(
+                tensor, self.slot.row_bits, self.group_size, self.generator
+            )
         return QuantizedTensor.pack(
-            tensor, int(bits), self.group_size, self.generator
+            tensor, self._bits_of_all, self.group_size, self.generator
+        )
+
+    def encoding(self, samples):
+        """How an op is to round what :meth:`pack` would.
+
+        Args:
+            samples (int): How many samples the tensor has.
+
+        Returns:
+            Encoding, optional: None where it takes more than the tensor to
+            tell.
+        """
+        if not self._shares_among(samples):
+            return ops.Encoding(
+                ops.Kept.PLAIN, self._bits_of_all, self.group_size
+            )
+        if self.slot.knows_samples(samples):
+            return None
+        return ops.Encoding(
+            ops.Kept.ROWS, self.slot.total_bits(samples), self.group_size
+        )
+
+    @property
+    def _bits_of_all(self):
+        return int(self.bits if self.slot is None else self.slot.bits)
+
+    def _shares_among(self, samples):
+        """Whether samples have bits of their own."""
+        slot = self.slot
+        return (
+            slot is not None and samples > 1 and MIN_BITS < slot.bits < MAX_BITS
         )
 
     def keep(self, tensor, needed):
@@ -316,19 +343,60 @@ class LayerQuantizer:
         """
         if not needed:
             return None, (), None
-        payload, first = shared_payload(input), False
+        payload = self.find_shared(input, tensor)
+        first = payload is None
+        if first:
+            payload = self.hand_out(input, tensor, self.pack(tensor))
+        watch = self.watch_kept(payload, first)
+        return payload.format, payload.tensors, watch
+
+    def find_shared(self, input, tensor):
+        """The payload that another layer has, if it will do.
+
+        Args:
+            input (Tensor[N, *]): See :meth:`keep_shared`.
+            tensor (Tensor[N, *]): See there.
+
+        Returns:
+            Payload, optional: None if there is none that will.
+        """
+        payload = shared_payload(input)
         if (
             payload is None
             or payload.format.size != tensor.shape
             or payload.format.dtype != tensor.dtype
             or (self.strict and payload.format.bits < self.bits)
         ):
-            payload, first = self.pack(tensor), True
-            payload.slot = self.slot
-            if tensor is input:
-                share(input, payload)
-        watch = _watch(payload.slot, adds_elements=first)
-        return payload.format, payload.tensors, watch
+            return None
+        return payload
+
+    def hand_out(self, input, tensor, payload):
+        """Let other layers find a payload that was made for this one.
+
+        Args:
+            input (Tensor[N, *]): See :meth:`keep_shared`.
+            tensor (Tensor[N, *]): See there.
+            payload (QuantizedTensor): Made of ``tensor``.
+
+        Returns:
+            QuantizedTensor: The payload.
+        """
+        payload.slot = self.slot
+        if tensor is input:
+            share(input, payload)
+        return payload
+
+    def watch_kept(self, payload, first):
+        """As :meth:`watch`, for a layer that is linear in what it keeps.
+
+        Args:
+            payload (Payload): What it keeps ...
+            first (bool): ... and whether it was made for this layer.
+
+        Returns:
+            Watch, optional: That of the layer that has chosen the bits.
+        """
+        return _watch(payload.slot, adds_elements=first)
 
     def watch(self, input):
         """Prepare the report of a call, if one is wanted.

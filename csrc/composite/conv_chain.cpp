@@ -1,7 +1,7 @@
-// Convolutions, each with what follows it, one behind another: one call of an
-// op for all of them, because each call, and what a caller does between two,
-// takes longer than the kernels for small tensors. Made of other ops, which run
-// on any device that has them.
+// Convolutions, each with what follows it, that read one another's output: one
+// call of an op for all of them, because each call, and what a caller does
+// between two, takes longer than the kernels for small tensors. Made of other
+// ops, which run on any device that has them.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -17,7 +17,8 @@
 
 #include "../common/allocate.h"
 #include "../common/call.h"
-#include "../common/tensor_checks.h"
+#include "kept_input.h"
+#include "plan.h"
 
 namespace mmactnn {
 namespace {
@@ -25,120 +26,15 @@ namespace {
 using OptionalTensors = std::vector<std::optional<Tensor>>;
 using Integers = std::vector<int64_t>;
 
-// Of the lists of tensors that come with each link.
+// Of the lists of tensors that come with each layer.
 constexpr size_t kParameters = 4;  // weight, bias; scale and shift
-constexpr size_t kBuffers = 3;   // running mean and variance, count of batches
-constexpr size_t kSettings = 2;  // momentum, eps
+constexpr size_t kBuffers = 3;  // running mean and variance, count of batches
 
-// What follows a convolution; these numbers are in the schema's `plan`.
-enum class Follows : int64_t {
-  kNothing = 0,   // of the last one only
-  kReLU = 1,      // kept as zeroed codes
-  kNorm = 2,      // kept as plain codes
-  kNormReLU = 3,  // kept as split codes, after an addition as plain and zeroed
-};
-
-// How the input of the first convolution is kept; in the schema's
-// `input_format`.
-enum class Kept : int64_t { kPlain = 0, kRows = 1, kSplit = 2, kZeroed = 3 };
-
-// Reads integers one by one.
-class Reader {
- public:
-  Reader(const char* name, const Integers& integers)
-      : name_(name), integers_(integers) {}
-
-  bool at_end() const { return place_ == integers_.size(); }
-
-  int64_t next() {
-    check(1);
-    return integers_[place_++];
-  }
-  Integers next(int64_t count) {
-    check(count);
-    const auto begin = integers_.begin() + static_cast<int64_t>(place_);
-    place_ += static_cast<size_t>(count);
-    return {begin, begin + count};
-  }
-
- private:
-  void check(int64_t count) const {
-    STD_TORCH_CHECK(
-        count >= 0 && place_ + static_cast<size_t>(count) <= integers_.size(),
-        name_, " is shorter than what it describes");
-  }
-
-  const char* name_;
-  const Integers& integers_;
-  size_t place_ = 0;
-};
-
-// One convolution and what follows it.
-struct Link {
-  Integers stride;
-  Integers padding;
-  Integers dilation;
-  Integers output_padding;
-  int64_t groups;
-  Follows follows;
-  bool of_batch;
-  int64_t bits;
-  int64_t act_bits;
-  int64_t group_size;
-
-  bool has_norm() const {
-    return follows == Follows::kNorm || follows == Follows::kNormReLU;
-  }
-};
-
-std::vector<Link> read_plan(const Integers& plan) {
-  Reader reader("plan", plan);
-  std::vector<Link> links;
-  while (!reader.at_end()) {
-    const int64_t dims = reader.next();
-    Link link;
-    link.stride = reader.next(dims);
-    link.padding = reader.next(dims);
-    link.dilation = reader.next(dims);
-    link.output_padding = Integers(static_cast<size_t>(dims), 0);
-    link.groups = reader.next();
-    link.follows = static_cast<Follows>(reader.next());
-    link.of_batch = reader.next() != 0;
-    link.bits = reader.next();
-    link.act_bits = reader.next();
-    link.group_size = reader.next();
-    links.push_back(std::move(link));
-  }
-  return links;
-}
-
-// Sizes and strides of a tensor.
-struct Layout {
-  Integers sizes;
-  Integers strides;
-};
-
-void append_layout(Integers& layouts, const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  layouts.push_back(tensor.dim());
-  layouts.insert(layouts.end(), sizes.begin(), sizes.end());
-  layouts.insert(layouts.end(), strides.begin(), strides.end());
-}
-
-std::vector<Layout> read_layouts(const Integers& layouts) {
-  Reader reader("layouts", layouts);
-  std::vector<Layout> result;
-  while (!reader.at_end()) {
-    const int64_t dims = reader.next();
-    Integers sizes = reader.next(dims);
-    result.push_back({std::move(sizes), reader.next(dims)});
-  }
-  return result;
-}
+// Of the output, of any convolution.
+constexpr std::array<int64_t, kMaxDims> kNoPadding{};
 
 // A tensor of these strides; a copy only if they differ.
-Tensor with_strides(const Tensor& tensor, const Integers& strides) {
+Tensor with_strides(const Tensor& tensor, Sizes strides) {
   const auto sizes = tensor.sizes();
   const auto own = tensor.strides();
   bool same = true;
@@ -151,210 +47,369 @@ Tensor with_strides(const Tensor& tensor, const Integers& strides) {
   return copy;
 }
 
-std::vector<Link> checked_links(const Integers& plan,
-                                const OptionalTensors& parameters) {
-  std::vector<Link> links = read_plan(plan);
-  STD_TORCH_CHECK(
-      !links.empty() && parameters.size() == links.size() * kParameters,
-      "parameters must be ", kParameters, " for each of ", links.size(),
-      " convolutions, got ", parameters.size());
-  return links;
+// How many layers the parameters are of.
+size_t count_layers(const OptionalTensors& parameters) {
+  const size_t layers = parameters.size() / kParameters;
+  STD_TORCH_CHECK(parameters.size() == layers * kParameters,
+                  "parameters must be ", kParameters,
+                  " for each convolution, got ", parameters.size());
+  for (size_t layer = 0; layer < layers; ++layer) {
+    STD_TORCH_CHECK(parameters[layer * kParameters],
+                    "a convolution must have a weight");
+  }
+  return layers;
 }
 
-std::tuple<Tensor, std::vector<Tensor>, Integers> conv_chain(
-    Tensor input, std::optional<Tensor> residual, OptionalTensors parameters,
-    OptionalTensors buffers, Integers plan, std::vector<double> settings,
-    int64_t seed, int64_t offset) {
-  const std::vector<Link> links = checked_links(plan, parameters);
-  STD_TORCH_CHECK(buffers.size() == links.size() * kBuffers &&
-                      settings.size() == links.size() * kSettings,
-                  "buffers and settings must be ", kBuffers, " and ", kSettings,
-                  " for each of ", links.size(), " convolutions, got ",
-                  buffers.size(), " and ", settings.size());
-  STD_TORCH_CHECK(!residual || links.back().follows == Follows::kNormReLU,
-                  "a residual must be followed by a ReLU");
-  const std::optional<Tensor> none;
-  std::vector<Tensor> kept;
-  Integers layouts;
-  append_layout(layouts, input);
-  Tensor output = input;
-  for (size_t i = 0; i < links.size(); ++i) {
-    const Link& link = links[i];
-    const auto* parameter = &parameters[i * kParameters];
-    STD_TORCH_CHECK(parameter[0], "a convolution must have a weight");
-    std::tie(output) = call<Tensor>(
-        "aten::convolution", output, *parameter[0], parameter[1],
-        Sizes(link.stride), Sizes(link.padding), Sizes(link.dilation), false,
-        Sizes(link.output_padding), link.groups);
-    append_layout(layouts, output);
-    const int64_t draw = offset + static_cast<int64_t>(i);
-    if (link.has_norm()) {
-      const auto* buffer = &buffers[i * kBuffers];
-      std::optional<Tensor> added;
-      if (residual && i + 1 == links.size()) {
-        const auto strides = output.strides();
-        added = with_strides(*residual, {strides.begin(), strides.end()});
+class Forward {
+ public:
+  Forward(const std::vector<Tensor>& inputs, const OptionalTensors& parameters,
+          const OptionalTensors& buffers, const Tensor& plan,
+          const Tensor& settings, const Integers& formats, int64_t seed,
+          int64_t offset)
+      : inputs_(inputs),
+        parameters_(parameters),
+        buffers_(buffers),
+        plan_(plan, inputs.size(), count_layers(parameters)),
+        formats_(read_formats(formats, inputs.size())),
+        seed_(seed),
+        draw_(offset),
+        codes_(inputs.size()) {
+    const size_t layers = count_layers(parameters);
+    STD_TORCH_CHECK(buffers.size() == layers * kBuffers, "buffers must be ",
+                    kBuffers, " for each of ", layers, " convolutions, got ",
+                    buffers.size());
+    Reader<double> reader("settings", settings);
+    for (size_t layer = 0; layer < layers; ++layer) {
+      const double momentum = reader.next();
+      settings_.emplace_back(momentum, reader.next());
+    }
+    for (const Tensor& input : inputs) append_layout(layouts_, input);
+  }
+
+  void run() {
+    const auto& links = plan_.links();
+    std::vector<int64_t> readers;
+    for (const Link& link : links) readers.push_back(link.readers);
+    outputs_.resize(links.size());
+    // What nobody is going to read any more need not live on.
+    const auto release = [&](const Source& source) {
+      if (source.is_input()) return;
+      const size_t i = source.index();
+      if (--readers[i] == 0) outputs_[i].reset();
+    };
+    for (size_t i = 0; i < links.size(); ++i) {
+      const Link& link = links[i];
+      if (link.source.is_input()) encode_input(link.source.index());
+      const Tensor output = convolve(link);
+      append_layout(layouts_, output);
+      if (link.has_norm()) {
+        normalise(link, output);
+      } else if (link.follows == Follows::kReLU) {
+        const auto [codes, ranges] = call<Tensor, Tensor>(
+            "mmactnn::relu_codes_", output, link.bits, link.group_size, seed_,
+            draw_++, kNone);
+        kept_.push_back(codes);
+        kept_.push_back(ranges);
       }
-      const auto [codes] = call<std::vector<Tensor>>(
-          "mmactnn::batch_norm_act_", output, added, parameter[2], parameter[3],
-          buffer[0], buffer[1], buffer[2], link.of_batch,
-          settings[i * kSettings], settings[i * kSettings + 1],
-          link.follows == Follows::kNormReLU, link.bits, link.act_bits,
-          link.group_size, seed, draw, none);
-      kept.insert(kept.end(), codes.begin(), codes.end());
-    } else if (link.follows == Follows::kReLU) {
-      const auto [codes, ranges] =
-          call<Tensor, Tensor>("mmactnn::relu_codes_", output, link.bits,
-                               link.group_size, seed, draw, none);
-      kept.push_back(codes);
-      kept.push_back(ranges);
+      outputs_[i] = output;
+      release(link.source);
+      if (link.added) release(*link.added);
     }
   }
-  return {output, kept, layouts};
-}
 
-// Decodes the input of the first convolution.
-Tensor decode(const OptionalTensors& codes, const Integers& format,
-              const Layout& layout, ScalarType dtype) {
-  Reader reader("input_format", format);
-  const auto kind = static_cast<Kept>(reader.next());
-  const int64_t bits = reader.next();
-  const int64_t group_size = reader.next();
-  const Sizes sizes(layout.sizes), strides(layout.strides);
-  STD_TORCH_CHECK(
-      codes.size() >= 2 && codes[0] && codes[1] &&
-          (kind == Kept::kPlain || kind == Kept::kZeroed || codes.size() == 4),
-      "input_codes must be codes, ranges and what belongs to them");
-  switch (kind) {
-    case Kept::kPlain:
-      return std::get<0>(call<Tensor>("mmactnn::dequantize", *codes[0],
-                                      *codes[1], sizes, strides, dtype, bits,
-                                      group_size));
-    case Kept::kRows:
-      return std::get<0>(call<Tensor>("mmactnn::dequantize_rows", *codes[0],
-                                      *codes[1], *codes[2], *codes[3], sizes,
-                                      strides, dtype, group_size));
-    case Kept::kSplit:
-      return std::get<0>(call<Tensor>("mmactnn::dequantize_split", *codes[0],
-                                      *codes[1], codes[2], codes[3], sizes,
-                                      strides, dtype, bits, group_size));
-    case Kept::kZeroed:
-      return std::get<0>(call<Tensor>("mmactnn::dequantize_zeroed", *codes[0],
-                                      *codes[1], sizes, strides, dtype, bits,
-                                      group_size));
-  }
-  STD_TORCH_CHECK(false, "input_format must begin with 0 to 3, got ",
-                  format[0]);
-}
-
-// Gradients that come before those of parameters: of the input, the residual
-// and what the first convolution returned.
-constexpr size_t kOthers = 3;
-
-// Where the tensors begin that are kept of what follows each convolution.
-std::vector<size_t> locate_kept(const std::vector<Link>& links,
-                                bool has_residual, size_t count) {
-  std::vector<size_t> begins;
-  size_t place = 0;
-  for (const Link& link : links) {
-    begins.push_back(place);
-    if (link.follows != Follows::kNothing) place += link.has_norm() ? 3 : 2;
-  }
-  if (has_residual) place += 2;
-  STD_TORCH_CHECK(place == count, "kept must be ", place, " tensors, got ",
-                  count);
-  return begins;
-}
-
-// Decodes what followed a convolution, from what is kept of it.
-Tensor decode_output(const Link& link, const Tensor* kept,
-                     const std::optional<Tensor>* parameters,
-                     const Layout& layout, ScalarType dtype) {
-  const Sizes sizes(layout.sizes), strides(layout.strides);
-  if (link.follows == Follows::kReLU) {
-    return std::get<0>(call<Tensor>("mmactnn::dequantize_zeroed", kept[0],
-                                    kept[1], sizes, strides, dtype, link.bits,
-                                    link.group_size));
-  }
-  STD_TORCH_CHECK(link.follows == Follows::kNormReLU,
-                  "only the last convolution may have no ReLU behind it");
-  return std::get<0>(call<Tensor>("mmactnn::dequantize_split", kept[1], kept[2],
-                                  parameters[2], parameters[3], sizes, strides,
-                                  dtype, link.bits, link.group_size));
-}
-
-OptionalTensors conv_chain_backward(
-    Tensor grad_output, OptionalTensors input_codes, Integers input_format,
-    OptionalTensors parameters, std::vector<Tensor> kept, Integers layouts,
-    Integers plan, Integers needs, bool needs_input, bool has_residual,
-    bool observed, ScalarType dtype) {
-  const std::vector<Link> links = checked_links(plan, parameters);
-  const std::vector<Layout> layout = read_layouts(layouts);
-  STD_TORCH_CHECK(
-      needs.size() == parameters.size() && layout.size() == links.size() + 1,
-      "needs must have an entry for each of the parameters, and layouts one "
-      "for each convolution and the input");
-  OptionalTensors grads(kOthers + parameters.size());
-  // Parameters that want a gradient, before the current ones.
-  int64_t wanted_before = std::count(needs.begin(), needs.end(), 1);
-  const std::vector<size_t> begins =
-      locate_kept(links, has_residual, kept.size());
-  Tensor grad = grad_output;
-  for (size_t i = links.size(); i-- > 0;) {
-    const Link& link = links[i];
-    const bool adds = has_residual && i + 1 == links.size();
-    const size_t first = i * kParameters;
-    const auto* parameter = &parameters[first];
-    const int64_t* need = &needs[first];
-    auto* grad_of = &grads[kOthers + first];
-    const Tensor* own = kept.data() + begins[i];
-    wanted_before -= std::count(need, need + kParameters, 1);
-    const bool before = needs_input || wanted_before > 0;
-    const bool needs_conv = before || need[0] != 0 || need[1] != 0;
-    if (link.follows != Follows::kNothing) {
-      grad = with_strides(grad, layout[i + 1].strides);
+  std::vector<Tensor> outputs() const {
+    std::vector<Tensor> result;
+    for (const auto& output : outputs_) {
+      if (output) result.push_back(*output);
     }
-    if (link.has_norm()) {
-      std::optional<Tensor> act_codes;
-      if (adds) act_codes = own[3];
-      const auto [results] = call<std::vector<Tensor>>(
-          "mmactnn::batch_norm_act_backward", grad, own[1], own[2], act_codes,
-          parameter[2], own[0], link.follows == Follows::kNormReLU,
-          link.of_batch, needs_conv, link.bits, link.act_bits, link.group_size);
-      if (need[2] != 0) grad_of[2] = torch::stable::select(results[0], 0, 1);
-      if (need[3] != 0) grad_of[3] = torch::stable::select(results[0], 0, 0);
-      if (adds) grads[1] = results.back();
-      if (needs_conv) grad = results[1];
-    } else if (link.follows == Follows::kReLU) {
-      std::tie(grad) =
-          call<Tensor>("mmactnn::relu_codes_backward", grad, own[0], link.bits);
+    return result;
+  }
+  // Input by input.
+  std::vector<Tensor> codes() const {
+    std::vector<Tensor> result;
+    for (const auto& codes : codes_) {
+      result.insert(result.end(), codes.begin(), codes.end());
     }
-    if (!needs_conv) break;
-    Tensor x;
-    if (i == 0) {
-      if (observed) grads[2] = grad;
-      x = decode(input_codes, input_format, layout[0], dtype);
-    } else {
-      x = decode_output(links[i - 1], kept.data() + begins[i - 1],
-                        &parameters[first - kParameters], layout[i], dtype);
+    return result;
+  }
+  const std::vector<Tensor>& kept() const { return kept_; }
+  const Integers& layouts() const { return layouts_; }
+
+ private:
+  const Tensor& read(const Source& source) const {
+    const size_t index = source.index();
+    return source.is_input() ? inputs_[index] : *outputs_[index];
+  }
+
+  // Unless somebody has done so, for this chain or another layer.
+  void encode_input(size_t n) {
+    if (formats_[n].kind == Kept::kNothing || !codes_[n].empty()) return;
+    codes_[n] = encode(inputs_[n], formats_[n], seed_, draw_++);
+  }
+
+  Tensor convolve(const Link& link) const {
+    const auto* parameter = &parameters_[link.layer * kParameters];
+    return std::get<0>(call<Tensor>(
+        "aten::convolution", read(link.source), *parameter[0], parameter[1],
+        link.stride, link.padding, link.dilation, false,
+        Sizes(kNoPadding.data(), link.stride.size()), link.groups));
+  }
+
+  void normalise(const Link& link, const Tensor& x) {
+    const auto* parameter = &parameters_[link.layer * kParameters];
+    const auto* buffer = &buffers_[link.layer * kBuffers];
+    const auto [momentum, eps] = settings_[link.layer];
+    std::optional<Tensor> added;
+    if (link.added) added = with_strides(read(*link.added), x.strides());
+    const auto [codes] = call<std::vector<Tensor>>(
+        "mmactnn::batch_norm_act_", x, added, parameter[2], parameter[3],
+        buffer[0], buffer[1], buffer[2], link.of_batch, momentum, eps,
+        link.follows == Follows::kNormReLU, link.bits, link.act_bits,
+        link.group_size, seed_, draw_++, kNone);
+    kept_.insert(kept_.end(), codes.begin(), codes.end());
+  }
+
+  inline static const std::optional<Tensor> kNone;
+
+  const std::vector<Tensor>& inputs_;
+  const OptionalTensors& parameters_;
+  const OptionalTensors& buffers_;
+  const Plan plan_;
+  const std::vector<Format> formats_;
+  std::vector<std::pair<double, double>> settings_;
+  const int64_t seed_;
+  int64_t draw_;
+  OptionalTensors outputs_;  // of links
+  std::vector<std::vector<Tensor>> codes_;  // of inputs
+  std::vector<Tensor> kept_;
+  Integers layouts_;
+};
+
+// A vector on the host.
+Tensor make_vector(const Tensor& on_host, const Integers& values) {
+  Tensor vector = empty(on_host, {static_cast<int64_t>(values.size())},
+                        ScalarType::Long);
+  std::copy(values.begin(), values.end(),
+            static_cast<int64_t*>(vector.mutable_data_ptr()));
+  return vector;
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
+           Tensor>
+conv_chain(std::vector<Tensor> inputs, OptionalTensors parameters,
+           OptionalTensors buffers, Tensor plan, Tensor settings,
+           Integers formats, int64_t seed, int64_t offset) {
+  Forward forward(inputs, parameters, buffers, plan, settings, formats, seed,
+                  offset);
+  forward.run();
+  return {forward.outputs(), forward.codes(), forward.kept(),
+          make_vector(plan, forward.layouts())};
+}
+
+// Adds to a sum that may be empty yet. The stable API has no addition.
+void accumulate(std::optional<Tensor>& total, const Tensor& part) {
+  total = total ? torch::stable::subtract(*total, part, -1.0) : part;
+}
+
+class Backward {
+ public:
+  Backward(const OptionalTensors& codes, const Integers& formats,
+           const OptionalTensors& parameters, const std::vector<Tensor>& kept,
+           const Tensor& layouts, const Tensor& plan, const Integers& needs,
+           const Integers& needs_inputs, bool observed, ScalarType dtype)
+      : grad_inputs(needs_inputs.size()),
+        grads(parameters.size()),
+        codes_(codes),
+        formats_(read_formats(formats, needs_inputs.size())),
+        parameters_(parameters),
+        kept_(kept),
+        layouts_(read_layouts(layouts)),
+        plan_(plan, needs_inputs.size(), count_layers(parameters)),
+        needs_(needs),
+        needs_inputs_(needs_inputs),
+        observed_(observed),
+        dtype_(dtype) {
+    const size_t links = plan_.links().size();
+    STD_TORCH_CHECK(needs.size() == parameters.size() &&
+                        layouts_.size() == grad_inputs.size() + links,
+                    "needs must have an entry for each of the parameters, and "
+                    "layouts one for each input and convolution");
+    size_t count = 0;
+    for (const Format& format : formats_) {
+      first_code_.push_back(count);
+      count += format.kept();
     }
+    STD_TORCH_CHECK(count == codes.size(), "codes must be ", count,
+                    " tensors, got ", codes.size());
+    count = 0;
+    for (const Link& link : plan_.links()) {
+      first_kept_.push_back(count);
+      count += link.kept();
+      wanted_.push_back(is_wanted(link.source) ||
+                        (link.added && is_wanted(*link.added)) ||
+                        wants_any(link.layer));
+    }
+    STD_TORCH_CHECK(count == kept.size(), "kept must be ", count,
+                    " tensors, got ", kept.size());
+  }
+
+  void run(const OptionalTensors& grad_outputs) {
+    const auto& links = plan_.links();
+    grad_links_.resize(links.size());
+    size_t end = 0;
+    for (size_t i = 0; i < links.size(); ++i) {
+      if (!links[i].is_end()) continue;
+      STD_TORCH_CHECK(end < grad_outputs.size(), "grad_outputs are too few: ",
+                      grad_outputs.size());
+      grad_links_[i] = grad_outputs[end++];
+    }
+    // As the graph of the layers goes: what came last is first.
+    for (size_t i = links.size(); i-- > 0;) {
+      if (!grad_links_[i] || !wanted_[i]) continue;
+      Tensor grad = std::move(*grad_links_[i]);
+      grad_links_[i].reset();
+      const Link& link = links[i];
+      const int64_t* need = &needs_[link.layer * kParameters];
+      const bool needs_x = is_wanted(link.source);
+      const bool needs_conv = needs_x || need[0] != 0 || need[1] != 0;
+      undo_follower(i, grad, needs_conv);
+      if (!needs_conv) continue;
+      if (observed_ && i == 0) first = grad;
+      const std::optional<Tensor> grad_x =
+          undo_conv(link, grad, decode_source(link.source), needs_x);
+      if (grad_x) accumulate(grad_of(link.source), *grad_x);
+    }
+  }
+
+  OptionalTensors grad_inputs;
+  std::optional<Tensor> first;  // of what the first convolution returned
+  OptionalTensors grads;        // of parameters
+
+ private:
+  bool wants_any(size_t layer) const {
+    const int64_t* need = &needs_[layer * kParameters];
+    return std::any_of(need, need + kParameters,
+                       [](int64_t wanted) { return wanted != 0; });
+  }
+
+  // Whether it, or anything before it, wants a gradient.
+  bool is_wanted(const Source& source) const {
+    return source.is_input() ? needs_inputs_[source.index()] != 0
+                             : wanted_[source.index()];
+  }
+
+  std::optional<Tensor>& grad_of(const Source& source) {
+    return (source.is_input() ? grad_inputs : grad_links_)[source.index()];
+  }
+
+  const Layout& layout_of(size_t link) const {
+    return layouts_[grad_inputs.size() + link];
+  }
+
+  // From the gradient of what follows a convolution to that of its output.
+  void undo_follower(size_t i, Tensor& grad, bool needs_conv) {
+    const Link& link = plan_.links()[i];
+    if (link.follows == Follows::kNothing) return;
+    const Tensor* kept = kept_.data() + first_kept_[i];
+    grad = with_strides(grad, layout_of(i).strides);
+    if (link.follows == Follows::kReLU) {
+      std::tie(grad) = call<Tensor>("mmactnn::relu_codes_backward", grad,
+                                    kept[0], link.bits);
+      return;
+    }
+    const size_t first = link.layer * kParameters;
+    std::optional<Tensor> act_codes;
+    if (link.added) act_codes = kept[3];
+    const auto [results] = call<std::vector<Tensor>>(
+        "mmactnn::batch_norm_act_backward", grad, kept[1], kept[2], act_codes,
+        parameters_[first + 2], kept[0], link.follows == Follows::kNormReLU,
+        link.of_batch, needs_conv, link.bits, link.act_bits, link.group_size);
+    // The sums are of shift and scale.
+    for (const size_t k : {2, 3}) {
+      if (needs_[first + k] == 0) continue;
+      accumulate(grads[first + k], torch::stable::select(
+                                       results[0], 0, 3 - static_cast<int>(k)));
+    }
+    if (link.added && is_wanted(*link.added)) {
+      accumulate(grad_of(*link.added), results.back());
+    }
+    if (needs_conv) grad = results[1];
+  }
+
+  // What a convolution read.
+  Tensor decode_source(const Source& source) const {
+    const size_t i = source.index();
+    if (source.is_input()) {
+      return decode(codes_.data() + first_code_[i], formats_[i], layouts_[i],
+                    dtype_);
+    }
+    const Link& link = plan_.links()[i];
+    const Tensor* kept = kept_.data() + first_kept_[i];
+    const Layout& layout = layout_of(i);
+    if (link.follows == Follows::kReLU || link.added) {
+      const bool added = link.added.has_value();
+      const Tensor* codes = kept + (added ? 3 : 0);
+      return std::get<0>(
+          call<Tensor>("mmactnn::dequantize_zeroed", codes[0], codes[1],
+                       layout.sizes, layout.strides, dtype_,
+                       added ? link.act_bits : link.bits, link.group_size));
+    }
+    STD_TORCH_CHECK(link.follows == Follows::kNormReLU,
+                    "what a convolution reads of another must be rectified");
+    const auto* parameter = &parameters_[link.layer * kParameters];
+    return std::get<0>(call<Tensor>("mmactnn::dequantize_split", kept[1],
+                                    kept[2], parameter[2], parameter[3],
+                                    layout.sizes, layout.strides, dtype_,
+                                    link.bits, link.group_size));
+  }
+
+  std::optional<Tensor> undo_conv(const Link& link, const Tensor& grad,
+                                  const Tensor& x, bool needs_x) {
+    const size_t first = link.layer * kParameters;
+    const int64_t* need = &needs_[first];
     const int64_t channels = grad.size(1);
     std::optional<Sizes> bias_sizes;
     if (need[1] != 0) bias_sizes = Sizes(&channels, 1);
-    const std::array<bool, 3> wanted{before, need[0] != 0, need[1] != 0};
-    std::array<Tensor, 3> results;
-    std::tie(results[0], results[1], results[2]) = call<Tensor, Tensor, Tensor>(
-        "aten::convolution_backward", grad, x, *parameter[0], bias_sizes,
-        Sizes(link.stride), Sizes(link.padding), Sizes(link.dilation), false,
-        Sizes(link.output_padding), link.groups,
+    const std::array<bool, 3> wanted{needs_x, need[0] != 0, need[1] != 0};
+    const auto [grad_x, grad_weight, grad_bias] = call<Tensor, Tensor, Tensor>(
+        "aten::convolution_backward", grad, x, *parameters_[first], bias_sizes,
+        link.stride, link.padding, link.dilation, false,
+        Sizes(kNoPadding.data(), link.stride.size()), link.groups,
         torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3));
-    if (need[0] != 0) grad_of[0] = results[1];
-    if (need[1] != 0) grad_of[1] = results[2];
-    if (!before) break;
-    grad = results[0];
-    if (i == 0) grads[0] = grad;
+    if (wanted[1]) accumulate(grads[first], grad_weight);
+    if (wanted[2]) accumulate(grads[first + 1], grad_bias);
+    if (!needs_x) return std::nullopt;
+    return grad_x;
   }
-  return grads;
+
+  const OptionalTensors& codes_;
+  const std::vector<Format> formats_;
+  const OptionalTensors& parameters_;
+  const std::vector<Tensor>& kept_;
+  const std::vector<Layout> layouts_;
+  const Plan plan_;
+  const Integers& needs_;
+  const Integers& needs_inputs_;
+  const bool observed_;
+  const ScalarType dtype_;
+  std::vector<size_t> first_code_;  // of each input
+  std::vector<size_t> first_kept_;  // of each link
+  std::vector<bool> wanted_;        // links, or anything before them
+  OptionalTensors grad_links_;
+};
+
+OptionalTensors conv_chain_backward(
+    OptionalTensors grad_outputs, OptionalTensors codes, Integers formats,
+    OptionalTensors parameters, std::vector<Tensor> kept, Tensor layouts,
+    Tensor plan, Integers needs, Integers needs_inputs, bool observed,
+    ScalarType dtype) {
+  Backward backward(codes, formats, parameters, kept, layouts, plan, needs,
+                    needs_inputs, observed, dtype);
+  backward.run(grad_outputs);
+  OptionalTensors results = std::move(backward.grad_inputs);
+  results.push_back(backward.first);
+  results.insert(results.end(), backward.grads.begin(), backward.grads.end());
+  return results;
 }
 
 }  // namespace

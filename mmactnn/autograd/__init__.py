@@ -1,7 +1,7 @@
 """Autograd functions that keep payloads instead of tensors."""
 
 from .batch_norm import batch_norm
-from .chain import Chain, chain
+from .chain import Chain, End, run_chain
 from .conv import convolution
 from .dropout import dropout, feature_dropout
 from .gate import gate
@@ -14,10 +14,10 @@ from .silu import silu
 
 __all__ = [
     'Chain',
+    'End',
     'adaptive_avg_pool2d',
     'avg_pool2d',
     'batch_norm',
-    'chain',
     'convolution',
     'dropout',
     'feature_dropout',
@@ -28,5 +28,6 @@ __all__ = [
     'norm_act',
     'relu',
     'relu_codes',
+    'run_chain',
     'silu',
 ]

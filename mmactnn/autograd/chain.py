@@ -11,87 +11,218 @@ import torch
 from torch.autograd import Function
 
 from .. import ops
-from ..payload import PayloadFormat, share
+from ..ops.layout import dense_rows
+from ..payload import PayloadFormat, QuantizedTensor, share
 from .double_backward import first_order_only
 
 
-class Chain(NamedTuple):
-    """The layers of a chain, for one call.
+class End(NamedTuple):
+    """The payload that an output of a chain has.
 
     Attributes:
-        parameters (list[Tensor | None]): See
-            :func:`mmactnn.ops.conv_chain`, but in the dtypes that they have.
-        buffers (list[Tensor | None]): See there.
-        plan (list[int]): See there.
-        settings (list[float]): See there.
-        rounded (int): How many tensors are rounded.
-        quantizer (LayerQuantizer): Settings of the first convolution.
-        output (tuple[str, int, int], optional): Kind, bits and group size of
-            the payload that the output has; None if it has none.
+        kind (str): Of its codes, ``'split'`` or ``'zeroed'``.
+        bits (int): Bits a code.
+        group_size (int): Elements a range.
+        place (int): Where its codes and ranges are, in what is kept.
+        layer (int): Index of the layer.
     """
 
-    parameters: list
+    kind: str
+    bits: int
+    group_size: int
+    place: int
+    layer: int
+
+
+class Chain(NamedTuple):
+    """The layers of a chain.
+
+    Attributes:
+        plan (ChainPlan): The links.
+        readers (list[LayerQuantizer | None]): For each input, settings of the
+            convolution that keeps it; None where it is only added.
+        ends (list[End | None]): Payloads of the outputs; None where a layer
+            that reads it has to make one.
+        casts (bool): Whether parameters have other dtypes than the op takes.
+        generator (RoundingGenerator): Source of random bits.
+        observed (bool): Whether reports can be made: of the first layer, if
+            no other one reads the input.
+    """
+
+    plan: ops.ChainPlan
+    readers: list
+    ends: list
+    casts: bool
+    generator: object
+    observed: bool
+
+
+class _Call(NamedTuple):
+    """A call of a chain.
+
+    Attributes:
+        chain (Chain): The layers.
+        dtype (torch.dtype, optional): That of autocast.
+        buffers (list[Tensor | None]): See :func:`mmactnn.ops.conv_chain`.
+        made (list[Payload | None]): Payloads of the outputs, from the
+            forward pass.
+    """
+
+    chain: Chain
+    dtype: torch.dtype | None
     buffers: list
-    plan: list
-    settings: list
-    rounded: int
-    quantizer: object
-    output: tuple | None
+    made: list
 
 
 class _Chain(Function):
     @staticmethod
-    def forward(ctx, input, residual, dtype, layers, made, *parameters):
-        x = input if dtype is None else input.to(dtype)
-        quantizer = layers.quantizer
-        format, codes, ctx.watch = quantizer.keep_shared(input, x, True)
-        cast = _cast(parameters, x.dtype)
-        seed, offset, _ = quantizer.generator.next(x.device, layers.rounded)
-        output, kept, ctx.layouts = ops.conv_chain(
-            x,
-            residual,
+    def forward(ctx, call, *tensors):
+        chain = call.chain
+        count = len(chain.readers)
+        inputs, parameters = tensors[:count], tensors[count:]
+        xs = inputs
+        if call.dtype is not None:
+            xs = [x.to(call.dtype) for x in inputs]
+        dtype, device = xs[0].dtype, xs[0].device
+        ctx.casts = chain.casts or call.dtype is not None
+        cast = _cast(parameters, dtype) if ctx.casts else parameters
+        kept = _KeptInputs(chain.readers, inputs, xs)
+        seed, offset, _ = chain.generator.next(
+            device, kept.draws + chain.plan.draws
+        )
+        outputs, codes, own, ctx.layouts = ops.conv_chain(
+            xs,
             cast,
-            layers.buffers,
-            layers.plan,
-            layers.settings,
+            call.buffers,
+            chain.plan,
+            kept.encodings,
             seed=seed,
             offset=offset,
         )
-        if layers.output is not None:
-            kind, bits, group_size = layers.output
-            tensors = kept[-2:] + (cast[-2:] if kind == 'split' else [])
-            out = PayloadFormat.of(output, bits, group_size, kind)
-            made.append(out.payload(*tensors))
-        ctx.save_for_backward(*parameters, *codes, *kept)
-        ctx.counts = len(parameters), len(codes)
-        ctx.format, ctx.plan = format, layers.plan
-        ctx.adds = residual is not None
-        return output
+        kept.take(codes)
+        for output, end in zip(outputs, chain.ends):
+            call.made.append(end and _output_payload(end, output, own, cast))
+        ctx.watch = None
+        if chain.observed:
+            ctx.watch = kept.watch()
+            ctx.format = kept.payloads[0].format
+        codes, ctx.formats = kept.to_save()
+        ctx.save_for_backward(*parameters, *codes, *own)
+        ctx.counts = count, len(parameters), len(parameters) + len(codes)
+        ctx.plan, ctx.dtype = chain.plan, dtype
+        ctx.set_materialize_grads(False)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     @staticmethod
     @first_order_only('A block that is fused')
-    def backward(ctx, grad_output):
+    def backward(ctx, *grad_outputs):
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad
-        parameters, codes = ctx.counts
-        kept = parameters + codes
-        codes = saved[parameters:kept]
-        grad_input, grad_residual, first, *grads = ops.conv_chain_backward(
-            grad_output,
-            (ctx.format, codes),
-            _cast(saved[:parameters], ctx.format.dtype),
-            saved[kept:],
+        inputs, first_code, first_kept = ctx.counts
+        parameters = saved[:first_code]
+        codes = saved[first_code:first_kept]
+        grads = ops.conv_chain_backward(
+            grad_outputs,
+            codes,
+            ctx.formats,
+            _cast(parameters, ctx.dtype) if ctx.casts else parameters,
+            saved[first_kept:],
             ctx.layouts,
             ctx.plan,
-            needs[-parameters:],
-            needs[0],
-            ctx.adds,
+            needs[1 + inputs :],
+            needs[1 : 1 + inputs],
             ctx.watch is not None,
+            ctx.dtype,
         )
-        if ctx.watch is not None:
-            payload = ctx.format.payload(*codes)
-            fan = saved[0][0].numel()
-            ctx.watch.linear(payload, first, grads[0], fan)
-        return grad_input, grad_residual, None, None, None, *grads
+        first, *of_parameters = grads[inputs:]
+        if first is not None:
+            tensors = ctx.format.payload(*codes)
+            fan = parameters[0][0].numel()
+            ctx.watch.linear(tensors, first, of_parameters[0], fan)
+        return None, *grads[:inputs], *of_parameters
+
+
+class _KeptInputs:
+    """What is kept of the inputs of a call.
+
+    Args:
+        readers (list[LayerQuantizer | None]): See :class:`Chain`.
+        inputs (Sequence[Tensor[N, *]]): The inputs ...
+        xs (Sequence[Tensor[N, *]]): ... and these, or their casts.
+
+    Attributes:
+        payloads (list[Payload | None]): What is kept; None of those that are
+            only added, and of those that the op has to make.
+        encodings (list[int]): How it is to make them, see
+            :func:`mmactnn.ops.conv_chain`.
+        draws (int): How many it makes.
+    """
+
+    def __init__(self, readers, inputs, xs):
+        self.payloads, self.encodings, self.draws = [], [], 0
+        self._first, self._is_first = readers[0], False
+        self._missing = []
+        for reader, input, x in zip(readers, inputs, xs):
+            payload, encoding = None, ops.NOT_ENCODED
+            if reader is not None:
+                payload = reader.find_shared(input, x)
+                if payload is None:
+                    self._is_first |= not self.payloads
+                    own = reader.encoding(x.shape[0])
+                    if own is None or dense_rows(x) is not x:
+                        # The op cannot make it.
+                        payload = reader.hand_out(input, x, reader.pack(x))
+                    else:
+                        place = len(self.payloads)
+                        self._missing.append((place, reader, input, x, own))
+                        encoding = own
+                        self.draws += 1
+            self.payloads.append(payload)
+            self.encodings += encoding
+
+    def take(self, codes):
+        """Take the codes that the op has made."""
+        begin = 0
+        for place, reader, input, x, encoding in self._missing:
+            end, bits = begin + encoding.tensors, encoding.bits
+            if encoding.kind is ops.Kept.ROWS:
+                bits /= x.shape[0]
+            format = PayloadFormat.of(x, bits, encoding.group_size)
+            payload = QuantizedTensor(format, *codes[begin:end])
+            self.payloads[place] = reader.hand_out(input, x, payload)
+            begin = end
+
+    def watch(self):
+        """Watch, optional: Of the first input; see ``LayerQuantizer``."""
+        return self._first.watch_kept(self.payloads[0], self._is_first)
+
+    def to_save(self):
+        """Tensors of the payloads, and the formats that belong to them.
+
+        Returns:
+            tuple[list[Tensor | None], list[int]]: Both as
+            :func:`mmactnn.ops.conv_chain_backward` takes them.
+        """
+        codes, formats = [], []
+        for payload in self.payloads:
+            if payload is None:
+                formats += ops.NOT_ENCODED
+                continue
+            tensors, format = payload.tensors, payload.format
+            kind = ops.Kept[format.kind.upper()]
+            if kind is ops.Kept.PLAIN and len(tensors) == 4:
+                kind = ops.Kept.ROWS
+            codes += tensors
+            formats += kind, int(format.bits), format.group_size
+        return codes, formats
+
+
+def _output_payload(end, output, kept, parameters):
+    tensors = kept[end.place : end.place + 2]
+    if end.kind == 'split':
+        first = end.layer * ops.PARAMETERS
+        tensors += parameters[first + 2 : first + ops.PARAMETERS]
+    format = PayloadFormat.of(output, end.bits, end.group_size, end.kind)
+    return format.payload(*tensors)
 
 
 def _cast(parameters, dtype):
@@ -108,30 +239,31 @@ def _cast(parameters, dtype):
     ]
 
 
-def chain(input, residual, dtype, layers):
-    """Convolutions, normalisations and ReLUs, one behind another.
+def run_chain(chain, inputs, parameters, buffers, dtype):
+    """Convolutions, normalisations and ReLUs that read one another.
 
-    The output and all gradients are those of the layers, called one by one,
-    but that the gradient of the output lives until the backward pass of the
+    The outputs and all gradients are those of the layers, called one by one,
+    but that the gradients of the outputs live until the backward pass of the
     last layer has ended.
 
     Args:
-        input (Tensor[N, C, *]): float32, float16 or bfloat16; under autocast
-            it is cast to autocast's dtype.
-        residual (Tensor[N, O, *], optional): Added after the last
-            normalisation, of the dtype and shape of the output; with ReLU
-            only.
+        chain (Chain): The layers.
+        inputs (Sequence[Tensor[N, C, *]]): float32, float16 or bfloat16, all
+            of one dtype; under autocast they are cast to autocast's dtype.
+        parameters (list[Tensor | None]): See :func:`mmactnn.ops.conv_chain`,
+            but in the dtypes that they have.
+        buffers (list[Tensor | None]): See there.
         dtype (torch.dtype, optional): That of autocast, see
             :func:`mmactnn.autograd.autocast.lower_dtype`.
-        layers (Chain): The layers.
 
     Returns:
-        Tensor[N, O, *]: The output.
+        tuple[Tensor[N, O, *]]: The outputs of the links that no others read.
     """
-    made = []
-    output = _Chain.apply(
-        input, residual, dtype, layers, made, *layers.parameters
-    )
-    for payload in made:
-        share(output, payload)
-    return output
+    call = _Call(chain, dtype, buffers, [])
+    outputs = _Chain.apply(call, *inputs, *parameters)
+    if not isinstance(outputs, tuple):
+        outputs = (outputs,)
+    for output, payload in zip(outputs, call.made):
+        if payload is not None:
+            share(output, payload)
+    return outputs

@@ -9,7 +9,7 @@ what they are. Anything that is not known runs layer by layer.
 from ..layers import QReLU
 from ..wrapping import named_modules
 from .blocks import FusedPairs
-from .known import MAKERS
+from .known import is_fused, make_fusion
 from .members import NORMS
 
 __all__ = ['FusedPairs', 'find_fusions', 'is_fused', 'remove_fusions']
@@ -36,21 +36,11 @@ def find_fusions(model, targets):
 
     found = {}
     for name, module in named_modules(model):
-        make = MAKERS.get(_forward_of(module))
-        fusion = None if make is None else make(module)
+        fusion = make_fusion(module)
         fusion = fusion and fusion.keep(is_norm, is_relu)
         if fusion is not None:
             found[name] = fusion
     return found
-
-
-def is_fused(module):
-    """Whether the forward pass of a module is computed in its place.
-
-    Args:
-        module (nn.Module): The module.
-    """
-    return isinstance(vars(module).get('forward'), FusedPairs)
 
 
 def remove_fusions(model):
@@ -63,16 +53,3 @@ def remove_fusions(model):
         if is_fused(module):
             del module.forward
 
-
-def _forward_of(module):
-    """Full name of the class that a module has its forward pass from.
-
-    None if somebody else has put something in its place, as MMEngine does
-    for activation checkpointing.
-    """
-    if 'forward' in vars(module) and not is_fused(module):
-        return None
-    for cls in type(module).__mro__:
-        if 'forward' in vars(cls):
-            return f'{cls.__module__}.{cls.__qualname__}'
-    return None

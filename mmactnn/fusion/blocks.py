@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from ..layers.norm import Fusing
+from ..ops import source_of_input
 from ..payload import shared_in_block
-from .chain import Layers, run_chain
+from .chain import ChainRunner, Layers
 from .members import may_be_passed_over, may_join
 from .watched import is_only_reader, is_watched
 
@@ -136,6 +137,7 @@ class FusedConvModule(FusedPairs):
         if module.with_norm:
             pairs.append(Pair('conv', module.norm_name, 'activate'))
         super().__init__(module, pairs)
+        self._run_chain = ChainRunner()
 
     @property
     def relus(self):
@@ -159,9 +161,9 @@ class FusedConvModule(FusedPairs):
         if not activate:
             return self._unfused(x, activate, norm)
         if norm and self.runs_all:
-            output = run_chain([self.layers], x)
-            if output is not None:
-                return output
+            outputs = self._run_chain([self.layers], [x])
+            if outputs is not None:
+                return outputs[0]
         return super().__call__(x, activate, norm)
 
     @property
@@ -179,7 +181,9 @@ class FusedConvModule(FusedPairs):
         """Layers: What the module is made of."""
         modules = self.module._modules
         norm = modules.get(self.module.norm_name)
-        return Layers(modules['conv'], norm, modules['activate'])
+        return Layers(
+            modules['conv'], norm, modules['activate'], source_of_input(0)
+        )
 
 
 class FusedResidual(FusedPairs):
@@ -196,6 +200,8 @@ class FusedResidual(FusedPairs):
         super().__init__(module, [Pair(*names, 'relu') for names in inner])
         self.last_conv = convs[-1]
         self.last_norm = norms[-1]
+        self._run_chain = ChainRunner()
+        self._run_shortcut_chain = ChainRunner()
 
     @property
     def norms(self):
@@ -209,14 +215,19 @@ class FusedResidual(FusedPairs):
             return self
         return FusedPairs(self.module, self.pairs).keep(is_norm, is_relu)
 
-    def __call__(self, x):
-        """See the block's own ``forward``."""
+    @property
+    def is_whole(self):
+        """bool: Whether all of the block runs fused now."""
         modules = self.module._modules
-        if not (
+        return (
             self.is_active
             and may_join(modules[self.last_norm])
             and may_be_passed_over(modules['relu'])
-        ):
+        )
+
+    def __call__(self, x):
+        """See the block's own ``forward``."""
+        if not self.is_whole:
             return super().__call__(x)
         if x.grad_fn is not None:
             return self._run(x)
@@ -225,25 +236,21 @@ class FusedResidual(FusedPairs):
             return self._run(x)
 
     def _run(self, x):
-        modules = self.module._modules
-        relu = modules['relu']
-        last_conv, last_norm = modules[self.last_conv], modules[self.last_norm]
         # First, though the block's own forward pass has it last: the backward
         # pass then comes to it when the other branch's gradients are gone.
         shortcut = self._run_shortcut(x)
-        layers = [
-            Layers(modules[conv], modules[norm], relu)
-            for conv, norm, _ in self.pairs
-        ]
-        layers.append(Layers(last_conv, last_norm, relu))
-        output = run_chain(layers, x, shortcut)
-        if output is not None:
-            return output
+        inputs = [x] if shortcut is x else [x, shortcut]
+        added = source_of_input(len(inputs) - 1)
+        layers = self._main_layers(source_of_input(0), added, 0)
+        outputs = self._run_chain(layers, inputs)
+        if outputs is not None:
+            return outputs[0]
         norms = super()._fuse()
         try:
             out = x
-            for conv, norm, _ in layers[:-1]:
+            for conv, norm, relu, *_ in layers[:-1]:
                 out = relu(norm(conv(out)))
+            last_conv, last_norm, relu, *_ = layers[-1]
             out = last_conv(out)
         finally:
             _part(norms)
@@ -252,15 +259,46 @@ class FusedResidual(FusedPairs):
             return last_norm.norm_act(out, fusing, shortcut)
         return relu(last_norm(out) + shortcut)
 
+    def layers(self, source, first):
+        """All layers of the block, behind others.
+
+        Args:
+            source (int): What it reads, see :class:`Layers`.
+            first (int): How many layers there are before its.
+
+        Returns:
+            list[Layers], optional: None if the block does more, or runs in
+            another way.
+        """
+        downsample = self.module._modules.get('downsample')
+        if downsample is None:
+            return self._main_layers(source, source, first)
+        pairs = self._shortcut()
+        if len(pairs) != 1 or len(downsample) != 2 or is_watched(downsample):
+            return None
+        shortcut = Layers(*pairs[0], None, source)
+        return [shortcut, *self._main_layers(source, first, first + 1)]
+
+    def _main_layers(self, source, added, first):
+        """The layers but for those of the shortcut."""
+        modules = self.module._modules
+        relu, layers = modules['relu'], []
+        for conv, norm, _ in self.pairs:
+            layers.append(Layers(modules[conv], modules[norm], relu, source))
+            source = first + len(layers) - 1
+        conv, norm = modules[self.last_conv], modules[self.last_norm]
+        return [*layers, Layers(conv, norm, relu, source, added)]
+
     def _run_shortcut(self, x):
         downsample = self.module._modules.get('downsample')
         if downsample is None:
             return x
         pairs = self._shortcut()
         if pairs and len(downsample) == 2 and not is_watched(downsample):
-            output = run_chain([Layers(*pairs[0], None)], x)
-            if output is not None:
-                return output
+            layers = Layers(*pairs[0], None, source_of_input(0))
+            outputs = self._run_shortcut_chain([layers], [x])
+            if outputs is not None:
+                return outputs[0]
         norms = self._fuse_shortcut()
         try:
             return downsample(x)

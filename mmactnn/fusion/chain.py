@@ -2,19 +2,29 @@
 
 import functools
 import math
+from operator import itemgetter
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
-from ..autograd import Chain, chain
+from ..autograd import Chain, End, run_chain
 from ..autograd.autocast import lower_dtype
 from ..capture import is_capturing
-from ..layers import QConv1d, QConv2d, QConv3d
-from ..ops import Follows, plan_link
+from ..layers import QConv1d, QConv2d, QConv3d, QReLU
+from ..ops import (
+    GROUP_SIZES,
+    PARAMETERS,
+    ChainPlan,
+    Follows,
+    Link,
+    is_input,
+    source_of_input,
+)
 from ..ops.quantize import VALID_DTYPES
 from ..units import MIB
-from .members import may_be_passed_over, may_join
-from .watched import are_all_watched, is_watched
+from .members import NORMS
+from .watched import are_all_watched
 
 _CONVS = (QConv1d, QConv2d, QConv3d)
 
@@ -24,182 +34,425 @@ _CONVS = (QConv1d, QConv2d, QConv3d)
 # gradients are computed in one call.
 _MAX_BYTES = 192 * MIB
 
+# Up to this size of all inputs together, where layers run for each: all
+# gradients of their outputs live until the first one's backward pass is
+# through.
+_MAX_TOTAL_BYTES = 64 * MIB
+
+# What a chain depends on, of a layer and its settings. Read at every call,
+# hence by what takes the least time.
+_HOOKS = itemgetter(
+    '_forward_hooks',
+    '_forward_pre_hooks',
+    '_backward_hooks',
+    '_backward_pre_hooks',
+)
+_OF_CONV = itemgetter(
+    'training',
+    'stride',
+    'padding',
+    'dilation',
+    'groups',
+    'kernel_size',
+    'padding_mode',
+    'in_channels',
+    'out_channels',
+    'quantizer',
+)
+_OF_NORM = itemgetter(
+    'training', 'momentum', 'eps', 'track_running_stats', 'quantizer'
+)
+_OF_RELU = itemgetter('training', 'quantizer')
+_OF_QUANTIZER = itemgetter(
+    'bits',
+    'group_size',
+    'generator',
+    'slot',
+    'chunk_bytes',
+    'strict',
+    'fused_bits',
+    'meter',
+)
+
 
 class Layers(NamedTuple):
-    """Layers that follow one another.
+    """A convolution and what follows it.
 
     Attributes:
         conv (nn.Module): A convolution ...
         norm (nn.Module, optional): ... the normalisation of its output ...
-        relu (nn.Module, optional): ... and the ReLU of that. Only the last of
-            several may have none.
+        relu (nn.Module, optional): ... and the ReLU of that. Only those that
+            no other layers read may have none.
+        source (int): What they read: the output of layers before them, by
+            their index, or an input (:func:`mmactnn.ops.source_of_input`).
+        added (int, optional): What is added before the ReLU, likewise.
     """
 
     conv: nn.Module
     norm: nn.Module | None
     relu: nn.Module | None
+    source: int
+    added: int | None = None
 
 
-def run_chain(layers, input, residual=None):
-    """Run layers as one, if nobody can tell.
+class ChainRunner:
+    """Runs layers as one node of the graph, if nobody can tell.
 
-    Args:
-        layers (Sequence[Layers]): The layers.
-        input (Tensor[N, C, *]): Input of the first.
-        residual (Tensor[N, O, *], optional): Added to the last normalisation,
-            before its ReLU.
-
-    Returns:
-        Tensor[N, O, *], optional: Their output; None if they have to run one
-        by one, and nothing has happened yet.
-    """
-    lowered = lower_dtype(input)
-    dtype = lowered or input.dtype
-    if dtype not in VALID_DTYPES or are_all_watched() or is_capturing():
-        return None
-    size, generator = input.shape, None
-    for conv, norm, relu in layers:
-        if not _takes_conv(conv, size, input, lowered):
-            return None
-        generator = generator or conv.quantizer.generator
-        if conv.quantizer.generator is not generator:
-            return None
-        size = _output_size(
-            size,
-            conv.out_channels,
-            tuple(conv.kernel_size),
-            tuple(conv.stride),
-            tuple(conv.padding),
-            tuple(conv.dilation),
-        )
-        if min(size) <= 0:
-            return None
-        if relu is not None and not may_be_passed_over(relu):
-            return None
-        if norm is not None:
-            fits = _takes_norm(norm, size)
-        else:
-            fits = relu is None or (relu.is_coded and relu.training)
-        if not fits:
-            return None
-    if residual is not None and (
-        residual.shape != size
-        or residual.dtype != dtype
-        or residual.device != input.device
-    ):
-        return None
-    return chain(input, residual, lowered, _plan(layers, residual))
-
-
-def _takes_conv(conv, size, first, lowered):
-    """Whether a convolution of some input is one that a chain computes.
+    Keeps what it has made of the layers until something about them changes.
+    Copies and pickles start anew.
 
     Args:
-        conv (nn.Module): What is in its place.
-        size (Sequence[int]): Shape of its input.
-        first (Tensor[N, C, *]): Input of the chain.
-        lowered (torch.dtype, optional): Autocast's.
+        for_each (bool, optional): Whether the layers, which read one input,
+            run for each of the inputs that they get. Defaults to False.
+    """
+
+    def __init__(self, for_each=False):
+        self._for_each = for_each
+        self._state = None
+        self._prepared = None
+
+    def __reduce__(self):
+        return type(self), (self._for_each,)
+
+    def __call__(self, layers, inputs):
+        """Run the layers.
+
+        Args:
+            layers (Sequence[Layers]): The layers.
+            inputs (Sequence[Tensor[N, C, *]]): What they read.
+
+        Returns:
+            tuple[Tensor[N, O, *]], optional: The outputs of those that no
+            others read, input by input; None if the layers have to run one
+            by one, and nothing has happened yet.
+        """
+        first = inputs[0]
+        lowered = lower_dtype(first)
+        dtype = lowered or first.dtype
+        if dtype not in VALID_DTYPES or are_all_watched() or is_capturing():
+            return None
+        seen = _look(layers)
+        if seen is None:
+            return None
+        state, parameters, buffers = seen
+        state.append(len(inputs))
+        if state != self._state:
+            repeats = len(inputs) if self._for_each else 1
+            self._prepared = _prepare(layers, repeats)
+            self._state = state
+        prepared = self._prepared
+        if (
+            prepared is None
+            or not _go_together(parameters, first, lowered)
+            or not prepared.takes(inputs, dtype)
+        ):
+            return None
+        return run_chain(prepared.chain, inputs, parameters, buffers, lowered)
+
+
+def _look(layers):
+    """See what the layers are now.
 
     Returns:
-        bool: False also where torch's layer would refuse the input.
+        tuple[list, list[Tensor | None], list[Tensor | None]], optional: All
+        that the rest of this module depends on but tensors, equal to that of
+        another call if nothing has changed; parameters and buffers, see
+        :func:`mmactnn.autograd.run_chain`. None if one of the layers is none
+        that a chain runs, or somebody sees what goes in or out of it.
     """
-    if type(conv) not in _CONVS or is_watched(conv) or not conv.training:
-        return False
-    quantizer = conv.quantizer
-    if quantizer.exact or quantizer.meter is not None:
-        return False
-    weight, dtype = conv._parameters['weight'], lowered or first.dtype
-    nbytes = math.prod(size) * dtype.itemsize
-    limit = quantizer.chunk_bytes
-    return (
-        weight is not None
-        and weight.requires_grad
-        and weight.device == first.device
-        and (lowered is not None or weight.dtype == dtype)
-        and 0 < nbytes <= _MAX_BYTES
-        and (limit is None or nbytes <= limit)
-        and conv.padding_mode == 'zeros'
-        and not isinstance(conv.padding, str)
-        and len(size) == len(conv.kernel_size) + 2
-        and size[1] == conv.in_channels
-    )
-
-
-def _takes_norm(norm, size):
-    """Whether a normalisation of some input can be fused here."""
-    return (
-        may_join(norm)
-        and norm.quantizer.fused_bits is not None
-        and norm.takes_size(size)
-        and norm.stats_group() is None
-    )
-
-
-@functools.lru_cache
-def _output_size(size, channels, kernel_size, stride, padding, dilation):
-    """Shape of what a convolution makes of an input of some shape."""
-    places = zip(size[2:], kernel_size, stride, padding, dilation)
-    return (
-        size[0],
-        channels,
-        *[
-            (length + 2 * pad - step * (kernel - 1) - 1) // stride + 1
-            for length, kernel, stride, pad, step in places
-        ],
-    )
-
-
-def _plan(layers, residual):
-    """The layers as the ops take them; counts the batch where norms do."""
-    parameters, buffers, plan, settings = [], [], [], []
-    output = None
-    for conv, norm, relu in layers:
-        of_conv = conv._parameters
+    state, parameters, buffers = [], [], []
+    for conv, norm, relu, *sources in layers:
+        own = conv.__dict__
+        if type(conv) not in _CONVS or any(_HOOKS(own)) or 'forward' in own:
+            return None
+        of_conv = own['_parameters']
         parameters += of_conv['weight'], of_conv['bias']
+        state += conv, sources, _OF_CONV(own)
+        state.append(_OF_QUANTIZER(own['quantizer'].__dict__))
         if norm is None:
             parameters += None, None
             buffers += None, None, None
-            settings += 0.0, 0.0
-            of_batch, act_bits = False, 0
-            if relu is None:
-                # A group size that is valid, and not looked at.
-                follows, bits = Follows.NOTHING, 0
-                group_size = conv.quantizer.group_size
-            else:
-                follows, bits = Follows.RELU, relu.quantizer.bits
-                group_size = relu.quantizer.group_size
-                output = 'zeroed', bits, group_size
         else:
-            of_norm, quantizer = norm._parameters, norm.quantizer
+            own = norm.__dict__
+            if (
+                type(norm) not in NORMS
+                or any(_HOOKS(own))
+                or 'forward' in own
+                or norm.stats_group() is not None
+            ):
+                return None
+            of_norm, stats = own['_parameters'], own['_buffers']
             parameters += of_norm['weight'], of_norm['bias']
-            *stats, of_batch, momentum, eps = norm.next_settings()
-            buffers += stats
-            settings += momentum, eps
-            fused, group_size = quantizer.fused_bits, quantizer.group_size
-            adds = residual is not None and norm is layers[-1].norm
-            act_bits = fused.zeroed if adds else 0
-            if relu is None:
-                follows, bits = Follows.NORM, fused.plain
-            elif adds:
-                follows, bits = Follows.NORM_RELU, fused.plain
-                output = 'zeroed', act_bits, group_size
-            else:
-                follows, bits = Follows.NORM_RELU, fused.split
-                output = 'split', bits, group_size
-        plan += plan_link(
-            tuple(conv.stride),
-            tuple(conv.padding),
-            tuple(conv.dilation),
-            conv.groups,
-            follows,
-            of_batch,
-            (bits, act_bits, group_size),
+            buffers += norm.next_buffers()
+            state += norm, _OF_NORM(own), stats['running_mean'] is None
+            state.append(_OF_QUANTIZER(own['quantizer'].__dict__))
+        if relu is not None:
+            own = relu.__dict__
+            if type(relu) is not QReLU or any(_HOOKS(own)) or 'forward' in own:
+                return None
+            state += relu, _OF_RELU(own), own['quantizer'].bits
+    state += [None if p is None else p.dtype for p in parameters]
+    return state, parameters, buffers
+
+
+def _go_together(parameters, first, lowered):
+    """Whether convolutions take an input, and are trained.
+
+    Torch's layers refuse some that do not go together.
+    """
+    device, dtype = first.device, first.dtype
+    for weight in parameters[::PARAMETERS]:
+        if (
+            not weight.requires_grad
+            or weight.device != device
+            or (lowered is None and weight.dtype != dtype)
+        ):
+            return False
+    return True
+
+
+class _Prepared:
+    """What is to be run of layers in some state.
+
+    Args:
+        layers (Sequence[Layers]): The layers.
+        chain (Chain): What the op is to do.
+        repeats (int): For how many inputs the layers run.
+    """
+
+    def __init__(self, layers, chain, repeats):
+        self.chain = chain
+        self._repeats = repeats
+        self._added = [
+            ~layer.added
+            for layer in layers
+            if layer.added is not None and is_input(layer.added)
+        ]
+        # Shapes vary from batch to batch.
+        self._fits = functools.lru_cache(maxsize=256)(
+            functools.partial(_fits, tuple(map(tuple, layers)))
         )
-    last = layers[-1]
-    if last.relu is None:
-        output = None
-    rounded = len(layers) - (last.norm is None and last.relu is None)
-    quantizer = layers[0].conv.quantizer
-    return Chain(
-        parameters, buffers, plan, settings, rounded, quantizer, output
+
+    def takes(self, inputs, dtype):
+        """Whether the layers can run on tensors.
+
+        Args:
+            inputs (Sequence[Tensor[N, C, *]]): The tensors.
+            dtype (torch.dtype): What they are about to be cast to.
+        """
+        first, itemsize = inputs[0], dtype.itemsize
+        for x in inputs[1:]:
+            if x.device != first.device or (
+                x.dtype != first.dtype and x.dtype != dtype
+            ):
+                return False
+        # A sum of two dtypes would be of the larger one.
+        if any(inputs[n].dtype != dtype for n in self._added):
+            return False
+        if not self.chain.observed and any(
+            reader is not None
+            and reader.slot is not None
+            and reader.slot.observes
+            for reader in self.chain.readers
+        ):
+            # Reports are of one layer and one input.
+            return False
+        if self._repeats == 1:
+            shapes = tuple(x.shape for x in inputs)
+            return self._fits(shapes, itemsize, _MAX_BYTES)
+        limit = min(_MAX_BYTES, _MAX_TOTAL_BYTES)
+        return sum(x.numel() for x in inputs) * itemsize <= limit and all(
+            self._fits((x.shape,), itemsize, limit) for x in inputs
+        )
+
+
+def _fits(layers, shapes, itemsize, max_bytes):
+    """Whether layers run on inputs of some shapes.
+
+    Not if one of them would refuse its input, or that is too large.
+    """
+    made = []
+    for conv, norm, _, source, added in layers:
+        shape = shapes[~source] if is_input(source) else made[source]
+        nbytes, limit = math.prod(shape) * itemsize, conv.quantizer.chunk_bytes
+        if (
+            len(shape) != len(conv.kernel_size) + 2
+            or shape[1] != conv.in_channels
+            or not 0 < nbytes <= max_bytes
+            or (limit is not None and nbytes > limit)
+        ):
+            return False
+        places = zip(
+            shape[2:],
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+        )
+        shape = (
+            shape[0],
+            conv.out_channels,
+            *[
+                (length + 2 * pad - step * (kernel - 1) - 1) // stride + 1
+                for length, kernel, stride, pad, step in places
+            ],
+        )
+        if min(shape) <= 0 or (norm is not None and not norm.takes_size(shape)):
+            return False
+        if added is not None and shape != (
+            shapes[~added] if is_input(added) else made[added]
+        ):
+            return False
+        made.append(shape)
+    return True
+
+
+def _prepare(layers, repeats):
+    """What a chain makes of layers, for so many inputs.
+
+    Returns:
+        _Prepared, optional: None if a chain cannot run them.
+    """
+    followers = [_follower(*layer[1:3], layer.added) for layer in layers]
+    generator = layers[0].conv.quantizer.generator
+    convs = [layer.conv for layer in layers]
+    if None in followers or not all(
+        _takes_conv(conv) and conv.quantizer.generator is generator
+        for conv in convs
+    ):
+        return None
+    links = [
+        Link(
+            *[_repeat(s, n, len(layers)) for s in (layer.source, layer.added)],
+            i,
+            layer.conv.stride,
+            layer.conv.padding,
+            layer.conv.dilation,
+            layer.conv.groups,
+            *followers[i],
+        )
+        for n in range(repeats)
+        for i, layer in enumerate(layers)
+    ]
+    readers = _find_readers(links, convs)
+    ends = _find_ends(links)
+    if readers is None or ends is None:
+        return None
+    norms = [norm for _, norm, *_ in layers]
+    settings = [
+        0.0 if norm is None or setting is None else setting
+        for norm in norms
+        for setting in (norm and norm.momentum, norm and norm.eps)
+    ]
+    casts = any(
+        parameter is not None and parameter.dtype is not torch.float32
+        for norm in norms
+        if norm is not None
+        for parameter in (norm.weight, norm.bias)
     )
+    observed = [i for i, link in enumerate(links) if is_input(link.source)]
+    chain = Chain(
+        ChainPlan.of(links, settings),
+        readers,
+        ends,
+        casts,
+        generator,
+        observed == [0],
+    )
+    return _Prepared(layers, chain, repeats)
+
+
+def _repeat(source, n, layers):
+    """What layers read or add that run for the n-th input."""
+    if source is None:
+        return None
+    if is_input(source):
+        return source_of_input(n + ~source)
+    return source + n * layers
+
+
+def _find_readers(links, convs):
+    """Settings of the convolutions that keep the inputs, see ``Chain``.
+
+    None if codes that do for one of them do not for another.
+    """
+    readers = {}
+    for link in links:
+        if link.added is not None and is_input(link.added):
+            readers.setdefault(~link.added, None)
+        if not is_input(link.source):
+            continue
+        quantizer = convs[link.layer].quantizer
+        if readers.get(~link.source) is None:
+            readers[~link.source] = quantizer
+        elif quantizer.strict:
+            return None
+    return [readers[n] for n in range(len(readers))]
+
+
+def _find_ends(links):
+    """Payloads of the outputs that no other link reads, see ``Chain``.
+
+    None if one that another link reads has none.
+    """
+    read = {link.source for link in links} | {link.added for link in links}
+    ends, place = [], 0
+    for i, link in enumerate(links):
+        end = None
+        if link.added is not None:
+            end = 'zeroed', link.act_bits, link.group_size, place + 3
+        elif link.follows is Follows.RELU:
+            end = 'zeroed', link.bits, link.group_size, place
+        elif link.follows is Follows.NORM_RELU:
+            end = 'split', link.bits, link.group_size, place + 1
+        if i not in read:
+            ends.append(end and End(*end, link.layer))
+        place += link.kept
+    if any(
+        not is_input(link.source)
+        and links[link.source].follows not in (Follows.RELU, Follows.NORM_RELU)
+        for link in links
+    ):
+        return None
+    return ends
+
+
+def _takes_conv(conv):
+    """Whether a chain computes what a convolution does."""
+    quantizer, bias = conv.quantizer, conv.bias
+    return (
+        conv.training
+        and not quantizer.exact
+        and quantizer.meter is None
+        and conv.weight is not None
+        and (bias is None or bias.dtype is conv.weight.dtype)
+        and conv.padding_mode == 'zeros'
+        and not isinstance(conv.padding, str)
+    )
+
+
+def _follower(norm, relu, added):
+    """What follows a convolution: the fields of a link from ``follows`` on.
+
+    None if a chain does not compute it.
+    """
+    if norm is None:
+        # A group size that is valid, and not looked at.
+        bits, group_size = 0, GROUP_SIZES[0]
+        if relu is not None:
+            bits, group_size = relu.quantizer.bits, relu.quantizer.group_size
+            if not (relu.is_coded and relu.training):
+                return None
+        follows = Follows.NOTHING if relu is None else Follows.RELU
+        return follows, False, bits, 0, group_size
+    fused, group_size = norm.quantizer.fused_bits, norm.quantizer.group_size
+    # Without momentum the host counts the batches.
+    counts = norm.training and norm.track_running_stats
+    if fused is None or (counts and norm.momentum is None):
+        return None
+    follows, bits = Follows.NORM, fused.plain
+    if relu is not None:
+        follows = Follows.NORM_RELU
+        bits = fused.split if added is None else fused.plain
+    act_bits = 0 if added is None else fused.zeroed
+    return follows, norm.uses_batch_stats(), bits, act_bits, group_size

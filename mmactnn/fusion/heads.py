@@ -1,7 +1,8 @@
 """Dense heads whose towers of convolutions run as one each."""
 
+from ..ops import is_input
 from .blocks import FusedConvModule, FusedPairs
-from .chain import Layers, run_chain
+from .chain import ChainRunner, Layers
 from .watched import has_hooks
 
 _RETINA_HEAD = 'mmdet.models.dense_heads.retina_head', 'RetinaHead'
@@ -11,8 +12,9 @@ class FusedRetinaHead(FusedPairs):
     """MMDetection's ``RetinaHead``, and what computes as it does.
 
     Of small feature maps a tower takes the host longer than the GPU. The
-    ``ConvModule`` of a tower are fused by themselves; this runs those of a
-    tower, and the convolution behind them, as one chain where it can.
+    ``ConvModule`` of a tower are fused by themselves; this runs both towers,
+    with the convolutions behind them, as one chain of all levels where these
+    are small, else each tower of a level as one.
 
     Args:
         module (nn.Module): The head.
@@ -20,6 +22,8 @@ class FusedRetinaHead(FusedPairs):
 
     def __init__(self, module):
         super().__init__(module, ())
+        self._run_chain = ChainRunner(for_each=True)
+        self._run_towers = ChainRunner(), ChainRunner()
 
     def keep(self, is_norm, is_relu):
         """See the base class."""
@@ -31,27 +35,59 @@ class FusedRetinaHead(FusedPairs):
         """See ``RetinaHead``."""
         if not self.is_active:
             return self._unfused(feats)
-        outputs = [self._forward_single(x) for x in feats]
-        return tuple(map(list, zip(*outputs)))
-
-    def _forward_single(self, x):
         head = self.module
-        scores = _run_tower(head.cls_convs, head.retina_cls, x)
-        boxes = _run_tower(head.reg_convs, head.retina_reg, x)
-        return scores, boxes
+        towers = (
+            (*head.cls_convs, head.retina_cls),
+            (*head.reg_convs, head.retina_reg),
+        )
+        layers = [_tower_layers(tower) for tower in towers]
+        if None not in layers:
+            outputs = self._run_chain(_side_by_side(layers), list(feats))
+            if outputs is not None:
+                return list(outputs[::2]), list(outputs[1::2])
+        levels = [
+            [
+                self._run_tower(k, tower, layers[k], x)
+                for k, tower in enumerate(towers)
+            ]
+            for x in feats
+        ]
+        return tuple(map(list, zip(*levels)))
+
+    def _run_tower(self, k, tower, layers, x):
+        if layers is not None:
+            outputs = self._run_towers[k](layers, [x])
+            if outputs is not None:
+                return outputs[0]
+        for module in tower:
+            x = module(x)
+        return x
 
 
-def _run_tower(convs, last, x):
-    output = None
-    if all(map(_runs_all, convs)):
-        layers = [conv.forward.layers for conv in convs]
-        output = run_chain([*layers, Layers(last, None, None)], x)
-    if output is None:
-        output = x
-        for conv in convs:
-            output = conv(output)
-        output = last(output)
-    return output
+def _tower_layers(tower):
+    """The layers of a tower; None if one of its modules does more."""
+    *convs, last = tower
+    if not all(map(_runs_all, convs)):
+        return None
+    layers = []
+    for conv in convs:
+        own = conv.forward.layers
+        if layers:
+            own = own._replace(source=len(layers) - 1)
+        layers.append(own)
+    return [*layers, Layers(last, None, None, len(layers) - 1)]
+
+
+def _side_by_side(towers):
+    """The layers of towers of one input."""
+    layers = []
+    for tower in towers:
+        first = len(layers)
+        for layer in tower:
+            if not is_input(layer.source):
+                layer = layer._replace(source=layer.source + first)
+            layers.append(layer)
+    return layers
 
 
 def _runs_all(conv):

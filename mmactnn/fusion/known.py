@@ -4,9 +4,49 @@ from torch import nn
 
 from .blocks import FusedConvModule, FusedPairs, FusedResidual, Pair
 from .heads import make_retina_head
+from .stages import FusedStage
+
+
+def make_fusion(module):
+    """What can compute a module's forward pass in its place.
+
+    Args:
+        module (nn.Module): The module.
+
+    Returns:
+        FusedPairs, optional: Not installed; None if there is nothing.
+    """
+    make = _MAKERS.get(_forward_of(module))
+    return None if make is None else make(module)
+
+
+def is_fused(module):
+    """Whether the forward pass of a module is computed in its place.
+
+    Args:
+        module (nn.Module): The module.
+    """
+    return isinstance(vars(module).get('forward'), FusedPairs)
+
+
+def _forward_of(module):
+    """Full name of the class that a module has its forward pass from.
+
+    None if somebody else has put something in its place, as MMEngine does
+    for activation checkpointing.
+    """
+    if 'forward' in vars(module) and not is_fused(module):
+        return None
+    for cls in type(module).__mro__:
+        if 'forward' in vars(cls):
+            return f'{cls.__module__}.{cls.__qualname__}'
+    return None
 
 
 def _sequential(module):
+    blocks = [make_fusion(child) for child in module.children()]
+    if blocks and all(isinstance(block, FusedResidual) for block in blocks):
+        return FusedStage(module, blocks)
     names = list(module._modules)
     return FusedPairs(module, map(Pair, [None, *names], names, names[1:]))
 
@@ -82,7 +122,7 @@ def _dense_layer(module):
 
 
 # By the class that defines `forward`: subclasses that do not are known, too.
-MAKERS = {
+_MAKERS = {
     'torch.nn.modules.container.Sequential': _sequential,
     'torchvision.models.resnet.BasicBlock': _torchvision_block(2),
     'torchvision.models.resnet.Bottleneck': _torchvision_block(3),
@@ -97,7 +137,7 @@ MAKERS = {
 }
 for _package in ('mmdet', 'mmseg', 'mmpretrain'):
     _backbones = f'{_package}.models.backbones'
-    MAKERS[f'{_backbones}.resnet.BasicBlock'] = _openmmlab_block(2)
-    MAKERS[f'{_backbones}.resnet.Bottleneck'] = _openmmlab_block(3)
-    MAKERS[f'{_backbones}.resnet.ResNet'] = _openmmlab_stem
-    MAKERS[f'{_backbones}.hrnet.HRNet'] = _hrnet_stem
+    _MAKERS[f'{_backbones}.resnet.BasicBlock'] = _openmmlab_block(2)
+    _MAKERS[f'{_backbones}.resnet.Bottleneck'] = _openmmlab_block(3)
+    _MAKERS[f'{_backbones}.resnet.ResNet'] = _openmmlab_stem
+    _MAKERS[f'{_backbones}.hrnet.HRNet'] = _hrnet_stem

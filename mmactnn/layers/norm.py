@@ -62,7 +62,7 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         Args:
             size (Sequence[int]): Its shape; not empty.
         """
-        return not self._uses_batch_stats() or (
+        return not self.uses_batch_stats() or (
             self.eps > 0
             and (math.prod(size) != size[1] or self.stats_group() is not None)
         )
@@ -99,16 +99,31 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
             NormSettings: For one call: a layer without momentum has counted
             the batch.
         """
-        tracks = self.training and self.track_running_stats
-        counts = tracks and self.momentum is not None
+        counts = self._counts()
         return NormSettings(
-            *self._running_stats(),
-            self._buffers['num_batches_tracked'] if counts else None,
-            self._uses_batch_stats(),
+            *self.next_buffers(),
+            self.uses_batch_stats(),
             # Without one the host has to count the batches.
             self.momentum if counts else self._next_momentum(),
             self.eps,
         )
+
+    def next_buffers(self):
+        """What the next call reads or updates.
+
+        Returns:
+            tuple[Tensor[C] | None, Tensor[C] | None, Tensor[] | None]: The
+            first three of :class:`NormSettings`.
+        """
+        count = None
+        if self._counts():
+            count = self._buffers['num_batches_tracked']
+        return *self._running_stats(), count
+
+    def _counts(self):
+        """Whether the kernels count the batches."""
+        tracks = self.training and self.track_running_stats
+        return tracks and self.momentum is not None
 
     def stats_group(self):
         """ProcessGroup, optional: The processes that share statistics."""
@@ -122,7 +137,7 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         if not compresses or not input.numel():
             return super().forward(input)
         self._check_input_dim(input)
-        batch_stats = self._uses_batch_stats()
+        batch_stats = self.uses_batch_stats()
         if batch_stats and (_has_one_value(input) or self.eps <= 0):
             # Torch's layer to refuse.
             return super().forward(input)
@@ -146,7 +161,8 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
             return None, None
         return self._buffers['running_mean'], self._buffers['running_var']
 
-    def _uses_batch_stats(self):
+    def uses_batch_stats(self):
+        """bool: Whether the statistics are those of the batch."""
         return self.training or self._buffers['running_mean'] is None
 
     def _next_momentum(self):

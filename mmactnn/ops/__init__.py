@@ -9,11 +9,17 @@ from .batch_norm_act import (
 )
 from .channel_stats import channel_stats
 from .conv_chain import (
+    NOT_ENCODED,
     PARAMETERS,
+    ChainPlan,
+    Encoding,
     Follows,
+    Kept,
+    Link,
     conv_chain,
     conv_chain_backward,
-    plan_link,
+    is_input,
+    source_of_input,
 )
 from .dropout import dropout, dropout_
 from .norm_act import norm_act
@@ -33,10 +39,15 @@ from .relu_codes import relu_codes, relu_codes_, relu_codes_backward
 from .rows import dequantize_rows, quantize_rows, row_spread, split_bits
 
 __all__ = [
+    'ChainPlan',
     'DEFAULT_GROUP_SIZE',
+    'Encoding',
     'Follows',
     'GROUP_SIZES',
+    'Kept',
+    'Link',
     'MAX_TAPS',
+    'NOT_ENCODED',
     'NormSettings',
     'PARAMETERS',
     'VALID_BITS',
@@ -54,6 +65,7 @@ __all__ = [
     'dequantize_zeroed',
     'dropout',
     'dropout_',
+    'is_input',
     'layout',
     'max_pool2d',
     'max_pool2d_backward',
@@ -61,7 +73,6 @@ __all__ = [
     'norm_add_grad_sums',
     'norm_grad_input',
     'norm_grad_sums',
-    'plan_link',
     'quantize',
     'quantize_rows',
     'relu_codes',
@@ -71,5 +82,6 @@ __all__ = [
     'relu_mask_',
     'relu_mask_backward',
     'row_spread',
+    'source_of_input',
     'split_bits',
 ]

@@ -5,7 +5,7 @@ is the time between two calls, of which small tensors want less than the host.
 """
 
 import enum
-import functools
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +14,24 @@ from .quantize import as_int64
 
 # Tensors that belong to each convolution.
 PARAMETERS = 4
+
+
+def source_of_input(index):
+    """What stands for an input in :attr:`Link.source`.
+
+    Args:
+        index (int): Which input.
+    """
+    return ~index
+
+
+def is_input(source):
+    """Whether a link reads an input, which is then ``~source``.
+
+    Args:
+        source (int): See :attr:`Link.source`.
+    """
+    return source < 0
 
 
 class Follows(enum.IntEnum):
@@ -25,15 +43,26 @@ class Follows(enum.IntEnum):
     NORM_RELU = 3
 
 
-# How the input of the first convolution may be kept, by the kind of a payload.
-_KEPT = dict(plain=0, rows=1, split=2, zeroed=3)
+class Kept(enum.IntEnum):
+    """How an input of a chain is kept, by the kind of its payload."""
+
+    NOTHING = -1
+    PLAIN = 0
+    ROWS = 1
+    SPLIT = 2
+    ZEROED = 3
 
 
-@functools.lru_cache
-def plan_link(stride, padding, dilation, groups, follows, of_batch, format):
-    """One convolution of a plan.
+class Link(NamedTuple):
+    """A convolution with zero padding, and what follows it.
 
-    Args:
+    Attributes:
+        source (int): What it reads: the output of a link before it, by its
+            index, which must be rectified; or an input
+            (:func:`source_of_input`).
+        added (int, optional): What is added after the normalisation, before
+            the ReLU, likewise.
+        layer (int): Which of the parameters and buffers are its.
         stride (tuple[int]): Of the convolution.
         padding (tuple[int]): Likewise.
         dilation (tuple[int]): Likewise.
@@ -41,68 +70,149 @@ def plan_link(stride, padding, dilation, groups, follows, of_batch, format):
         follows (Follows): What follows it.
         of_batch (bool): Whether the normalisation's statistics are the
             batch's.
-        format (tuple[int]): Bits of the codes of what follows, those of
-            the output's after an addition (else 0), and the group size.
-
-    Returns:
-        tuple[int]: A part of ``plan``; plans are such parts, one after the
-        other.
+        bits (int): Of the codes of what follows.
+        act_bits (int): Of those of the output after an addition, else 0.
+        group_size (int): Elements a range.
     """
-    return (
-        len(stride),
-        *stride,
-        *padding,
-        *dilation,
-        groups,
-        int(follows),
-        int(of_batch),
-        *format,
-    )
+
+    source: int
+    added: int | None
+    layer: int
+    stride: tuple
+    padding: tuple
+    dilation: tuple
+    groups: int
+    follows: Follows
+    of_batch: bool
+    bits: int
+    act_bits: int
+    group_size: int
+
+    @property
+    def kept(self):
+        """int: How many tensors are kept of what follows."""
+        if self.follows is Follows.NOTHING:
+            return 0
+        if self.follows is Follows.RELU:
+            return 2
+        return 3 if self.added is None else 5
 
 
-def conv_chain(
-    input, residual, parameters, buffers, plan, settings, *, seed, offset=0
-):
+class ChainPlan(NamedTuple):
+    """The links of a chain, as the ops take them.
+
+    Attributes:
+        numbers (Tensor[*]): int64, on the CPU.
+        settings (Tensor[2 * L]): float64, on the CPU: momentum and eps of
+            each layer's normalisation.
+        draws (int): How many tensors are rounded, but for the inputs.
+    """
+
+    numbers: torch.Tensor
+    settings: torch.Tensor
+    draws: int
+
+    @classmethod
+    def of(cls, links, settings):
+        """The plan of some links.
+
+        Args:
+            links (Sequence[Link]): The links. The outputs of those that no
+                other one reads are the chain's.
+            settings (Sequence[float]): See the class.
+
+        Returns:
+            ChainPlan: The plan.
+        """
+        numbers = []
+        for link in links:
+            adds = link.added is not None
+            numbers += link.source, int(adds)
+            numbers += [link.added] if adds else []
+            numbers += link.layer, len(link.stride)
+            numbers += *link.stride, *link.padding, *link.dilation
+            numbers += link.groups, int(link.follows), int(link.of_batch)
+            numbers += link.bits, link.act_bits, link.group_size
+        return cls(
+            torch.tensor(numbers, device='cpu'),
+            torch.tensor(settings, dtype=torch.float64, device='cpu'),
+            sum(link.follows != Follows.NOTHING for link in links),
+        )
+
+
+class Encoding(NamedTuple):
+    """How an input of a chain is kept.
+
+    Attributes:
+        kind (Kept): How.
+        bits (int): Bits a code; for ``ROWS`` those of all samples together,
+            which share them out by their ranges
+            (:func:`mmactnn.ops.split_bits`).
+        group_size (int): Elements a range.
+    """
+
+    kind: Kept
+    bits: int
+    group_size: int
+
+    @property
+    def tensors(self):
+        """int: How many tensors are kept."""
+        if self.kind is Kept.NOTHING:
+            return 0
+        return 4 if self.kind in (Kept.ROWS, Kept.SPLIT) else 2
+
+
+# Of an input that has codes already, or that no convolution reads.
+NOT_ENCODED = Encoding(Kept.NOTHING, 0, 0)
+
+
+def conv_chain(inputs, parameters, buffers, plan, formats, *, seed, offset=0):
     """The forward pass of convolutions and what follows each of them.
 
     Each convolution's output is overwritten with what
     :func:`mmactnn.ops.batch_norm_act_` or :func:`mmactnn.ops.relu_codes_`
-    makes of it, of which the i-th takes ``offset + i``.
+    makes of it. Each of these takes the next offset, and an input that is
+    encoded does so before the first convolution that reads it.
 
     Args:
-        input (Tensor[N, C, *]): float32, float16 or bfloat16.
-        residual (Tensor[N, O, *], optional): Added to the last normalisation,
-            which a ReLU must follow; of the shape and dtype of the output.
-        parameters (Sequence[Tensor | None]): Of each convolution its weight
-            and bias, of the input's dtype, and scale and shift of its
-            normalisation, float32.
-        buffers (Sequence[Tensor | None]): Of each convolution the first three
-            of :class:`NormSettings`, which are updated.
-        plan (Sequence[int]): See :func:`plan_link`.
-        settings (Sequence[float]): Of each convolution momentum and eps of
-            its normalisation.
+        inputs (Sequence[Tensor[N, C, *]]): float32, float16 or bfloat16.
+            Those that are encoded are dense, dimension 0 outermost; those
+            that are added have shape and dtype of what they are added to.
+        parameters (Sequence[Tensor | None]): Of each layer the weight and
+            bias of its convolution, of the inputs' dtype, and scale and shift
+            of its normalisation, float32.
+        buffers (Sequence[Tensor | None]): Of each layer the first three of
+            :class:`NormSettings`, which are updated.
+        plan (ChainPlan): The links.
+        formats (Sequence[int]): Of each input, one after the other, its
+            :class:`Encoding` as ``PLAIN`` or ``ROWS``, or ``NOT_ENCODED``.
         seed (int): Key of the random bits, 64 bits.
         offset (int, optional): Counter of the random bits, 64 bits.
 
     Returns:
-        tuple[Tensor, list[Tensor], list[int]]: The output (Tensor[N, O, *]);
-        what the ops returned, but their outputs; shapes and strides of the
-        input and of what each convolution returned. The last two are for
+        tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]: The outputs
+        (Tensor[N, O, *]) of the links that no other one reads; codes of the
+        inputs that are encoded, as :func:`mmactnn.ops.quantize` or
+        :func:`mmactnn.ops.quantize_rows` returns them, in the latter case
+        with bits and first bits of the samples; what the other ops returned,
+        but their outputs; shapes and strides of inputs and of what each
+        convolution returned. The last two are for
         :func:`conv_chain_backward`.
 
     Raises:
         RuntimeError: If the device has no kernels, or one of the calls
             failed.
     """
-    require_kernels(input.device)
+    require_kernels(inputs[0].device)
     try:
         return torch.ops.mmactnn.conv_chain.default(
-            input,
-            residual,
+            inputs,
             parameters,
             buffers,
-            plan,
-            settings,
+            plan.numbers,
+            plan.settings,
+            formats,
             as_int64(seed),
             as_int64(offset),
         )
@@ -112,60 +222,59 @@ def conv_chain(
 
 
 def conv_chain_backward(
-    grad_output,
-    input_payload,
+    grad_outputs,
+    codes,
+    formats,
     parameters,
     kept,
     layouts,
     plan,
     needs,
-    needs_input,
-    has_residual,
+    needs_inputs,
     observed,
+    dtype,
 ):
     """All gradients of :func:`conv_chain`.
 
     Args:
-        grad_output (Tensor[N, O, *]): Gradient of the output, any strides.
-        input_payload (tuple): Format (``PayloadFormat``) and tensors
-            (Sequence[Tensor | None]) of what is kept of the input.
+        grad_outputs (Sequence[Tensor[N, O, *] | None]): Gradients of the
+            outputs, any strides.
+        codes (Sequence[Tensor | None]): What is kept of the inputs, one
+            after the other.
+        formats (Sequence[int]): Of each input, one after the other, its
+            :class:`Encoding`; the bits of ``ROWS`` are not looked at.
         parameters (Sequence[Tensor | None]): As in the forward pass.
         kept (Sequence[Tensor]): From the forward pass.
-        layouts (Sequence[int]): From the forward pass.
-        plan (Sequence[int]): As in the forward pass.
+        layouts (Tensor[*]): From the forward pass.
+        plan (ChainPlan): As in the forward pass.
         needs (Sequence[bool]): Whether the gradients of ``parameters`` are
             wanted; those of weights of convolutions must be, where anything
             before them wants one.
-        needs_input (bool): Whether that of the input is wanted.
-        has_residual (bool): Whether there was a residual.
-        observed (bool): Whether the gradient of what the first convolution
-            returned is to be returned, too.
+        needs_inputs (Sequence[bool]): Whether those of the inputs are wanted.
+        observed (bool): Whether the gradient of what the first link's
+            convolution returned is to be returned, too.
+        dtype (torch.dtype): Of the inputs.
 
     Returns:
-        list[Tensor | None]: The gradients of input, residual, what the first
+        list[Tensor | None]: The gradients of inputs, what the first link's
         convolution returned, and parameters; None where not wanted.
 
     Raises:
         RuntimeError: As :func:`conv_chain`.
     """
-    format, codes = input_payload
-    kind = (
-        'rows' if len(codes) == 4 and format.kind == 'plain' else format.kind
-    )
     try:
         return torch.ops.mmactnn.conv_chain_backward.default(
-            grad_output,
+            grad_outputs,
             codes,
-            [_KEPT[kind], int(format.bits), format.group_size],
+            formats,
             parameters,
             kept,
             layouts,
-            plan,
+            plan.numbers,
             needs,
-            needs_input,
-            has_residual,
+            needs_inputs,
             observed,
-            format.dtype,
+            dtype,
         )
     except RuntimeError as error:
         _raise_out_of_memory(error)

@@ -1,0 +1,121 @@
+// What is kept of the input of a chain.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../common/call.h"
+#include "plan.h"
+
+namespace mmactnn {
+
+// How; in the ops' `formats`.
+enum class Kept : int64_t {
+  kNothing = -1,
+  kPlain = 0,
+  kRows = 1,
+  kSplit = 2,
+  kZeroed = 3
+};
+
+// `bits` are those of all samples together where they share them out, and not
+// looked at where they have done so.
+struct Format {
+  Kept kind;
+  int64_t bits;
+  int64_t group_size;
+
+  // How many tensors are kept.
+  size_t kept() const {
+    switch (kind) {
+      case Kept::kNothing:
+        return 0;
+      case Kept::kPlain:
+      case Kept::kZeroed:
+        return 2;
+      case Kept::kRows:
+      case Kept::kSplit:
+        return 4;
+    }
+    STD_TORCH_CHECK(false, "an input is kept in ways -1 to 3, got ",
+                    static_cast<int64_t>(kind));
+  }
+};
+
+// Of each of so many inputs.
+inline std::vector<Format> read_formats(const std::vector<int64_t>& formats,
+                                        size_t inputs) {
+  STD_TORCH_CHECK(formats.size() == inputs * 3,
+                  "formats must be kind, bits and group size of each of ",
+                  inputs, " inputs, got ", formats.size(), " numbers");
+  std::vector<Format> result;
+  for (size_t n = 0; n < formats.size(); n += 3) {
+    result.push_back(
+        {static_cast<Kept>(formats[n]), formats[n + 1], formats[n + 2]});
+  }
+  return result;
+}
+
+// Rounds an input: codes, ranges, and the widths of rows.
+inline std::vector<Tensor> encode(const Tensor& input, const Format& format,
+                                  int64_t seed, int64_t offset) {
+  const std::optional<Tensor> none;
+  if (format.kind == Kept::kPlain) {
+    const auto [codes, ranges] =
+        call<Tensor, Tensor>("mmactnn::quantize", input, format.bits,
+                             format.group_size, seed, offset, none);
+    return {codes, ranges};
+  }
+  STD_TORCH_CHECK(format.kind == Kept::kRows,
+                  "an input is kept as plain codes (0) or rows (1), got ",
+                  static_cast<int64_t>(format.kind));
+  const auto [spread] =
+      call<Tensor>("mmactnn::row_spread", input, format.group_size);
+  const auto [bits, starts] =
+      call<Tensor, Tensor>("mmactnn::split_bits", spread, format.bits);
+  const auto [codes, ranges] = call<Tensor, Tensor>(
+      "mmactnn::quantize_rows", input, bits, starts, format.bits, format.group_size,
+      seed, offset, none);
+  return {codes, ranges, bits, starts};
+}
+
+// Decodes what encode() returned, or a layer that made the input.
+inline Tensor decode(const std::optional<Tensor>* codes, const Format& format,
+                     const Layout& layout, ScalarType dtype) {
+  const size_t needed = format.kind == Kept::kRows ? 4 : 2;
+  for (size_t i = 0; i < needed; ++i) {
+    STD_TORCH_CHECK(codes[i], "codes and ranges of an input are missing");
+  }
+  switch (format.kind) {
+    case Kept::kPlain:
+      return std::get<0>(
+          call<Tensor>("mmactnn::dequantize", *codes[0], *codes[1],
+                       layout.sizes, layout.strides, dtype, format.bits,
+                       format.group_size));
+    case Kept::kRows:
+      return std::get<0>(call<Tensor>(
+          "mmactnn::dequantize_rows", *codes[0], *codes[1], *codes[2],
+          *codes[3], layout.sizes, layout.strides, dtype, format.group_size));
+    case Kept::kSplit:
+      return std::get<0>(
+          call<Tensor>("mmactnn::dequantize_split", *codes[0], *codes[1],
+                       codes[2], codes[3], layout.sizes, layout.strides, dtype,
+                       format.bits, format.group_size));
+    case Kept::kZeroed:
+      return std::get<0>(
+          call<Tensor>("mmactnn::dequantize_zeroed", *codes[0], *codes[1],
+                       layout.sizes, layout.strides, dtype, format.bits,
+                       format.group_size));
+    case Kept::kNothing:
+      break;
+  }
+  STD_TORCH_CHECK(false, "nothing is kept of an input that a convolution read");
+}
+
+}  // namespace mmactnn

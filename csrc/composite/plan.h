@@ -1,0 +1,195 @@
+// What a chain is made of, as the ops get it: numbers in tensors of the host,
+// which cost a call less than lists of them.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "../common/allocate.h"
+#include "../common/tensor_checks.h"
+
+namespace mmactnn {
+
+// What follows a convolution; these numbers are in the plan.
+enum class Follows : int64_t {
+  kNothing = 0,
+  kReLU = 1,      // kept as zeroed codes
+  kNorm = 2,      // kept as plain codes
+  kNormReLU = 3,  // kept as split codes, after an addition as plain and zeroed
+};
+
+constexpr int64_t kMaxDims = 3;
+
+// What a link reads: the output of a link before it, by its index, or an input
+// of the chain, by the index's complement.
+class Source {
+ public:
+  explicit Source(int64_t reference) : reference_(reference) {}
+
+  bool is_input() const { return reference_ < 0; }
+  size_t index() const {
+    return static_cast<size_t>(is_input() ? ~reference_ : reference_);
+  }
+
+ private:
+  int64_t reference_;
+};
+
+// Values of a tensor of int64 or double on the host, one by one.
+template <typename Value>
+class Reader {
+ public:
+  Reader(const char* name, const Tensor& tensor) : name_(name) {
+    constexpr bool kWhole = std::is_same_v<Value, int64_t>;
+    constexpr auto kType = kWhole ? ScalarType::Long : ScalarType::Double;
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == kType &&
+                        tensor.dim() == 1 && tensor.is_contiguous(),
+                    name, " must be a contiguous vector of ",
+                    kWhole ? "int64" : "float64", " on the CPU");
+    values_ = static_cast<const Value*>(tensor.data_ptr());
+    left_ = tensor.numel();
+  }
+
+  bool at_end() const { return left_ == 0; }
+
+  Value next() { return *next(1).begin(); }
+
+  // Where they lie: as long as the tensor lives.
+  torch::headeronly::HeaderOnlyArrayRef<Value> next(int64_t count) {
+    STD_TORCH_CHECK(count >= 0 && count <= left_, name_,
+                    " is shorter than what it describes");
+    const Value* begin = values_;
+    values_ += count;
+    left_ -= count;
+    return {begin, static_cast<size_t>(count)};
+  }
+
+ private:
+  const char* name_;
+  const Value* values_;
+  int64_t left_;
+};
+
+// One convolution and what follows it.
+struct Link {
+  Source source;
+  // What is added before the ReLU.
+  std::optional<Source> added;
+  // Which of the lists of parameters, buffers and settings are its.
+  size_t layer;
+  Sizes stride;
+  Sizes padding;
+  Sizes dilation;
+  int64_t groups;
+  Follows follows;
+  bool of_batch;
+  int64_t bits;
+  int64_t act_bits;
+  int64_t group_size;
+  // How often other links read its output.
+  int64_t readers = 0;
+
+  bool is_end() const { return readers == 0; }
+  bool has_norm() const {
+    return follows == Follows::kNorm || follows == Follows::kNormReLU;
+  }
+  // How many tensors are kept of what follows.
+  size_t kept() const {
+    if (follows == Follows::kNothing) return 0;
+    return has_norm() ? (added ? 5 : 3) : 2;
+  }
+};
+
+// The links, which point into `plan`.
+class Plan {
+ public:
+  // For so many inputs and layers.
+  Plan(const Tensor& plan, size_t inputs, size_t layers)
+      : inputs_(inputs), layers_(layers) {
+    Reader<int64_t> reader("plan", plan);
+    while (!reader.at_end()) links_.push_back(read(reader));
+    STD_TORCH_CHECK(!links_.empty(), "plan must have a convolution");
+  }
+
+  const std::vector<Link>& links() const { return links_; }
+
+ private:
+  Link read(Reader<int64_t>& reader) {
+    const Source source = read_source(reader);
+    std::optional<Source> added;
+    if (reader.next() != 0) added = read_source(reader);
+    const int64_t layer = reader.next();
+    STD_TORCH_CHECK(layer >= 0 && layer < static_cast<int64_t>(layers_),
+                    "a link must be of one of ", layers_, " layers, got ",
+                    layer);
+    const int64_t dims = reader.next();
+    STD_TORCH_CHECK(dims >= 1 && dims <= kMaxDims,
+                    "a convolution must have 1 to 3 dimensions, got ", dims);
+    const Sizes stride = reader.next(dims);
+    const Sizes padding = reader.next(dims);
+    const Sizes dilation = reader.next(dims);
+    const int64_t groups = reader.next();
+    const auto follows = static_cast<Follows>(reader.next());
+    STD_TORCH_CHECK(!added || follows == Follows::kNormReLU,
+                    "an addition must be followed by a ReLU");
+    const bool of_batch = reader.next() != 0;
+    const int64_t bits = reader.next();
+    const int64_t act_bits = reader.next();
+    return {source,   added,  static_cast<size_t>(layer),
+            stride,   padding, dilation,
+            groups,   follows, of_batch,
+            bits,     act_bits, reader.next()};
+  }
+
+  Source read_source(Reader<int64_t>& reader) {
+    const int64_t reference = reader.next();
+    const Source source(reference);
+    const size_t known = source.is_input() ? inputs_ : links_.size();
+    STD_TORCH_CHECK(source.index() < known,
+                    "a link must read one of the inputs or a link before it, "
+                    "got ",
+                    reference, " for link ", links_.size());
+    if (!source.is_input()) ++links_[source.index()].readers;
+    return source;
+  }
+
+  const size_t inputs_;
+  const size_t layers_;
+  std::vector<Link> links_;
+};
+
+// Sizes and strides of a tensor.
+struct Layout {
+  Sizes sizes;
+  Sizes strides;
+};
+
+inline void append_layout(std::vector<int64_t>& layouts, const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  layouts.push_back(tensor.dim());
+  layouts.insert(layouts.end(), sizes.begin(), sizes.end());
+  layouts.insert(layouts.end(), strides.begin(), strides.end());
+}
+
+// The layouts, which point into a tensor.
+inline std::vector<Layout> read_layouts(const Tensor& layouts) {
+  Reader<int64_t> reader("layouts", layouts);
+  std::vector<Layout> result;
+  while (!reader.at_end()) {
+    const int64_t dims = reader.next();
+    const Sizes sizes = reader.next(dims);
+    result.push_back({sizes, reader.next(dims)});
+  }
+  return result;
+}
+
+}  // namespace mmactnn
