@@ -304,7 +304,9 @@ class LayerQuantizer:
         """Whether samples have bits of their own."""
         slot = self.slot
         return (
-            slot is not None and samples > 1 and MIN_BITS < slot.bits < MAX_BITS
+            slot is not None
+            and samples > 1
+            and MIN_BITS < slot.bits < MAX_BITS
         )
 
     def keep(self, tensor, needed):

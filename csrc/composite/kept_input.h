@@ -88,6 +88,8 @@ inline std::vector<Tensor> encode(const Tensor& input, const Format& format,
 // Decodes what encode() returned, or a layer that made the input.
 inline Tensor decode(const std::optional<Tensor>* codes, const Format& format,
                      const Layout& layout, ScalarType dtype) {
+  STD_TORCH_CHECK(format.kind != Kept::kNothing,
+                  "nothing is kept of an input that a convolution read");
   const size_t needed = format.kind == Kept::kRows ? 4 : 2;
   for (size_t i = 0; i < needed; ++i) {
     STD_TORCH_CHECK(codes[i], "codes and ranges of an input are missing");
@@ -112,10 +114,9 @@ inline Tensor decode(const std::optional<Tensor>* codes, const Format& format,
           call<Tensor>("mmactnn::dequantize_zeroed", *codes[0], *codes[1],
                        layout.sizes, layout.strides, dtype, format.bits,
                        format.group_size));
-    case Kept::kNothing:
-      break;
+    default:
+      STD_TORCH_CHECK(false, "there is no such format");
   }
-  STD_TORCH_CHECK(false, "nothing is kept of an input that a convolution read");
 }
 
 }  // namespace mmactnn

@@ -52,4 +52,3 @@ def remove_fusions(model):
     for module in model.modules():
         if is_fused(module):
             del module.forward
-

@@ -297,7 +297,9 @@ def _fits(layers, shapes, itemsize, max_bytes):
                 for length, kernel, stride, pad, step in places
             ],
         )
-        if min(shape) <= 0 or (norm is not None and not norm.takes_size(shape)):
+        if min(shape) <= 0 or (
+            norm is not None and not norm.takes_size(shape)
+        ):
             return False
         if added is not None and shape != (
             shapes[~added] if is_input(added) else made[added]

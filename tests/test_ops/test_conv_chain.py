@@ -11,74 +11,103 @@ GROUP_SIZE = 64
 GEOMETRIES = [((1, 1), (0, 0), (1, 1), 1), ((2, 1), (1, 2), (1, 2), 2)]
 
 
-def make_link(channels, geometry, kernel, follows, dtype, device):
-    """Parameters, buffers, plan and settings of a convolution."""
-    of_batch = follows is ops.Follows.NORM_RELU
+INPUT = ops.source_of_input(0)
+
+
+def make_layer(channels, kernel, follows, dtype, device, groups=1):
+    """Parameters and buffers of a convolution and what follows it."""
     scale = torch.rand(channels, device=device) + 0.5
     shift = torch.randn(channels, device=device)
     norm = follows in (ops.Follows.NORM, ops.Follows.NORM_RELU)
-    size = channels, channels // geometry[3], *kernel
+    size = channels, channels // groups, *kernel
     weight = torch.randn(size, device=device, dtype=dtype) / 4
     bias = torch.randn(channels, device=device, dtype=dtype)
     parameters = [weight, bias, scale, shift] if norm else [weight, bias]
     buffers = [shift.clone(), scale.clone()] if norm else [None, None]
-    return (
-        parameters + [None] * (4 - len(parameters)),
-        [*buffers, None],
-        ops.plan_link(*geometry, follows, of_batch, (3, 0, GROUP_SIZE)),
-        [0.1, 1e-5],
+    return parameters + [None] * (4 - len(parameters)), [*buffers, None]
+
+
+def make_link(follows, source=INPUT, layer=0, added=None, geometry=None):
+    of_batch = follows is ops.Follows.NORM_RELU
+    act_bits = 0 if added is None else 2
+    return ops.Link(
+        source,
+        added,
+        layer,
+        *(geometry or GEOMETRIES[0]),
+        follows,
+        of_batch,
+        3,
+        act_bits,
+        GROUP_SIZE,
     )
 
 
-def run_ops(x, residual, links):
-    """The forward pass, op by op: output and what each returned."""
-    kept, inputs = [], [x]
-    for i, (parameters, buffers, plan, settings) in enumerate(links):
-        weight, bias, scale, shift = parameters
-        dims = plan[0]
-        stride, padding, dilation = (
-            tuple(plan[1 + k * dims : 1 + (k + 1) * dims]) for k in range(3)
-        )
-        groups, follows, of_batch, bits, act_bits, _ = plan[1 + 3 * dims :]
+def make_plan(links, layers):
+    return ops.ChainPlan.of(links, [0.1, 1e-5] * layers)
+
+
+def run_ops(inputs, links, layers):
+    """The forward pass, op by op: all outputs and what each returned."""
+    kept, outputs, draws = [], [], iter(range(7, 99))
+    for link in links:
+        (weight, bias, scale, shift), buffers = layers[link.layer]
+
+        def read(source):
+            pool = inputs if ops.is_input(source) else outputs
+            return pool[~source if ops.is_input(source) else source]
+
         x = torch.convolution(
-            x,
+            read(link.source),
             weight,
             bias,
-            stride,
-            padding,
-            dilation,
+            link.stride,
+            link.padding,
+            link.dilation,
             False,
-            (0,) * dims,
-            groups,
+            (0,) * len(link.stride),
+            link.groups,
         )
-        random = dict(seed=SEED, offset=7 + i)
-        if follows == ops.Follows.RELU:
-            x, *codes = ops.relu_codes(x, bits, GROUP_SIZE, **random)
-        elif follows != ops.Follows.NOTHING:
-            copies = [None if b is None else b.clone() for b in buffers]
+        codes = []
+        if link.follows is ops.Follows.RELU:
+            random = dict(seed=SEED, offset=next(draws))
+            x, *codes = ops.relu_codes(x, link.bits, GROUP_SIZE, **random)
+        elif link.follows is not ops.Follows.NOTHING:
             x, invstd, codes = ops.batch_norm_act(
                 x,
-                residual if i == len(links) - 1 else None,
+                None if link.added is None else read(link.added),
                 scale,
                 shift,
-                ops.NormSettings(*copies, bool(of_batch), *settings),
-                follows == ops.Follows.NORM_RELU,
-                bits,
-                act_bits,
+                ops.NormSettings(*buffers, link.of_batch, 0.1, 1e-5),
+                link.follows is ops.Follows.NORM_RELU,
+                link.bits,
+                link.act_bits,
                 GROUP_SIZE,
-                **random,
+                seed=SEED,
+                offset=next(draws),
             )
             codes = [invstd, *codes]
-        else:
-            codes = []
         kept += codes
-        inputs.append(x)
-    return x, kept
+        outputs.append(x)
+    return outputs, kept
 
 
-def run_chain(x, residual, links):
-    flat = [[item for link in links for item in link[k]] for k in range(4)]
-    return ops.conv_chain(x, residual, *flat, seed=SEED, offset=7)
+def flatten(layers):
+    """All parameters, all buffers."""
+    return [[t for layer in layers for t in layer[k]] for k in range(2)]
+
+
+def run_chain(inputs, links, layers, formats=ops.NOT_ENCODED):
+    parameters, buffers = flatten(layers)
+    return ops.conv_chain(
+        inputs,
+        parameters,
+        buffers,
+        make_plan(links, len(layers)),
+        formats,
+        seed=SEED,
+        offset=7,
+    )
 
 
 @pytest.mark.parametrize('channels_last', [False, True])
@@ -98,151 +127,436 @@ def test_forward_is_that_of_the_ops(names, dtype, channels_last, device):
     x = torch.randn(3, 8, 9, 7, device=device, dtype=dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    links = [
-        make_link(
-            8, GEOMETRIES[i % 2], (1, 3), ops.Follows[name], dtype, device
+    layers, links = [], []
+    for i, name in enumerate(names):
+        follows, geometry = ops.Follows[name], GEOMETRIES[i % 2]
+        layers.append(
+            make_layer(8, (1, 3), follows, dtype, device, geometry[3])
         )
-        for i, name in enumerate(names)
-    ]
+        source = i - 1 if i else INPUT
+        links.append(make_link(follows, source, i, None, geometry))
     with exact_numerics():
-        expected, expected_kept = run_ops(x, None, links)
-        output, kept, layouts = run_chain(x, None, links)
+        (*_, expected), expected_kept = run_ops([x], links, clone(layers))
+        (output,), codes, kept, layouts = run_chain([x], links, layers)
     assert_same_bits(output, expected)
     assert output.stride() == expected.stride()
+    assert codes == []
     assert len(kept) == len(expected_kept)
     for found, tensor in zip(kept, expected_kept):
         assert_same_bits(found, tensor)
     # Of the input and each output: dimensions, shape and strides.
+    layouts = layouts.tolist()
     assert len(layouts) == (len(links) + 1) * 9
     assert layouts[:9] == [4, *x.shape, *x.stride()]
     assert layouts[-9:] == [4, *output.shape, *output.stride()]
 
 
-@pytest.mark.parametrize('strided', [False, True])
-def test_gradients_are_those_of_what_is_decoded(strided, device):
+def clone(layers):
+    return [
+        tuple([t if t is None else t.clone() for t in part] for part in layer)
+        for layer in layers
+    ]
+
+
+# A block of a residual network with a convolution in its shortcut, another
+# one behind it, and two convolutions that read what that returns.
+BLOCKS = [
+    ('NORM', INPUT, None),
+    ('NORM_RELU', INPUT, None),
+    ('NORM_RELU', 1, 0),
+    ('NORM_RELU', 2, None),
+    ('NORM_RELU', 3, 2),
+    ('NOTHING', 4, None),
+    ('RELU', 4, None),
+]
+
+
+def make_blocks(device):
+    links = [
+        make_link(ops.Follows[name], source, i, added)
+        for i, (name, source, added) in enumerate(BLOCKS)
+    ]
+    layers = [
+        make_layer(8, (1, 1), link.follows, torch.float32, device)
+        for link in links
+    ]
+    return links, layers
+
+
+def test_links_that_branch_and_join(device):
     x = torch.randn(3, 8, 9, 7, device=device)
+    links, layers = make_blocks(device)
+    with exact_numerics():
+        expected, expected_kept = run_ops([x], links, clone(layers))
+        outputs, _, kept, _ = run_chain([x], links, layers)
+    assert len(outputs) == 2
+    for found, tensor in zip(outputs, expected[-2:]):
+        assert_same_bits(found, tensor)
+    assert len(kept) == sum(link.kept for link in links)
+    for found, tensor in zip(kept, expected_kept):
+        assert_same_bits(found, tensor)
+
+
+def test_layers_that_run_for_two_inputs(device):
+    inputs = [torch.randn(3, 8, n, n, device=device) for n in (9, 5)]
+    layers = [
+        make_layer(8, (1, 1), follows, torch.float32, device)
+        for follows in (ops.Follows.NORM_RELU, ops.Follows.NOTHING)
+    ]
+    links = [
+        make_link(ops.Follows.NORM_RELU, ops.source_of_input(0), 0),
+        make_link(ops.Follows.NOTHING, 0, 1),
+        make_link(ops.Follows.NORM_RELU, ops.source_of_input(1), 0),
+        make_link(ops.Follows.NOTHING, 2, 1),
+    ]
+    twins = clone(layers)
+    with exact_numerics():
+        expected, _ = run_ops(inputs, links, twins)
+        outputs, *_ = run_chain(inputs, links, layers, ops.NOT_ENCODED * 2)
+    assert_same_bits(outputs[0], expected[1])
+    assert_same_bits(outputs[1], expected[3])
+    # One batch after the other.
+    for found, tensor in zip(layers[0][1][:2], twins[0][1][:2]):
+        assert_same_bits(found, tensor)
+
+
+@pytest.mark.parametrize('kind', ['PLAIN', 'ROWS'])
+def test_inputs_that_are_encoded(kind, device):
+    x = torch.randn(3, 8, 9, 7, device=device)
+    layer = make_layer(8, (1, 1), ops.Follows.RELU, torch.float32, device)
+    # Two read it, and it is encoded once.
+    links = [make_link(ops.Follows.RELU), make_link(ops.Follows.RELU)]
+    bits = 2 if kind == 'PLAIN' else 8
+    format = ops.Encoding(ops.Kept[kind], bits, GROUP_SIZE)
+    outputs, codes, kept, _ = run_chain([x], links, [layer], format)
+    random = dict(seed=SEED, offset=7)
+    if kind == 'PLAIN':
+        expected = ops.quantize(x, 2, GROUP_SIZE, **random)
+    else:
+        widths = ops.split_bits(ops.row_spread(x, GROUP_SIZE), 8)
+        expected = ops.quantize_rows(x, *widths, 8, GROUP_SIZE, **random)
+        expected = *expected, *widths
+    assert len(codes) == format.tensors == len(expected)
+    for found, tensor in zip(codes, expected):
+        assert_same_bits(found, tensor)
+    x, *wanted = ops.relu_codes(
+        torch.nn.functional.conv2d(x, *layer[0][:2]),
+        3,
+        GROUP_SIZE,
+        seed=SEED,
+        offset=9,
+    )
+    assert_same_bits(kept[2], wanted[0])
+    assert_same_bits(outputs[1], x)
+
+
+@pytest.mark.parametrize('strided', [False, True])
+@pytest.mark.parametrize('kind', ['PLAIN', 'ROWS'])
+def test_gradients_are_those_of_what_is_decoded(kind, strided, device):
+    """In float64, of the values that the codes stand for."""
+    inputs = [torch.randn(3, 8, 9, 7, device=device) for _ in range(2)]
+    names = ['RELU', 'RELU', 'NOTHING']
+    layers = [
+        make_layer(8, (1, 1), ops.Follows[name], torch.float32, device)
+        for name in names
+    ]
     links = [
         make_link(
-            8,
-            GEOMETRIES[0],
-            (1, 1),
             ops.Follows[name],
-            torch.float32,
-            device,
+            3 * n + i - 1 if i else ops.source_of_input(n),
+            i,
         )
-        for name in ('RELU', 'RELU', 'NOTHING')
+        for n in range(2)
+        for i, name in enumerate(names)
     ]
-    parameters = [p for link in links for p in link[0]]
-    plan = [number for link in links for number in link[2]]
-    output, kept, layouts = run_chain(x, None, links)
-    codes, ranges = ops.quantize(x, 8, GROUP_SIZE, seed=SEED)
-    grad = torch.randn_like(output)
+    bits = 8 if kind == 'PLAIN' else 24
+    formats = ops.Encoding(ops.Kept[kind], bits, GROUP_SIZE) * 2
+    outputs, codes, kept, layouts = run_chain(inputs, links, layers, formats)
+    grads = [torch.randn_like(output) for output in outputs]
     if strided:
-        grad = grad.contiguous(memory_format=torch.channels_last)
-    format = _Format(torch.float32, 8, GROUP_SIZE, 'plain')
+        grads = [
+            g.contiguous(memory_format=torch.channels_last) for g in grads
+        ]
+    parameters, _ = flatten(layers)
     found = ops.conv_chain_backward(
-        grad,
-        (format, (codes, ranges)),
+        grads,
+        codes,
+        formats,
         parameters,
         kept,
         layouts,
-        plan,
+        make_plan(links, 3),
         [p is not None for p in parameters],
+        [True, True],
         True,
-        False,
-        True,
+        torch.float32,
     )
-    # In float64, of the values that the codes stand for.
-    layout = x.shape, x.stride(), torch.float32
-    values = [ops.dequantize(codes, ranges, *layout, 8, GROUP_SIZE)]
-    for i in (0, 2):
-        values.append(
-            ops.dequantize_zeroed(*kept[i : i + 2], *layout, 3, GROUP_SIZE)
-        )
-    expected = [None] * len(parameters)
-    grad = grad.double()
-    for i in (2, 1, 0):
-        weight, bias = (p.double() for p in parameters[4 * i : 4 * i + 2])
-        if i < 2:
-            grad = grad * (values[i + 1] != 0)
-        if i == 0:
-            first = grad
-        expected[4 * i + 1] = grad.sum((0, 2, 3))
-        expected[4 * i] = torch.einsum(
-            'nohw,nihw->oi', grad, values[i].double()
-        )[:, :, None, None]
-        grad = torch.einsum('nohw,oi->nihw', grad, weight[:, :, 0, 0])
-    for tensor, wanted in zip(found, [grad, None, first, *expected]):
-        if wanted is None:
+    layout = inputs[0].shape, inputs[0].stride(), torch.float32
+    expected = [0] * len(parameters)
+    wanted = [None, None, None]
+    for n, grad in enumerate(grads):
+        own = codes[len(codes) // 2 * n :]
+        if kind == 'PLAIN':
+            values = [ops.dequantize(*own[:2], *layout, 8, GROUP_SIZE)]
+        else:
+            values = [ops.dequantize_rows(*own[:4], *layout, GROUP_SIZE)]
+        for i in (0, 2):
+            zeroed = kept[4 * n + i : 4 * n + i + 2]
+            values.append(
+                ops.dequantize_zeroed(*zeroed, *layout, 3, GROUP_SIZE)
+            )
+        grad = grad.double()
+        for i in (2, 1, 0):
+            weight = parameters[4 * i].double()[:, :, 0, 0]
+            if i < 2:
+                grad = grad * (values[i + 1] != 0)
+            if n == 0 and i == 0:
+                wanted[2] = grad
+            expected[4 * i + 1] += grad.sum((0, 2, 3))
+            expected[4 * i] += torch.einsum(
+                'nohw,nihw->oi', grad, values[i].double()
+            )[:, :, None, None]
+            grad = torch.einsum('nohw,oi->nihw', grad, weight)
+        wanted[n] = grad
+    compare(found, [*wanted, *expected], device)
+
+
+def compare(found, wanted, device):
+    assert len(found) == len(wanted)
+    for tensor, expected in zip(found, wanted):
+        if expected is None or isinstance(expected, int):
             assert tensor is None
             continue
-        error = (tensor.double() - wanted).norm() / wanted.norm()
+        error = (tensor.double() - expected).norm() / expected.norm()
         assert error < (1e-5 if device.type == 'cpu' else 2e-3)
 
 
-class _Format:
-    """As much of a payload's format as the op wants."""
-
-    def __init__(self, dtype, bits, group_size, kind):
-        self.dtype, self.bits = dtype, bits
-        self.group_size, self.kind = group_size, kind
+def test_gradients_of_links_that_branch_and_join(device):
+    """Against torch's graph of the same layers, at 8 bits."""
+    x = torch.randn(3, 8, 9, 7, device=device)
+    links, layers = make_blocks(device)
+    links = [
+        link._replace(bits=8, act_bits=link.act_bits and 8, of_batch=True)
+        for link in links
+    ]
+    format = ops.Encoding(ops.Kept.PLAIN, 8, GROUP_SIZE)
+    outputs, codes, kept, layouts = run_chain([x], links, layers, format)
+    parameters, _ = flatten(layers)
+    grads = [torch.randn_like(output) for output in outputs]
+    found = ops.conv_chain_backward(
+        grads,
+        codes,
+        format,
+        parameters,
+        kept,
+        layouts,
+        make_plan(links, len(layers)),
+        [p is not None for p in parameters],
+        [True],
+        False,
+        torch.float32,
+    )
+    leaf = x.double().requires_grad_()
+    leaves = [
+        None if p is None else p.double().requires_grad_() for p in parameters
+    ]
+    made = []
+    for i, link in enumerate(links):
+        weight, bias, scale, shift = leaves[4 * i : 4 * i + 4]
+        read = leaf if ops.is_input(link.source) else made[link.source]
+        y = torch.nn.functional.conv2d(read, weight, bias)
+        if scale is not None:
+            y = torch.nn.functional.batch_norm(
+                y, None, None, scale, shift, True
+            )
+        if link.added is not None:
+            y = y + made[link.added]
+        if link.follows in (ops.Follows.RELU, ops.Follows.NORM_RELU):
+            y = y.relu()
+        made.append(y)
+    torch.autograd.backward(made[-2:], [g.double() for g in grads])
+    for tensor, expected in zip(found[2:], leaves):
+        if expected is None:
+            assert tensor is None
+            continue
+        # Those of biases before a normalisation are zero.
+        scale = expected.grad.norm() + 2
+        assert (tensor.double() - expected.grad).norm() / scale < 0.03
+    assert found[1] is None
+    assert (found[0].double() - leaf.grad).norm() / leaf.grad.norm() < 0.03
 
 
 def test_what_is_not_wanted_is_not_computed():
     x = torch.randn(3, 8, 9, 7)
-    link = make_link(
-        8, GEOMETRIES[0], (1, 1), ops.Follows.RELU, torch.float32, 'cpu'
-    )
-    output, kept, layouts = run_chain(x, None, [link])
-    codes = ops.quantize(x, 2, GROUP_SIZE, seed=SEED)
-    format = _Format(torch.float32, 2, GROUP_SIZE, 'plain')
-    needs = [True, False, False, False]
+    layer = make_layer(8, (1, 1), ops.Follows.RELU, torch.float32, 'cpu')
+    links = [make_link(ops.Follows.RELU)]
+    format = ops.Encoding(ops.Kept.PLAIN, 2, GROUP_SIZE)
+    (output,), codes, kept, layouts = run_chain([x], links, [layer], format)
+    for needs in ([True, False], [False, True], [False, False]):
+        grads = ops.conv_chain_backward(
+            [output],
+            codes,
+            format,
+            layer[0],
+            kept,
+            layouts,
+            make_plan(links, 1),
+            [*needs, False, False],
+            [False],
+            False,
+            torch.float32,
+        )
+        wanted = [False, False, *needs, False, False]
+        assert [g is not None for g in grads] == wanted
+
+
+def test_outputs_without_gradients():
+    x = torch.randn(3, 8, 9, 7)
+    links, layers = make_blocks('cpu')
+    format = ops.Encoding(ops.Kept.PLAIN, 2, GROUP_SIZE)
+    outputs, codes, kept, layouts = run_chain([x], links, layers, format)
+    parameters, _ = flatten(layers)
     grads = ops.conv_chain_backward(
-        output,
-        (format, codes),
-        link[0],
+        [outputs[0], None],
+        codes,
+        format,
+        parameters,
         kept,
         layouts,
-        link[2],
-        needs,
+        make_plan(links, len(layers)),
+        [p is not None for p in parameters],
+        [True],
         False,
-        False,
-        False,
+        torch.float32,
     )
-    assert [g is not None for g in grads] == [False] * 3 + needs
+    # But for those of the last layer alone.
+    assert [g is not None for g in grads[2:-4]] == [
+        p is not None for p in parameters[:-4]
+    ]
+    assert grads[-4:] == [None] * 4
+
+
+def test_outputs_are_released():
+    """What only the chain reads does not live until it ends."""
+    x = torch.randn(2, 8, 256, 256)
+    links = [
+        make_link(ops.Follows.RELU, i - 1 if i else INPUT, 0)
+        for i in range(16)
+    ]
+    layer = make_layer(8, (1, 1), ops.Follows.RELU, torch.float32, 'cpu')
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        run_chain([x], links, [layer])
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == '[memory]':
+            live += event.nbytes()
+            peak = max(peak, live)
+    # One that is read, one that is written, and codes of all.
+    assert 2 * x.nbytes <= peak < 5 * x.nbytes
 
 
 def test_errors():
     x = torch.randn(3, 8, 9, 7)
-    parameters, buffers, plan, settings = make_link(
-        8, GEOMETRIES[0], (1, 1), ops.Follows.RELU, torch.float32, 'cpu'
-    )
+    follows = ops.Follows.RELU
+    parameters, buffers = make_layer(8, (1, 1), follows, torch.float32, 'cpu')
+    link = make_link(follows)
 
     def run(
         x=x,
-        residual=None,
         parameters=parameters,
         buffers=buffers,
-        plan=plan,
-        settings=settings,
+        links=(link,),
+        plan=None,
+        formats=ops.NOT_ENCODED,
     ):
+        plan = plan or make_plan(links, 1)
         return ops.conv_chain(
-            x, residual, parameters, buffers, plan, settings, seed=SEED
+            [x], parameters, buffers, plan, formats, seed=SEED
         )
 
     run()
+    plan = make_plan([link], 1)
     with pytest.raises(RuntimeError, match='plan is shorter'):
-        run(plan=plan[:-1])
+        run(plan=plan._replace(numbers=plan.numbers[:-1]))
+    with pytest.raises(RuntimeError, match='settings is shorter'):
+        run(plan=plan._replace(settings=plan.settings[:-1]))
+    with pytest.raises(RuntimeError, match='plan must be a contiguous vector'):
+        run(plan=plan._replace(numbers=plan.numbers.float()))
+    with pytest.raises(RuntimeError, match='plan must have a convolution'):
+        run(plan=plan._replace(numbers=plan.numbers[:0]))
     with pytest.raises(RuntimeError, match='parameters must be 4 for each'):
         run(parameters=parameters[:-1])
-    with pytest.raises(RuntimeError, match='buffers and settings must be 3'):
+    with pytest.raises(RuntimeError, match='buffers must be 3'):
         run(buffers=buffers[:-1])
     with pytest.raises(RuntimeError, match='must have a weight'):
         run(parameters=[None, *parameters[1:]])
-    with pytest.raises(RuntimeError, match='residual must be followed'):
-        run(residual=x)
+    with pytest.raises(RuntimeError, match='must be followed by a ReLU'):
+        run(links=[link._replace(added=INPUT)])
+    with pytest.raises(RuntimeError, match='one of the inputs or a link'):
+        run(links=[link._replace(source=0)])
+    with pytest.raises(RuntimeError, match='one of the inputs or a link'):
+        run(links=[link._replace(source=ops.source_of_input(1))])
+    with pytest.raises(RuntimeError, match='must be of one of 1 layers'):
+        run(links=[link._replace(layer=1)])
+    with pytest.raises(RuntimeError, match='1 to 3 dimensions'):
+        run(links=[link._replace(stride=(), padding=(), dilation=())])
+    with pytest.raises(RuntimeError, match='formats must be kind'):
+        run(formats=ops.NOT_ENCODED[:2])
+    with pytest.raises(RuntimeError, match=r'plain codes \(0\) or rows'):
+        run(formats=ops.Encoding(ops.Kept.SPLIT, 2, GROUP_SIZE))
     with pytest.raises(RuntimeError, match='aten::convolution failed'):
         run(x=x[:, :3])
+
+
+def test_errors_of_the_backward_pass():
+    x = torch.randn(3, 8, 9, 7)
+    follows = ops.Follows.RELU
+    layer = make_layer(8, (1, 1), follows, torch.float32, 'cpu')
+    links = [make_link(follows)]
+    format = ops.Encoding(ops.Kept.PLAIN, 2, GROUP_SIZE)
+    (output,), codes, kept, layouts = run_chain([x], links, [layer], format)
+
+    def run(
+        grads=(output,),
+        codes=codes,
+        formats=format,
+        kept=kept,
+        layouts=layouts,
+        needs=(True, True, False, False),
+    ):
+        return ops.conv_chain_backward(
+            grads,
+            codes,
+            formats,
+            layer[0],
+            kept,
+            layouts,
+            make_plan(links, 1),
+            needs,
+            [True],
+            False,
+            torch.float32,
+        )
+
+    run()
+    with pytest.raises(RuntimeError, match='grad_outputs are too few: 0'):
+        run(grads=[])
+    with pytest.raises(RuntimeError, match='codes must be 2 tensors, got 1'):
+        run(codes=codes[:1])
+    with pytest.raises(RuntimeError, match='codes and ranges .* missing'):
+        run(codes=[codes[0], None])
+    with pytest.raises(RuntimeError, match='nothing is kept of an input'):
+        run(formats=ops.NOT_ENCODED, codes=[])
+    with pytest.raises(RuntimeError, match='ways -1 to 3, got 7'):
+        run(formats=[7, 2, GROUP_SIZE])
+    with pytest.raises(RuntimeError, match='kept must be 2 tensors, got 1'):
+        run(kept=kept[:1])
+    with pytest.raises(RuntimeError, match='layouts one for each input'):
+        run(layouts=layouts[:9])
+    with pytest.raises(RuntimeError, match='layouts is shorter'):
+        run(layouts=layouts[:-1])
+    with pytest.raises(RuntimeError, match='needs must have an entry'):
+        run(needs=[True])
 
 
 def test_out_of_memory_has_its_class():
@@ -251,15 +565,14 @@ def test_out_of_memory_has_its_class():
     if torch.__version__ < (2, 13):
         pytest.skip('torch does not tell the reason before 2.13')
     x = torch.randn(64, 8, 64, 64, device='cuda')
-    link = make_link(
-        8, GEOMETRIES[0], (1, 1), ops.Follows.RELU, torch.float32, 'cuda'
-    )
+    follows = ops.Follows.RELU
+    layer = make_layer(8, (1, 1), follows, torch.float32, 'cuda')
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     used = torch.cuda.memory_reserved()
     torch.cuda.set_per_process_memory_fraction((used + 2**20) / total, 0)
     try:
         with pytest.raises(torch.OutOfMemoryError):
-            run_chain(x, None, [link])
+            run_chain([x], [make_link(follows)], [layer])
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
