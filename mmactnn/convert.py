@@ -319,7 +319,8 @@ def convert_model(
         for plan in plans.values()
         if not layers.isdisjoint(plan.layers.values())
     ]
-    fusions = _find_fusions(model, level, chosen)
+    added = {plan.module: plan.layers for plan in plans}
+    fusions = _find_fusions(model, level, chosen, added)
     rectified = {
         layer: fusion.rectified_bits(level)
         for fusion in fusions.values()
@@ -468,10 +469,11 @@ def _reads_images(module):
     )
 
 
-def _find_fusions(model, level, chosen):
+def _find_fusions(model, level, chosen, added):
     """By name, the blocks of a model that a level fuses.
 
     Layers that the filters leave out take part as they are.
+    ``added`` are those that modules are about to get.
     """
     targets = {
         module: type(module)
@@ -486,7 +488,7 @@ def _find_fusions(model, level, chosen):
         rule = level.rule_for(name)
         if fuses and not (rule is not None and rule.bits is None):
             targets[module] = target
-    return find_fusions(model, targets)
+    return find_fusions(model, targets, added)
 
 
 def _swap(model, level):

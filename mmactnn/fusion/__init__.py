@@ -15,13 +15,15 @@ from .members import NORMS
 __all__ = ['FusedPairs', 'find_fusions', 'is_fused', 'remove_fusions']
 
 
-def find_fusions(model, targets):
+def find_fusions(model, targets, added):
     """What of a model can be fused.
 
     Args:
         model (nn.Module): The model, converted or about to be.
         targets (dict[nn.Module, type]): The compressed classes of its layers
             that are compressed or about to be.
+        added (dict[nn.Module, dict[str, nn.Module]]): Layers that modules are
+            about to get, by their names in them.
 
     Returns:
         dict[str, FusedPairs]: By the qualified name of a module, what is to
@@ -37,7 +39,9 @@ def find_fusions(model, targets):
     found = {}
     for name, module in named_modules(model):
         fusion = make_fusion(module)
-        fusion = fusion and fusion.keep(is_norm, is_relu)
+        if fusion is not None:
+            fusion.adopt(added.get(module, {}))
+            fusion = fusion.keep(is_norm, is_relu)
         if fusion is not None:
             found[name] = fusion
     return found

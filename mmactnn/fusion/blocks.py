@@ -60,6 +60,13 @@ class FusedPairs:
         """list[nn.Module]: The ReLUs that keep codes, behind a convolution."""
         return []
 
+    def adopt(self, layers):
+        """Take note of layers that the module is about to get.
+
+        Args:
+            layers (dict[str, nn.Module]): The layers by their names in it.
+        """
+
     def rectified_bits(self, level):
         """The bits that a level gives to what is rectified here.
 

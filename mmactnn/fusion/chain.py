@@ -28,16 +28,12 @@ from .watched import are_all_watched
 
 _CONVS = (QConv1d, QConv2d, QConv3d)
 
-# Up to this size of an input. A chain saves time on the host, which GPUs
-# wait for at tensors smaller than this, and costs memory: the gradient of its
-# output lives until the backward pass is through, and a convolution's two
-# gradients are computed in one call.
+# Up to this size of the input of a convolution. A chain saves time on the
+# host, which GPUs wait for at tensors smaller than this, and costs memory: the
+# gradients of its outputs live until the backward pass is through, and a
+# convolution's two gradients are computed in one call. All inputs that it
+# keeps, and all of several outputs, are no larger either.
 _MAX_BYTES = 192 * MIB
-
-# Up to this size of all inputs together, where layers run for each: all
-# gradients of their outputs live until the first one's backward pass is
-# through.
-_MAX_TOTAL_BYTES = 64 * MIB
 
 # What a chain depends on, of a layer and its settings. Read at every call,
 # hence by what takes the least time.
@@ -229,8 +225,8 @@ class _Prepared:
             if layer.added is not None and is_input(layer.added)
         ]
         # Shapes vary from batch to batch.
-        self._fits = functools.lru_cache(maxsize=256)(
-            functools.partial(_fits, tuple(map(tuple, layers)))
+        self._sizes = functools.lru_cache(maxsize=256)(
+            functools.partial(_sizes, tuple(map(tuple, layers)))
         )
 
     def takes(self, inputs, dtype):
@@ -257,23 +253,29 @@ class _Prepared:
         ):
             # Reports are of one layer and one input.
             return False
-        if self._repeats == 1:
-            shapes = tuple(x.shape for x in inputs)
-            return self._fits(shapes, itemsize, _MAX_BYTES)
-        limit = min(_MAX_BYTES, _MAX_TOTAL_BYTES)
-        return sum(x.numel() for x in inputs) * itemsize <= limit and all(
-            self._fits((x.shape,), itemsize, limit) for x in inputs
-        )
+        shapes = tuple([x.shape for x in inputs])
+        calls = [shapes] if self._repeats == 1 else zip(shapes)
+        kept = made = 0
+        for own in calls:
+            sizes = self._sizes(own, itemsize, _MAX_BYTES)
+            if sizes is None:
+                return False
+            kept += sizes[0]
+            made += sizes[1]
+        several = len(self.chain.ends) > 1
+        return kept <= _MAX_BYTES and not (several and made > _MAX_BYTES)
 
 
-def _fits(layers, shapes, itemsize, max_bytes):
-    """Whether layers run on inputs of some shapes.
+def _sizes(layers, shapes, itemsize, max_bytes):
+    """Bytes of what layers keep of inputs of some shapes, and return.
 
-    Not if one of them would refuse its input, or that is too large.
+    Returns:
+        tuple[int, int], optional: None if one of the layers would refuse its
+        input, or that is too large.
     """
-    made = []
+    outputs, read = [], set()
     for conv, norm, _, source, added in layers:
-        shape = shapes[~source] if is_input(source) else made[source]
+        shape = shapes[~source] if is_input(source) else outputs[source]
         nbytes, limit = math.prod(shape) * itemsize, conv.quantizer.chunk_bytes
         if (
             len(shape) != len(conv.kernel_size) + 2
@@ -281,7 +283,7 @@ def _fits(layers, shapes, itemsize, max_bytes):
             or not 0 < nbytes <= max_bytes
             or (limit is not None and nbytes > limit)
         ):
-            return False
+            return None
         places = zip(
             shape[2:],
             conv.kernel_size,
@@ -300,13 +302,20 @@ def _fits(layers, shapes, itemsize, max_bytes):
         if min(shape) <= 0 or (
             norm is not None and not norm.takes_size(shape)
         ):
-            return False
+            return None
         if added is not None and shape != (
-            shapes[~added] if is_input(added) else made[added]
+            shapes[~added] if is_input(added) else outputs[added]
         ):
-            return False
-        made.append(shape)
-    return True
+            return None
+        read.update((source, added))
+        outputs.append(shape)
+    kept = [
+        shapes[~source]
+        for source in {layer[3] for layer in layers}
+        if is_input(source)
+    ]
+    ends = [shape for i, shape in enumerate(outputs) if i not in read]
+    return tuple(sum(map(math.prod, part)) * itemsize for part in (kept, ends))
 
 
 def _prepare(layers, repeats):

@@ -1,11 +1,11 @@
 """Dense heads whose towers of convolutions run as one each."""
 
-from ..ops import is_input
+from torch import nn
+
+from ..ops import is_input, source_of_input
 from .blocks import FusedConvModule, FusedPairs
 from .chain import ChainRunner, Layers
 from .watched import has_hooks
-
-_RETINA_HEAD = 'mmdet.models.dense_heads.retina_head', 'RetinaHead'
 
 
 class FusedRetinaHead(FusedPairs):
@@ -100,13 +100,68 @@ def _runs_all(conv):
     )
 
 
-def make_retina_head(module):
-    """What computes a head's forward pass; None if it is of another kind.
+class FusedRPNHead(FusedPairs):
+    """MMDetection's ``RPNHead`` whose ReLU is a layer.
+
+    Its three convolutions run as one chain of all levels where these are
+    small.
 
     Args:
-        module (nn.Module): A head of the class ``AnchorHead``.
+        module (nn.Module): The head.
+    """
+
+    def __init__(self, module):
+        super().__init__(module, ())
+        self._run_chain = ChainRunner(for_each=True)
+        self._relu = module._modules.get('relu')
+
+    @property
+    def relus(self):
+        """See the base class."""
+        return [self._relu]
+
+    def adopt(self, layers):
+        """See the base class."""
+        self._relu = layers.get('relu', self._relu)
+
+    def keep(self, is_norm, is_relu):
+        """See the base class."""
+        alone = isinstance(self.module.rpn_conv, nn.Conv2d)
+        return self if alone and is_relu(self._relu) else None
+
+    def __call__(self, feats):
+        """See ``RPNHead``."""
+        modules = self.module._modules
+        if not self.is_active or 'relu' not in modules:
+            return self._unfused(feats)
+        conv, relu = modules['rpn_conv'], modules['relu']
+        layers = [
+            Layers(conv, None, relu, source_of_input(0)),
+            Layers(modules['rpn_cls'], None, None, 0),
+            Layers(modules['rpn_reg'], None, None, 0),
+        ]
+        outputs = self._run_chain(layers, list(feats))
+        if outputs is None:
+            return self._unfused(feats)
+        return list(outputs[::2]), list(outputs[1::2])
+
+
+# By where their ``forward_single`` is from.
+_HEADS = {
+    'mmdet.models.dense_heads.retina_head.RetinaHead': FusedRetinaHead,
+    'mmdet.models.dense_heads.rpn_head.RPNHead': FusedRPNHead,
+    'mmactnn.models.detection.QRPNHead': FusedRPNHead,
+}
+
+
+def make_dense_head(module):
+    """What computes a head's forward pass; None if it is of no known kind.
+
+    Args:
+        module (nn.Module): A head that has its forward pass of
+            ``AnchorHead``.
     """
     single = type(module).forward_single
-    if (single.__module__, single.__qualname__.split('.')[0]) != _RETINA_HEAD:
-        return None
-    return FusedRetinaHead(module)
+    owner = single.__qualname__.rpartition('.')[0]
+    make = _HEADS.get(f'{single.__module__}.{owner}')
+    return None if make is None else make(module)

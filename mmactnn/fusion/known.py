@@ -3,7 +3,8 @@
 from torch import nn
 
 from .blocks import FusedConvModule, FusedPairs, FusedResidual, Pair
-from .heads import make_retina_head
+from .heads import make_dense_head
+from .necks import FusedFPN
 from .stages import FusedStage
 
 
@@ -131,7 +132,10 @@ _MAKERS = {
     ),
     'torchvision.models.densenet._DenseLayer': _dense_layer,
     'mmcv.cnn.bricks.conv_module.ConvModule': _conv_module,
-    'mmdet.models.dense_heads.anchor_head.AnchorHead': make_retina_head,
+    'mmdet.models.dense_heads.anchor_head.AnchorHead': make_dense_head,
+    'mmactnn.models.fpn.LayeredFPN': FusedFPN,
+    'mmdet.models.necks.fpn.FPN': FusedFPN,
+    'mmseg.models.necks.fpn.FPN': FusedFPN,
     'mmpretrain.models.backbones.resnet_cifar.ResNet_CIFAR': _openmmlab_stem,
     'mmpretrain.models.necks.nonlinear_neck.NonLinearNeck': _non_linear_neck,
 }

@@ -22,50 +22,80 @@ class LayeredFPN(LayeredModule):
 
     def forward(self, inputs):
         """Merge feature maps from the top down; see ``FPN``."""
-        if len(inputs) != len(self.in_channels):
-            raise ValueError(
-                f'inputs must be {len(self.in_channels)} feature maps, got '
-                f'{len(inputs)}'
-            )
-        laterals = self._merge(inputs)
-        coarsest = laterals[-1]
-        # From the finest, and none is held longer than its convolution needs
-        # it: what is left of it then are codes.
-        laterals.reverse()
-        convs = iter(self.fpn_convs)
-        outs = []
-        while laterals:
-            outs.append(next(convs)(laterals.pop()))
-        extra_convs = list(convs)
-        if not self.add_extra_convs:
-            while len(outs) < self.num_outs:
-                outs.append(self.extra_pool(outs[-1]))
-        elif len(outs) < self.num_outs:
-            source = {
-                'on_input': inputs[self.backbone_end_level - 1],
-                'on_lateral': coarsest,
-                'on_output': outs[-1],
-            }[self.add_extra_convs]
-            outs.append(extra_convs[0](source))
-            for conv in extra_convs[1:]:
-                if self.relu_before_extra_convs:
-                    source = self.extra_relu(outs[-1])
-                else:
-                    source = outs[-1]
-                outs.append(conv(source))
-        return tuple(outs)
+        return run_fpn(self, inputs, run_each, run_each)
 
-    def _merge(self, inputs):
-        """The lateral maps, each with those of the coarser levels added."""
-        levels = inputs[self.start_level : self.backbone_end_level]
-        laterals = [conv(x) for conv, x in zip(self.lateral_convs, levels)]
-        for i in range(len(laterals) - 1, 0, -1):
-            size = None
-            if 'scale_factor' not in self.upsample_cfg:
-                size = laterals[i - 1].shape[2:]
-            # Into the upsampled map, which nobody else has: an activation may
-            # have kept the lateral one, or a hook.
-            merged = F.interpolate(laterals[i], size=size, **self.upsample_cfg)
-            merged += laterals[i - 1]
-            laterals[i - 1] = merged
-        return laterals
+
+def run_each(convs, inputs):
+    """Run convolutions, each on an input of its own.
+
+    Args:
+        convs (Sequence[nn.Module]): The convolutions.
+        inputs (list[Tensor[N, C, H, W]]): Their inputs. It is empty then:
+            none is held longer than its convolution needs it.
+
+    Returns:
+        list[Tensor[N, O, H', W']]: Their outputs.
+    """
+    inputs.reverse()
+    return [conv(inputs.pop()) for conv in convs]
+
+
+def run_fpn(neck, inputs, run_laterals, run_outputs):
+    """Merge feature maps from the top down.
+
+    Args:
+        neck (nn.Module): An ``FPN`` that has the layers of
+            :meth:`LayeredFPN.make_layers`.
+        inputs (Sequence[Tensor[N, C, H, W]]): The maps, the finest first.
+        run_laterals (Callable): Runs the convolutions of the inputs, as
+            :func:`run_each` ...
+        run_outputs (Callable): ... and those of the merged maps.
+
+    Returns:
+        tuple[Tensor[N, O, H, W]]: The merged maps.
+
+    Raises:
+        ValueError: If ``inputs`` are not as many as the neck takes.
+    """
+    if len(inputs) != len(neck.in_channels):
+        raise ValueError(
+            f'inputs must be {len(neck.in_channels)} feature maps, got '
+            f'{len(inputs)}'
+        )
+    levels = list(inputs[neck.start_level : neck.backbone_end_level])
+    laterals = _merge(neck, run_laterals(neck.lateral_convs, levels))
+    coarsest = laterals[-1]
+    convs = list(neck.fpn_convs)
+    own, extra_convs = convs[: len(laterals)], convs[len(laterals) :]
+    outs = run_outputs(own, laterals)
+    if not neck.add_extra_convs:
+        while len(outs) < neck.num_outs:
+            outs.append(neck.extra_pool(outs[-1]))
+    elif len(outs) < neck.num_outs:
+        source = {
+            'on_input': inputs[neck.backbone_end_level - 1],
+            'on_lateral': coarsest,
+            'on_output': outs[-1],
+        }[neck.add_extra_convs]
+        outs.append(extra_convs[0](source))
+        for conv in extra_convs[1:]:
+            if neck.relu_before_extra_convs:
+                source = neck.extra_relu(outs[-1])
+            else:
+                source = outs[-1]
+            outs.append(conv(source))
+    return tuple(outs)
+
+
+def _merge(neck, laterals):
+    """The lateral maps, each with those of the coarser levels added."""
+    for i in range(len(laterals) - 1, 0, -1):
+        size = None
+        if 'scale_factor' not in neck.upsample_cfg:
+            size = laterals[i - 1].shape[2:]
+        # Into the upsampled map, which nobody else has: an activation may
+        # have kept the lateral one, or a hook.
+        merged = F.interpolate(laterals[i], size=size, **neck.upsample_cfg)
+        merged += laterals[i - 1]
+        laterals[i - 1] = merged
+    return laterals
