@@ -1,6 +1,8 @@
 """Blocks that run as one node of the graph, against themselves by layers."""
 
+import collections
 import copy
+import pickle
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from support.layers import (
 )
 from torch import nn
 
-from mmactnn import convert_model, measure_activations
+from mmactnn import convert_model, get_precision, measure_activations
 from mmactnn.fusion import chain
 
 # The rest of a block's nodes belongs to what is no layer.
@@ -264,97 +266,6 @@ def test_what_is_kept_and_counted():
     assert found[0] == found[1]
 
 
-def make_retina_head(**kwargs):
-    from mmdet.models.dense_heads import RetinaHead
-
-    torch.manual_seed(3)
-    head = RetinaHead(
-        2,
-        8,
-        stacked_convs=2,
-        feat_channels=8,
-        anchor_generator=dict(
-            type='AnchorGenerator',
-            scales=[4],
-            ratios=[1.0],
-            strides=[8, 16],
-        ),
-        **kwargs,
-    )
-    return head.train()
-
-
-def run_head(head, sizes=(9, 5)):
-    torch.manual_seed(4)
-    feats = [torch.randn(2, 8, n, n, requires_grad=True) for n in sizes]
-    with exact_numerics():
-        outputs = head([x * 1 for x in feats])
-        flat = [x for level in outputs for x in level]
-        sum(x.square().sum() for x in flat).backward()
-    found = dict(enumerate(x.detach() for x in flat))
-    found.update((f'input{i}', x.grad) for i, x in enumerate(feats))
-    found.update((n, p.grad) for n, p in head.named_parameters())
-    return found
-
-
-@pytest.mark.parametrize('norm', [None, dict(type='BN')])
-def test_towers_are_equal_to_layers(norm):
-    head = make_retina_head(norm_cfg=norm)
-    convert_model(head, 'L3')
-    found, kinds = [], []
-    for max_bytes in (chain._MAX_BYTES, 0):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(chain, '_MAX_BYTES', max_bytes)
-            twin = copy.deepcopy(head)
-            found.append(run_head(twin))
-            x = torch.randn(2, 8, 9, 9, requires_grad=True) * 1
-            scores, boxes = twin([x])
-            kinds.append([type(y).__name__ for y in (scores, boxes)])
-            chains = nodes(scores[0]).count('_ChainBackward')
-            assert chains == (max_bytes > 0)
-    assert_equal(*found)
-    # As MMDetection returns them.
-    assert kinds == [['list', 'list']] * 2
-
-
-def test_towers_are_exact_at_level_0():
-    head = make_retina_head()
-    exact = run_head(copy.deepcopy(head))
-    convert_model(head, 'L0')
-    assert_equal(run_head(head), exact)
-
-
-@pytest.mark.parametrize(
-    'watch',
-    [
-        lambda head: head.cls_convs[1].register_forward_hook(lambda *_: None),
-        lambda head: head.retina_cls.register_forward_hook(lambda *_: None),
-        lambda head: setattr(head.cls_convs, '1', nn.Identity()),
-    ],
-)
-def test_towers_that_somebody_looks_at(watch):
-    head = make_retina_head()
-    convert_model(head, 'L3')
-    watch(head)
-    x = torch.randn(2, 8, 9, 9, requires_grad=True) * 1
-    (scores,), _ = head([x])
-    assert scores.grad_fn.name() != '_ChainBackward'
-    scores.sum().backward()
-
-
-def test_heads_that_compute_otherwise():
-    from mmdet.models.dense_heads import RetinaHead
-
-    class Head(RetinaHead):
-        def forward_single(self, x):
-            return super().forward_single(2 * x)
-
-    head = make_retina_head()
-    head.__class__ = Head
-    report = convert_model(head, 'L3')
-    assert 'Head' not in [item.source for item in report.fused]
-
-
 def test_relu_keeps_no_mask_behind_a_convolution():
     block = make_block('ConvModule without norm')
     follower = nn.Sequential(block, nn.Conv2d(16, 4, 1))
@@ -370,3 +281,138 @@ def test_relu_keeps_no_mask_behind_a_convolution():
         codes = [t.nbytes for t in kept.values() if t.dtype == torch.uint8]
         # The input's and the output's, which is the follower's input.
         assert sorted(codes) == [numel * 2 // 8, numel * 3 // 8]
+
+
+def change_bits(block):
+    convert_model(block, 'L2')
+
+
+def put_in_place(block):
+    block.conv2 = copy.deepcopy(block.conv2)
+    block.conv2.weight.data.mul_(2)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda block: setattr(block.bn1, 'momentum', 0.5),
+        lambda block: setattr(block.bn2, 'eps', 0.5),
+        lambda block: setattr(block.bn2, 'momentum', None),
+        lambda block: block.bn1.eval(),
+        lambda block: block.conv2.requires_grad_(False),
+        lambda block: setattr(block.conv2, 'dilation', (2, 2)),
+        lambda block: setattr(block.conv2, 'stride', (2, 2)),
+        lambda block: setattr(block.conv2, 'padding', 'same'),
+        lambda block: setattr(block.conv2, 'padding_mode', 'circular'),
+        lambda block: setattr(block.conv3.quantizer, 'bits', 8),
+        lambda block: setattr(block.bn1, 'weight', None),
+        lambda block: setattr(block.bn1, 'track_running_stats', False),
+        lambda block: block.bn1.register_buffer('running_mean', None),
+        lambda block: block.conv1.register_forward_hook(lambda *_: None),
+        lambda block: setattr(
+            block.conv1, '_forward_hooks', collections.OrderedDict()
+        ),
+        lambda block: block.half(),
+        lambda block: block.eval(),
+        lambda block: block.to(memory_format=torch.channels_last),
+        lambda block: setattr(block, 'relu', nn.LeakyReLU(0.5)),
+        put_in_place,
+        change_bits,
+    ],
+)
+def test_what_changes_between_two_calls(change):
+    """As in a block that has never run before it changed."""
+    block = make_block('mmdet bottleneck')
+    convert_model(block, dict(base='L2', conv=2, norm=2, rectified=3))
+    found, x = [], make_input()
+    for runs in (2, 0):
+        twin = copy.deepcopy(block)
+        for _ in range(runs):
+            gradients(twin, x[..., :3, :3], None)
+        # Their batches count for the statistics.
+        twin.load_state_dict(block.state_dict())
+        change(twin)
+        layer = next(m for m in twin.modules() if hasattr(m, 'quantizer'))
+        layer.quantizer.generator.manual_seed(3)
+        try:
+            own = x.to(twin.conv1.weight.dtype)
+            found.append(
+                {**gradients(twin, own, None), **dict(twin.named_buffers())}
+            )
+        except RuntimeError as error:
+            found.append(dict(error=str(error)))
+    if 'error' in found[1]:
+        assert found[0] == found[1]
+    else:
+        assert_equal(*found)
+
+
+def test_hooks_that_come_and_go():
+    block = make_block('mmdet bottleneck')
+    convert_model(block, 'L3')
+    x = make_input().requires_grad_()
+    seen = []
+    for _ in range(2):
+        assert '_ChainBackward' in nodes(block(x))
+        handle = block.bn2.register_forward_hook(lambda *_: seen.append(1))
+        assert '_ChainBackward' not in nodes(block(x))
+        handle.remove()
+    assert len(seen) == 2
+    # Somebody takes all hooks away, and others come.
+    block.bn2._forward_hooks = collections.OrderedDict()
+    assert '_ChainBackward' in nodes(block(x))
+    block.bn2.register_forward_hook(lambda *_: seen.append(1))
+    block(x)
+    assert len(seen) == 3
+
+
+def test_inputs_with_gaps(device):
+    block = make_block('mmdet bottleneck').to(device)
+    convert_model(block, 'L3')
+    x = make_input(device)[..., ::2]
+    with exact_numerics():
+        x = x.requires_grad_()
+        found = []
+        for max_bytes in (chain._MAX_BYTES, 0):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(chain, '_MAX_BYTES', max_bytes)
+                twin = copy.deepcopy(block)
+                y = twin(x)
+                assert ('_ChainBackward' in nodes(y)) == (max_bytes > 0)
+                wanted = [x, *twin.parameters()]
+                grads = torch.autograd.grad(y.sum(), wanted)
+                found.append(dict(enumerate([y.detach(), *grads])))
+    assert_equal(*found)
+
+
+def test_shapes_that_vary():
+    block = make_block('mmdet bottleneck')
+    convert_model(block, 'L3')
+    for size in (9, 5, 9, 7):
+        x = torch.randn(2, 16, size, size)
+        chained, layered = run_both(block, x)
+        assert_equal(chained, layered)
+
+
+def test_copies_and_pickles_run():
+    block = make_block('mmdet bottleneck')
+    convert_model(block, 'L3')
+    x = make_input()
+    block(x)
+    for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        twin.conv1.weight.data.zero_()
+        y = twin(x.requires_grad_())
+        assert '_ChainBackward' in nodes(y)
+        assert not torch.equal(y, block(x))
+
+
+def test_reports_are_made():
+    """In some passes layers report, in others they need not."""
+    block = make_block('mmdet bottleneck, stride')
+    convert_model(block, 'L3')
+    precision = get_precision(block)
+    x = make_input().requires_grad_()
+    block(x).sum().backward()
+    names = {slot.name for slot in precision.slots if slot.report is not None}
+    # What reads the input; the others are rectified before.
+    assert names == {'downsample.0'}

@@ -106,7 +106,7 @@ class _Chain(Function):
         if chain.observed:
             ctx.watch = kept.watch()
             ctx.format = kept.payloads[0].format
-        codes, ctx.formats = kept.to_save()
+        codes, ctx.formats = kept.to_save(ctx.layouts)
         ctx.save_for_backward(*parameters, *codes, *own)
         ctx.counts = count, len(parameters), len(parameters) + len(codes)
         ctx.plan, ctx.dtype = chain.plan, dtype
@@ -159,7 +159,7 @@ class _KeptInputs:
 
     def __init__(self, readers, inputs, xs):
         self.payloads, self.encodings, self.draws = [], [], 0
-        self._first, self._is_first = readers[0], False
+        self._first, self._is_first, self._xs = readers[0], False, xs
         self._missing = []
         for reader, input, x in zip(readers, inputs, xs):
             payload, encoding = None, ops.NOT_ENCODED
@@ -195,19 +195,26 @@ class _KeptInputs:
         """Watch, optional: Of the first input; see ``LayerQuantizer``."""
         return self._first.watch_kept(self.payloads[0], self._is_first)
 
-    def to_save(self):
+    def to_save(self, layouts):
         """Tensors of the payloads, and the formats that belong to them.
+
+        Args:
+            layouts (Tensor[*]): Where the op has noted the strides of the
+                inputs. Those of payloads take their place.
 
         Returns:
             tuple[list[Tensor | None], list[int]]: Both as
             :func:`mmactnn.ops.conv_chain_backward` takes them.
         """
-        codes, formats = [], []
-        for payload in self.payloads:
+        codes, formats, place = [], [], 0
+        for payload, x in zip(self.payloads, self._xs):
+            strides, place = place + 1 + x.dim(), place + 1 + 2 * x.dim()
             if payload is None:
                 formats += ops.NOT_ENCODED
                 continue
             tensors, format = payload.tensors, payload.format
+            if format.stride != x.stride():
+                layouts[strides:place] = torch.tensor(format.stride)
             kind = ops.Kept[format.kind.upper()]
             if kind is ops.Kept.PLAIN and len(tensors) == 4:
                 kind = ops.Kept.ROWS
