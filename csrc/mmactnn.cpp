@@ -108,6 +108,6 @@ STABLE_TORCH_LIBRARY(mmactnn, m) {
   m.def(
       "conv_chain_backward(Tensor?[] grad_outputs, Tensor?[] codes, "
       "int[] formats, Tensor?[] parameters, Tensor[] kept, Tensor layouts, "
-      "Tensor plan, int[] needs, int[] needs_inputs, bool observed, "
+      "Tensor plan, int[] needs, int[] needs_inputs, bool wide, bool observed, "
       "ScalarType dtype) -> Tensor?[]");
 }

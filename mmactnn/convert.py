@@ -209,14 +209,16 @@ class ConversionReport:
                 f'  {count:4d} {source} -> {target} (layers in place of '
                 f'functions: {", ".join(layers)})'
             )
-        blocks = collections.Counter()
-        for item in self.fused:
-            blocks[item.source] += 1
-        for source, count in sorted(blocks.items()):
-            lines.append(
-                f'  {count:4d} {source} fused: normalisation and ReLU share a '
-                'payload'
+        blocks = collections.Counter(
+            (item.source, item.norms > 0) for item in self.fused
+        )
+        for (source, has_norms), count in sorted(blocks.items()):
+            effect = (
+                'normalisation and ReLU share a payload'
+                if has_norms
+                else 'convolutions of small maps run as one'
             )
+            lines.append(f'  {count:4d} {source} fused: {effect}')
         reasons = collections.defaultdict(list)
         for item in self.left:
             reasons[item.source, item.reason].append(item.name)

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from support.blocks import BLOCKS, make_block
+from support.chains import assert_equal, nodes
 from support.layers import (
     assert_same_bits,
     exact_numerics,
@@ -43,28 +44,6 @@ def run_both(block, x):
             patch.setattr(chain, '_MAX_BYTES', max_bytes)
             found.append(gradients(copy.deepcopy(block), x, None))
     return found
-
-
-def nodes(output):
-    """Names of the nodes of a graph."""
-    names, todo, seen = [], [output.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        names.append(node.name())
-        todo += [parent for parent, _ in node.next_functions]
-    return names
-
-
-def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        if value is None:
-            assert found[key] is None
-        else:
-            assert_same_bits(found[key], value)
 
 
 @pytest.mark.parametrize('channels_last', [False, True])

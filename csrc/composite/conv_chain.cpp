@@ -206,9 +206,17 @@ conv_chain(std::vector<Tensor> inputs, OptionalTensors parameters,
           make_vector(plan, forward.layouts())};
 }
 
-// Adds to a sum that may be empty yet. The stable API has no addition.
-void accumulate(std::optional<Tensor>& total, const Tensor& part) {
-  total = total ? torch::stable::subtract(*total, part, -1.0) : part;
+// Adds to a sum that may be empty yet; `wide` ones are of float32 from the
+// second part on. The stable API has no addition.
+void accumulate(std::optional<Tensor>& total, const Tensor& part, bool wide) {
+  if (!total) {
+    total = part;
+    return;
+  }
+  if (wide && total->scalar_type() != ScalarType::Float) {
+    total = torch::stable::to(*total, ScalarType::Float);
+  }
+  total = torch::stable::subtract(*total, part, -1.0);
 }
 
 class Backward {
@@ -216,7 +224,8 @@ class Backward {
   Backward(const OptionalTensors& codes, const Integers& formats,
            const OptionalTensors& parameters, const std::vector<Tensor>& kept,
            const Tensor& layouts, const Tensor& plan, const Integers& needs,
-           const Integers& needs_inputs, bool observed, ScalarType dtype)
+           const Integers& needs_inputs, bool wide, bool observed,
+           ScalarType dtype)
       : grad_inputs(needs_inputs.size()),
         grads(parameters.size()),
         codes_(codes),
@@ -227,6 +236,7 @@ class Backward {
         plan_(plan, needs_inputs.size(), count_layers(parameters)),
         needs_(needs),
         needs_inputs_(needs_inputs),
+        wide_(wide),
         observed_(observed),
         dtype_(dtype) {
     const size_t links = plan_.links().size();
@@ -277,7 +287,7 @@ class Backward {
       if (observed_ && i == 0) first = grad;
       const std::optional<Tensor> grad_x =
           undo_conv(link, grad, decode_source(link.source), needs_x);
-      if (grad_x) accumulate(grad_of(link.source), *grad_x);
+      if (grad_x) add_grad(link.source, *grad_x);
     }
   }
 
@@ -298,8 +308,13 @@ class Backward {
                              : wanted_[source.index()];
   }
 
-  std::optional<Tensor>& grad_of(const Source& source) {
-    return (source.is_input() ? grad_inputs : grad_links_)[source.index()];
+  // As the layers' graph adds: in the dtype of what the gradient is of.
+  void add_grad(const Source& source, const Tensor& grad) {
+    auto& sums = source.is_input() ? grad_inputs : grad_links_;
+    accumulate(sums[source.index()], grad, wide_ && source.is_input());
+  }
+  void add_parameter_grad(size_t parameter, const Tensor& grad) {
+    accumulate(grads[parameter], grad, true);
   }
 
   const Layout& layout_of(size_t link) const {
@@ -327,11 +342,12 @@ class Backward {
     // The sums are of shift and scale.
     for (const size_t k : {2, 3}) {
       if (needs_[first + k] == 0) continue;
-      accumulate(grads[first + k], torch::stable::select(
-                                       results[0], 0, 3 - static_cast<int>(k)));
+      add_parameter_grad(
+          first + k,
+          torch::stable::select(results[0], 0, 3 - static_cast<int64_t>(k)));
     }
     if (link.added && is_wanted(*link.added)) {
-      accumulate(grad_of(*link.added), results.back());
+      add_grad(*link.added, results.back());
     }
     if (needs_conv) grad = results[1];
   }
@@ -376,8 +392,8 @@ class Backward {
         link.stride, link.padding, link.dilation, false,
         Sizes(kNoPadding.data(), link.stride.size()), link.groups,
         torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3));
-    if (wanted[1]) accumulate(grads[first], grad_weight);
-    if (wanted[2]) accumulate(grads[first + 1], grad_bias);
+    if (wanted[1]) add_parameter_grad(first, grad_weight);
+    if (wanted[2]) add_parameter_grad(first + 1, grad_bias);
     if (!needs_x) return std::nullopt;
     return grad_x;
   }
@@ -390,6 +406,7 @@ class Backward {
   const Plan plan_;
   const Integers& needs_;
   const Integers& needs_inputs_;
+  const bool wide_;
   const bool observed_;
   const ScalarType dtype_;
   std::vector<size_t> first_code_;  // of each input
@@ -401,10 +418,10 @@ class Backward {
 OptionalTensors conv_chain_backward(
     OptionalTensors grad_outputs, OptionalTensors codes, Integers formats,
     OptionalTensors parameters, std::vector<Tensor> kept, Tensor layouts,
-    Tensor plan, Integers needs, Integers needs_inputs, bool observed,
-    ScalarType dtype) {
+    Tensor plan, Integers needs, Integers needs_inputs, bool wide,
+    bool observed, ScalarType dtype) {
   Backward backward(codes, formats, parameters, kept, layouts, plan, needs,
-                    needs_inputs, observed, dtype);
+                    needs_inputs, wide, observed, dtype);
   backward.run(grad_outputs);
   OptionalTensors results = std::move(backward.grad_inputs);
   results.push_back(backward.first);

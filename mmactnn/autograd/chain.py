@@ -110,6 +110,7 @@ class _Chain(Function):
         ctx.save_for_backward(*parameters, *codes, *own)
         ctx.counts = count, len(parameters), len(parameters) + len(codes)
         ctx.plan, ctx.dtype = chain.plan, dtype
+        ctx.wide = inputs[0].dtype is torch.float32
         ctx.set_materialize_grads(False)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -130,6 +131,7 @@ class _Chain(Function):
             ctx.plan,
             needs[1 + inputs :],
             needs[1 : 1 + inputs],
+            ctx.wide,
             ctx.watch is not None,
             ctx.dtype,
         )

@@ -75,7 +75,8 @@ class Layers(NamedTuple):
     """A convolution and what follows it.
 
     Attributes:
-        conv (nn.Module): A convolution ...
+        conv (nn.Module, optional): A convolution; None if there is none, and
+            no chain ...
         norm (nn.Module, optional): ... the normalisation of its output ...
         relu (nn.Module, optional): ... and the ReLU of that. Only those that
             no other layers read may have none.
@@ -158,8 +159,10 @@ def _look(layers):
     """
     state, parameters, buffers = [], [], []
     for conv, norm, relu, *sources in layers:
+        if type(conv) not in _CONVS:
+            return None
         own = conv.__dict__
-        if type(conv) not in _CONVS or any(_HOOKS(own)) or 'forward' in own:
+        if any(_HOOKS(own)) or 'forward' in own:
             return None
         of_conv = own['_parameters']
         parameters += of_conv['weight'], of_conv['bias']

@@ -231,6 +231,7 @@ def conv_chain_backward(
     plan,
     needs,
     needs_inputs,
+    wide,
     observed,
     dtype,
 ):
@@ -251,6 +252,8 @@ def conv_chain_backward(
             wanted; those of weights of convolutions must be, where anything
             before them wants one.
         needs_inputs (Sequence[bool]): Whether those of the inputs are wanted.
+        wide (bool): Whether those of an input that several links read are
+            summed in float32, as those of parameters are.
         observed (bool): Whether the gradient of what the first link's
             convolution returned is to be returned, too.
         dtype (torch.dtype): Of the inputs.
@@ -273,6 +276,7 @@ def conv_chain_backward(
             plan.numbers,
             needs,
             needs_inputs,
+            wide,
             observed,
             dtype,
         )

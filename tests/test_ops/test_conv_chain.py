@@ -289,6 +289,7 @@ def test_gradients_are_those_of_what_is_decoded(kind, strided, device):
         [p is not None for p in parameters],
         [True, True],
         True,
+        True,
         torch.float32,
     )
     layout = inputs[0].shape, inputs[0].stride(), torch.float32
@@ -353,6 +354,7 @@ def test_gradients_of_links_that_branch_and_join(device):
         make_plan(links, len(layers)),
         [p is not None for p in parameters],
         [True],
+        True,
         False,
         torch.float32,
     )
@@ -403,6 +405,7 @@ def test_what_is_not_wanted_is_not_computed():
             make_plan(links, 1),
             [*needs, False, False],
             [False],
+            True,
             False,
             torch.float32,
         )
@@ -426,6 +429,7 @@ def test_outputs_without_gradients():
         make_plan(links, len(layers)),
         [p is not None for p in parameters],
         [True],
+        True,
         False,
         torch.float32,
     )
@@ -534,6 +538,7 @@ def test_errors_of_the_backward_pass():
             make_plan(links, 1),
             needs,
             [True],
+            True,
             False,
             torch.float32,
         )
