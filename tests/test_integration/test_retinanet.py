@@ -193,12 +193,11 @@ def test_memory(norm_eval, device):
 
 
 class TestFrozenStages:
-    def test_keep_nothing(self, device, monkeypatch):
+    def test_keep_nothing(self, device):
         # The official recipe: stem and first stage frozen, norms in eval.
         model = converted(device)
         backbone = model.backbone
         assert backbone.frozen_stages == 1 and backbone.norm_eval
-        packed = count_packs(monkeypatch)
         with saved_tensors() as saved:
             x = backbone.relu(
                 backbone.bn1(
@@ -206,10 +205,10 @@ class TestFrozenStages:
                 )
             )
             x = backbone.layer1(backbone.maxpool(x))
-        assert not saved and not packed and not x.requires_grad
+        assert not saved and not x.requires_grad
         with saved_tensors() as saved:
             backbone.layer2(x)
-        assert saved and packed
+        assert any(tensor.dtype == torch.uint8 for tensor in saved)
 
     def test_gradients(self, device):
         found, expected = (
