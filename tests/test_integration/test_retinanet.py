@@ -6,7 +6,6 @@ from mmcv.ops import sigmoid_focal_loss
 from mmengine.model.utils import revert_sync_batchnorm
 from support.layers import (
     assert_same_bits,
-    count_packs,
     exact_numerics,
     relative_error,
     saved_tensors,
