@@ -348,7 +348,7 @@ def convert_model(
                 name,
                 precision,
                 rectified.get(module),
-                bool(fusions) and _reads_images(module),
+                bool(rectified) and _reads_images(module),
             )
         )
     # Nothing is left to fail: a call that raises has changed no layer.

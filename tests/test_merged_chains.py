@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.chains import assert_equal, nodes
 from support.layers import exact_numerics, saved_tensors
+from torch import nn
 
 from mmactnn import convert_model
 from mmactnn.fusion import chain
@@ -238,7 +239,7 @@ def listen(module):
     [
         ('stage', lambda part: listen(part[1]), 4),
         ('stage', lambda part: listen(part[1].conv2), 3),
-        ('stage', lambda part: listen(part[0].downsample), 3),
+        ('stage', lambda part: listen(part[0].downsample), 2),
         ('stage', lambda part: part[2].eval(), 3),
         ('stage', lambda part: part[2].conv1.requires_grad_(False), 3),
         ('RetinaHead', lambda part: listen(part.cls_convs[1]), 9),
@@ -264,15 +265,53 @@ def test_what_somebody_looks_at(name, watch, left):
             assert torch.allclose(found, wanted, atol=1e-5)
 
 
-def test_outputs_too_large_together(monkeypatch):
-    """Each level's tower is a chain then."""
-    part, inputs, _ = make_part('RetinaHead', FIXED, torch.device('cpu'))
-    # The outputs of the largest level, of 6 channels, and its input of 8.
-    largest = inputs[0].nbytes
-    monkeypatch.setattr(chain, '_MAX_BYTES', largest)
-    assert run(part, inputs)[1] == 6
-    monkeypatch.setattr(chain, '_MAX_BYTES', 4 * largest)
+@pytest.mark.parametrize(
+    ('name', 'large', 'wanted'),
+    [
+        # Two towers of the largest level, and all others.
+        ('RetinaHead', 1, 3),
+        # The largest is too large for any; those of the next, and the last.
+        ('RetinaHead', 2, 3),
+        ('RPNHead', 1, 1),
+        ('mmdet FPN', 1, 2),
+    ],
+)
+def test_large_levels_are_left_out(name, large, wanted, monkeypatch):
+    part, inputs, _ = make_part(name, FIXED, torch.device('cpu'))
+    twin = copy.deepcopy(part)
+    monkeypatch.setattr(chain, '_MAX_BYTES', 0)
+    expected, _ = run(twin, inputs)
+    limit = sum(x.nbytes for x in inputs[large - 1 :]) - 1
+    monkeypatch.setattr(chain, '_MAX_BYTES', limit)
+    found, chains = run(part, inputs)
+    assert chains == wanted
+    assert_equal(found, expected)
+
+
+def test_outputs_that_are_too_large_together(monkeypatch):
+    part = make_retina_head()
+    convert_model(part, FIXED)
+    inputs = [torch.randn(2, 8, n, n) for n in (9, 5, 3)]
+    # The outputs have 2 + 4 channels, the inputs 8.
+    monkeypatch.setattr(chain, '_MAX_BYTES', sum(x.nbytes for x in inputs))
     assert run(part, inputs)[1] == 1
+    wide = nn.Conv2d(8, 32, 3, padding=1)
+    convert_model(wide, FIXED)
+    wide.quantizer.generator = part.retina_reg.quantizer.generator
+    part.retina_cls = wide
+    assert run(part, inputs)[1] == 6
+
+
+def test_the_first_block_of_a_stage_is_large(monkeypatch):
+    part, inputs, _ = make_part('stage', FIXED, torch.device('cpu'))
+    twin = copy.deepcopy(part)
+    monkeypatch.setattr(chain, '_MAX_BYTES', 0)
+    expected, _ = run(twin, inputs)
+    # What it returns is smaller.
+    monkeypatch.setattr(chain, '_MAX_BYTES', inputs[0].nbytes - 1)
+    found, chains = run(part, inputs)
+    assert chains == 1
+    assert_equal(found, expected)
 
 
 def test_parts_that_compute_otherwise():

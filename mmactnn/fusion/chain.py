@@ -71,6 +71,24 @@ _OF_QUANTIZER = itemgetter(
 )
 
 
+def count_large(inputs):
+    """How many feature maps are left out so that a chain takes the rest.
+
+    Args:
+        inputs (Sequence[Tensor[N, C, *]]): The maps, the largest first.
+
+    Returns:
+        int: The number of the first maps; all of them if even the last is
+        too large.
+    """
+    total = sum(x.nbytes for x in inputs)
+    for i, x in enumerate(inputs):
+        if total <= _MAX_BYTES:
+            return i
+        total -= x.nbytes
+    return len(inputs)
+
+
 class Layers(NamedTuple):
     """A convolution and what follows it.
 

@@ -4,8 +4,48 @@ from torch import nn
 
 from ..ops import is_input, source_of_input
 from .blocks import FusedConvModule, FusedPairs
-from .chain import ChainRunner, Layers
+from .chain import ChainRunner, Layers, count_large
 from .watched import has_hooks
+
+
+class Levels:
+    """Runs the layers of a head with two outputs for each of several levels.
+
+    As one chain for all but the largest.
+    """
+
+    def __init__(self):
+        # Each remembers for how many.
+        self._chains = {}
+
+    def __call__(self, layers, feats, run_level):
+        """Run the layers.
+
+        Args:
+            layers (Sequence[Layers], optional): The layers, of two ends;
+                None if they do not run as a chain.
+            feats (Sequence[Tensor[N, C, H, W]]): The levels, the largest
+                first.
+            run_level (Callable): Runs the layers for one level, and returns
+                both outputs.
+
+        Returns:
+            tuple[list[Tensor[N, O, H, W]], list[Tensor[N, P, H, W]]]: The
+            outputs, as heads of MMDetection return them.
+        """
+        alone = len(feats) if layers is None else count_large(feats)
+        outputs = [run_level(x) for x in feats[:alone]]
+        rest = list(feats[alone:])
+        if rest:
+            run_chain = self._chains.setdefault(
+                len(rest), ChainRunner(for_each=True)
+            )
+            flat = run_chain(layers, rest)
+            if flat is None:
+                outputs += [run_level(x) for x in rest]
+            else:
+                outputs += zip(flat[::2], flat[1::2])
+        return tuple(map(list, zip(*outputs)))
 
 
 class FusedRetinaHead(FusedPairs):
@@ -13,8 +53,8 @@ class FusedRetinaHead(FusedPairs):
 
     Of small feature maps a tower takes the host longer than the GPU. The
     ``ConvModule`` of a tower are fused by themselves; this runs both towers,
-    with the convolutions behind them, as one chain of all levels where these
-    are small, else each tower of a level as one.
+    with the convolutions behind them, as one chain of all levels but those
+    that are large, of which each tower is one.
 
     Args:
         module (nn.Module): The head.
@@ -22,7 +62,7 @@ class FusedRetinaHead(FusedPairs):
 
     def __init__(self, module):
         super().__init__(module, ())
-        self._run_chain = ChainRunner(for_each=True)
+        self._run_levels = Levels()
         self._run_towers = ChainRunner(), ChainRunner()
 
     def keep(self, is_norm, is_relu):
@@ -41,18 +81,15 @@ class FusedRetinaHead(FusedPairs):
             (*head.reg_convs, head.retina_reg),
         )
         layers = [_tower_layers(tower) for tower in towers]
-        if None not in layers:
-            outputs = self._run_chain(_side_by_side(layers), list(feats))
-            if outputs is not None:
-                return list(outputs[::2]), list(outputs[1::2])
-        levels = [
-            [
+
+        def run_level(x):
+            return [
                 self._run_tower(k, tower, layers[k], x)
                 for k, tower in enumerate(towers)
             ]
-            for x in feats
-        ]
-        return tuple(map(list, zip(*levels)))
+
+        both = None if None in layers else _side_by_side(layers)
+        return self._run_levels(both, feats, run_level)
 
     def _run_tower(self, k, tower, layers, x):
         if layers is not None:
@@ -103,8 +140,8 @@ def _runs_all(conv):
 class FusedRPNHead(FusedPairs):
     """MMDetection's ``RPNHead`` whose ReLU is a layer.
 
-    Its three convolutions run as one chain of all levels where these are
-    small.
+    Its three convolutions run as one chain of all levels but those that are
+    large.
 
     Args:
         module (nn.Module): The head.
@@ -112,7 +149,7 @@ class FusedRPNHead(FusedPairs):
 
     def __init__(self, module):
         super().__init__(module, ())
-        self._run_chain = ChainRunner(for_each=True)
+        self._run_levels = Levels()
         self._relu = module._modules.get('relu')
 
     @property
@@ -140,10 +177,7 @@ class FusedRPNHead(FusedPairs):
             Layers(modules['rpn_cls'], None, None, 0),
             Layers(modules['rpn_reg'], None, None, 0),
         ]
-        outputs = self._run_chain(layers, list(feats))
-        if outputs is None:
-            return self._unfused(feats)
-        return list(outputs[::2]), list(outputs[1::2])
+        return self._run_levels(layers, feats, self.module.forward_single)
 
 
 # By where their ``forward_single`` is from.

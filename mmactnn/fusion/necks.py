@@ -5,7 +5,7 @@ from torch import nn
 from ..models.fpn import LayeredFPN, run_each, run_fpn
 from ..ops import source_of_input
 from .blocks import FusedPairs
-from .chain import ChainRunner, Layers
+from .chain import ChainRunner, Layers, count_large
 from .watched import is_watched
 
 _CONV_MODULE = 'mmcv.cnn.bricks.conv_module', 'ConvModule'
@@ -48,23 +48,27 @@ class FusedFPN(FusedPairs):
 class SideBySide:
     """Runs convolutions, each on an input of its own.
 
-    As one chain where it can.
+    As one chain, but for those of the largest inputs.
     """
 
     def __init__(self):
         self._run_chain = ChainRunner()
 
     def __call__(self, convs, inputs):
-        """See :func:`mmactnn.models.fpn.run_each`."""
-        layers = [
-            Layers(_lone_conv(conv), None, None, source_of_input(n))
-            for n, conv in enumerate(convs)
-        ]
-        outputs = self._run_chain(layers, inputs)
-        if outputs is None:
-            return run_each(convs, inputs)
-        inputs.clear()
-        return list(outputs)
+        """See :func:`mmactnn.models.fpn.run_each`; the largest is first."""
+        alone = count_large(inputs)
+        rest = inputs[alone:]
+        del inputs[alone:]
+        outputs = run_each(convs[:alone], inputs)
+        if rest:
+            layers = [
+                Layers(_lone_conv(conv), None, None, source_of_input(n))
+                for n, conv in enumerate(convs[alone:])
+            ]
+            outputs += self._run_chain(layers, rest) or run_each(
+                convs[alone:], rest
+            )
+        return outputs
 
 
 def _lone_conv(module):

@@ -2,15 +2,15 @@
 
 from ..ops import source_of_input
 from .blocks import FusedPairs, FusedResidual
-from .chain import ChainRunner
+from .chain import ChainRunner, count_large
 from .watched import has_hooks
 
 
 class FusedStage(FusedPairs):
     """An ``nn.Sequential`` of residual blocks.
 
-    The blocks are fused by themselves; this runs all of them as one chain
-    where it can.
+    The blocks are fused by themselves; this runs as many of the last ones as
+    it can as one chain.
 
     Args:
         module (nn.Module): The stage.
@@ -19,7 +19,8 @@ class FusedStage(FusedPairs):
 
     def __init__(self, module, blocks):
         super().__init__(module, ())
-        self._run_chain = ChainRunner()
+        # By the index of the first block.
+        self._chains = {}
         self._blocks = blocks
 
     def keep(self, is_norm, is_relu):
@@ -30,27 +31,36 @@ class FusedStage(FusedPairs):
 
     def __call__(self, x):
         """See ``nn.Sequential``."""
-        layers = self._layers() if self.is_active else None
-        if layers is not None:
-            outputs = self._run_chain(layers, [x])
-            if outputs is not None:
-                return outputs[0]
-        return self._unfused(x)
+        if not self.is_active:
+            return self._unfused(x)
+        blocks = list(self.module._modules.values())
+        for i, block in enumerate(blocks):
+            # Inputs become smaller; the first may be too large.
+            if not count_large([x]):
+                layers = _all_layers(blocks[i:])
+                if layers is not None:
+                    run_chain = self._chains.setdefault(i, ChainRunner())
+                    outputs = run_chain(layers, [x])
+                    if outputs is not None:
+                        return outputs[0]
+            x = block(x)
+        return x
 
-    def _layers(self):
-        """The layers of all blocks; None if one of these does more."""
-        layers, source = [], source_of_input(0)
-        for block in self.module._modules.values():
-            fusion = vars(block).get('forward')
-            if (
-                not isinstance(fusion, FusedResidual)
-                or not fusion.is_whole
-                or has_hooks(block)
-            ):
-                return None
-            own = fusion.layers(source, len(layers))
-            if own is None:
-                return None
-            layers += own
-            source = len(layers) - 1
-        return layers
+
+def _all_layers(blocks):
+    """The layers of blocks in a row; None if one of these does more."""
+    layers, source = [], source_of_input(0)
+    for block in blocks:
+        fusion = vars(block).get('forward')
+        if (
+            not isinstance(fusion, FusedResidual)
+            or not fusion.is_whole
+            or has_hooks(block)
+        ):
+            return None
+        own = fusion.layers(source, len(layers))
+        if own is None:
+            return None
+        layers += own
+        source = len(layers) - 1
+    return layers

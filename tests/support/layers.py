@@ -126,15 +126,23 @@ def count_packs(monkeypatch):
         monkeypatch (pytest.MonkeyPatch): Undoes it after the test.
 
     Returns:
-        list[Tensor]: Grows with every tensor quantised.
+        list[int]: Grows with every tensor quantised, by its samples; also
+        with those that a chain has an op quantise.
     """
     packed = []
-    pack = LayerQuantizer.pack
+    pack, encoding = LayerQuantizer.pack, LayerQuantizer.encoding
 
     def counting(self, tensor):
-        packed.append(tensor)
+        packed.append(len(tensor))
         return pack(self, tensor)
 
+    def counting_encodings(self, samples):
+        found = encoding(self, samples)
+        if found is not None:
+            packed.append(samples)
+        return found
+
+    monkeypatch.setattr(LayerQuantizer, 'encoding', counting_encodings)
     monkeypatch.setattr(LayerQuantizer, 'pack', counting)
     return packed
 
