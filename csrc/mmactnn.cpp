@@ -64,6 +64,9 @@ STABLE_TORCH_LIBRARY(mmactnn, m) {
       "float eps, bool relu, int bits, int act_bits, int group_size, int seed, "
       "int offset, Tensor? count=None) -> Tensor[]");
   m.def(
+      "frozen_norm_act_(Tensor(a!) input, Tensor? residual, Tensor mean, "
+      "Tensor var, Tensor? weight, Tensor? bias, float eps, bool relu) -> ()");
+  m.def(
       "norm_grad_sums(Tensor grad_output, Tensor codes, Tensor ranges, "
       "int bits, int group_size, bool relu) -> Tensor sums");
   m.def(

@@ -377,6 +377,28 @@ def shared_payload(tensor):
     return shared.payload
 
 
+def mark_rectified(tensor):
+    """Say that a tensor without a payload is a rectifier's output.
+
+    Args:
+        tensor (Tensor[*]): The tensor, as it is now.
+    """
+    tensor._mmactnn_rectified = tensor._version
+
+
+def is_rectified(tensor):
+    """Whether a tensor was said to be a rectifier's output.
+
+    Args:
+        tensor (Tensor[*]): The tensor.
+
+    Returns:
+        bool: False also if it was modified since.
+    """
+    marked = getattr(tensor, '_mmactnn_rectified', None)
+    return marked is not None and marked == tensor._version
+
+
 def _context():
     """What tensors that are saved now go through, and whether into a graph."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)

@@ -9,6 +9,7 @@ from ..layers.norm import Fusing
 from ..ops import source_of_input
 from ..payload import shared_in_block
 from .chain import ChainRunner, Layers
+from .frozen import finish_frozen, is_frozen
 from .members import may_be_passed_over, may_join
 from .watched import is_only_reader, is_watched
 
@@ -234,6 +235,8 @@ class FusedResidual(FusedPairs):
 
     def __call__(self, x):
         """See the block's own ``forward``."""
+        if is_frozen(self.module, x):
+            return self._run_frozen(x)
         if not self.is_whole:
             return super().__call__(x)
         if x.grad_fn is not None:
@@ -265,6 +268,23 @@ class FusedResidual(FusedPairs):
             fusing = Fusing(True, is_only_reader(last_conv))
             return last_norm.norm_act(out, fusing, shortcut)
         return relu(last_norm(out) + shortcut)
+
+    def _run_frozen(self, x):
+        modules = self.module._modules
+        relu, shortcut = modules['relu'], x
+        downsample = modules.get('downsample')
+        if downsample is not None:
+            pairs = self._shortcut()
+            if pairs and len(downsample) == 2 and not is_watched(downsample):
+                ((conv, norm),) = pairs
+                shortcut = finish_frozen(conv(x), conv, norm, None)
+            else:
+                shortcut = downsample(x)
+        for name, norm, _ in self.pairs:
+            conv = modules[name]
+            x = finish_frozen(conv(x), conv, modules[norm], relu)
+        conv, norm = modules[self.last_conv], modules[self.last_norm]
+        return finish_frozen(conv(x), conv, norm, relu, shortcut)
 
     def layers(self, source, first):
         """All layers of the block, behind others.

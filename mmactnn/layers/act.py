@@ -4,7 +4,7 @@ from torch import nn
 
 from ..autograd import relu, relu_codes, silu
 from ..ops.quantize import VALID_DTYPES
-from ..payload import shared_payload
+from ..payload import is_rectified, shared_payload
 from .base import CodedLayer, ExactLayer
 
 
@@ -52,6 +52,8 @@ class QReLU(_Rectifier, nn.ReLU):
 
     def forward(self, input):
         """See ``nn.ReLU``."""
+        if is_rectified(input):
+            return input
         if self.compresses(input):
             payload = shared_payload(input)
             if payload is not None and payload.rectified:

@@ -3,12 +3,14 @@
 import math
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd import batch_norm, norm_act
-from ..ops import NormSettings
+from ..ops import MAX_FROZEN_CHANNELS, NormSettings, frozen_norm_act_
 from ..ops.quantize import VALID_DTYPES
+from ..payload import mark_rectified
 from .base import CodedLayer
 
 
@@ -131,8 +133,13 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
 
     def forward(self, input):
         """See ``nn.BatchNorm2d``."""
-        if self.fusing is not None and self.fuses(input):
-            return self.norm_act(input, self.fusing)
+        if self.fusing is not None:
+            if self.fuses(input):
+                return self.norm_act(input, self.fusing)
+            if all(self.fusing) and self.is_frozen(input):
+                self.frozen_act_(input, True)
+                mark_rectified(input)
+                return input
         compresses = self.compresses(input, self.weight, self.bias)
         if not compresses or not input.numel():
             return super().forward(input)
@@ -150,6 +157,58 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
             self._next_momentum(),
             self.eps,
             self.quantizer,
+        )
+
+    def is_frozen(self, input):
+        """Whether the layer is made of constants; :meth:`frozen_act_` can run.
+
+        Args:
+            input (Tensor[*]): Its input, while the rest of the model is
+                trained.
+        """
+        constants = (
+            *self._parameters.values(),
+            self._buffers['running_mean'],
+            self._buffers['running_var'],
+        )
+        return (
+            not self.training
+            and self.quantizer.fused_bits is not None
+            and torch.is_grad_enabled()
+            and not input.requires_grad
+            and input.dtype in VALID_DTYPES
+            and 2 <= input.dim() <= 4
+            and input.shape[1] == self.num_features <= MAX_FROZEN_CHANNELS
+            and (
+                input.is_contiguous()
+                or input.is_contiguous(memory_format=torch.channels_last)
+            )
+            and self._buffers['running_mean'] is not None
+            and all(
+                tensor is None
+                or (tensor.dtype is torch.float32 and not tensor.requires_grad)
+                for tensor in constants
+            )
+        )
+
+    def frozen_act_(self, input, relu, residual=None):
+        """Normalise, maybe add and rectify, in place, keeping nothing.
+
+        Args:
+            input (Tensor[N, C, *]): Input of the layer; see
+                :meth:`is_frozen`.
+            relu (bool): Whether to rectify.
+            residual (Tensor[N, C, *], optional): What is added before, of the
+                strides of ``input``.
+        """
+        frozen_norm_act_(
+            input,
+            residual,
+            *self._running_stats(),
+            self.weight,
+            self.bias,
+            self.eps,
+            relu,
         )
 
     def _running_stats(self):

@@ -22,6 +22,7 @@ from .conv_chain import (
     source_of_input,
 )
 from .dropout import dropout, dropout_
+from .frozen_norm import MAX_FROZEN_CHANNELS, frozen_norm_act_
 from .norm_act import norm_act
 from .norm_grad import norm_add_grad_sums, norm_grad_input, norm_grad_sums
 from .pool import MAX_TAPS, as_pair, max_pool2d, max_pool2d_backward
@@ -46,6 +47,7 @@ __all__ = [
     'GROUP_SIZES',
     'Kept',
     'Link',
+    'MAX_FROZEN_CHANNELS',
     'MAX_TAPS',
     'NOT_ENCODED',
     'NormSettings',
@@ -65,6 +67,7 @@ __all__ = [
     'dequantize_zeroed',
     'dropout',
     'dropout_',
+    'frozen_norm_act_',
     'is_input',
     'layout',
     'max_pool2d',

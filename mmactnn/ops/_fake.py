@@ -92,6 +92,10 @@ def _dropout_(input, p, seed, offset, count=None):
     pass
 
 
+def _frozen_norm_act_(input, residual, mean, var, weight, bias, eps, relu):
+    pass
+
+
 def _empty_pooled(like, size, channels_last):
     output = like.new_empty((*like.shape[:-2], *size))
     if channels_last:
@@ -241,6 +245,7 @@ if load_error() is None:
     )
     torch.library.register_fake('mmactnn::dropout', _dropout)
     torch.library.register_fake('mmactnn::dropout_', _dropout_)
+    torch.library.register_fake('mmactnn::frozen_norm_act_', _frozen_norm_act_)
     torch.library.register_fake('mmactnn::max_pool2d', _max_pool2d)
     torch.library.register_fake(
         'mmactnn::max_pool2d_backward', _max_pool2d_backward
