@@ -61,6 +61,14 @@ def make_rpn_head(**kwargs):
 PYRAMID = [(2, 4, 13, 9), (2, 8, 7, 5), (2, 6, 4, 3)]
 
 
+def make_mask_head(**kwargs):
+    from mmdet.models.roi_heads.mask_heads import FCNMaskHead
+
+    torch.manual_seed(6)
+    kwargs = dict(in_channels=8, conv_out_channels=8, num_classes=3, **kwargs)
+    return FCNMaskHead(num_convs=3, **kwargs).train()
+
+
 def make_neck(package='mmdet', **kwargs):
     necks = __import__(f'{package}.models.necks', fromlist=['FPN'])
     torch.manual_seed(5)
@@ -79,6 +87,15 @@ PARTS = {
         1,
     ),
     'RPNHead': (make_rpn_head, [(2, 8, n, n) for n in (9, 5, 3)], 1),
+    'FCNMaskHead': (make_mask_head, [(5, 8, 6, 6)], 1),
+    'FCNMaskHead with norm': (
+        lambda: make_mask_head(
+            norm_cfg=dict(type='BN'),
+            upsample_cfg=dict(type='nearest', scale_factor=2),
+        ),
+        [(5, 8, 6, 6)],
+        1,
+    ),
     'mmdet FPN': (make_neck, PYRAMID, 2),
     'mmseg FPN': (lambda: make_neck('mmseg'), PYRAMID, 2),
     'FPN, pooling': (lambda: make_neck(num_outs=4), PYRAMID, 2),
@@ -246,6 +263,8 @@ def listen(module):
         ('RetinaHead', lambda part: listen(part.retina_cls), 9),
         ('RPNHead', lambda part: listen(part.rpn_conv), 0),
         ('RPNHead', lambda part: listen(part.relu), 0),
+        ('FCNMaskHead', lambda part: listen(part.convs[1].conv), 2),
+        ('FCNMaskHead', lambda part: listen(part.convs[1]), 3),
         ('mmdet FPN', lambda part: listen(part.lateral_convs[0]), 1),
         ('mmdet FPN', lambda part: listen(part.fpn_convs[0].conv), 1),
     ],
@@ -360,7 +379,7 @@ def test_rpn_keeps_codes_for_its_convolutions():
 
 
 def test_the_report_names_them():
-    for name in ('stage', 'RetinaHead', 'RPNHead', 'mmdet FPN'):
+    for name in ('stage', 'RetinaHead', 'RPNHead', 'FCNMaskHead', 'mmdet FPN'):
         part = PARTS[name][0]()
         report = convert_model(part, 'L3')
         own = {item.source: item.norms for item in report.fused}

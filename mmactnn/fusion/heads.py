@@ -104,6 +104,14 @@ class FusedRetinaHead(FusedPairs):
 def _tower_layers(tower):
     """The layers of a tower; None if one of its modules does more."""
     *convs, last = tower
+    layers = _row_of_layers(convs)
+    if layers is None:
+        return None
+    return [*layers, Layers(last, None, None, len(layers) - 1)]
+
+
+def _row_of_layers(convs):
+    """The layers of ``ConvModule`` in a row; None if one of them does more."""
     if not all(map(_runs_all, convs)):
         return None
     layers = []
@@ -112,7 +120,7 @@ def _tower_layers(tower):
         if layers:
             own = own._replace(source=len(layers) - 1)
         layers.append(own)
-    return [*layers, Layers(last, None, None, len(layers) - 1)]
+    return layers
 
 
 def _side_by_side(towers):
@@ -178,6 +186,45 @@ class FusedRPNHead(FusedPairs):
             Layers(modules['rpn_reg'], None, None, 0),
         ]
         return self._run_levels(layers, feats, self.module.forward_single)
+
+
+class FusedMaskHead(FusedPairs):
+    """MMDetection's ``FCNMaskHead``, and what computes as it does.
+
+    Its tower runs as one chain where it can.
+
+    Args:
+        module (nn.Module): The head.
+    """
+
+    def __init__(self, module):
+        super().__init__(module, ())
+        self._run_chain = ChainRunner()
+
+    def keep(self, is_norm, is_relu):
+        """See the base class."""
+        convs = list(self.module.convs)
+        fused = [c for c in convs if is_relu(getattr(c, 'activate', None))]
+        return self if convs and len(fused) == len(convs) else None
+
+    def __call__(self, x):
+        """See ``FCNMaskHead``."""
+        if not self.is_active:
+            return self._unfused(x)
+        head = self.module
+        convs = list(head.convs)
+        layers = _row_of_layers(convs)
+        outputs = None if layers is None else self._run_chain(layers, [x])
+        if outputs is not None:
+            (x,) = outputs
+        else:
+            for conv in convs:
+                x = conv(x)
+        if head.upsample is not None:
+            x = head.upsample(x)
+            if head.upsample_method == 'deconv':
+                x = head.relu(x)
+        return head.conv_logits(x)
 
 
 # By where their ``forward_single`` is from.

@@ -3,7 +3,7 @@
 from torch import nn
 
 from .blocks import FusedConvModule, FusedPairs, FusedResidual, Pair
-from .heads import make_dense_head
+from .heads import FusedMaskHead, make_dense_head
 from .necks import FusedFPN
 from .stages import FusedStage
 
@@ -134,6 +134,9 @@ _MAKERS = {
     'mmcv.cnn.bricks.conv_module.ConvModule': _conv_module,
     'mmdet.models.dense_heads.anchor_head.AnchorHead': make_dense_head,
     'mmactnn.models.fpn.LayeredFPN': FusedFPN,
+    'mmdet.models.roi_heads.mask_heads.fcn_mask_head.FCNMaskHead': (
+        FusedMaskHead
+    ),
     'mmdet.models.necks.fpn.FPN': FusedFPN,
     'mmseg.models.necks.fpn.FPN': FusedFPN,
     'mmpretrain.models.backbones.resnet_cifar.ResNet_CIFAR': _openmmlab_stem,
