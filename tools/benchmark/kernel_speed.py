@@ -140,6 +140,13 @@ def measure(shape, dtype, channels_last):
         )
         yield row(f'norm add relu grad sums {bits} bit', nbytes, add_sums)
     yield from measure_norms(x, row)
+    overwritten, constants = torch.zeros_like(x), (vector,) * 4
+    for name, residual in (('', None), (' add', x)):
+        frozen = functools.partial(
+            ops.frozen_norm_act_, overwritten, residual, *constants, 1e-5, True
+        )
+        nbytes = (2 if residual is None else 3) * x.nbytes
+        yield row(f'frozen norm{name} relu', nbytes, frozen)
     mask = ops.relu_mask(x)[1]
     nbytes = 2 * x.nbytes + mask.nbytes
     yield row('relu forward', nbytes, lambda: ops.relu_mask(x))
