@@ -37,9 +37,17 @@ struct FrozenNorm {
   bool vectorized;
 };
 
-template <typename T, bool kFull>
+// What is known of the blocks of a tensor.
+enum class FrozenShape {
+  kPlanes,   // whole ones, each of one channel
+  kColumns,  // whole ones, and a thread's are of the same channels
+  kAny,
+};
+
+template <typename T, FrozenShape kShape, bool kFull>
 __device__ __forceinline__ void run_block(const FrozenNorm<T>& op,
                                           const FrozenChannel* constants,
+                                          const FrozenChannel* own,
                                           int64_t base, uint32_t start,
                                           int count) {
   T values[kBlock];
@@ -48,20 +56,29 @@ __device__ __forceinline__ void run_block(const FrozenNorm<T>& op,
   if (op.residual != nullptr) {
     load_block<T, kFull>(op.residual + base, count, residual);
   }
-  ChannelIndex::Place place = op.channels.of(start);
+  ChannelIndex::Place place{};
+  FrozenChannel constant{};
+  if constexpr (kShape != FrozenShape::kColumns) {
+    place = op.channels.of(start);
+    constant = constants[place.channel];
+  }
 #pragma unroll
   for (int i = 0; i < kBlock; ++i) {
-    float value = constants[place.channel].apply(Number<T>::load(values[i]));
+    if constexpr (kShape == FrozenShape::kColumns) constant = own[i];
+    float value = constant.apply(Number<T>::load(values[i]));
     if (op.residual != nullptr) {
       value = add(value, Number<T>::load(residual[i]));
     }
     values[i] = Number<T>::store(op.relu ? rectify(value) : value);
-    place = op.channels.next(place);
+    if constexpr (kShape == FrozenShape::kAny) {
+      place = op.channels.next(place);
+      constant = constants[place.channel];
+    }
   }
   store_block<T, kFull>(op.values + base, count, values);
 }
 
-template <typename T>
+template <typename T, FrozenShape kShape>
 __global__ void __launch_bounds__(kThreads)
     frozen_norm_kernel(const FrozenNorm<T> op) {
   extern __shared__ FrozenChannel constants[];
@@ -71,24 +88,48 @@ __global__ void __launch_bounds__(kThreads)
                                      load_channel(op.bias, c, kNoBias));
   }
   __syncthreads();
+  const uint32_t begin = (blockIdx.x * kThreads + threadIdx.x) * kBlock;
+  FrozenChannel own[kBlock];
+  if constexpr (kShape == FrozenShape::kColumns) {
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      own[i] = constants[begin % op.channels.channels + i];
+    }
+  }
   const uint32_t step = gridDim.x * kThreads * kBlock;
   for (uint32_t row = blockIdx.y; row < op.rows; row += gridDim.y) {
     const int64_t first = static_cast<int64_t>(row) * op.row_numel;
-    for (uint32_t start = (blockIdx.x * kThreads + threadIdx.x) * kBlock;
-         start < op.row_numel; start += step) {
+    for (uint32_t start = begin; start < op.row_numel; start += step) {
       const uint32_t left = op.row_numel - start;
-      if (op.vectorized && left >= kBlock) {
-        run_block<T, true>(op, constants, first + start, start, kBlock);
+      if (kShape != FrozenShape::kAny || (op.vectorized && left >= kBlock)) {
+        run_block<T, kShape, true>(op, constants, own, first + start, start,
+                                   kBlock);
       } else {
-        run_block<T, false>(op, constants, first + start, start,
-                            static_cast<int>(min(left, uint32_t{kBlock})));
+        run_block<T, kShape, false>(op, constants, own, first + start, start,
+                                    static_cast<int>(
+                                        min(left, uint32_t{kBlock})));
       }
     }
   }
 }
 
 template <typename T>
-void launch(FrozenNorm<T> op, int device, cudaStream_t stream) {
+FrozenShape shape_of(const FrozenNorm<T>& op, const Channels& channels) {
+  if (!op.vectorized) return FrozenShape::kAny;
+  if (!channels.last) {
+    return channels.plane % kBlock == 0 ? FrozenShape::kPlanes
+                                        : FrozenShape::kAny;
+  }
+  // A thread goes on by a multiple of this.
+  constexpr int64_t kStep = int64_t{kThreads} * kBlock;
+  return channels.count % kBlock == 0 && kStep % channels.count == 0
+             ? FrozenShape::kColumns
+             : FrozenShape::kAny;
+}
+
+template <typename T>
+void launch(const FrozenNorm<T>& op, FrozenShape shape, int device,
+            cudaStream_t stream) {
   int processors = 0;
   const cudaError_t error = cudaDeviceGetAttribute(
       &processors, cudaDevAttrMultiProcessorCount, device);
@@ -102,7 +143,19 @@ void launch(FrozenNorm<T> op, int device, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned int>(across),
                   static_cast<unsigned int>(along));
   const size_t bytes = op.channels.channels * sizeof(FrozenChannel);
-  frozen_norm_kernel<T><<<grid, kThreads, bytes, stream>>>(op);
+  switch (shape) {
+    case FrozenShape::kPlanes:
+      frozen_norm_kernel<T, FrozenShape::kPlanes>
+          <<<grid, kThreads, bytes, stream>>>(op);
+      break;
+    case FrozenShape::kColumns:
+      frozen_norm_kernel<T, FrozenShape::kColumns>
+          <<<grid, kThreads, bytes, stream>>>(op);
+      break;
+    case FrozenShape::kAny:
+      frozen_norm_kernel<T, FrozenShape::kAny>
+          <<<grid, kThreads, bytes, stream>>>(op);
+  }
   check_launch();
 }
 
@@ -125,17 +178,19 @@ void frozen_norm_act_(Tensor input, std::optional<Tensor> residual, Tensor mean,
     const bool vectorized =
         is_aligned(values, 16) && channels.row_numel() % kBlock == 0 &&
         (others == nullptr || is_aligned(others, 16));
-    launch(FrozenNorm<T>{values, others,
-                         static_cast<const float*>(mean.const_data_ptr()),
-                         static_cast<const float*>(var.const_data_ptr()),
-                         static_cast<const float*>(data_or_null(weight)),
-                         static_cast<const float*>(data_or_null(bias)),
-                         static_cast<float>(eps), relu,
-                         index_channels(channels, {}),
-                         static_cast<uint32_t>(channels.rows),
-                         static_cast<uint32_t>(channels.row_numel()),
-                         vectorized},
-           device, current_stream(device));
+    const FrozenNorm<T> op{values,
+                           others,
+                           static_cast<const float*>(mean.const_data_ptr()),
+                           static_cast<const float*>(var.const_data_ptr()),
+                           static_cast<const float*>(data_or_null(weight)),
+                           static_cast<const float*>(data_or_null(bias)),
+                           static_cast<float>(eps),
+                           relu,
+                           index_channels(channels, {}),
+                           static_cast<uint32_t>(channels.rows),
+                           static_cast<uint32_t>(channels.row_numel()),
+                           vectorized};
+    launch(op, shape_of(op, channels), device, current_stream(device));
   });
 }
 
