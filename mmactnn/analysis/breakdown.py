@@ -198,8 +198,8 @@ def _category(place, compressed, module):
         return Category.LOSS
     if not compressed:
         return Category.LEFT
-    masks = isinstance(module, QuantizedLayer) and module.kind == 'mask'
-    return Category.EXACT if masks else Category.COMPRESSED
+    exact = isinstance(module, QuantizedLayer) and not module.is_coded
+    return Category.EXACT if exact else Category.COMPRESSED
 
 
 def _note(place, category, module, reasons):

@@ -46,7 +46,7 @@ class QReLU(_Rectifier, nn.ReLU):
 
     @property
     def is_coded(self):
-        """bool: Whether it keeps codes of its output in place of a mask."""
+        """bool: See the base class: of its output, in place of a mask."""
         bits = self.quantizer.bits
         return bits is not None and bits > self.kept_bits
 

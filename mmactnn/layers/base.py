@@ -164,6 +164,11 @@ class QuantizedLayer:
             and issubclass(base, nn.Module)
         )
 
+    @property
+    def is_coded(self):
+        """bool: Whether it keeps codes of values, which are rounded."""
+        return self.kind != 'mask'
+
     @staticmethod
     def why_exact(module):
         """Why a layer would keep as much here as its torch parent.

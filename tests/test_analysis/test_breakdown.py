@@ -56,6 +56,16 @@ def test_parts_add_up(level, dtype, x):
     assert whole.ratio == meter.ratio
 
 
+def test_codes_in_place_of_a_mask(x):
+    """What they keep is rounded."""
+    from mmcv.cnn import ConvModule
+
+    block = ConvModule(C, C, 1)
+    whole, _ = break_down(block, x, dict(base='L2', conv=2, rectified=3))
+    found = {entry.module: entry.category for entry in whole.entries}
+    assert found['activate'] is Category.COMPRESSED
+
+
 def test_entries(x):
     whole, _ = break_down(Model(), x, dict(base='L2', conv=2))
     found = {(e.module, e.category): e for e in whole.entries}
