@@ -55,9 +55,11 @@ struct Share {
   PackedBlock<T> blocks[kBlocksPerThread];
 };
 
+// Reads a group and finds its extent. All threads of a warp call it together.
 template <int kGroup, typename T>
-__device__ __forceinline__ void read_group(const T* source, int count, int lane,
-                                           bool vectorized, Share<T>& share) {
+__device__ __forceinline__ Extent load_group(const T* source, int count,
+                                             int lane, bool vectorized,
+                                             Share<T>& share) {
   constexpr int kLanes = kLanesPerGroup<kGroup>;
   if (vectorized && count == kGroup) {
 #pragma unroll
@@ -70,12 +72,6 @@ __device__ __forceinline__ void read_group(const T* source, int count, int lane,
       share.blocks[b].load(source, (b * kLanes + lane) * kBlock, count);
     }
   }
-}
-
-// Of a group that has been read. All threads of a warp call it together.
-template <int kGroup, typename T>
-__device__ __forceinline__ Extent extent_of(const Share<T>& share) {
-  constexpr int kLanes = kLanesPerGroup<kGroup>;
   PackedBounds<T> packed(share.blocks[0]);
 #pragma unroll
   for (int b = 0; b < kBlocksPerThread; ++b) packed.include(share.blocks[b]);

@@ -39,16 +39,13 @@ __device__ __forceinline__ void with_width(int bits, const Body& body) {
 template <typename T, int kGroup>
 struct GroupCodes {
   static constexpr int kLanes = kLanesPerGroup<kGroup>;
-  // Pairs of blocks that share random bits.
-  static constexpr int kHalf = kBlocksPerThread / 2;
-  static_assert(half_blocks(kGroup) == kHalf * kLanes);
 
   Share<T> share;
-  PhiloxBlock random[kHalf];
   Extent extent;
   int count;    // elements of the group
   int padding;  // elements that may follow the end of the row
   int lane;
+  uint64_t first_block;  // that random bits count from
   uint8_t* codes;
 
   // Elements from the start of a block to the end of the group.
@@ -69,9 +66,10 @@ struct GroupCodes {
 // kWhole: there is no end of a row in the group.
 template <int kBits, bool kWhole, typename T, int kGroup>
 __device__ __forceinline__ void encode_group(const GroupCodes<T, kGroup>& group,
-                                             Range range) {
+                                             Range range, PhiloxStream stream) {
   constexpr int kLanes = kLanesPerGroup<kGroup>;
-  constexpr int kHalf = GroupCodes<T, kGroup>::kHalf;
+  constexpr int kHalf = kBlocksPerThread / 2;
+  static_assert(half_blocks(kGroup) == kHalf * kLanes);
   constexpr uint32_t kMaxCode = max_code_of(kBits);
   constexpr bool kTogether = kWhole && kMeet<kBits>;
 
@@ -80,12 +78,14 @@ __device__ __forceinline__ void encode_group(const GroupCodes<T, kGroup>& group,
   CodeWord<kBits> words[kBlocksPerThread];
 #pragma unroll
   for (int p = 0; p < kHalf; ++p) {
+    const PhiloxBlock random =
+        philox(stream, group.first_block + p * kLanes + group.lane);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int b = p + half * kHalf;
       const int left = kWhole ? kBlock : group.left(b);
       if (!kWhole && left + group.padding <= 0) continue;
-      const BlockBits bits(group.random[p], half);
+      const BlockBits bits(random, half);
       uint32_t sums[kBlock];
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
@@ -137,26 +137,18 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
   const uint32_t index = thread / kLanes;
   const int lane = threadIdx.x % kLanes;
-  // Whole warps stay: extent_of() names every lane of the warp.
+  // Whole warps stay: load_group() names every lane of the warp.
   const bool inside = index < launch.groups;
   const Group group = locate<kGroup>(launch, inside ? index : 0);
   const RowCodes row = layout.row<kBits>(group.row);
   GroupCodes<T, kGroup> held;
-  read_group<kGroup>(input + group.row * launch.row_numel + group.start,
-                     group.count, lane, launch.vectorized, held.share);
-  // While the reads are under way.
-  const int64_t group_block = group.start / kBlock;
-  const PhiloxStream stream = random.current();
-  const uint64_t random_block =
-      first_block +
-      static_cast<uint64_t>(group.row * launch.row_blocks + group_block) + lane;
-#pragma unroll
-  for (int p = 0; p < held.kHalf; ++p) {
-    held.random[p] = philox(stream, random_block + p * kLanes);
-  }
-  held.extent = extent_of<kGroup>(held.share);
+  held.extent =
+      load_group<kGroup>(input + group.row * launch.row_numel + group.start,
+                         group.count, lane, launch.vectorized, held.share);
   if (!inside || row.bits == 0) return;
+  const PhiloxStream stream = random.current();
 
+  const int64_t group_block = group.start / kBlock;
   held.count = group.count;
   // Only rows of several widths are padded, and by less than a group.
   held.padding =
@@ -164,6 +156,9 @@ __global__ void __launch_bounds__(kThreads)
           ? 0
           : static_cast<int>(layout.row_blocks - launch.row_blocks) * kBlock;
   held.lane = lane;
+  held.first_block =
+      first_block +
+      static_cast<uint64_t>(group.row * launch.row_blocks + group_block);
   held.codes = codes + row.begin + group_block * row.bits;
   with_width<kBits>(row.bits, [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
@@ -172,9 +167,9 @@ __global__ void __launch_bounds__(kThreads)
     if (range.special()) {
       encode_special_group<kWidth>(held, range);
     } else if (group.count == kGroup) {
-      encode_group<kWidth, true>(held, range);
+      encode_group<kWidth, true>(held, range, stream);
     } else {
-      encode_group<kWidth, false>(held, range);
+      encode_group<kWidth, false>(held, range, stream);
     }
   });
 }
