@@ -105,9 +105,9 @@ class Forward {
       if (link.has_norm()) {
         normalise(link, output);
       } else if (link.follows == Follows::kReLU) {
-        const auto [codes, ranges] = call<Tensor, Tensor>(
-            "mmactnn::relu_codes_", output, link.bits, link.group_size, seed_,
-            draw_++, kNone);
+        const auto [codes, ranges] =
+            call<Tensor, Tensor>("mmactnn::relu_codes_", output, link.bits,
+                                 link.group_size, seed_, draw_++, kNone);
         kept_.push_back(codes);
         kept_.push_back(ranges);
       }
@@ -179,7 +179,7 @@ class Forward {
   std::vector<std::pair<double, double>> settings_;
   const int64_t seed_;
   int64_t draw_;
-  OptionalTensors outputs_;  // of links
+  OptionalTensors outputs_;                 // of links
   std::vector<std::vector<Tensor>> codes_;  // of inputs
   std::vector<Tensor> kept_;
   Integers layouts_;
@@ -187,8 +187,8 @@ class Forward {
 
 // A vector on the host.
 Tensor make_vector(const Tensor& on_host, const Integers& values) {
-  Tensor vector = empty(on_host, {static_cast<int64_t>(values.size())},
-                        ScalarType::Long);
+  Tensor vector =
+      empty(on_host, {static_cast<int64_t>(values.size())}, ScalarType::Long);
   std::copy(values.begin(), values.end(),
             static_cast<int64_t*>(vector.mutable_data_ptr()));
   return vector;
@@ -269,8 +269,8 @@ class Backward {
     size_t end = 0;
     for (size_t i = 0; i < links.size(); ++i) {
       if (!links[i].is_end()) continue;
-      STD_TORCH_CHECK(end < grad_outputs.size(), "grad_outputs are too few: ",
-                      grad_outputs.size());
+      STD_TORCH_CHECK(end < grad_outputs.size(),
+                      "grad_outputs are too few: ", grad_outputs.size());
       grad_links_[i] = grad_outputs[end++];
     }
     // As the graph of the layers goes: what came last is first.
@@ -365,10 +365,10 @@ class Backward {
     if (link.follows == Follows::kReLU || link.added) {
       const bool added = link.added.has_value();
       const Tensor* codes = kept + (added ? 3 : 0);
-      return std::get<0>(
-          call<Tensor>("mmactnn::dequantize_zeroed", codes[0], codes[1],
-                       layout.sizes, layout.strides, dtype_,
-                       added ? link.act_bits : link.bits, link.group_size));
+      return std::get<0>(call<Tensor>("mmactnn::dequantize_zeroed", codes[0],
+                                      codes[1], layout.sizes, layout.strides,
+                                      dtype_, added ? link.act_bits : link.bits,
+                                      link.group_size));
     }
     STD_TORCH_CHECK(link.follows == Follows::kNormReLU,
                     "what a convolution reads of another must be rectified");
@@ -415,11 +415,13 @@ class Backward {
   OptionalTensors grad_links_;
 };
 
-OptionalTensors conv_chain_backward(
-    OptionalTensors grad_outputs, OptionalTensors codes, Integers formats,
-    OptionalTensors parameters, std::vector<Tensor> kept, Tensor layouts,
-    Tensor plan, Integers needs, Integers needs_inputs, bool wide,
-    bool observed, ScalarType dtype) {
+OptionalTensors conv_chain_backward(OptionalTensors grad_outputs,
+                                    OptionalTensors codes, Integers formats,
+                                    OptionalTensors parameters,
+                                    std::vector<Tensor> kept, Tensor layouts,
+                                    Tensor plan, Integers needs,
+                                    Integers needs_inputs, bool wide,
+                                    bool observed, ScalarType dtype) {
   Backward backward(codes, formats, parameters, kept, layouts, plan, needs,
                     needs_inputs, wide, observed, dtype);
   backward.run(grad_outputs);

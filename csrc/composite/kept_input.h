@@ -79,9 +79,9 @@ inline std::vector<Tensor> encode(const Tensor& input, const Format& format,
       call<Tensor>("mmactnn::row_spread", input, format.group_size);
   const auto [bits, starts] =
       call<Tensor, Tensor>("mmactnn::split_bits", spread, format.bits);
-  const auto [codes, ranges] = call<Tensor, Tensor>(
-      "mmactnn::quantize_rows", input, bits, starts, format.bits, format.group_size,
-      seed, offset, none);
+  const auto [codes, ranges] =
+      call<Tensor, Tensor>("mmactnn::quantize_rows", input, bits, starts,
+                           format.bits, format.group_size, seed, offset, none);
   return {codes, ranges, bits, starts};
 }
 
@@ -96,24 +96,21 @@ inline Tensor decode(const std::optional<Tensor>* codes, const Format& format,
   }
   switch (format.kind) {
     case Kept::kPlain:
-      return std::get<0>(
-          call<Tensor>("mmactnn::dequantize", *codes[0], *codes[1],
-                       layout.sizes, layout.strides, dtype, format.bits,
-                       format.group_size));
+      return std::get<0>(call<Tensor>("mmactnn::dequantize", *codes[0],
+                                      *codes[1], layout.sizes, layout.strides,
+                                      dtype, format.bits, format.group_size));
     case Kept::kRows:
       return std::get<0>(call<Tensor>(
           "mmactnn::dequantize_rows", *codes[0], *codes[1], *codes[2],
           *codes[3], layout.sizes, layout.strides, dtype, format.group_size));
     case Kept::kSplit:
-      return std::get<0>(
-          call<Tensor>("mmactnn::dequantize_split", *codes[0], *codes[1],
-                       codes[2], codes[3], layout.sizes, layout.strides, dtype,
-                       format.bits, format.group_size));
+      return std::get<0>(call<Tensor>(
+          "mmactnn::dequantize_split", *codes[0], *codes[1], codes[2], codes[3],
+          layout.sizes, layout.strides, dtype, format.bits, format.group_size));
     case Kept::kZeroed:
-      return std::get<0>(
-          call<Tensor>("mmactnn::dequantize_zeroed", *codes[0], *codes[1],
-                       layout.sizes, layout.strides, dtype, format.bits,
-                       format.group_size));
+      return std::get<0>(call<Tensor>("mmactnn::dequantize_zeroed", *codes[0],
+                                      *codes[1], layout.sizes, layout.strides,
+                                      dtype, format.bits, format.group_size));
     default:
       STD_TORCH_CHECK(false, "there is no such format");
   }

@@ -143,10 +143,10 @@ class Plan {
     const bool of_batch = reader.next() != 0;
     const int64_t bits = reader.next();
     const int64_t act_bits = reader.next();
-    return {source,   added,  static_cast<size_t>(layer),
-            stride,   padding, dilation,
-            groups,   follows, of_batch,
-            bits,     act_bits, reader.next()};
+    return {source, added,    static_cast<size_t>(layer),
+            stride, padding,  dilation,
+            groups, follows,  of_batch,
+            bits,   act_bits, reader.next()};
   }
 
   Source read_source(Reader<int64_t>& reader) {

@@ -105,9 +105,9 @@ __global__ void __launch_bounds__(kThreads)
         run_block<T, kShape, true>(op, constants, own, first + start, start,
                                    kBlock);
       } else {
-        run_block<T, kShape, false>(op, constants, own, first + start, start,
-                                    static_cast<int>(
-                                        min(left, uint32_t{kBlock})));
+        run_block<T, kShape, false>(
+            op, constants, own, first + start, start,
+            static_cast<int>(min(left, uint32_t{kBlock})));
       }
     }
   }
@@ -175,9 +175,9 @@ void frozen_norm_act_(Tensor input, std::optional<Tensor> residual, Tensor mean,
     using T = typename decltype(type)::type;
     T* values = static_cast<T*>(input.mutable_data_ptr());
     const T* others = static_cast<const T*>(data_or_null(residual));
-    const bool vectorized =
-        is_aligned(values, 16) && channels.row_numel() % kBlock == 0 &&
-        (others == nullptr || is_aligned(others, 16));
+    const bool vectorized = is_aligned(values, 16) &&
+                            channels.row_numel() % kBlock == 0 &&
+                            (others == nullptr || is_aligned(others, 16));
     const FrozenNorm<T> op{values,
                            others,
                            static_cast<const float*>(mean.const_data_ptr()),
