@@ -137,9 +137,9 @@ class _Chain(Function):
         )
         first, *of_parameters = grads[inputs:]
         if first is not None:
-            tensors = ctx.format.payload(*codes)
+            payload = ctx.format.payload(*codes)
             fan = parameters[0][0].numel()
-            ctx.watch.linear(tensors, first, of_parameters[0], fan)
+            ctx.watch.linear(payload, first, of_parameters[0], fan)
         return None, *grads[:inputs], *of_parameters
 
 
