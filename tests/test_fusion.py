@@ -23,7 +23,7 @@ from mmactnn import (
     measure_activations,
     revert_model,
 )
-from mmactnn.fusion import FusedPairs, chain
+from mmactnn.fusion import Fusion, chain
 
 # Codes of 8 bits throughout.
 FINE = dict(base='L2', conv=8, norm=8, rectified=8)
@@ -64,7 +64,7 @@ def test_what_is_fused(name):
     report = convert_model(block, dict(fuse=False))
     assert not report.fused and 'fused' not in str(report)
     assert not any(
-        isinstance(vars(m).get('forward'), FusedPairs) for m in block.modules()
+        isinstance(vars(m).get('forward'), Fusion) for m in block.modules()
     )
 
 

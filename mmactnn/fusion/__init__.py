@@ -8,11 +8,11 @@ what they are. Anything that is not known runs layer by layer.
 
 from ..layers import QReLU
 from ..wrapping import named_modules
-from .blocks import FusedPairs
+from .base import Fusion
 from .known import is_fused, make_fusion
 from .members import NORMS
 
-__all__ = ['FusedPairs', 'find_fusions', 'is_fused', 'remove_fusions']
+__all__ = ['Fusion', 'find_fusions', 'is_fused', 'remove_fusions']
 
 
 def find_fusions(model, targets, added):
@@ -26,7 +26,7 @@ def find_fusions(model, targets, added):
             about to get, by their names in them.
 
     Returns:
-        dict[str, FusedPairs]: By the qualified name of a module, what is to
+        dict[str, Fusion]: By the qualified name of a module, what is to
         compute its forward pass; not installed.
     """
 

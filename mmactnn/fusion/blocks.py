@@ -2,12 +2,12 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from ..layers.norm import Fusing
 from ..ops import source_of_input
 from ..payload import shared_in_block
+from .base import Fusion
 from .chain import ChainRunner, Layers
 from .frozen import finish_frozen, is_frozen
 from .members import may_be_passed_over, may_join
@@ -29,14 +29,11 @@ class Pair(NamedTuple):
     relu: str
 
 
-class FusedPairs:
+class FusedPairs(Fusion):
     """A module whose forward pass calls a ReLU right after a normalisation.
 
     Its class's own forward pass runs; as long as it does, the normalisations
     rectify, and the ReLUs pass on what is rectified already.
-
-    The object takes the place of the module's ``forward``, as an attribute of
-    the instance that copies and pickles go along with.
 
     Args:
         module (nn.Module): The module.
@@ -44,52 +41,16 @@ class FusedPairs:
     """
 
     def __init__(self, module, pairs):
-        self.module = module
+        super().__init__(module)
         self.pairs = tuple(pairs)
-
-    def install(self):
-        """Compute the module's forward pass from now on."""
-        self.module.forward = self
 
     @property
     def norms(self):
-        """list[nn.Module]: All normalisations that are fused."""
+        """See the base class."""
         return [getattr(self.module, pair.norm) for pair in self.pairs]
 
-    @property
-    def relus(self):
-        """list[nn.Module]: The ReLUs that keep codes, behind a convolution."""
-        return []
-
-    def adopt(self, layers):
-        """Take note of layers that the module is about to get.
-
-        Args:
-            layers (dict[str, nn.Module]): The layers by their names in it.
-        """
-
-    def rectified_bits(self, level):
-        """The bits that a level gives to what is rectified here.
-
-        Args:
-            level (Level): The level.
-
-        Returns:
-            int: Bits an element, the sign included.
-        """
-        return level.rectified
-
     def keep(self, is_norm, is_relu):
-        """Leave out what is not made of compressed layers.
-
-        Args:
-            is_norm (Callable): Tells whether a module is or will be a
-                normalisation that can be fused ...
-            is_relu (Callable): ... and the same of ReLU.
-
-        Returns:
-            FusedPairs, optional: This object; None if nothing is left.
-        """
+        """See the base class."""
         self.pairs = tuple(
             pair
             for pair in self.pairs
@@ -107,14 +68,6 @@ class FusedPairs:
             return self._unfused(*args, **kwargs)
         finally:
             _part(norms)
-
-    def _unfused(self, *args, **kwargs):
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-    @property
-    def is_active(self):
-        """bool: Whether the module is being trained."""
-        return self.module.training and torch.is_grad_enabled()
 
     def _fuse(self):
         """Let the normalisations take part, but where somebody looks.

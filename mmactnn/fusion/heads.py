@@ -3,7 +3,8 @@
 from torch import nn
 
 from ..ops import is_input, source_of_input
-from .blocks import FusedConvModule, FusedPairs
+from .base import Fusion
+from .blocks import FusedConvModule
 from .chain import ChainRunner, Layers, count_large
 from .watched import has_hooks
 
@@ -48,7 +49,7 @@ class Levels:
         return tuple(map(list, zip(*outputs)))
 
 
-class FusedRetinaHead(FusedPairs):
+class FusedRetinaHead(Fusion):
     """MMDetection's ``RetinaHead``, and what computes as it does.
 
     Of small feature maps a tower takes the host longer than the GPU. The
@@ -61,7 +62,7 @@ class FusedRetinaHead(FusedPairs):
     """
 
     def __init__(self, module):
-        super().__init__(module, ())
+        super().__init__(module)
         self._run_levels = Levels()
         self._run_towers = ChainRunner(), ChainRunner()
 
@@ -145,7 +146,7 @@ def _runs_all(conv):
     )
 
 
-class FusedRPNHead(FusedPairs):
+class FusedRPNHead(Fusion):
     """MMDetection's ``RPNHead`` whose ReLU is a layer.
 
     Its three convolutions run as one chain of all levels but those that are
@@ -156,7 +157,7 @@ class FusedRPNHead(FusedPairs):
     """
 
     def __init__(self, module):
-        super().__init__(module, ())
+        super().__init__(module)
         self._run_levels = Levels()
         self._relu = module._modules.get('relu')
 
@@ -188,7 +189,7 @@ class FusedRPNHead(FusedPairs):
         return self._run_levels(layers, feats, self.module.forward_single)
 
 
-class FusedMaskHead(FusedPairs):
+class FusedMaskHead(Fusion):
     """MMDetection's ``FCNMaskHead``, and what computes as it does.
 
     Its tower runs as one chain where it can.
@@ -198,7 +199,7 @@ class FusedMaskHead(FusedPairs):
     """
 
     def __init__(self, module):
-        super().__init__(module, ())
+        super().__init__(module)
         self._run_chain = ChainRunner()
 
     def keep(self, is_norm, is_relu):

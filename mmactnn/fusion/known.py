@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from .base import Fusion
 from .blocks import FusedConvModule, FusedPairs, FusedResidual, Pair
 from .heads import FusedMaskHead, make_dense_head
 from .necks import FusedFPN
@@ -15,7 +16,7 @@ def make_fusion(module):
         module (nn.Module): The module.
 
     Returns:
-        FusedPairs, optional: Not installed; None if there is nothing.
+        Fusion, optional: Not installed; None if there is nothing.
     """
     make = _MAKERS.get(_forward_of(module))
     return None if make is None else make(module)
@@ -27,7 +28,7 @@ def is_fused(module):
     Args:
         module (nn.Module): The module.
     """
-    return isinstance(vars(module).get('forward'), FusedPairs)
+    return isinstance(vars(module).get('forward'), Fusion)
 
 
 def _forward_of(module):

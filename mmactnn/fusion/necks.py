@@ -4,14 +4,14 @@ from torch import nn
 
 from ..models.fpn import LayeredFPN, run_each, run_fpn
 from ..ops import source_of_input
-from .blocks import FusedPairs
+from .base import Fusion
 from .chain import ChainRunner, Layers, count_large
 from .watched import is_watched
 
 _CONV_MODULE = 'mmcv.cnn.bricks.conv_module', 'ConvModule'
 
 
-class FusedFPN(FusedPairs):
+class FusedFPN(Fusion):
     """The ``FPN`` of MMDetection and MMSegmentation.
 
     The convolutions of its inputs run as one chain where these are small, and
@@ -22,7 +22,7 @@ class FusedFPN(FusedPairs):
     """
 
     def __init__(self, module):
-        super().__init__(module, ())
+        super().__init__(module)
         self._run_laterals = SideBySide()
         self._run_outputs = SideBySide()
         self._known = set(module._modules)

@@ -1,12 +1,13 @@
 """Residual blocks that follow one another and run as one."""
 
 from ..ops import source_of_input
-from .blocks import FusedPairs, FusedResidual
+from .base import Fusion
+from .blocks import FusedResidual
 from .chain import ChainRunner, count_large
 from .watched import has_hooks
 
 
-class FusedStage(FusedPairs):
+class FusedStage(Fusion):
     """An ``nn.Sequential`` of residual blocks.
 
     The blocks are fused by themselves; this runs as many of the last ones as
@@ -18,7 +19,7 @@ class FusedStage(FusedPairs):
     """
 
     def __init__(self, module, blocks):
-        super().__init__(module, ())
+        super().__init__(module)
         # By the index of the first block.
         self._chains = {}
         self._blocks = blocks
