@@ -118,10 +118,21 @@ def test_inputs_that_want_gradients(device, calls):
     assert torch.allclose(*grads, atol=1e-3, rtol=1e-3)
 
 
-def test_a_shortcut_that_is_no_convolution(device, calls):
+@pytest.mark.parametrize(
+    'shortcut',
+    [
+        nn.AvgPool2d(3, 1, 1),
+        nn.Sequential(nn.BatchNorm2d(16), nn.Identity()),
+        nn.Sequential(nn.BatchNorm2d(16), nn.BatchNorm2d(16)),
+        nn.Sequential(nn.AvgPool2d(3, 1, 1), nn.BatchNorm2d(16)),
+    ],
+    ids=['pool', 'norm', 'norms', 'pool and norm'],
+)
+def test_a_shortcut_that_is_no_convolution(shortcut, device, calls):
     block, stock, x = make_frozen('mmdet bottleneck', device)
+    shortcut = freeze(copy.deepcopy(shortcut)).to(device)
     for module in (block, stock):
-        module.downsample = nn.AvgPool2d(3, 1, 1)
+        module.downsample = copy.deepcopy(shortcut)
     with exact_numerics():
         assert torch.allclose(block(x), stock(x), atol=1e-4, rtol=1e-4)
     assert len(calls) == 3

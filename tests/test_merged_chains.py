@@ -20,6 +20,11 @@ def make_stage(depth=3):
     return ResLayer(Bottleneck, 16, 8, depth, stride=2).train()
 
 
+ANCHORS = dict(
+    type='AnchorGenerator', scales=[4], ratios=[1.0], strides=[8, 16]
+)
+
+
 def make_retina_head(**kwargs):
     from mmdet.models.dense_heads import RetinaHead
 
@@ -29,12 +34,7 @@ def make_retina_head(**kwargs):
         8,
         stacked_convs=2,
         feat_channels=8,
-        anchor_generator=dict(
-            type='AnchorGenerator',
-            scales=[4],
-            ratios=[1.0],
-            strides=[8, 16],
-        ),
+        anchor_generator=ANCHORS,
         **kwargs,
     )
     return head.train()
@@ -47,12 +47,7 @@ def make_rpn_head(**kwargs):
     head = RPNHead(
         8,
         feat_channels=8,
-        anchor_generator=dict(
-            type='AnchorGenerator',
-            scales=[4],
-            ratios=[1.0],
-            strides=[8, 16],
-        ),
+        anchor_generator=ANCHORS,
         **kwargs,
     )
     return head.train()

@@ -227,12 +227,12 @@ class FusedResidual(FusedPairs):
         relu, shortcut = modules['relu'], x
         downsample = modules.get('downsample')
         if downsample is not None:
-            pairs = self._shortcut()
-            if pairs and len(downsample) == 2 and not is_watched(downsample):
-                ((conv, norm),) = pairs
-                shortcut = finish_frozen(conv(x), conv, norm, None)
-            else:
+            pair = _conv_and_norm(downsample)
+            if pair is None:
                 shortcut = downsample(x)
+            else:
+                conv, norm = pair
+                shortcut = finish_frozen(conv(x), conv, norm, None)
         for name, norm, _ in self.pairs:
             conv = modules[name]
             x = finish_frozen(conv(x), conv, modules[norm], relu)
@@ -253,10 +253,10 @@ class FusedResidual(FusedPairs):
         downsample = self.module._modules.get('downsample')
         if downsample is None:
             return self._main_layers(source, source, first)
-        pairs = self._shortcut()
-        if len(pairs) != 1 or len(downsample) != 2 or is_watched(downsample):
+        pair = _conv_and_norm(downsample)
+        if pair is None:
             return None
-        shortcut = Layers(*pairs[0], None, source)
+        shortcut = Layers(*pair, None, source)
         return [shortcut, *self._main_layers(source, first, first + 1)]
 
     def _main_layers(self, source, added, first):
@@ -273,9 +273,9 @@ class FusedResidual(FusedPairs):
         downsample = self.module._modules.get('downsample')
         if downsample is None:
             return x
-        pairs = self._shortcut()
-        if pairs and len(downsample) == 2 and not is_watched(downsample):
-            layers = Layers(*pairs[0], None, source_of_input(0))
+        pair = _conv_and_norm(downsample)
+        if pair is not None:
+            layers = Layers(*pair, None, source_of_input(0))
             outputs = self._run_shortcut_chain([layers], [x])
             if outputs is not None:
                 return outputs[0]
@@ -308,6 +308,19 @@ class FusedResidual(FusedPairs):
             for conv, norm in zip([None, *layers], layers)
             if isinstance(norm, nn.modules.batchnorm._BatchNorm)
         ]
+
+
+def _conv_and_norm(shortcut):
+    """What a shortcut is made of, if that is what it is made of.
+
+    None also if somebody looks at it.
+    """
+    if not isinstance(shortcut, nn.Sequential) or is_watched(shortcut):
+        return None
+    layers = tuple(shortcut._modules.values())
+    classes = nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm
+    fits = len(layers) == 2 and all(map(isinstance, layers, classes))
+    return layers if fits else None
 
 
 def _join(norm, relu, conv):

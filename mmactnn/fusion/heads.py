@@ -69,8 +69,7 @@ class FusedRetinaHead(Fusion):
     def keep(self, is_norm, is_relu):
         """See the base class."""
         convs = [*self.module.cls_convs, *self.module.reg_convs]
-        fused = [c for c in convs if is_relu(getattr(c, 'activate', None))]
-        return self if convs and len(fused) == len(convs) else None
+        return self if _are_rectified(convs, is_relu) else None
 
     def __call__(self, feats):
         """See ``RetinaHead``."""
@@ -100,6 +99,12 @@ class FusedRetinaHead(Fusion):
         for module in tower:
             x = module(x)
         return x
+
+
+def _are_rectified(convs, is_relu):
+    """Whether there are ``ConvModule``, and each ends with a ReLU."""
+    relus = [getattr(conv, 'activate', None) for conv in convs]
+    return bool(relus) and all(map(is_relu, relus))
 
 
 def _tower_layers(tower):
@@ -204,9 +209,7 @@ class FusedMaskHead(Fusion):
 
     def keep(self, is_norm, is_relu):
         """See the base class."""
-        convs = list(self.module.convs)
-        fused = [c for c in convs if is_relu(getattr(c, 'activate', None))]
-        return self if convs and len(fused) == len(convs) else None
+        return self if _are_rectified(self.module.convs, is_relu) else None
 
     def __call__(self, x):
         """See ``FCNMaskHead``."""

@@ -56,7 +56,8 @@ class SideBySide:
 
     def __call__(self, convs, inputs):
         """See :func:`mmactnn.models.fpn.run_each`; the largest is first."""
-        alone = count_large(inputs)
+        # A part of an nn.ModuleList would be a module of its own.
+        convs, alone = list(convs), count_large(inputs)
         rest = inputs[alone:]
         del inputs[alone:]
         outputs = run_each(convs[:alone], inputs)

@@ -157,10 +157,8 @@ class Encoding(NamedTuple):
 
     @property
     def tensors(self):
-        """int: How many tensors are kept."""
-        if self.kind is Kept.NOTHING:
-            return 0
-        return 4 if self.kind in (Kept.ROWS, Kept.SPLIT) else 2
+        """int: How many tensors the op makes of an input."""
+        return 4 if self.kind is Kept.ROWS else 2
 
 
 # Of an input that has codes already, or that no convolution reads.
