@@ -110,6 +110,39 @@ def run_chain(inputs, links, layers, formats=ops.NOT_ENCODED):
     )
 
 
+def run_backward(
+    grads,
+    made,
+    links,
+    layers,
+    needs=None,
+    needs_inputs=(True,),
+    observed=False,
+):
+    """Of all parameters, unless ``needs`` says otherwise.
+
+    ``made`` are codes and formats of the inputs, what is kept, and layouts.
+    """
+    codes, formats, kept, layouts = made
+    parameters, _ = flatten(layers)
+    if needs is None:
+        needs = [p is not None for p in parameters]
+    return ops.conv_chain_backward(
+        grads,
+        codes,
+        formats,
+        parameters,
+        kept,
+        layouts,
+        make_plan(links, len(layers)),
+        needs,
+        needs_inputs,
+        True,
+        observed,
+        torch.float32,
+    )
+
+
 @pytest.mark.parametrize('channels_last', [False, True])
 @pytest.mark.parametrize(
     'dtype', [torch.float32, torch.float16, torch.bfloat16]
@@ -278,19 +311,13 @@ def test_gradients_are_those_of_what_is_decoded(kind, strided, device):
             g.contiguous(memory_format=torch.channels_last) for g in grads
         ]
     parameters, _ = flatten(layers)
-    found = ops.conv_chain_backward(
+    found = run_backward(
         grads,
-        codes,
-        formats,
-        parameters,
-        kept,
-        layouts,
-        make_plan(links, 3),
-        [p is not None for p in parameters],
-        [True, True],
-        True,
-        True,
-        torch.float32,
+        (codes, formats, kept, layouts),
+        links,
+        layers,
+        needs_inputs=[True, True],
+        observed=True,
     )
     layout = inputs[0].shape, inputs[0].stride(), torch.float32
     expected = [0] * len(parameters)
@@ -345,19 +372,8 @@ def test_gradients_of_links_that_branch_and_join(device):
     with exact_numerics():
         outputs, codes, kept, layouts = run_chain([x], links, layers, format)
         grads = [torch.randn_like(output) for output in outputs]
-        found = ops.conv_chain_backward(
-            grads,
-            codes,
-            format,
-            parameters,
-            kept,
-            layouts,
-            make_plan(links, len(layers)),
-            [p is not None for p in parameters],
-            [True],
-            True,
-            False,
-            torch.float32,
+        found = run_backward(
+            grads, (codes, format, kept, layouts), links, layers
         )
     leaf = x.double().requires_grad_()
     leaves = [
@@ -396,19 +412,13 @@ def test_what_is_not_wanted_is_not_computed():
     format = ops.Encoding(ops.Kept.PLAIN, 2, GROUP_SIZE)
     (output,), codes, kept, layouts = run_chain([x], links, [layer], format)
     for needs in ([True, False], [False, True], [False, False]):
-        grads = ops.conv_chain_backward(
+        grads = run_backward(
             [output],
-            codes,
-            format,
-            layer[0],
-            kept,
-            layouts,
-            make_plan(links, 1),
-            [*needs, False, False],
-            [False],
-            True,
-            False,
-            torch.float32,
+            (codes, format, kept, layouts),
+            links,
+            [layer],
+            needs=[*needs, False, False],
+            needs_inputs=[False],
         )
         wanted = [False, False, *needs, False, False]
         assert [g is not None for g in grads] == wanted
@@ -420,19 +430,8 @@ def test_outputs_without_gradients():
     format = ops.Encoding(ops.Kept.PLAIN, 2, GROUP_SIZE)
     outputs, codes, kept, layouts = run_chain([x], links, layers, format)
     parameters, _ = flatten(layers)
-    grads = ops.conv_chain_backward(
-        [outputs[0], None],
-        codes,
-        format,
-        parameters,
-        kept,
-        layouts,
-        make_plan(links, len(layers)),
-        [p is not None for p in parameters],
-        [True],
-        True,
-        False,
-        torch.float32,
+    grads = run_backward(
+        [outputs[0], None], (codes, format, kept, layouts), links, layers
     )
     # But for those of the last layer alone.
     assert [g is not None for g in grads[2:-4]] == [
@@ -529,19 +528,8 @@ def test_errors_of_the_backward_pass():
         layouts=layouts,
         needs=(True, True, False, False),
     ):
-        return ops.conv_chain_backward(
-            grads,
-            codes,
-            formats,
-            layer[0],
-            kept,
-            layouts,
-            make_plan(links, 1),
-            needs,
-            [True],
-            True,
-            False,
-            torch.float32,
+        return run_backward(
+            grads, (codes, formats, kept, layouts), links, [layer], needs
         )
 
     run()
