@@ -24,6 +24,7 @@
 #include "channel_index.h"
 #include "code_floats.h"
 #include "launch.h"
+#include "output_table.h"
 #include "packed_block.h"
 
 namespace mmactnn {
@@ -65,6 +66,8 @@ struct Affine {
   ChannelIndex channels;
   // Pieces that a thread decodes one after the other are of the same channels.
   bool repeats;
+  // A block is of one channel or of two.
+  bool planes;
 
   // Weight and bias of elements, the last one's again past their end.
   template <int kItems>
@@ -114,7 +117,10 @@ template <typename T, int kBits, int kItems>
 class SplitDecoder {
  public:
   static constexpr int kRanges = 2;
+  static constexpr bool kHasTable = kTabled<T, kBits>;
   using Parameters = Affine;
+
+  static bool in_planes(const Affine& affine) { return affine.planes; }
 
   __device__ __forceinline__ SplitDecoder(const Affine& affine, int bits)
       : affine_(affine), bits_(bits) {}
@@ -169,6 +175,7 @@ template <typename T, int kBits, int kItems>
 class ZeroedDecoder {
  public:
   static constexpr int kRanges = 1;
+  static constexpr bool kHasTable = false;
   using Parameters = NoParameters;
 
   __device__ __forceinline__ ZeroedDecoder(const NoParameters&, int bits)
@@ -262,47 +269,142 @@ __device__ __forceinline__ uint32_t load_range(const uint32_t* ranges,
   return ranges[group * Decoder::kRanges + Decoder::kRanges - 1];
 }
 
-// Tensors of whole groups only, aligned ones: blocks are at their places
-// whatever rows they are in.
+// A piece of a tensor of whole groups only, an aligned one: pieces are at their
+// places whatever rows they are in.
 template <typename T, int kBits, typename Decoder>
-__global__ void __launch_bounds__(kThreads)
+struct CodedPiece {
+  static constexpr int kItems = kPieceItems<T>;
+  static constexpr int kPerBlock = kBlock / kItems;
+
+  CodeWord<kBits> word;  // its first code is the lowest
+  uint32_t range;
+
+  static __device__ __forceinline__ uint32_t count(const Decode<T>& op) {
+    return op.blocks * kPerBlock;
+  }
+  static __device__ __forceinline__ Elements elements(const Decode<T>& op,
+                                                      uint32_t piece) {
+    const uint32_t block = piece / kPerBlock;
+    const uint32_t row = op.by_row_blocks.quotient(block);
+    const uint32_t place = block - row * op.by_row_blocks.divisor;
+    return {place * kBlock + piece % kPerBlock * kItems, kItems};
+  }
+
+  __device__ __forceinline__ void load(const Decode<T>& op, uint32_t piece) {
+    const uint32_t block = piece / kPerBlock;
+    word = load_word<kBits>(op.codes + static_cast<int64_t>(block) * kBits,
+                            kBits) >>
+           (piece % kPerBlock * kItems * kBits);
+    range = load_range<Decoder>(op.ranges, block >> op.group_shift);
+  }
+};
+
+// Decodes those pieces of a thread whose bits in `others` are set, however
+// their codes may be.
+template <typename T, int kBits, typename Decoder>
+__device__ __forceinline__ void decode_others(
+    const Decode<T>& op, const typename Decoder::Parameters& parameters,
+    uint32_t first, uint32_t others) {
+  using Piece = CodedPiece<T, kBits, Decoder>;
+#pragma unroll 1
+  for (; others != 0u; others &= others - 1u) {
+    const uint32_t piece = first + (__ffs(others) - 1) * kThreads;
+    Piece coded;
+    coded.load(op, piece);
+    Decoder decoder(parameters, kBits);
+    decoder.begin([&] { return Piece::elements(op, piece); });
+    PackedBlock<T, Piece::kItems> packed;
+    decode_any<T, kBits>(decoder, coded.word, Range::unpack(coded.range), kBits,
+                         packed);
+    packed.store(op.output + static_cast<int64_t>(piece) * Piece::kItems);
+  }
+}
+
+// The thread blocks that a multiprocessor has registers for, at least: reads
+// that are under way together take many.
+template <typename T>
+constexpr int kDecodeResident = sizeof(T) == 2 ? 5 : 1;
+
+template <typename T, int kBits, typename Decoder>
+__global__ void __launch_bounds__(kThreads, kDecodeResident<T>)
     dequantize_whole_kernel(const Decode<T> op,
                             const typename Decoder::Parameters parameters) {
-  constexpr int kItems = kPieceItems<T>;
-  constexpr int kPerBlock = kBlock / kItems;
+  using Piece = CodedPiece<T, kBits, Decoder>;
   const uint32_t first = blockIdx.x * (kThreads * kDecodedPieces) + threadIdx.x;
-  CodeWord<kBits> word[kDecodedPieces];
-  uint32_t range[kDecodedPieces];
+  const uint32_t last = Piece::count(op) - 1u;
+  Piece pieces[kDecodedPieces];
+  // Without a branch, which would wait for what is read in it.
 #pragma unroll
   for (int p = 0; p < kDecodedPieces; ++p) {
-    const uint32_t piece = first + p * kThreads;
-    const uint32_t block = piece / kPerBlock;
-    if (block >= op.blocks) continue;
-    word[p] = load_word<kBits>(op.codes + static_cast<int64_t>(block) * kBits,
-                               kBits) >>
-              (piece % kPerBlock * kItems * kBits);
-    range[p] = load_range<Decoder>(op.ranges, block >> op.group_shift);
+    pieces[p].load(op, min(first + p * kThreads, last));
   }
   Decoder decoder(parameters, kBits);
   const uint32_t integer = opaque_integer_float(op.blocks);
+  uint32_t others = 0;
 #pragma unroll
   for (int p = 0; p < kDecodedPieces; ++p) {
     const uint32_t piece = first + p * kThreads;
-    const uint32_t block = piece / kPerBlock;
-    if (block >= op.blocks) continue;
-    decoder.begin([&] {
-      const uint32_t row = op.by_row_blocks.quotient(block);
-      const uint32_t place = block - row * op.by_row_blocks.divisor;
-      return Elements{place * kBlock + piece % kPerBlock * kItems, kItems};
-    });
-    PackedBlock<T, kItems> packed;
-    const Range unpacked = Range::unpack(range[p]);
-    if (!decode_plainly<T, kBits>(decoder, word[p], unpacked, integer,
-                                  packed)) {
-      decode_any<T, kBits>(decoder, word[p], unpacked, kBits, packed);
+    if (piece > last) continue;
+    decoder.begin([&] { return Piece::elements(op, piece); });
+    PackedBlock<T, Piece::kItems> packed;
+    if (decode_plainly<T, kBits>(decoder, pieces[p].word,
+                                 Range::unpack(pieces[p].range), integer,
+                                 packed)) {
+      packed.store(op.output + static_cast<int64_t>(piece) * Piece::kItems);
+    } else {
+      others |= 1u << p;
     }
-    packed.store(op.output + static_cast<int64_t>(piece) * kItems);
   }
+  decode_others<T, kBits, Decoder>(op, parameters, first, others);
+}
+
+// The same of split codes by an OutputTable; Affine::planes.
+template <typename T, int kBits>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_planes_kernel(const Decode<T> op, const Affine affine) {
+  using Decoder = SplitDecoder<T, kBits, kBlock>;
+  using Piece = CodedPiece<T, kBits, Decoder>;
+  using Table = OutputTable<T, kBits>;
+  const uint32_t first = blockIdx.x * (kThreads * kDecodedPieces) + threadIdx.x;
+  const uint32_t last = Piece::count(op) - 1u;
+  Piece pieces[kDecodedPieces];
+  ChannelIndex::Place place[kDecodedPieces];
+  float weight[kDecodedPieces];
+  float bias[kDecodedPieces];
+#pragma unroll
+  for (int p = 0; p < kDecodedPieces; ++p) {
+    const uint32_t piece = min(first + p * kThreads, last);
+    pieces[p].load(op, piece);
+    place[p] = affine.channels.of(Piece::elements(op, piece).first);
+    weight[p] = load_channel(affine.weight, place[p].channel, kNoWeight);
+    bias[p] = load_channel(affine.bias, place[p].channel, kNoBias);
+  }
+  // The compiler would put reads off until there are more registers.
+  __syncwarp();
+  uint32_t others = 0;
+#pragma unroll
+  for (int p = 0; p < kDecodedPieces; ++p) {
+    const Range range = Range::unpack(pieces[p].range);
+    const Table table(range, weight[p], bias[p]);
+    bool plain = table.plain();
+    PackedBlock<T> packed = table.outputs(pieces[p].word);
+    if (place[p].left < kBlock) {
+      const uint32_t next = place[p].channel + 1u;
+      const Table second(range, load_channel(affine.weight, next, kNoWeight),
+                         load_channel(affine.bias, next, kNoBias));
+      plain = plain && second.plain();
+      packed.replace(static_cast<int>(place[p].left),
+                     second.outputs(pieces[p].word));
+    }
+    const uint32_t piece = first + p * kThreads;
+    if (piece > last) continue;
+    if (plain) {
+      packed.store(op.output + static_cast<int64_t>(piece) * kBlock);
+    } else {
+      others |= 1u << p;
+    }
+  }
+  decode_others<T, kBits, Decoder>(op, affine, first, others);
 }
 
 // Any tensor, codes of any width.
@@ -400,6 +502,14 @@ void decode_into(const Tensor& codes, const Tensor& ranges, Tensor& output,
         const int64_t pieces = blocks * (kBlock / kItems);
         const auto grid = static_cast<unsigned int>(
             (pieces + kPerGridBlock - 1) / kPerGridBlock);
+        if constexpr (Decoder::kHasTable) {
+          if (Decoder::in_planes(parameters)) {
+            dequantize_planes_kernel<T, kBits>
+                <<<grid, kThreads, 0, stream>>>(op, parameters);
+            check_launch();
+            continue;
+          }
+        }
         if constexpr (kBits == kAnyBits) {
           dequantize_kernel<T, Decoder>
               <<<grid, kThreads, 0, stream>>>(op, parameters);
@@ -433,8 +543,9 @@ Tensor dequantize_split(Tensor codes, Tensor ranges,
   const bool repeats =
       index.vectorized && geometry.row_numel % kBlock == 0 &&
       kThreads * 16 / output.element_size() % channels.count == 0;
+  const bool planes = !channels.last && channels.plane >= kBlock;
   decode_into<SplitDecoder>(codes, ranges, output, geometry, bits,
-                            Affine{weights, biases, index, repeats});
+                            Affine{weights, biases, index, repeats, planes});
   return output;
 }
 

@@ -48,6 +48,18 @@ struct PackedBlock {
     }
   }
 
+  // Takes the numbers from `begin` on from another block; of a 16-bit dtype.
+  __device__ __forceinline__ void replace(int begin, const PackedBlock& other) {
+    static_assert(kPerWord == 2);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const uint32_t mask = begin <= 2 * w       ? 0xFFFFFFFFu
+                            : begin == 2 * w + 1 ? 0xFFFF0000u
+                                                 : 0u;
+      word[w] = (word[w] & ~mask) | (other.word[w] & mask);
+    }
+  }
+
   __device__ __forceinline__ void load(const T* source) {
 #pragma unroll
     for (int w = 0; w < kWords; w += 4) {
@@ -138,12 +150,24 @@ __device__ __forceinline__ CodeWord<kBits> pack_sums(const uint32_t* sums,
     const uint32_t high = pairs[0] >> 16 | pairs[1] >> 16 << (2 * kBits);
     return low | static_cast<uint64_t>(high) << (4 * kBits);
   } else {
-    uint64_t word = 0;
+    // The same, of codes and what is above them wherever these are.
+    const int shift = 16 - fraction;
+    const uint32_t above = kIntegerFloat << shift >> 16;
+    const uint32_t excess = above * 0x10001u * (1u + (1u << bits));
+    uint32_t pairs[2];
 #pragma unroll
-    for (int i = kBlock - 1; i >= 0; --i) {
-      word = (word << bits) | (sums[i] >> fraction & max_code_of(kMaxBits));
+    for (int w = 0; w < 2; ++w) {
+      const uint32_t* two = sums + 2 * w;
+      const uint32_t first =
+          __byte_perm(two[0] << shift, two[4] << shift, 0x7632);
+      const uint32_t second =
+          __byte_perm(two[1] << shift, two[5] << shift, 0x7632);
+      pairs[w] = first + (second << bits) - excess;
     }
-    return word;
+    const uint32_t low = (pairs[0] & 0xFFFFu) | (pairs[1] & 0xFFFFu)
+                                                    << (2 * bits);
+    const uint32_t high = pairs[0] >> 16 | pairs[1] >> 16 << (2 * bits);
+    return low | static_cast<uint64_t>(high) << (4 * bits);
   }
 }
 

@@ -14,6 +14,7 @@ SHAPES = (
     (3, 8, 16, 16),
     (2, 5, 7, 7),
     (2, 16, 5, 7),
+    (2, 64, 3, 5),  # of whole groups, which end inside of channels
     (3, 3),
     (2, 6, 11),
     (1, 4, 3, 5, 7),
@@ -132,6 +133,26 @@ def test_decodes_as_specified(mode, shape, dtype, channels_last, device):
         if x.numel():
             assert found.stride() == x.stride()
         assert_same_bits(found.cpu() + 0.0, expected + 0.0)
+
+
+@pytest.mark.parametrize('dtype', DTYPES[1:], ids=str)
+@pytest.mark.parametrize('bits', [2, 3, 4])
+def test_outputs_beyond_the_dtype(bits, dtype, device):
+    tensors = make((2, 64, 3, 5), dtype, False, device=device)
+    x, weight, bias = tensors[0], *tensors[4:]
+    # In every third channel: neighbours, which share blocks, are not.
+    weight[::3] *= torch.finfo(dtype).max
+    mode = next(m for m in MODES if MODES[m] == (True, False, bits, 0))
+    _, codes, ranges, *_ = run(ops.norm_act, tensors, mode)
+    arguments = codes, ranges, weight, bias
+    layout = x.shape, x.stride(), dtype, bits, 64
+    found = ops.dequantize_split(*arguments, *layout)
+    expected = reference.dequantize_split(
+        *(a.cpu() for a in arguments), *layout
+    )
+    # What is infinite in float32 stays so, and the rest is clamped.
+    assert (found.abs() >= torch.finfo(dtype).max).any()
+    assert_same_bits(found.cpu() + 0.0, expected + 0.0)
 
 
 @pytest.mark.parametrize('group_size', ops.GROUP_SIZES)
