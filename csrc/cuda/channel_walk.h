@@ -46,13 +46,9 @@ struct Splits {
 // multiprocessor in all.
 inline Splits make_splits(int64_t total, int64_t step, int64_t across,
                           int blocks, int device) {
-  int processors = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(
-      &processors, cudaDevAttrMultiProcessorCount, device);
-  STD_TORCH_CHECK(error == cudaSuccess, "mmactnn: ", cudaGetErrorString(error));
   const int64_t steps = (total + step - 1) / step;
   const int64_t wanted =
-      std::max(int64_t{blocks} * processors / across, INT64_C(1));
+      std::max(int64_t{blocks} * processor_count(device) / across, INT64_C(1));
   const int64_t per_split =
       std::min((steps + wanted - 1) / wanted, kMaxPieces / step);
   const int64_t size = per_split * step;

@@ -16,10 +16,11 @@
 namespace mmactnn {
 namespace {
 
-// Of every multiprocessor: few, because each makes the constants of all
-// channels; they are in shared memory.
-constexpr int kFrozenBlocks = 8;
+// Whose constants fit into shared memory.
 constexpr int64_t kMaxChannels = 4096;
+
+// Elements that the threads of a thread block take side by side.
+constexpr int64_t kAcross = int64_t{kThreads} * kBlock;
 
 template <typename T>
 struct FrozenNorm {
@@ -32,129 +33,144 @@ struct FrozenNorm {
   float eps;
   bool relu;
   ChannelIndex channels;
-  uint32_t rows;
-  uint32_t row_numel;
+  int64_t rows;
+  int64_t row_numel;
   bool vectorized;
-};
 
-// What is known of the blocks of a tensor.
-enum class FrozenShape {
-  kPlanes,   // whole ones, each of one channel
-  kColumns,  // whole ones, and a thread's are of the same channels
-  kAny,
-};
+  __device__ __forceinline__ FrozenChannel channel(uint32_t c) const {
+    return FrozenChannel::of(mean[c], var[c], eps,
+                             load_channel(weight, c, kNoWeight),
+                             load_channel(bias, c, kNoBias));
+  }
 
-template <typename T, FrozenShape kShape, bool kFull>
-__device__ __forceinline__ void run_block(const FrozenNorm<T>& op,
-                                          const FrozenChannel* constants,
-                                          const FrozenChannel* own,
-                                          int64_t base, uint32_t start,
-                                          int count) {
-  T values[kBlock];
-  T residual[kBlock];
-  load_block<T, kFull>(op.values + base, count, values);
-  if (op.residual != nullptr) {
-    load_block<T, kFull>(op.residual + base, count, residual);
-  }
-  ChannelIndex::Place place{};
-  FrozenChannel constant{};
-  if constexpr (kShape != FrozenShape::kColumns) {
-    place = op.channels.of(start);
-    constant = constants[place.channel];
-  }
+  // `constant(i)` is that of element `i` of the block.
+  template <bool kFull, typename Constant>
+  __device__ __forceinline__ void run(int64_t base, int count,
+                                      const Constant& constant) const {
+    T block[kBlock];
+    T added[kBlock];
+    load_block<T, kFull>(values + base, count, block);
+    if (residual != nullptr) {
+      load_block<T, kFull>(residual + base, count, added);
+    }
 #pragma unroll
-  for (int i = 0; i < kBlock; ++i) {
-    if constexpr (kShape == FrozenShape::kColumns) constant = own[i];
-    float value = constant.apply(Number<T>::load(values[i]));
-    if (op.residual != nullptr) {
-      value = add(value, Number<T>::load(residual[i]));
+    for (int i = 0; i < kBlock; ++i) {
+      float value = constant(i).apply(Number<T>::load(block[i]));
+      if (residual != nullptr) {
+        value = add(value, Number<T>::load(added[i]));
+      }
+      block[i] = Number<T>::store(relu ? rectify(value) : value);
     }
-    values[i] = Number<T>::store(op.relu ? rectify(value) : value);
-    if constexpr (kShape == FrozenShape::kAny) {
-      place = op.channels.next(place);
-      constant = constants[place.channel];
-    }
+    store_block<T, kFull>(values + base, count, block);
   }
-  store_block<T, kFull>(op.values + base, count, values);
+};
+
+// How threads go over a tensor of whole blocks so that all blocks of a thread
+// are of the same channels: side by side over `width` elements, a thread block
+// for each `width` of the first ones, then `stride` further.
+struct FrozenWalk {
+  int64_t width;
+  int64_t stride;
+  int64_t end;
+};
+
+// kChannels: those of a block, all of its elements' or one.
+template <typename T, int kChannels>
+__global__ void __launch_bounds__(kThreads)
+    frozen_walk_kernel(const FrozenNorm<T> op, const FrozenWalk walk) {
+  const int64_t start = blockIdx.x * kAcross + threadIdx.x * kBlock;
+  if (start >= walk.width) return;
+  FrozenChannel own[kChannels];
+  if constexpr (kChannels == kBlock) {
+    // kAcross is a multiple of the channels.
+    const uint32_t first = op.channels.of(threadIdx.x * kBlock).channel;
+    const ChannelWords<> mean(op.mean + first);
+    const ChannelWords<> var(op.var + first);
+    const ChannelWords<> weight(op.weight + first);
+    const ChannelWords<> bias(op.bias + first);
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      own[i] = FrozenChannel::of(mean.item[i], var.item[i], op.eps,
+                                 weight.item[i], bias.item[i]);
+    }
+  } else {
+    own[0] = op.channel(op.channels.of(static_cast<uint32_t>(start)).channel);
+  }
+  for (int64_t base = blockIdx.y * walk.width + start; base < walk.end;
+       base += walk.stride) {
+    op.template run<true>(base, kBlock,
+                          [&](int i) { return own[i % kChannels]; });
+  }
 }
 
-template <typename T, FrozenShape kShape>
+// Any tensor. A thread block makes the constants of all channels first.
+template <typename T>
 __global__ void __launch_bounds__(kThreads)
     frozen_norm_kernel(const FrozenNorm<T> op) {
   extern __shared__ FrozenChannel constants[];
   for (uint32_t c = threadIdx.x; c < op.channels.channels; c += kThreads) {
-    constants[c] = FrozenChannel::of(op.mean[c], op.var[c], op.eps,
-                                     load_channel(op.weight, c, kNoWeight),
-                                     load_channel(op.bias, c, kNoBias));
+    constants[c] = op.channel(c);
   }
   __syncthreads();
-  const uint32_t begin = (blockIdx.x * kThreads + threadIdx.x) * kBlock;
-  FrozenChannel own[kBlock];
-  if constexpr (kShape == FrozenShape::kColumns) {
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      own[i] = constants[begin % op.channels.channels + i];
-    }
-  }
-  const uint32_t step = gridDim.x * kThreads * kBlock;
-  for (uint32_t row = blockIdx.y; row < op.rows; row += gridDim.y) {
-    const int64_t first = static_cast<int64_t>(row) * op.row_numel;
-    for (uint32_t start = begin; start < op.row_numel; start += step) {
-      const uint32_t left = op.row_numel - start;
-      if (kShape != FrozenShape::kAny || (op.vectorized && left >= kBlock)) {
-        run_block<T, kShape, true>(op, constants, own, first + start, start,
-                                   kBlock);
+  for (int64_t row = blockIdx.y; row < op.rows; row += gridDim.y) {
+    for (int64_t start = blockIdx.x * kAcross + threadIdx.x * kBlock;
+         start < op.row_numel; start += gridDim.x * kAcross) {
+      ChannelIndex::Place place = op.channels.of(static_cast<uint32_t>(start));
+      const auto constant = [&](int) {
+        const FrozenChannel own = constants[place.channel];
+        place = op.channels.next(place);
+        return own;
+      };
+      const int64_t base = row * op.row_numel + start;
+      const int64_t left = op.row_numel - start;
+      if (op.vectorized && left >= kBlock) {
+        op.template run<true>(base, kBlock, constant);
       } else {
-        run_block<T, kShape, false>(
-            op, constants, own, first + start, start,
-            static_cast<int>(min(left, uint32_t{kBlock})));
+        op.template run<false>(
+            base, left < kBlock ? static_cast<int>(left) : kBlock, constant);
       }
     }
   }
 }
 
-template <typename T>
-FrozenShape shape_of(const FrozenNorm<T>& op, const Channels& channels) {
-  if (!op.vectorized) return FrozenShape::kAny;
-  if (!channels.last) {
-    return channels.plane % kBlock == 0 ? FrozenShape::kPlanes
-                                        : FrozenShape::kAny;
-  }
-  // A thread goes on by a multiple of this.
-  constexpr int64_t kStep = int64_t{kThreads} * kBlock;
-  return channels.count % kBlock == 0 && kStep % channels.count == 0
-             ? FrozenShape::kColumns
-             : FrozenShape::kAny;
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// As many thread blocks as there are `steps` for a thread block that takes
+// kSteps, but so many of them that all multiprocessors are busy.
+int64_t count_blocks(int64_t steps, int64_t across, int device) {
+  // Few enough for the constants to cost little, and for the last thread
+  // blocks not to run alone.
+  constexpr int64_t kSteps = 8;
+  constexpr int64_t kBlocks = 16;  // for each multiprocessor
+  const int64_t busy = ceil_divide(kBlocks * processor_count(device), across);
+  return std::min(std::max(ceil_divide(steps, kSteps), busy), steps);
 }
 
 template <typename T>
-void launch(const FrozenNorm<T>& op, FrozenShape shape, int device,
+void launch(const FrozenNorm<T>& op, const Channels& channels, int device,
             cudaStream_t stream) {
-  int processors = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(
-      &processors, cudaDevAttrMultiProcessorCount, device);
-  STD_TORCH_CHECK(error == cudaSuccess, "mmactnn: ", cudaGetErrorString(error));
-  const int64_t wanted = int64_t{processors} * kFrozenBlocks;
-  constexpr int64_t kPerThreads = int64_t{kThreads} * kBlock;
-  const int64_t across =
-      std::min((op.row_numel + kPerThreads - 1) / kPerThreads, wanted);
-  const int64_t along = std::min<int64_t>(
-      {op.rows, (wanted + across - 1) / across, int64_t{65535}});
-  const dim3 grid(static_cast<unsigned int>(across),
-                  static_cast<unsigned int>(along));
-  const size_t bytes = op.channels.channels * sizeof(FrozenChannel);
-  switch (shape) {
-    case FrozenShape::kPlanes:
-      frozen_norm_kernel<T, FrozenShape::kPlanes>
-          <<<grid, kThreads, bytes, stream>>>(op);
-      break;
-    case FrozenShape::kColumns:
-      frozen_norm_kernel<T, FrozenShape::kColumns>
-          <<<grid, kThreads, bytes, stream>>>(op);
-      break;
-    case FrozenShape::kAny:
-      frozen_norm_kernel<T, FrozenShape::kAny>
-          <<<grid, kThreads, bytes, stream>>>(op);
+  const int64_t across = ceil_divide(op.row_numel, kAcross);
+  const int64_t numel = op.rows * op.row_numel;
+  const auto grid = [](int64_t x, int64_t y) {
+    return dim3(static_cast<unsigned int>(x),
+                static_cast<unsigned int>(std::min<int64_t>(y, 65535)));
+  };
+  if (op.vectorized && !channels.last && channels.plane % kBlock == 0) {
+    const dim3 blocks = grid(across, count_blocks(op.rows, across, device));
+    frozen_walk_kernel<T, 1><<<blocks, kThreads, 0, stream>>>(
+        op, {op.row_numel, blocks.y * op.row_numel, numel});
+  } else if (op.vectorized && op.channels.vectorized &&
+             kAcross % channels.count == 0) {
+    // Rows do not matter: all begin with the same channel.
+    const dim3 blocks =
+        grid(count_blocks(ceil_divide(numel, kAcross), 1, device), 1);
+    frozen_walk_kernel<T, kBlock><<<blocks, kThreads, 0, stream>>>(
+        op, {numel, blocks.x * kAcross, numel});
+  } else {
+    const dim3 blocks = grid(across, count_blocks(op.rows, across, device));
+    frozen_norm_kernel<T>
+        <<<blocks, kThreads, channels.count * sizeof(FrozenChannel), stream>>>(
+            op);
   }
   check_launch();
 }
@@ -167,8 +183,6 @@ void frozen_norm_act_(Tensor input, std::optional<Tensor> residual, Tensor mean,
   if (channels.numel() == 0) return;
   STD_TORCH_CHECK(channels.count <= kMaxChannels, "there may be at most ",
                   kMaxChannels, " channels, got ", channels.count);
-  STD_TORCH_CHECK(channels.rows <= kMaxIndex, "there may be at most ",
-                  kMaxIndex, " samples, got ", channels.rows);
   const int device = input.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   dispatch_dtype(input.scalar_type(), [&](auto type) {
@@ -178,19 +192,24 @@ void frozen_norm_act_(Tensor input, std::optional<Tensor> residual, Tensor mean,
     const bool vectorized = is_aligned(values, 16) &&
                             channels.row_numel() % kBlock == 0 &&
                             (others == nullptr || is_aligned(others, 16));
-    const FrozenNorm<T> op{values,
-                           others,
-                           static_cast<const float*>(mean.const_data_ptr()),
-                           static_cast<const float*>(var.const_data_ptr()),
-                           static_cast<const float*>(data_or_null(weight)),
-                           static_cast<const float*>(data_or_null(bias)),
-                           static_cast<float>(eps),
-                           relu,
-                           index_channels(channels, {}),
-                           static_cast<uint32_t>(channels.rows),
-                           static_cast<uint32_t>(channels.row_numel()),
-                           vectorized};
-    launch(op, shape_of(op, channels), device, current_stream(device));
+    const auto* means = static_cast<const float*>(mean.const_data_ptr());
+    const auto* vars = static_cast<const float*>(var.const_data_ptr());
+    const auto* weights = static_cast<const float*>(data_or_null(weight));
+    const auto* biases = static_cast<const float*>(data_or_null(bias));
+    const FrozenNorm<T> op{
+        values,
+        others,
+        means,
+        vars,
+        weights,
+        biases,
+        static_cast<float>(eps),
+        relu,
+        index_channels(channels, {means, vars, weights, biases}),
+        channels.rows,
+        channels.row_numel(),
+        vectorized};
+    launch(op, channels, device, current_stream(device));
   });
 }
 

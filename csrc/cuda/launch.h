@@ -35,6 +35,14 @@ inline void check_launch() {
                   cudaGetErrorString(error));
 }
 
+inline int processor_count(int device) {
+  int processors = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(
+      &processors, cudaDevAttrMultiProcessorCount, device);
+  STD_TORCH_CHECK(error == cudaSuccess, "mmactnn: ", cudaGetErrorString(error));
+  return processors;
+}
+
 template <typename T>
 struct Number;
 

@@ -45,6 +45,7 @@ SIZES = [
     (2, 6, 11),
     (2, 4, 3, 5, 7),
     (2, 1030, 2, 3),
+    (300, 32, 24, 24),  # threads of a GPU go on from block to block
 ]
 
 
