@@ -568,7 +568,9 @@ Tensor max_pool2d_backward(Tensor grad_output, Tensor indices,
     };
     constexpr int32_t kStride = StemWindow::kStride;
     if (!is_stem(pool)) return launch(Constant<1>{}, 1, 1, gather_kernel<T>);
-    if (has_lines<T, StemWindow>(pool, target, source, index_bytes)) {
+    // Two pairs of float32 are as wide a word as a thread needs.
+    if (sizeof(T) == 2 &&
+        has_lines<T, StemWindow>(pool, target, source, index_bytes)) {
       return launch(Constant<1>{}, kStride, kBlock,
                     line_gather_kernel<T, StemWindow>);
     }
