@@ -33,6 +33,11 @@ constexpr size_t kBuffers = 3;  // running mean and variance, count of batches
 // Of the output, of any convolution.
 constexpr std::array<int64_t, kMaxDims> kNoPadding{};
 
+// Bytes of the input of a convolution from which on its two gradients are
+// computed one after the other: a call more, which is short beside the kernels
+// for tensors of this size, and the input need not live beside its gradient.
+constexpr int64_t kLarge = int64_t{16} << 20;
+
 // A tensor of these strides; a copy only if they differ.
 Tensor with_strides(const Tensor& tensor, Sizes strides) {
   const auto sizes = tensor.sizes();
@@ -285,8 +290,7 @@ class Backward {
       undo_follower(i, grad, needs_conv);
       if (!needs_conv) continue;
       if (observed_ && i == 0) first = grad;
-      const std::optional<Tensor> grad_x =
-          undo_conv(link, grad, decode_source(link.source), needs_x);
+      const std::optional<Tensor> grad_x = undo_conv(link, grad, needs_x);
       if (grad_x) add_grad(link.source, *grad_x);
     }
   }
@@ -379,14 +383,43 @@ class Backward {
                                     link.bits, link.group_size));
   }
 
+  // The gradients of a convolution, of which some are needed; returns that of
+  // its input.
   std::optional<Tensor> undo_conv(const Link& link, const Tensor& grad,
-                                  const Tensor& x, bool needs_x) {
+                                  bool needs_x) {
+    const int64_t* need = &needs_[link.layer * kParameters];
+    const bool needs_weight = need[0] != 0, needs_bias = need[1] != 0;
+    if (needs_weight || needs_bias) {
+      // That of a bias alone reads it, too, on a CPU.
+      const Tensor x = decode_source(link.source);
+      const bool all = !needs_x || x.numel() * x.element_size() < kLarge;
+      const std::optional<Tensor> grad_x = convolution_backward(
+          link, grad, x, {needs_x && all, needs_weight, needs_bias});
+      if (all) return grad_x;
+    }
+    return convolution_backward(link, grad, hollow_source(link),
+                                {true, false, false});
+  }
+
+  // What a convolution read, for ops that use nothing of it but its shape. Its
+  // memory is that of the weight: a tensor must have some.
+  Tensor hollow_source(const Link& link) const {
+    const size_t i = link.source.index();
+    const Layout& layout = link.source.is_input() ? layouts_[i] : layout_of(i);
+    const Tensor& weight = *parameters_[link.layer * kParameters];
+    return torch::stable::from_blob(const_cast<void*>(weight.const_data_ptr()),
+                                    layout.sizes, layout.strides,
+                                    weight.device(), dtype_);
+  }
+
+  std::optional<Tensor> convolution_backward(const Link& link,
+                                             const Tensor& grad,
+                                             const Tensor& x,
+                                             std::array<bool, 3> wanted) {
     const size_t first = link.layer * kParameters;
-    const int64_t* need = &needs_[first];
     const int64_t channels = grad.size(1);
     std::optional<Sizes> bias_sizes;
-    if (need[1] != 0) bias_sizes = Sizes(&channels, 1);
-    const std::array<bool, 3> wanted{needs_x, need[0] != 0, need[1] != 0};
+    if (wanted[2]) bias_sizes = Sizes(&channels, 1);
     const auto [grad_x, grad_weight, grad_bias] = call<Tensor, Tensor, Tensor>(
         "aten::convolution_backward", grad, x, *parameters_[first], bias_sizes,
         link.stride, link.padding, link.dilation, false,
@@ -394,7 +427,7 @@ class Backward {
         torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3));
     if (wanted[1]) add_parameter_grad(first, grad_weight);
     if (wanted[2]) add_parameter_grad(first + 1, grad_bias);
-    if (!needs_x) return std::nullopt;
+    if (!wanted[0]) return std::nullopt;
     return grad_x;
   }
 

@@ -20,10 +20,9 @@ _CONVS = (QConv1d, QConv2d, QConv3d)
 
 # Up to this size of the input of a convolution. A chain saves time on the
 # host, which GPUs wait for at tensors smaller than this, and costs memory: the
-# gradients of its outputs live until the backward pass is through, and a
-# convolution's two gradients are computed in one call. All inputs that it
-# keeps, and all of several outputs, are no larger either.
-_MAX_BYTES = 192 * MIB
+# gradients of its outputs live until the backward pass is through. All inputs
+# that it keeps, and all of several outputs, are no larger either.
+_MAX_BYTES = 96 * MIB
 
 # What prepare() and the rest here depend on, of a layer and its settings. Read
 # at every call, hence by what takes the least time.

@@ -440,6 +440,23 @@ def test_outputs_without_gradients():
     assert grads[-4:] == [None] * 4
 
 
+def peak_bytes(function):
+    """Most bytes of the CPU's memory that a function holds at once."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # each has workspaces of its own
+    try:
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            function()
+    finally:
+        torch.set_num_threads(threads)
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == '[memory]':
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
 def test_outputs_are_released():
     """What only the chain reads does not live until it ends."""
     x = torch.randn(2, 8, 256, 256)
@@ -448,15 +465,72 @@ def test_outputs_are_released():
         for i in range(16)
     ]
     layer = make_layer(8, (1, 1), ops.Follows.RELU, torch.float32, 'cpu')
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        run_chain([x], links, [layer])
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == '[memory]':
-            live += event.nbytes()
-            peak = max(peak, live)
+    peak = peak_bytes(lambda: run_chain([x], links, [layer]))
     # One that is read, one that is written, and codes of all.
     assert 2 * x.nbytes <= peak < 5 * x.nbytes
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('needs_weight', [False, True])
+def test_large_inputs(needs_weight, channels_last, device):
+    """The gradients of large inputs are computed on their own."""
+    x = torch.randn(3, 64, 160, 160, device=device)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    follows = ops.Follows.NOTHING
+    layer = make_layer(8, (3, 3), follows, x.dtype, device, groups=8)
+    layer[0][0] = torch.randn(8, 8, 3, 3, device=device)
+    geometry = ((1, 1), (1, 1), (1, 1), 8)
+    links = [make_link(follows, geometry=geometry)]
+    format = ops.Encoding(ops.Kept.PLAIN, 2, GROUP_SIZE)
+    weight, bias = layer[0][:2]
+    with exact_numerics():
+        (output,), codes, kept, layouts = run_chain(
+            [x], links, [layer], format
+        )
+        grad = torch.randn_like(output)
+        found = run_backward(
+            [grad],
+            (codes, format, kept, layouts),
+            links,
+            [layer],
+            needs=[needs_weight, True, False, False],
+        )
+        decoded = ops.dequantize(
+            *codes, x.shape, x.stride(), x.dtype, 2, GROUP_SIZE
+        )
+        expected = torch.ops.aten.convolution_backward.default(
+            grad,
+            decoded,
+            weight,
+            [8],
+            *geometry[:3],
+            False,
+            [0, 0],
+            8,
+            [True, True, True],
+        )
+    assert found[1] is None
+    assert found[0].stride() == x.stride()
+    wanted = (expected[0], expected[1] if needs_weight else None, expected[2])
+    for tensor, value in zip((found[0], *found[2:]), wanted):
+        if value is None:
+            assert tensor is None
+        else:
+            torch.testing.assert_close(tensor, value, rtol=1e-4, atol=1e-3)
+
+
+def test_large_inputs_do_not_live_beside_their_gradients():
+    x = torch.randn(2, 64, 192, 192)
+    follows = ops.Follows.NOTHING
+    layer = make_layer(8, (1, 1), follows, torch.float32, 'cpu')
+    layer[0][0] = torch.randn(8, 64, 1, 1)
+    links = [make_link(follows)]
+    format = ops.Encoding(ops.Kept.PLAIN, 2, GROUP_SIZE)
+    (output,), codes, kept, layouts = run_chain([x], links, [layer], format)
+    made = codes, format, kept, layouts
+    peak = peak_bytes(lambda: run_backward([output], made, links, [layer]))
+    assert x.nbytes <= peak < 1.5 * x.nbytes
 
 
 def test_errors():
