@@ -55,11 +55,10 @@ struct Share {
   PackedBlock<T> blocks[kBlocksPerThread];
 };
 
-// Reads a group and finds its extent. All threads of a warp call it together.
+// Begins to read a group; nothing waits for it here.
 template <int kGroup, typename T>
-__device__ __forceinline__ Extent load_group(const T* source, int count,
-                                             int lane, bool vectorized,
-                                             Share<T>& share) {
+__device__ __forceinline__ void load_group(const T* source, int count, int lane,
+                                           bool vectorized, Share<T>& share) {
   constexpr int kLanes = kLanesPerGroup<kGroup>;
   if (vectorized && count == kGroup) {
 #pragma unroll
@@ -72,6 +71,12 @@ __device__ __forceinline__ Extent load_group(const T* source, int count,
       share.blocks[b].load(source, (b * kLanes + lane) * kBlock, count);
     }
   }
+}
+
+// The extent of a group. All threads of a warp call it together.
+template <int kGroup, typename T>
+__device__ __forceinline__ Extent find_extent(const Share<T>& share) {
+  constexpr int kLanes = kLanesPerGroup<kGroup>;
   PackedBounds<T> packed(share.blocks[0]);
 #pragma unroll
   for (int b = 0; b < kBlocksPerThread; ++b) packed.include(share.blocks[b]);

@@ -25,13 +25,46 @@
 namespace mmactnn {
 namespace {
 
-// Calls `body` with the width as a Constant: kBits where it is known.
+// The widths from kLeast to kMost, which differ in little but what is written.
+template <int kLeast, int kMost>
+struct Widths {
+  using Word = CodeWord<kMost>;
+  static constexpr bool kOne = kLeast == kMost;
+  static constexpr int kFraction = fraction_bits(max_code_of(kMost));
+  // Whether the sum of a value may exceed that of the highest code.
+  static constexpr bool kClamped = max_code_of(kMost) > kMaxUnclampedCode;
+
+  int any;  // of these
+
+  __device__ __forceinline__ int bits() const { return kOne ? kMost : any; }
+  __device__ __forceinline__ uint32_t max_code() const {
+    return max_code_of(bits());
+  }
+  // The codes of a block from sums of encode_sum().
+  __device__ __forceinline__ Word pack(const uint32_t* sums) const {
+    return pack_sums<kOne ? kMost : kAnyBits>(sums, bits(), kFraction);
+  }
+  // Calls `body` with the width as a Constant.
+  template <typename Body>
+  __device__ __forceinline__ void dispatch(const Body& body) const {
+    if constexpr (kOne) {
+      body(Constant<kMost>{});
+    } else {
+      dispatch_bits(any, body);
+    }
+  }
+};
+
+// Calls `body` with Widths that have this one: with kAnyBits of two kinds, not
+// eight, since a kernel that begins has to read its instructions, too.
 template <int kBits, typename Body>
-__device__ __forceinline__ void with_width(int bits, const Body& body) {
+__device__ __forceinline__ void with_widths(int bits, const Body& body) {
   if constexpr (kBits != kAnyBits) {
-    body(Constant<kBits>{});
+    body(Widths<kBits, kBits>{bits});
+  } else if (bits < kMaxBits) {
+    body(Widths<1, kMaxBits - 1>{bits});
   } else {
-    dispatch_bits(bits, body);
+    body(Widths<kMaxBits, kMaxBits>{bits});
   }
 }
 
@@ -53,10 +86,6 @@ struct GroupCodes {
     return count - (b * kLanes + lane) * kBlock;
   }
   template <int kBits>
-  static __device__ __forceinline__ CodeWord<kBits> pack(const uint32_t* sums) {
-    return pack_sums<kBits>(sums, kBits, fraction_bits(max_code_of(kBits)));
-  }
-  template <int kBits>
   __device__ __forceinline__ void store(int b, CodeWord<kBits> word,
                                         int left) const {
     store_word<kBits>(word, kBits, left, codes + (b * kLanes + lane) * kBits);
@@ -64,18 +93,42 @@ struct GroupCodes {
 };
 
 // kWhole: there is no end of a row in the group.
-template <int kBits, bool kWhole, typename T, int kGroup>
+template <bool kWhole, typename T, int kGroup, typename W>
+__device__ __forceinline__ void store_group(const GroupCodes<T, kGroup>& group,
+                                            const W& widths,
+                                            const typename W::Word* words) {
+  widths.dispatch([&](auto width) {
+    constexpr int kBits = decltype(width)::value;
+    CodeWord<kBits> own[kBlocksPerThread];
+#pragma unroll
+    for (int b = 0; b < kBlocksPerThread; ++b) {
+      own[b] = static_cast<CodeWord<kBits>>(words[b]);
+    }
+    if constexpr (kWhole && kMeet<kBits>) {
+      store_whole_group<kBits, kLanesPerGroup<kGroup>>(own, group.lane,
+                                                       group.codes);
+    } else {
+#pragma unroll
+      for (int b = 0; b < kBlocksPerThread; ++b) {
+        const int left = kWhole ? kBlock : group.left(b);
+        if (!kWhole && left + group.padding <= 0) continue;
+        group.template store<kBits>(b, own[b], left);
+      }
+    }
+  });
+}
+
+template <bool kWhole, typename T, int kGroup, typename W>
 __device__ __forceinline__ void encode_group(const GroupCodes<T, kGroup>& group,
-                                             Range range, PhiloxStream stream) {
+                                             const W& widths, Range range,
+                                             PhiloxStream stream) {
   constexpr int kLanes = kLanesPerGroup<kGroup>;
   constexpr int kHalf = kBlocksPerThread / 2;
   static_assert(half_blocks(kGroup) == kHalf * kLanes);
-  constexpr uint32_t kMaxCode = max_code_of(kBits);
-  constexpr bool kTogether = kWhole && kMeet<kBits>;
-
-  const float scale = encode_scale(range, kMaxCode);
+  const float scale = encode_scale(range, widths.max_code());
+  const uint32_t largest = largest_sum(widths.max_code());
   const uint32_t integer = opaque_integer_float(group.count);
-  CodeWord<kBits> words[kBlocksPerThread];
+  typename W::Word words[kBlocksPerThread];
 #pragma unroll
   for (int p = 0; p < kHalf; ++p) {
     const PhiloxBlock random =
@@ -83,51 +136,46 @@ __device__ __forceinline__ void encode_group(const GroupCodes<T, kGroup>& group,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int b = p + half * kHalf;
-      const int left = kWhole ? kBlock : group.left(b);
-      if (!kWhole && left + group.padding <= 0) continue;
       const BlockBits bits(random, half);
       uint32_t sums[kBlock];
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        sums[i] =
-            encode_sum(group.share.blocks[b].get(i), range.low, scale,
-                       bits.rounding(i, fraction_bits(kMaxCode), integer));
-        if constexpr (kMaxCode > kMaxUnclampedCode) {
-          sums[i] = min(sums[i], largest_sum(kMaxCode));
-        }
+        sums[i] = encode_sum(group.share.blocks[b].get(i), range.low, scale,
+                             bits.rounding(i, W::kFraction, integer));
+        if constexpr (W::kClamped) sums[i] = min(sums[i], largest);
       }
-      words[b] = group.template pack<kBits>(sums);
-      if (!kTogether) group.template store<kBits>(b, words[b], left);
+      words[b] = widths.pack(sums);
     }
   }
-  if constexpr (kTogether) {
-    store_whole_group<kBits, kLanes>(words, group.lane, group.codes);
-  }
+  store_group<kWhole>(group, widths, words);
 }
 
-template <int kBits, typename T, int kGroup>
+template <typename T, int kGroup, typename W>
 __device__ __forceinline__ void encode_special_group(
-    const GroupCodes<T, kGroup>& group, Range range) {
-  constexpr uint32_t kMaxCode = max_code_of(kBits);
+    const GroupCodes<T, kGroup>& group, const W& widths, Range range) {
+  typename W::Word words[kBlocksPerThread];
 #pragma unroll
   for (int b = 0; b < kBlocksPerThread; ++b) {
-    const int left = group.left(b);
-    if (left + group.padding <= 0) continue;
     uint32_t sums[kBlock];
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
-      const uint32_t code =
-          encode_special(group.share.blocks[b].get(i), range, kMaxCode);
-      sums[i] = kIntegerFloat | code << fraction_bits(kMaxCode);
+      const uint32_t code = encode_special(group.share.blocks[b].get(i), range,
+                                           widths.max_code());
+      sums[i] = kIntegerFloat | code << W::kFraction;
     }
-    group.template store<kBits>(b, group.template pack<kBits>(sums), left);
+    words[b] = widths.pack(sums);
   }
+  store_group<false>(group, widths, words);
 }
+
+// The thread blocks that a multiprocessor has registers for, at least.
+template <typename T>
+constexpr int kQuantizeResident = sizeof(T) == 2 ? 5 : 4;
 
 // The width is kBits or, with kAnyBits, what the layout says: one kernel of
 // that kind serves the widths that need no speed, and rows of several widths.
 template <typename T, int kBits, int kGroup>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kQuantizeResident<T>)
     quantize_kernel(const T* __restrict__ input, uint8_t* __restrict__ codes,
                     uint32_t* __restrict__ ranges, Launch launch,
                     CodeLayout layout, CountedStream random,
@@ -137,14 +185,14 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
   const uint32_t index = thread / kLanes;
   const int lane = threadIdx.x % kLanes;
-  // Whole warps stay: load_group() names every lane of the warp.
+  // Whole warps stay: find_extent() names every lane of the warp.
   const bool inside = index < launch.groups;
   const Group group = locate<kGroup>(launch, inside ? index : 0);
-  const RowCodes row = layout.row<kBits>(group.row);
   GroupCodes<T, kGroup> held;
-  held.extent =
-      load_group<kGroup>(input + group.row * launch.row_numel + group.start,
-                         group.count, lane, launch.vectorized, held.share);
+  load_group<kGroup>(input + group.row * launch.row_numel + group.start,
+                     group.count, lane, launch.vectorized, held.share);
+  const RowCodes row = layout.row<kBits>(group.row);
+  held.extent = find_extent<kGroup>(held.share);
   if (!inside || row.bits == 0) return;
   const PhiloxStream stream = random.current();
 
@@ -160,16 +208,15 @@ __global__ void __launch_bounds__(kThreads)
       first_block +
       static_cast<uint64_t>(group.row * launch.row_blocks + group_block);
   held.codes = codes + row.begin + group_block * row.bits;
-  with_width<kBits>(row.bits, [&](auto width) {
-    constexpr int kWidth = decltype(width)::value;
-    const Range range = make_range(held.extent, max_code_of(kWidth));
+  with_widths<kBits>(row.bits, [&](const auto& widths) {
+    const Range range = make_range(held.extent, widths.max_code());
     if (lane == 0) ranges[index] = range.pack();
     if (range.special()) {
-      encode_special_group<kWidth>(held, range);
+      encode_special_group(held, widths, range);
     } else if (group.count == kGroup) {
-      encode_group<kWidth, true>(held, range, stream);
+      encode_group<true>(held, widths, range, stream);
     } else {
-      encode_group<kWidth, false>(held, range, stream);
+      encode_group<false>(held, widths, range, stream);
     }
   });
 }
@@ -261,6 +308,16 @@ __device__ __forceinline__ void decode_group(const uint8_t* source, Range range,
               : clamp_finite(decode(code, range), Number<T>::kLargest);
       if (begin + i < count) target[begin + i] = Number<T>::store(value);
     }
+  }
+}
+
+// Calls `body` with the width as a Constant: kBits where it is known.
+template <int kBits, typename Body>
+__device__ __forceinline__ void with_width(int bits, const Body& body) {
+  if constexpr (kBits != kAnyBits) {
+    body(Constant<kBits>{});
+  } else {
+    dispatch_bits(bits, body);
   }
 }
 

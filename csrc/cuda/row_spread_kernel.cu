@@ -27,9 +27,9 @@ __global__ void __launch_bounds__(kThreads)
   const bool active = index < launch.groups;
   const Group group = locate<kGroup>(launch, active ? index : 0);
   Share<T> share;
-  const Extent extent =
-      load_group<kGroup>(input + group.row * launch.row_numel + group.start,
-                         group.count, lane, launch.vectorized, share);
+  load_group<kGroup>(input + group.row * launch.row_numel + group.start,
+                     group.count, lane, launch.vectorized, share);
+  const Extent extent = find_extent<kGroup>(share);
   if (active && lane == 0) spread[index] = group_spread(extent, group.count);
 }
 
