@@ -23,20 +23,28 @@ SHAPES = ((64, 256, 56, 56), (256, 512, 28, 28))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def median_ms(function, repeats=50, warmup=10):
+def median_ms(function, written, repeats=50, warmup=10):
     """Median time of a call on the GPU, in milliseconds.
 
-    The cache is flushed between calls, as it is between layers.
+    Before a call the cache holds nothing that the call reads, as between
+    layers, and as much that waits to be written to memory as the call itself
+    will leave there: what writes little would otherwise be charged for what
+    was written before, up to the size of the cache.
 
     Args:
         function (Callable): What is measured.
+        written (int): Bytes that it writes.
         repeats (int, optional): Calls that count. Defaults to 50.
         warmup (int, optional): Calls before. Defaults to 10.
     """
-    cache = torch.empty(2**28, dtype=torch.uint8, device='cuda')
+    others = torch.zeros(2**26, dtype=torch.int32, device='cuda')
+    largest = torch.empty((), dtype=torch.int32, device='cuda')
+    cache_size = torch.cuda.get_device_properties().L2_cache_size
+    waiting = others.new_empty(min(written, cache_size), dtype=torch.uint8)
     times = []
     for i in range(warmup + repeats):
-        cache.zero_()
+        torch.amax(others, dim=0, out=largest)
+        waiting.zero_()
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         start.record()
@@ -58,11 +66,12 @@ def measure(shape, dtype, channels_last):
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     y = torch.empty_like(x)
-    copy = 2 * x.nbytes / median_ms(lambda: y.copy_(x)) / 1e6
+    copy = 2 * x.nbytes / median_ms(lambda: y.copy_(x), y.nbytes) / 1e6
 
-    def row(name, nbytes, function):
-        time = median_ms(function)
-        rate = nbytes / time / 1e6
+    def row(name, read, written, function):
+        read, written = (sum(t.nbytes for t in ts) for ts in (read, written))
+        time = median_ms(function, written)
+        rate = (read + written) / time / 1e6
         return dict(
             kernel=name,
             shape=list(shape),
@@ -75,44 +84,92 @@ def measure(shape, dtype, channels_last):
         )
 
     for bits in ops.VALID_BITS:
-        codes, ranges = ops.quantize(x, bits, seed=1)
-        nbytes = x.nbytes + codes.nbytes + ranges.nbytes
+        payload = ops.quantize(x, bits, seed=1)
         quantize = functools.partial(ops.quantize, x, bits, seed=1)
         dequantize = functools.partial(
-            ops.dequantize, codes, ranges, x.shape, x.stride(), dtype, bits
+            ops.dequantize, *payload, x.shape, x.stride(), dtype, bits
         )
-        yield row(f'quantize {bits} bit', nbytes, quantize)
-        yield row(f'dequantize {bits} bit', nbytes, dequantize)
+        yield row(f'quantize {bits} bit', [x], payload, quantize)
+        yield row(f'dequantize {bits} bit', payload, [x], dequantize)
+    yield from measure_rows(x, row)
+    running = [torch.zeros(x.shape[1], device='cuda') for _ in range(2)]
+    stats = functools.partial(ops.channel_stats, x, 1e-5, 0.1, *running)
+    yield row('channel stats', [x], [], stats)
+    yield from measure_norm_grads(x, row)
+    yield from measure_norms(x, row)
+    overwritten = torch.zeros_like(x)
+    constants = (torch.ones(x.shape[1], device='cuda'),) * 4
+    for name, residual in (('', None), (' add', x)):
+        frozen = functools.partial(
+            ops.frozen_norm_act_, overwritten, residual, *constants, 1e-5, True
+        )
+        read = [x] if residual is None else [x, residual]
+        yield row(f'frozen norm{name} relu', read, [x], frozen)
+    mask = ops.relu_mask(x)[1]
+    yield row('relu forward', [x], [x, mask], lambda: ops.relu_mask(x))
+    in_place = functools.partial(ops.relu_mask_, y)
+    yield row('relu forward in place', [x], [x, mask], in_place)
+    backward = functools.partial(ops.relu_mask_backward, x, mask)
+    yield row('relu backward', [x, mask], [x], backward)
+    yield from measure_relu_codes(x, row)
+    yield row('dropout', [x], [x], lambda: ops.dropout(x, 0.1, seed=1))
+    pooled, indices, format = ops.max_pool2d(x, 3, 2, 1)
+    forward = functools.partial(ops.max_pool2d, x, 3, 2, 1)
+    yield row('max pool forward', [x], [pooled, indices], forward)
+    backward = functools.partial(
+        ops.max_pool2d_backward, pooled, indices, format
+    )
+    yield row('max pool backward', [pooled, indices], [x], backward)
+
+
+def measure_rows(x, row):
+    """Measure what gives samples codes of different widths.
+
+    Args:
+        x (Tensor[N, *]): On the GPU.
+        row (Callable): Makes a row of the result, see :func:`measure`.
+
+    Yields:
+        dict: One row of the result.
+    """
     spread = ops.row_spread(x)
-    yield row('row spread', x.nbytes, functools.partial(ops.row_spread, x))
+    measure_spread = functools.partial(ops.row_spread, x)
+    yield row('row spread', [x], [spread], measure_spread)
     total = 2 * len(x)
     split = functools.partial(ops.split_bits, spread, total)
-    yield row('split bits', 9 * len(x), split)
+    yield row('split bits', [spread], split(), split)
     # All of 2 bits, to compare with the kernel of that width, and all widths.
     plain = torch.full((len(x),), 2, device='cuda')
     mixed = torch.arange(len(x), device='cuda') % 8 + 1
     for name, bits in (('2 bit', plain), ('1 to 8 bit', mixed)):
         total = int(bits.sum())
         widths = (bits.byte(), (bits.cumsum(0) - bits).int())
-        codes, ranges = ops.quantize_rows(x, *widths, total, seed=1)
-        nbytes = x.nbytes + codes.nbytes + ranges.nbytes
         quantize = functools.partial(
             ops.quantize_rows, x, *widths, total, seed=1
         )
+        payload = quantize()
         dequantize = functools.partial(
             ops.dequantize_rows,
-            codes,
-            ranges,
+            *payload,
             *widths,
             x.shape,
             x.stride(),
-            dtype,
+            x.dtype,
         )
-        yield row(f'quantize rows of {name}', nbytes, quantize)
-        yield row(f'dequantize rows of {name}', nbytes, dequantize)
-    running = [torch.zeros(x.shape[1], device='cuda') for _ in range(2)]
-    stats = functools.partial(ops.channel_stats, x, 1e-5, 0.1, *running)
-    yield row('channel stats', x.nbytes, stats)
+        yield row(f'quantize rows of {name}', [x], payload, quantize)
+        yield row(f'dequantize rows of {name}', payload, [x], dequantize)
+
+
+def measure_norm_grads(x, row):
+    """Measure the backward pass of normalisations from codes.
+
+    Args:
+        x (Tensor[N, C, *]): On the GPU.
+        row (Callable): Makes a row of the result, see :func:`measure`.
+
+    Yields:
+        dict: One row of the result.
+    """
     vector = torch.ones(x.shape[1], device='cuda')
     vectors = vector, torch.stack([vector, vector])
     for bits in (2, 3, 4):
@@ -124,45 +181,21 @@ def measure(shape, dtype, channels_last):
             ('norm relu', True, split_ranges),
         ):
             format = dict(bits=bits, group_size=256, relu=relu)
-            nbytes = x.nbytes + codes.nbytes + pair.nbytes
+            read = [x, codes, pair]
             sums = functools.partial(
                 ops.norm_grad_sums, x, codes, pair, **format
             )
-            yield row(f'{name} grad sums {bits} bit', nbytes, sums)
+            yield row(f'{name} grad sums {bits} bit', read, [], sums)
             grad_input = functools.partial(
                 ops.norm_grad_input, x, codes, pair, *vectors, **format
             )
             name = f'{name} grad input {bits} bit'
-            yield row(name, nbytes + x.nbytes, grad_input)
-        nbytes = 2 * x.nbytes + 2 * codes.nbytes + ranges.nbytes
+            yield row(name, read, [x], grad_input)
         add_sums = functools.partial(
             ops.norm_add_grad_sums, x, codes, ranges, codes, bits, bits, 256
         )
-        yield row(f'norm add relu grad sums {bits} bit', nbytes, add_sums)
-    yield from measure_norms(x, row)
-    overwritten, constants = torch.zeros_like(x), (vector,) * 4
-    for name, residual in (('', None), (' add', x)):
-        frozen = functools.partial(
-            ops.frozen_norm_act_, overwritten, residual, *constants, 1e-5, True
-        )
-        nbytes = (2 if residual is None else 3) * x.nbytes
-        yield row(f'frozen norm{name} relu', nbytes, frozen)
-    mask = ops.relu_mask(x)[1]
-    nbytes = 2 * x.nbytes + mask.nbytes
-    yield row('relu forward', nbytes, lambda: ops.relu_mask(x))
-    yield row('relu forward in place', nbytes, lambda: ops.relu_mask_(y))
-    yield row('relu backward', nbytes, lambda: ops.relu_mask_backward(x, mask))
-    yield from measure_relu_codes(x, row)
-    nbytes = 2 * x.nbytes
-    yield row('dropout', nbytes, lambda: ops.dropout(x, 0.1, seed=1))
-    pooled, indices, format = ops.max_pool2d(x, 3, 2, 1)
-    nbytes = x.nbytes + pooled.nbytes + indices.nbytes
-    yield row('max pool forward', nbytes, lambda: ops.max_pool2d(x, 3, 2, 1))
-    yield row(
-        'max pool backward',
-        nbytes,
-        lambda: ops.max_pool2d_backward(pooled, indices, format),
-    )
+        name = f'norm add relu grad sums {bits} bit'
+        yield row(name, [x, codes, codes, ranges], [x], add_sums)
 
 
 def measure_norms(x, row):
@@ -184,24 +217,22 @@ def measure_norms(x, row):
     for bits, (name, add, relu) in itertools.product((2, 3, 4, 8), modes):
         arguments = (add, mean, scale, scale, bias, relu, bits, bits)
         forward = functools.partial(ops.norm_act, x, *arguments, seed=1)
-        output, codes, ranges, act_codes, act_ranges = forward()
-        payload = codes.nbytes + ranges.nbytes
-        act_payload = act_codes.nbytes + act_ranges.nbytes
-        moved = x.nbytes + output.nbytes + payload + act_payload
-        moved += 0 if add is None else add.nbytes
-        yield row(f'norm{name} {bits} bit', moved, forward)
+        output, codes, ranges, *act_payload = forward()
+        read = [x] if add is None else [x, add]
+        written = [output, codes, ranges, *act_payload]
+        yield row(f'norm{name} {bits} bit', read, written, forward)
         if add is not None:
             decode = functools.partial(
-                ops.dequantize_zeroed, act_codes, act_ranges, *like, bits
+                ops.dequantize_zeroed, *act_payload, *like, bits
             )
-            moved = x.nbytes + act_payload
-            yield row(f'dequantize zeroed {bits} bit', moved, decode)
+            name = f'dequantize zeroed {bits} bit'
+            yield row(name, act_payload, [output], decode)
         elif relu:
             decode = functools.partial(
                 ops.dequantize_split, codes, ranges, scale, bias, *like, bits
             )
-            moved = x.nbytes + payload
-            yield row(f'dequantize split {bits} bit', moved, decode)
+            name = f'dequantize split {bits} bit'
+            yield row(name, [codes, ranges], [output], decode)
 
 
 def measure_relu_codes(x, row):
@@ -218,15 +249,15 @@ def measure_relu_codes(x, row):
     for bits in (2, 3, 4, 8):
         name = f'relu codes {bits} bit'
         arguments = dict(bits=bits, seed=1)
-        _, codes, ranges = ops.relu_codes(x, **arguments)
-        nbytes = 2 * x.nbytes + codes.nbytes + ranges.nbytes
         forward = functools.partial(ops.relu_codes, x, **arguments)
-        yield row(f'{name} forward', nbytes, forward)
+        output, codes, ranges = forward()
+        written = [output, codes, ranges]
+        yield row(f'{name} forward', [x], written, forward)
         # The first call leaves nothing to rectify; the work is the same.
         in_place = functools.partial(ops.relu_codes_, overwritten, **arguments)
-        yield row(f'{name} forward in place', nbytes, in_place)
+        yield row(f'{name} forward in place', [x], written, in_place)
         backward = functools.partial(ops.relu_codes_backward, x, codes, bits)
-        yield row(f'{name} backward', nbytes - ranges.nbytes, backward)
+        yield row(f'{name} backward', [x, codes], [x], backward)
 
 
 def main():
