@@ -226,8 +226,9 @@ class TestGAN:
         nets, plain = make_gan(level, device), make_gan(None, device)
         losses = train_gan(nets, device)
         expected = train_gan(plain, device)
-        # What is compressed is the gradient, not the forward pass.
-        assert losses[0] == expected[0]
+        # What is compressed is the gradient, not the forward pass, whose
+        # kernels for a GPU are not torch's.
+        assert losses[0] == pytest.approx(expected[0], rel=1e-6)
         assert losses != expected
         torch.testing.assert_close(losses, expected, rtol=0.05, atol=0.05)
 
