@@ -25,46 +25,27 @@
 namespace mmactnn {
 namespace {
 
-// The widths from kLeast to kMost, which differ in little but what is written.
-template <int kLeast, int kMost>
-struct Widths {
-  using Word = CodeWord<kMost>;
-  static constexpr bool kOne = kLeast == kMost;
-  static constexpr int kFraction = fraction_bits(max_code_of(kMost));
-  // Whether the sum of a value may exceed that of the highest code.
-  static constexpr bool kClamped = max_code_of(kMost) > kMaxUnclampedCode;
-
-  int any;  // of these
-
-  __device__ __forceinline__ int bits() const { return kOne ? kMost : any; }
-  __device__ __forceinline__ uint32_t max_code() const {
-    return max_code_of(bits());
-  }
-  // The codes of a block from sums of encode_sum().
-  __device__ __forceinline__ Word pack(const uint32_t* sums) const {
-    return pack_sums<kOne ? kMost : kAnyBits>(sums, bits(), kFraction);
-  }
-  // Calls `body` with the width as a Constant.
-  template <typename Body>
-  __device__ __forceinline__ void dispatch(const Body& body) const {
-    if constexpr (kOne) {
-      body(Constant<kMost>{});
-    } else {
-      dispatch_bits(any, body);
-    }
-  }
-};
-
-// Calls `body` with Widths that have this one: with kAnyBits of two kinds, not
-// eight, since a kernel that begins has to read its instructions, too.
+// Calls `body` with the width as a Constant: kBits where it is known.
 template <int kBits, typename Body>
-__device__ __forceinline__ void with_widths(int bits, const Body& body) {
+__device__ __forceinline__ void with_width(int bits, const Body& body) {
   if constexpr (kBits != kAnyBits) {
-    body(Widths<kBits, kBits>{bits});
-  } else if (bits < kMaxBits) {
-    body(Widths<1, kMaxBits - 1>{bits});
+    body(Constant<kBits>{});
   } else {
-    body(Widths<kMaxBits, kMaxBits>{bits});
+    dispatch_bits(bits, body);
+  }
+}
+
+// The same, but kAnyBits for all widths below kMaxBits, which differ in little
+// but what is written: a kernel that begins has to read its instructions, too,
+// those of one width after those of another where rows are sorted by width.
+template <int kBits, typename Body>
+__device__ __forceinline__ void with_encoder(int bits, const Body& body) {
+  if constexpr (kBits != kAnyBits) {
+    body(Constant<kBits>{});
+  } else if (bits == kMaxBits) {
+    body(Constant<kMaxBits>{});
+  } else {
+    body(Constant<kAnyBits>{});
   }
 }
 
@@ -78,6 +59,7 @@ struct GroupCodes {
   int count;    // elements of the group
   int padding;  // elements that may follow the end of the row
   int lane;
+  int bits;
   uint64_t first_block;  // that random bits count from
   uint8_t* codes;
 
@@ -92,43 +74,65 @@ struct GroupCodes {
   }
 };
 
+// How codes of kBits are made; of kAnyBits, of any width below kMaxBits.
+template <int kBits>
+struct Width {
+  static constexpr bool kAny = kBits == kAnyBits;
+  static constexpr int kFraction =
+      kAny ? fraction_bits(max_code_of(kMaxBits - 1))
+           : fraction_bits(max_code_of(kBits));
+  // Whether the sum of a value may exceed that of the highest code.
+  static constexpr bool kClamped =
+      kAny || max_code_of(kBits) > kMaxUnclampedCode;
+
+  int bits;
+
+  explicit __device__ __forceinline__ Width(int any)
+      : bits(kAny ? any : kBits) {}
+  __device__ __forceinline__ uint32_t max_code() const {
+    return max_code_of(bits);
+  }
+  __device__ __forceinline__ CodeWord<kBits> pack(const uint32_t* sums) const {
+    return pack_sums<kBits>(sums, bits, kFraction);
+  }
+};
+
 // kWhole: there is no end of a row in the group.
-template <bool kWhole, typename T, int kGroup, typename W>
+template <int kBits, bool kWhole, typename T, int kGroup>
 __device__ __forceinline__ void store_group(const GroupCodes<T, kGroup>& group,
-                                            const W& widths,
-                                            const typename W::Word* words) {
-  widths.dispatch([&](auto width) {
-    constexpr int kBits = decltype(width)::value;
-    CodeWord<kBits> own[kBlocksPerThread];
+                                            const CodeWord<kBits>* words) {
+  with_width<kBits>(group.bits, [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    CodeWord<kWidth> own[kBlocksPerThread];
 #pragma unroll
     for (int b = 0; b < kBlocksPerThread; ++b) {
-      own[b] = static_cast<CodeWord<kBits>>(words[b]);
+      own[b] = static_cast<CodeWord<kWidth>>(words[b]);
     }
-    if constexpr (kWhole && kMeet<kBits>) {
-      store_whole_group<kBits, kLanesPerGroup<kGroup>>(own, group.lane,
-                                                       group.codes);
+    if constexpr (kWhole && kMeet<kWidth>) {
+      store_whole_group<kWidth, kLanesPerGroup<kGroup>>(own, group.lane,
+                                                        group.codes);
     } else {
 #pragma unroll
       for (int b = 0; b < kBlocksPerThread; ++b) {
         const int left = kWhole ? kBlock : group.left(b);
         if (!kWhole && left + group.padding <= 0) continue;
-        group.template store<kBits>(b, own[b], left);
+        group.template store<kWidth>(b, own[b], left);
       }
     }
   });
 }
 
-template <bool kWhole, typename T, int kGroup, typename W>
+template <int kBits, bool kWhole, typename T, int kGroup>
 __device__ __forceinline__ void encode_group(const GroupCodes<T, kGroup>& group,
-                                             const W& widths, Range range,
-                                             PhiloxStream stream) {
+                                             Range range, PhiloxStream stream) {
   constexpr int kLanes = kLanesPerGroup<kGroup>;
   constexpr int kHalf = kBlocksPerThread / 2;
   static_assert(half_blocks(kGroup) == kHalf * kLanes);
-  const float scale = encode_scale(range, widths.max_code());
-  const uint32_t largest = largest_sum(widths.max_code());
+  const Width<kBits> width(group.bits);
+  const float scale = encode_scale(range, width.max_code());
+  const uint32_t largest = largest_sum(width.max_code());
   const uint32_t integer = opaque_integer_float(group.count);
-  typename W::Word words[kBlocksPerThread];
+  CodeWord<kBits> words[kBlocksPerThread];
 #pragma unroll
   for (int p = 0; p < kHalf; ++p) {
     const PhiloxBlock random =
@@ -141,31 +145,32 @@ __device__ __forceinline__ void encode_group(const GroupCodes<T, kGroup>& group,
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
         sums[i] = encode_sum(group.share.blocks[b].get(i), range.low, scale,
-                             bits.rounding(i, W::kFraction, integer));
-        if constexpr (W::kClamped) sums[i] = min(sums[i], largest);
+                             bits.rounding(i, width.kFraction, integer));
+        if constexpr (width.kClamped) sums[i] = min(sums[i], largest);
       }
-      words[b] = widths.pack(sums);
+      words[b] = width.pack(sums);
     }
   }
-  store_group<kWhole>(group, widths, words);
+  store_group<kBits, kWhole>(group, words);
 }
 
-template <typename T, int kGroup, typename W>
+template <int kBits, typename T, int kGroup>
 __device__ __forceinline__ void encode_special_group(
-    const GroupCodes<T, kGroup>& group, const W& widths, Range range) {
-  typename W::Word words[kBlocksPerThread];
+    const GroupCodes<T, kGroup>& group, Range range) {
+  const Width<kBits> width(group.bits);
+  CodeWord<kBits> words[kBlocksPerThread];
 #pragma unroll
   for (int b = 0; b < kBlocksPerThread; ++b) {
     uint32_t sums[kBlock];
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
-      const uint32_t code = encode_special(group.share.blocks[b].get(i), range,
-                                           widths.max_code());
-      sums[i] = kIntegerFloat | code << W::kFraction;
+      const uint32_t code =
+          encode_special(group.share.blocks[b].get(i), range, width.max_code());
+      sums[i] = kIntegerFloat | code << width.kFraction;
     }
-    words[b] = widths.pack(sums);
+    words[b] = width.pack(sums);
   }
-  store_group<false>(group, widths, words);
+  store_group<kBits, false>(group, words);
 }
 
 // The thread blocks that a multiprocessor has registers for, at least.
@@ -204,19 +209,22 @@ __global__ void __launch_bounds__(kThreads, kQuantizeResident<T>)
           ? 0
           : static_cast<int>(layout.row_blocks - launch.row_blocks) * kBlock;
   held.lane = lane;
+  held.bits = row.bits;
   held.first_block =
       first_block +
       static_cast<uint64_t>(group.row * launch.row_blocks + group_block);
   held.codes = codes + row.begin + group_block * row.bits;
-  with_widths<kBits>(row.bits, [&](const auto& widths) {
-    const Range range = make_range(held.extent, widths.max_code());
+  with_encoder<kBits>(row.bits, [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    const Range range =
+        make_range(held.extent, Width<kWidth>(row.bits).max_code());
     if (lane == 0) ranges[index] = range.pack();
     if (range.special()) {
-      encode_special_group(held, widths, range);
+      encode_special_group<kWidth>(held, range);
     } else if (group.count == kGroup) {
-      encode_group<true>(held, widths, range, stream);
+      encode_group<kWidth, true>(held, range, stream);
     } else {
-      encode_group<false>(held, widths, range, stream);
+      encode_group<kWidth, false>(held, range, stream);
     }
   });
 }
@@ -308,16 +316,6 @@ __device__ __forceinline__ void decode_group(const uint8_t* source, Range range,
               : clamp_finite(decode(code, range), Number<T>::kLargest);
       if (begin + i < count) target[begin + i] = Number<T>::store(value);
     }
-  }
-}
-
-// Calls `body` with the width as a Constant: kBits where it is known.
-template <int kBits, typename Body>
-__device__ __forceinline__ void with_width(int bits, const Body& body) {
-  if constexpr (kBits != kAnyBits) {
-    body(Constant<kBits>{});
-  } else {
-    dispatch_bits(bits, body);
   }
 }
 
