@@ -36,7 +36,7 @@ constexpr std::array<int64_t, kMaxDims> kNoPadding{};
 // Bytes of the input of a convolution from which on its two gradients are
 // computed one after the other: a call more, which is short beside the kernels
 // for tensors of this size, and the input need not live beside its gradient.
-constexpr int64_t kLarge = int64_t{16} << 20;
+constexpr int64_t kLarge = int64_t{48} << 20;
 
 // A tensor of these strides; a copy only if they differ.
 Tensor with_strides(const Tensor& tensor, Sizes strides) {

@@ -22,7 +22,7 @@ _CONVS = (QConv1d, QConv2d, QConv3d)
 # host, which GPUs wait for at tensors smaller than this, and costs memory: the
 # gradients of its outputs live until the backward pass is through. All inputs
 # that it keeps, and all of several outputs, are no larger either.
-_MAX_BYTES = 96 * MIB
+_MAX_BYTES = 128 * MIB
 
 # What prepare() and the rest here depend on, of a layer and its settings. Read
 # at every call, hence by what takes the least time.
@@ -108,9 +108,14 @@ class ChainRunner:
     Args:
         for_each (bool, optional): Whether the layers, which read one input,
             run for each of the inputs that they get. Defaults to False.
+
+    Attributes:
+        too_large (bool): Whether the last call has run nothing for the sizes
+            of tensors alone.
     """
 
     def __init__(self, for_each=False):
+        self.too_large = False
         self._for_each = for_each
         self._state = None
         self._prepared = None
@@ -130,6 +135,7 @@ class ChainRunner:
             others read, input by input; None if the layers have to run one
             by one, and nothing has happened yet.
         """
+        self.too_large = False
         first = inputs[0]
         lowered = lower_dtype(first)
         dtype = lowered or first.dtype
@@ -148,8 +154,11 @@ class ChainRunner:
         if (
             prepared is None
             or not _go_together(parameters, first, lowered)
-            or not prepared.takes(inputs, dtype, _MAX_BYTES)
+            or not prepared.takes(inputs, dtype)
         ):
+            return None
+        self.too_large = not prepared.fits(inputs, dtype, _MAX_BYTES)
+        if self.too_large:
             return None
         return run_chain(prepared.chain, inputs, parameters, buffers, lowered)
 

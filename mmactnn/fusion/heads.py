@@ -12,7 +12,8 @@ from .watched import has_hooks
 class Levels:
     """Runs the layers of a head with two outputs for each of several levels.
 
-    As one chain for all but the largest.
+    As one chain for all but the largest ones, if these or what is made of
+    them are too large.
     """
 
     def __init__(self):
@@ -36,16 +37,22 @@ class Levels:
         """
         alone = len(feats) if layers is None else count_large(feats)
         outputs = [run_level(x) for x in feats[:alone]]
-        rest = list(feats[alone:])
-        if rest:
+        while alone < len(feats):
+            rest = list(feats[alone:])
             run_chain = self._chains.setdefault(
                 len(rest), ChainRunner(for_each=True)
             )
             flat = run_chain(layers, rest)
+            if run_chain.too_large:
+                # What the levels make is.
+                outputs.append(run_level(rest[0]))
+                alone += 1
+                continue
             if flat is None:
                 outputs += [run_level(x) for x in rest]
             else:
                 outputs += zip(flat[::2], flat[1::2])
+            break
         return tuple(map(list, zip(*outputs)))
 
 

@@ -38,17 +38,14 @@ class Prepared:
             functools.partial(_sizes, tuple(map(tuple, layers)))
         )
 
-    def takes(self, inputs, dtype, max_bytes):
-        """Whether the layers can run on tensors.
+    def takes(self, inputs, dtype):
+        """Whether the layers can run on tensors, if their sizes allow.
 
         Args:
             inputs (Sequence[Tensor[N, C, *]]): The tensors.
             dtype (torch.dtype): What they are about to be cast to.
-            max_bytes (int): Most bytes of the input of a convolution, of all
-                inputs that are kept, and of all outputs where there are
-                several.
         """
-        first, itemsize = inputs[0], dtype.itemsize
+        first = inputs[0]
         for x in inputs[1:]:
             if x.device != first.device or (
                 x.dtype != first.dtype and x.dtype != dtype
@@ -57,19 +54,29 @@ class Prepared:
         # A sum of two dtypes would be of the larger one.
         if any(inputs[n].dtype != dtype for n in self._added):
             return False
-        if not self.chain.observed and any(
+        # Reports are of one layer and one input.
+        return self.chain.observed or not any(
             reader is not None
             and reader.slot is not None
             and reader.slot.observes
             for reader in self.chain.readers
-        ):
-            # Reports are of one layer and one input.
-            return False
+        )
+
+    def fits(self, inputs, dtype, max_bytes):
+        """Whether the layers can run on tensors of these sizes.
+
+        Args:
+            inputs (Sequence[Tensor[N, C, *]]): The tensors.
+            dtype (torch.dtype): What they are about to be cast to.
+            max_bytes (int): Most bytes of the input of a convolution, of all
+                inputs that are kept, and of all outputs where there are
+                several.
+        """
         shapes = tuple([x.shape for x in inputs])
         calls = [shapes] if self._repeats == 1 else zip(shapes)
         kept = made = 0
         for own in calls:
-            sizes = self._sizes(own, itemsize, max_bytes)
+            sizes = self._sizes(own, dtype.itemsize, max_bytes)
             if sizes is None:
                 return False
             kept += sizes[0]

@@ -474,7 +474,7 @@ def test_outputs_are_released():
 @pytest.mark.parametrize('needs_weight', [False, True])
 def test_large_inputs(needs_weight, channels_last, device):
     """The gradients of large inputs are computed on their own."""
-    x = torch.randn(3, 64, 160, 160, device=device)
+    x = torch.randn(3, 64, 264, 264, device=device)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     follows = ops.Follows.NOTHING
@@ -521,7 +521,7 @@ def test_large_inputs(needs_weight, channels_last, device):
 
 
 def test_large_inputs_do_not_live_beside_their_gradients():
-    x = torch.randn(2, 64, 192, 192)
+    x = torch.randn(2, 64, 320, 320)
     follows = ops.Follows.NOTHING
     layer = make_layer(8, (1, 1), follows, torch.float32, 'cpu')
     layer[0][0] = torch.randn(8, 64, 1, 1)
