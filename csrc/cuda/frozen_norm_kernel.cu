@@ -65,16 +65,16 @@ struct FrozenNorm {
   }
 };
 
-// How threads go over a tensor of whole blocks so that all blocks of a thread
-// are of the same channels: side by side over `width` elements, a thread block
-// for each `width` of the first ones, then `stride` further.
+// How threads go over a tensor of whole blocks: they lie side by side over
+// `width` elements, over as many more for each blockIdx.y, and go on by
+// `stride` until `end`. The blocks of a thread are all of the same channels.
 struct FrozenWalk {
   int64_t width;
   int64_t stride;
   int64_t end;
 };
 
-// kChannels: those of a block, all of its elements' or one.
+// kChannels: kBlock, or 1 where a block is of one channel.
 template <typename T, int kChannels>
 __global__ void __launch_bounds__(kThreads)
     frozen_walk_kernel(const FrozenNorm<T> op, const FrozenWalk walk) {

@@ -568,7 +568,7 @@ Tensor max_pool2d_backward(Tensor grad_output, Tensor indices,
     };
     constexpr int32_t kStride = StemWindow::kStride;
     if (!is_stem(pool)) return launch(Constant<1>{}, 1, 1, gather_kernel<T>);
-    // Two pairs of float32 are as wide a word as a thread needs.
+    // The two pairs of a cell of float32 are words wide enough.
     if (sizeof(T) == 2 &&
         has_lines<T, StemWindow>(pool, target, source, index_bytes)) {
       return launch(Constant<1>{}, kStride, kBlock,
