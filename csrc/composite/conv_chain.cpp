@@ -36,6 +36,8 @@ constexpr std::array<int64_t, kMaxDims> kNoPadding{};
 // Bytes of the input of a convolution from which on its two gradients are
 // computed one after the other: a call more, which is short beside the kernels
 // for tensors of this size, and the input need not live beside its gradient.
+// mmactnn/autograd/conv.py does so for single layers, and from a lower size on:
+// a chain is there to spare the host calls.
 constexpr int64_t kLarge = int64_t{48} << 20;
 
 // A tensor of these strides; a copy only if they differ.

@@ -16,6 +16,12 @@ __device__ __forceinline__ uint32_t opaque_integer_float(uint32_t count) {
   return kIntegerFloat ^ (count & 0x80000000u);
 }
 
+// The product is exact, so that the sum rounds once, as decode() does; only
+// beyond the largest number could one tell.
+__device__ __forceinline__ float decode_fused(uint32_t code, Range range) {
+  return __fmaf_rn(static_cast<float>(code), range.step, range.low);
+}
+
 // Whether no code of a group is special or decodes to more than `largest`, so
 // that decode() needs no clamp and may round once: the product is exact.
 __device__ __forceinline__ bool decodes_plainly(Range range, uint32_t max_code,

@@ -35,6 +35,7 @@ inline void check_launch() {
                   cudaGetErrorString(error));
 }
 
+// Multiprocessors of a device.
 inline int processor_count(int device) {
   int processors = 0;
   const cudaError_t error = cudaDeviceGetAttribute(

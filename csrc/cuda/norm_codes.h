@@ -10,6 +10,7 @@
 #include "../common/norm.h"
 #include "../common/rectified_codec.h"
 #include "blocks.h"
+#include "code_floats.h"
 #include "launch.h"
 #include "packed.h"
 #include "packed_block.h"
@@ -37,12 +38,6 @@ struct NormPayload {
   int bits;
   int act_bits;
 };
-
-// The product is exact, so that the sum rounds once, as decode() does; only
-// beyond the largest number could one tell.
-__device__ __forceinline__ float decode_fused(uint32_t code, Range range) {
-  return __fmaf_rn(static_cast<float>(code), range.step, range.low);
-}
 
 // What a thread reads of kItems elements: a block where kItems is 8, else one
 // element that may lie anywhere.

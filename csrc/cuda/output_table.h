@@ -9,6 +9,7 @@
 #include "../common/codec.h"
 #include "../common/norm_act.h"
 #include "../common/rectified_codec.h"
+#include "code_floats.h"
 #include "launch.h"
 #include "packed_block.h"
 
@@ -47,18 +48,13 @@ class OutputTable {
     const auto largest = static_cast<float>(max_split_code(kBits));
     // False for NaN, as are the other comparisons.
     plain_ = multiply(largest, range.step) <= FLT_MAX;
-    PackedBlock<T, kOutputs> table;
     float outputs[kOutputs];
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) {
-      // The product is exact, so that the sum rounds once, as decode() does.
-      const auto code = static_cast<float>(i);
-      outputs[i] = norm.scale(__fmaf_rn(code, range.step, range.low));
+      outputs[i] = norm.scale(decode_fused(i, range));
       plain_ = plain_ && fabsf(outputs[i]) <= Number<T>::kLargest;
     }
-    table.set(outputs);
-#pragma unroll
-    for (int w = 0; w < kOutputs / 2; ++w) pairs_[w] = table.word[w];
+    table_.set(outputs);
   }
 
   // Whether no code is special and no output is beyond the numbers of T.
@@ -79,26 +75,26 @@ class OutputTable {
   __device__ __forceinline__ void choose(uint32_t codes,
                                          uint32_t* words) const {
     const uint32_t bytes = codes_as_bytes<kBits>(codes);
-    // Number n of the two words is in their bytes 2n and 2n + 1.
+    // Number n of two words is in their bytes 2n and 2n + 1.
     constexpr uint32_t kScale = 0x22u;
     constexpr uint32_t kOffset = 0x10101010u;
     if constexpr (kBits == 2) {
       // The outputs of codes that are not positive, 0 and 1, come first.
       const uint32_t selectors = bytes * kScale + kOffset;
-      words[0] = permute(0u, pairs_[0], selectors);
-      words[1] = permute(0u, pairs_[0], selectors >> 16);
+      words[0] = permute(0u, table_.word[0], selectors);
+      words[1] = permute(0u, table_.word[0], selectors >> 16);
     } else {
       constexpr uint32_t kValues = max_split_code(kBits) * 0x01010101u;
       const uint32_t selectors = (bytes & kValues) * kScale + kOffset;
       const uint32_t signs = bytes << (8 - kBits);
-      words[0] = permute(pairs_[0], pairs_[1], selectors) &
+      words[0] = permute(table_.word[0], table_.word[1], selectors) &
                  permute(signs, 0u, 0x9988u);
-      words[1] = permute(pairs_[0], pairs_[1], selectors >> 16) &
+      words[1] = permute(table_.word[0], table_.word[1], selectors >> 16) &
                  permute(signs, 0u, 0xBBAAu);
     }
   }
 
-  uint32_t pairs_[kOutputs / 2];
+  PackedBlock<T, kOutputs> table_;
   bool plain_;
 };
 

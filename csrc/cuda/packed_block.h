@@ -134,23 +134,9 @@ __device__ __forceinline__ CodeWord<kBits> pack_sums(const uint32_t* sums,
           __byte_perm(four[2] << shift, four[3] << shift, 0x0062), 0x5410);
     }
     return words[0] | static_cast<uint64_t>(words[1]) << 32;
-  } else if constexpr (kBits != kAnyBits) {
-    // The same with two codes in each half.
-    constexpr uint32_t kExcess =
-        (kIntegerFloat >> 16) * 0x10001u * (1u + (1u << kBits));
-    uint32_t pairs[2];
-#pragma unroll
-    for (int w = 0; w < 2; ++w) {
-      const uint32_t* two = sums + 2 * w;
-      pairs[w] = __byte_perm(two[0], two[4], 0x7632) +
-                 (__byte_perm(two[1], two[5], 0x7632) << kBits) - kExcess;
-    }
-    const uint32_t low = (pairs[0] & 0xFFFFu) | (pairs[1] & 0xFFFFu)
-                                                    << (2 * kBits);
-    const uint32_t high = pairs[0] >> 16 | pairs[1] >> 16 << (2 * kBits);
-    return low | static_cast<uint64_t>(high) << (4 * kBits);
   } else {
-    // The same, of codes and what is above them wherever these are.
+    // As up to 4 bits, with two codes in each half, which may lie lower than 16
+    // bits up.
     const int shift = 16 - fraction;
     const uint32_t above = kIntegerFloat << shift >> 16;
     const uint32_t excess = above * 0x10001u * (1u + (1u << bits));

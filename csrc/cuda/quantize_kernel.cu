@@ -78,12 +78,11 @@ struct GroupCodes {
 template <int kBits>
 struct Width {
   static constexpr bool kAny = kBits == kAnyBits;
-  static constexpr int kFraction =
-      kAny ? fraction_bits(max_code_of(kMaxBits - 1))
-           : fraction_bits(max_code_of(kBits));
+  static constexpr uint32_t kLargestCode =
+      max_code_of(kAny ? kMaxBits - 1 : kBits);
+  static constexpr int kFraction = fraction_bits(kLargestCode);
   // Whether the sum of a value may exceed that of the highest code.
-  static constexpr bool kClamped =
-      kAny || max_code_of(kBits) > kMaxUnclampedCode;
+  static constexpr bool kClamped = kLargestCode > kMaxUnclampedCode;
 
   int bits;
 

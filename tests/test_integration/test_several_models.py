@@ -226,9 +226,10 @@ class TestGAN:
         nets, plain = make_gan(level, device), make_gan(None, device)
         losses = train_gan(nets, device)
         expected = train_gan(plain, device)
-        # What is compressed is the gradient, not the forward pass, whose
-        # kernels for a GPU are not torch's.
-        assert losses[0] == pytest.approx(expected[0], rel=1e-6)
+        # What is compressed is the gradient, not the forward pass. Kernels of
+        # a GPU add up in another order than torch's.
+        rel = 0 if device.type == 'cpu' else 1e-6
+        assert losses[0] == pytest.approx(expected[0], rel=rel, abs=0)
         assert losses != expected
         torch.testing.assert_close(losses, expected, rtol=0.05, atol=0.05)
 
