@@ -2,7 +2,8 @@
 
 import importlib.util
 
-from .actnn_api import QModule, set_optimization_level
+from .compat import QModule, set_optimization_level
+from .config import LEVELS, Level, Rule, get_level
 from .convert import (
     ConversionReport,
     convert_model,
@@ -34,14 +35,13 @@ from .layers import (
     QSyncBatchNorm,
     QuantizedLayer,
 )
-from .levels import LEVELS, Level, Rule, get_level
 from .memory import ActivationMeter, measure_activations
 from .precision import AdaptivePrecision
 from .random import RoundingGenerator, manual_seed
 from .version import __version__
 
 if importlib.util.find_spec('mmengine') is not None:
-    from . import registry  # noqa: F401  (makes the types known to configs)
+    from .mmlab import registry  # noqa: F401  (makes the types known to configs)
 
 __all__ = [
     'ActivationMeter',

@@ -1,5 +1,6 @@
 """What configs call the compressed layers."""
 
+from .adapters import MODEL_NAMES
 from .layers import (
     QAdaptiveAvgPool2d,
     QAvgPool2d,
@@ -24,7 +25,6 @@ from .layers import (
     QSyncBatchNorm,
     QuantizedLayer,
 )
-from .models import MODEL_NAMES
 
 # Class names first, then the short names in MMCV's manner.
 LAYER_NAMES = {

@@ -1,64 +1,14 @@
-"""Names for configs, in MMEngine's root registries and in our own.
+"""Registry of compressed layers.
 
-Root names resolve as plain ``type='QConv2d'`` under every default scope once
-``mmactnn`` is imported; those of the child registries as
-``type='mmactnn.QConv2d'`` without any import.
+MMEngine imports this module for types of the scope ``mmactnn``; its own
+registries of the package are attributes, so that MMEngine is imported by
+those alone who have it.
 """
 
-import importlib.metadata
-import pkgutil
 
-from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.registry import HOOKS as ROOT_HOOKS
-from mmengine.registry import MODELS as ROOT_MODELS
-from mmengine.registry import Registry
+def __getattr__(name):
+    if name in ('MODELS', 'HOOKS'):
+        from .mmlab import registry
 
-# Whatever our hooks import of MMEngine comes before anything is registered. If
-# MMEngine is itself only half imported (its optimizers import transformers,
-# which may import anything), that fails, and is to leave nothing behind that
-# would be in the way of the next attempt.
-from .hooks import ActNNHook
-from .models import MODEL_NAMES
-from .names import LAYER_NAMES
-
-MODELS = Registry(
-    'model', parent=ROOT_MODELS, scope='mmactnn', locations=['mmactnn.layers']
-)
-HOOKS = Registry(
-    'hook', parent=ROOT_HOOKS, scope='mmactnn', locations=['mmactnn.hooks']
-)
-
-
-def _builder(path):
-    """What builds a class that is not to be imported before."""
-
-    def build(*args, **kwargs):
-        return pkgutil.resolve_name(path)(*args, **kwargs)
-
-    return build
-
-
-for _registry in (ROOT_MODELS, MODELS):
-    for _layer, _names in LAYER_NAMES.items():
-        _registry.register_module(name=list(_names), module=_layer)
-    for _name, _path in MODEL_NAMES.items():
-        _registry.register_module(name=_name, module=_builder(_path))
-for _registry in (ROOT_HOOKS, HOOKS):
-    _registry.register_module(module=ActNNHook)
-
-
-def _name_packages():
-    """Make ``_base_ = 'mmactnn::...'`` and ``'mmseg::...'`` resolve.
-
-    MMEngine looks configs up by the names of distributions in a fixed table.
-    It has no entry for this package, and one for MMSegmentation that does
-    not hold for distributions of other names (``onedl-mmsegmentation``).
-    """
-    MODULE2PACKAGE.setdefault('mmactnn', 'mmactnn')
-    try:
-        importlib.metadata.distribution(MODULE2PACKAGE['mmseg'])
-    except importlib.metadata.PackageNotFoundError:
-        MODULE2PACKAGE['mmseg'] = 'mmseg'
-
-
-_name_packages()
+        return getattr(registry, name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from mmactnn.allocation import allocate_bits
+from mmactnn.precision.allocation import allocate_bits
 
 
 def variance(costs, bits):

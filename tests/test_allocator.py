@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from mmactnn.allocator import require_expandable_segments
+from mmactnn.offload.allocator import require_expandable_segments
 
 NEW, OLD = 'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'
 
@@ -107,7 +107,7 @@ def test_real_process(enabled, used):
         pytest.skip('no GPU is available')
     lines = [
         'import torch',
-        'from mmactnn.allocator import require_expandable_segments',
+        'from mmactnn.offload.allocator import require_expandable_segments',
         'torch.ones(1, device="cuda")' if used else '',
         'require_expandable_segments()',
     ]

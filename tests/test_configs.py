@@ -12,7 +12,7 @@ from support.tools import ROOT
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmactnn
-from mmactnn.analysis.synthetic import drop_pretrained
+from mmactnn.mmlab.synthetic import drop_pretrained
 
 RECIPES = sorted(path.stem for path in CONFIGS.glob('*.py'))
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmactnn import QConv2d, QDropout, convert_model, get_precision
+from mmactnn.codes.payload import share, shared_payload
 from mmactnn.offload import HostSwap
-from mmactnn.payload import share, shared_payload
 
 # What is fused at L3, and no bits that follow what happened before.
 FIXED = dict(base='L2', conv=2, norm=2, rectified=3)

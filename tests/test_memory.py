@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from mmactnn import convert_model, measure_activations
-from mmactnn.memory import MIB
+from mmactnn.memory.meter import MIB
 
 
 def count_saved_bytes(model, run):

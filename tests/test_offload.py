@@ -16,9 +16,9 @@ from support.lagging_transport import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mmactnn.codes.units import MIB
 from mmactnn.offload import HostSwap, attached_swap
 from mmactnn.offload.host_pool import HostPool, default_max_bytes
-from mmactnn.units import MIB
 
 KIB = 2**10
 

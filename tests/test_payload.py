@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmactnn import RoundingGenerator
-from mmactnn.payload import WHOLE, QuantizedTensor, pieces
+from mmactnn.codes.payload import WHOLE, QuantizedTensor, pieces
 
 MIB = 2**20
 

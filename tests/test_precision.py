@@ -24,9 +24,9 @@ from mmactnn import (
     get_precision,
     measure_activations,
     revert_model,
-    sensitivity,
 )
-from mmactnn.payload import QuantizedTensor
+from mmactnn.codes.payload import QuantizedTensor
+from mmactnn.precision import sensitivity
 
 SEEN = ('stem', 'norm', 'body', 'fc')
 

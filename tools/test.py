@@ -6,7 +6,7 @@ from copy import deepcopy
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import METRICS
 
-from mmactnn.launch import (
+from mmactnn.mmlab.launch import (
     add_common_arguments,
     build_runner,
     check_data,

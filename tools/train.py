@@ -4,7 +4,7 @@ import argparse
 
 from mmengine.config import Config
 
-from mmactnn.launch import (
+from mmactnn.mmlab.launch import (
     add_common_arguments,
     build_runner,
     check_data,

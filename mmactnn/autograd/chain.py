@@ -11,8 +11,8 @@ import torch
 from torch.autograd import Function
 
 from .. import ops
+from ..codes.payload import PayloadFormat, QuantizedTensor, share
 from ..ops.layout import dense_rows
-from ..payload import PayloadFormat, QuantizedTensor, share
 from .double_backward import first_order_only
 
 

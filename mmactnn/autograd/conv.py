@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch.autograd import Function
 
-from ..payload import WHOLE, pieces
-from ..units import MIB
+from ..codes.payload import WHOLE, pieces
+from ..codes.units import MIB
 from .autocast import cast, lower_dtype
 from .channels import as_memory_format, dims_but_channels, memory_format
 from .double_backward import first_order_only

@@ -4,7 +4,7 @@ import torch
 from torch.autograd import Function
 
 from .. import ops
-from ..capture import is_capturing
+from ..ops.capture import is_capturing
 from .in_place import finish, may_overwrite
 from .stand_in import counted
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.autograd import Function
 
 from .. import ops
-from ..payload import PayloadFormat, share
+from ..codes.payload import PayloadFormat, share
 from .double_backward import first_order_only
 from .stand_in import counted
 from .sync_batch_norm import global_statistics, update_running

@@ -3,7 +3,7 @@
 from torch.autograd import Function
 
 from .. import ops
-from ..payload import PayloadFormat, share
+from ..codes.payload import PayloadFormat, share
 from .double_backward import first_order_only
 from .in_place import finish, may_overwrite
 from .stand_in import counted

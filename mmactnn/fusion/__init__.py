@@ -7,7 +7,7 @@ what they are. Anything that is not known runs layer by layer.
 """
 
 from ..layers import QReLU
-from ..wrapping import named_modules
+from ..modules.naming import named_modules
 from .base import Fusion
 from .known import is_fused, make_fusion
 from .members import NORMS

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..codes.payload import shared_in_block
 from ..layers.norm import Fusing
 from ..ops import source_of_input
-from ..payload import shared_in_block
 from .base import Fusion
 from .chain import ChainRunner, Layers
 from .frozen import finish_frozen, is_frozen

@@ -7,11 +7,11 @@ from torch import nn
 
 from ..autograd import run_chain
 from ..autograd.autocast import lower_dtype
-from ..capture import is_capturing
+from ..codes.units import MIB
 from ..layers import QConv1d, QConv2d, QConv3d, QReLU
 from ..ops import PARAMETERS
+from ..ops.capture import is_capturing
 from ..ops.quantize import VALID_DTYPES
-from ..units import MIB
 from .members import NORMS
 from .prepared import prepare
 from .watched import are_all_watched

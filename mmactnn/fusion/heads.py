@@ -242,7 +242,7 @@ class FusedMaskHead(Fusion):
 _HEADS = {
     'mmdet.models.dense_heads.retina_head.RetinaHead': FusedRetinaHead,
     'mmdet.models.dense_heads.rpn_head.RPNHead': FusedRPNHead,
-    'mmactnn.models.detection.QRPNHead': FusedRPNHead,
+    'mmactnn.adapters.detection.QRPNHead': FusedRPNHead,
 }
 
 

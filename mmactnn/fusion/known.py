@@ -134,7 +134,7 @@ _MAKERS = {
     'torchvision.models.densenet._DenseLayer': _dense_layer,
     'mmcv.cnn.bricks.conv_module.ConvModule': _conv_module,
     'mmdet.models.dense_heads.anchor_head.AnchorHead': make_dense_head,
-    'mmactnn.models.fpn.LayeredFPN': FusedFPN,
+    'mmactnn.adapters.fpn.LayeredFPN': FusedFPN,
     'mmdet.models.roi_heads.mask_heads.fcn_mask_head.FCNMaskHead': (
         FusedMaskHead
     ),

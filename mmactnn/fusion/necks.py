@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..models.fpn import LayeredFPN, run_each, run_fpn
+from ..adapters.fpn import LayeredFPN, run_each, run_fpn
 from ..ops import source_of_input
 from .base import Fusion
 from .chain import ChainRunner, Layers, count_large
@@ -55,7 +55,7 @@ class SideBySide:
         self._run_chain = ChainRunner()
 
     def __call__(self, convs, inputs):
-        """See :func:`mmactnn.models.fpn.run_each`; the largest is first."""
+        """See :func:`mmactnn.adapters.fpn.run_each`; the largest is first."""
         # A part of an nn.ModuleList would be a module of its own.
         convs, alone = list(convs), count_large(inputs)
         rest = inputs[alone:]

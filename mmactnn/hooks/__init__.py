@@ -1,5 +1,5 @@
 """MMEngine hooks."""
 
-from .actnn_hook import ActNNHook
+from ..mmlab.hook import ActNNHook
 
 __all__ = ['ActNNHook']

@@ -3,8 +3,8 @@
 from torch import nn
 
 from ..autograd import relu, relu_codes, silu
+from ..codes.payload import is_rectified, shared_payload
 from ..ops.quantize import VALID_DTYPES
-from ..payload import is_rectified, shared_payload
 from .base import CodedLayer, ExactLayer
 
 

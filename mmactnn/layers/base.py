@@ -5,9 +5,9 @@ import copy
 import torch
 from torch import nn
 
-from ..levels import DEFAULT_LEVEL
+from ..codes.quantizer import LayerQuantizer, OwnSettings
+from ..config import DEFAULT_LEVEL
 from ..ops import DEFAULT_GROUP_SIZE
-from ..quantizer import LayerQuantizer, OwnSettings
 
 
 class QuantizedLayer:

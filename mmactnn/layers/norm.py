@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd import batch_norm, norm_act
+from ..codes.payload import mark_rectified
 from ..ops import MAX_FROZEN_CHANNELS, NormSettings, frozen_norm_act_
 from ..ops.quantize import VALID_DTYPES
-from ..payload import mark_rectified
 from .base import CodedLayer
 
 

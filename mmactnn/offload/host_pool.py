@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from ..units import MIB
+from ..codes.units import MIB
 
 # Of what a device copies fast; also what torch aligns its blocks to.
 _ALIGNMENT = 512

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..capture import refuse_capture
-from ..units import MIB
+from ..codes.units import MIB
+from ..ops.capture import refuse_capture
 from .engine import SwapEngine
 from .host_pool import default_max_bytes
 from .transport import CudaTransport

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from mmactnn import RoundingGenerator, convert_model, get_precision
-from mmactnn.launch import build_runner
+from mmactnn.mmlab.launch import build_runner
 from support.processes import run_in_processes
 from support.toy import make_config
 

@@ -6,7 +6,7 @@ import copy
 import torch
 
 from mmactnn import convert_model
-from mmactnn.quantizer import LayerQuantizer
+from mmactnn.codes.quantizer import LayerQuantizer
 
 # Relative error of what rounding must not touch: that of float32 itself,
 # with fast convolutions, and far below that of codes.

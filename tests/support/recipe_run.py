@@ -14,8 +14,8 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from mmactnn import measure_activations
-from mmactnn.analysis import Breakdown, Locator
-from mmactnn.launch import build_runner
+from mmactnn.memory import Breakdown, Locator
+from mmactnn.mmlab.launch import build_runner
 
 from .small_recipe import load_recipe, shrink, shrink_model
 from .stock import OFFICIAL, official, plain

@@ -8,8 +8,8 @@ from mmengine.model import BaseAveragedModel
 from torch import nn
 
 from mmactnn import QuantizedLayer, convert_model, revert_model
-from mmactnn.analysis import Category
-from mmactnn.models import find_layered
+from mmactnn.adapters import find_layered
+from mmactnn.memory import Category
 
 from .recipe_run import run_recipe
 from .small_recipe import ITERATIONS, make_data

@@ -5,7 +5,7 @@ import math
 import yaml
 from mmdet.datasets import CocoDataset
 
-from mmactnn.analysis.synthetic import drop_pretrained
+from mmactnn.mmlab.synthetic import drop_pretrained
 
 from .digits import make_digits
 from .tools import ROOT, load_tool

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmactnn import convert_model, measure_activations
-from mmactnn.analysis import Breakdown, Category, Entry, Locator
-from mmactnn.units import MIB
+from mmactnn.codes.units import MIB
+from mmactnn.memory import Breakdown, Category, Entry, Locator
 
 N, C, SIZE = 4, 8, 32
 NUMEL = N * C * SIZE * SIZE

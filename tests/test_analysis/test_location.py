@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmactnn import convert_model, measure_activations
-from mmactnn.analysis import Locator
+from mmactnn.memory import Locator
 
 
 def in_python_module(name, source):

@@ -12,7 +12,7 @@ from support.layers import assert_same_bits, exact_numerics
 from support.toy import ITERATIONS, SAMPLES, make_runner
 from support.toy_samples import ToySamples, sample_dataloader
 
-from mmactnn.hooks.samples import SampleIndex
+from mmactnn.mmlab.samples import SampleIndex
 
 ACTNN = dict(type='ActNNHook', level=dict(use_gradient=True, fuse=False))
 RECORD = dict(type='RecordingHook')

@@ -27,8 +27,8 @@ from mmactnn import (
     convert_model,
     measure_activations,
 )
-from mmactnn.models.activations import QSwish
-from mmactnn.payload import QuantizedTensor
+from mmactnn.adapters.activations import QSwish
+from mmactnn.codes.payload import QuantizedTensor
 
 SIZES = ((), (1,), (7,), (0, 4, 8, 8), (3, 17), (3, 5, 9, 11), (2, 2, 2, 2, 3))
 PARENTS = {QSiLU: nn.SiLU, QSwish: Swish}

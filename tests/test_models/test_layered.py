@@ -28,14 +28,14 @@ from mmactnn import (
     convert_model,
     revert_model,
 )
-from mmactnn.layers import QGate
-from mmactnn.models import find_layered
-from mmactnn.models.detection import (
+from mmactnn.adapters import find_layered
+from mmactnn.adapters.detection import (
     QFPN,
     QChannelAttention,
     QRPNHead,
     QSELayer,
 )
+from mmactnn.layers import QGate
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,10 @@ from support.tools import run_tool
 from support.toy import make_config
 from torch import nn
 
-from mmactnn.launch import CPUDistributedDataParallel, leave_process_group
+from mmactnn.mmlab.launch import (
+    CPUDistributedDataParallel,
+    leave_process_group,
+)
 
 
 def write_toy(path, *hooks, **kwargs):

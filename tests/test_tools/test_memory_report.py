@@ -6,7 +6,7 @@ import re
 import pytest
 from support.tools import load_tool
 
-from mmactnn.units import MIB
+from mmactnn.codes.units import MIB
 
 memory_report = load_tool('analysis_tools/memory_report.py')
 

@@ -6,7 +6,7 @@ import pytest
 from mmengine.config import Config
 from support.tools import load_tool
 
-from mmactnn import launch
+from mmactnn.mmlab import launch
 
 train = load_tool('train.py')
 

@@ -34,10 +34,10 @@ from rich.table import Table
 from rich.text import Text
 
 import mmactnn
-from mmactnn.analysis import Breakdown, Category, Locator, synthetic
-from mmactnn.levels import DEFAULT_LEVEL
+from mmactnn.codes.units import MIB
+from mmactnn.config import DEFAULT_LEVEL
+from mmactnn.memory import Breakdown, Category, Locator, synthetic
 from mmactnn.names import require_named_layers
-from mmactnn.units import MIB
 
 _DTYPES = dict(fp16=torch.float16, bf16=torch.bfloat16)
 _HOOK_TYPES = ('ActNNHook', 'mmactnn.ActNNHook')

@@ -22,8 +22,8 @@ from rich.table import Table
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 
+from mmactnn.codes.units import MIB
 from mmactnn.offload import HostSwap
-from mmactnn.units import MIB
 
 MODES = ('exact', 'save_on_cpu', 'HostSwap')
 

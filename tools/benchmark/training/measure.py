@@ -8,7 +8,7 @@ import time
 import torch
 
 import mmactnn
-from mmactnn.units import MIB
+from mmactnn.codes.units import MIB
 
 from .models import build_task
 from .systems import parse_system

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from mmactnn.units import MIB
+from mmactnn.codes.units import MIB
 
 
 class Timeline:

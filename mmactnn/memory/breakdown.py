@@ -4,9 +4,9 @@ import collections
 import dataclasses
 import enum
 
+from ..codes.units import MIB
 from ..fusion import is_fused
 from ..layers import QuantizedLayer
-from ..units import MIB
 
 # What is named in one line about what is left.
 _NAMED = 3

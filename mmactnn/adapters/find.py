@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..wrapping import named_modules
+from ..modules.naming import named_modules
 
-_DETECTION = 'mmactnn.models.detection'
+_DETECTION = 'mmactnn.adapters.detection'
 
 # By full name, so that MMDetection need not be imported, nor installed. Exact
 # types only: a subclass may compute something else.

@@ -2,7 +2,7 @@
 
 import heapq
 
-from .ops import VALID_BITS
+from ..ops import VALID_BITS
 
 MIN_BITS, MAX_BITS = VALID_BITS[0], VALID_BITS[-1]
 

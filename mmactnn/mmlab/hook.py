@@ -10,14 +10,14 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ..analysis import Breakdown, Locator
-from ..convert import convert_model, get_precision
-from ..levels import get_level
-from ..memory import measure_activations
+from ..codes.units import MIB
+from ..config import get_level
+from ..convert.api import convert_model, get_precision
+from ..memory import Breakdown, Locator
+from ..memory.meter import measure_activations
 from ..names import require_named_layers
 from ..ops import DEFAULT_GROUP_SIZE
 from ..random import RoundingGenerator
-from ..units import MIB
 from .samples import SampleIndex
 
 

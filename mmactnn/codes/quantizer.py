@@ -3,10 +3,11 @@
 import copy
 from typing import NamedTuple
 
-from . import ops, sensitivity
-from .allocation import MAX_BITS, MIN_BITS
+from .. import ops
+from ..precision import sensitivity
+from ..precision.allocation import MAX_BITS, MIN_BITS
+from ..random import default_generator
 from .payload import QuantizedTensor, share, shared_payload
-from .random import default_generator
 from .units import MIB
 
 

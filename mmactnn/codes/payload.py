@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import ops
-from .capture import is_capturing
+from .. import ops
+from ..ops.capture import is_capturing
 
 # All samples of a tensor, as a range of them.
 WHOLE = slice(None)

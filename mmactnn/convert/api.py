@@ -1,15 +1,16 @@
 """Turns the layers of a model into compressed ones, and back."""
 
-import collections
-import dataclasses
 import fnmatch
 import pkgutil
 
 from torch import nn
 
-from .allocator import require_expandable_segments
-from .fusion import find_fusions, remove_fusions
-from .layers import (
+from ..adapters import LayeredModule, find_layered
+from ..codes.quantizer import LayerQuantizer, OwnSettings
+from ..codes.units import MIB
+from ..config import DEFAULT_LEVEL, get_level
+from ..fusion import find_fusions, remove_fusions
+from ..layers import (
     QAdaptiveAvgPool2d,
     QAvgPool2d,
     QBatchNorm,
@@ -35,15 +36,14 @@ from .layers import (
     QSyncBatchNorm,
     QuantizedLayer,
 )
-from .levels import DEFAULT_LEVEL, get_level
-from .models import LayeredModule, find_layered
-from .offload import HostSwap, attached_swap
-from .ops import DEFAULT_GROUP_SIZE
-from .precision import AdaptivePrecision
-from .quantizer import LayerQuantizer, OwnSettings
-from .random import RoundingGenerator
-from .units import MIB
-from .wrapping import named_modules
+from ..modules.naming import named_modules
+from ..offload import HostSwap, attached_swap
+from ..offload.allocator import require_expandable_segments
+from ..ops import DEFAULT_GROUP_SIZE
+from ..precision.controller import AdaptivePrecision
+from ..random import RoundingGenerator
+from .filters import Filter
+from .report import ConversionReport, Converted, Fused, Layered, Left
 
 # By full name, so that MMCV and MMEngine need not be imported, nor installed.
 # Exact types only: a subclass may compute something else. A string names a
@@ -74,7 +74,7 @@ CONVERSIONS = {
     'torch.nn.modules.activation.ReLU6': QReLU6,
     'torch.nn.modules.activation.LeakyReLU': QLeakyReLU,
     'torch.nn.modules.activation.SiLU': QSiLU,
-    'mmcv.cnn.bricks.swish.Swish': 'mmactnn.models.activations:QSwish',
+    'mmcv.cnn.bricks.swish.Swish': 'mmactnn.adapters.activations:QSwish',
     'torch.nn.modules.pooling.MaxPool2d': QMaxPool2d,
     'mmcv.cnn.bricks.wrappers.MaxPool2d': QMaxPool2d,
     'torch.nn.modules.pooling.AvgPool2d': QAvgPool2d,
@@ -104,132 +104,6 @@ _KEEP_NOTHING = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Converted:
-    """A layer that is compressed.
-
-    Attributes:
-        name (str): Qualified name in the model.
-        source (str): Class it had before.
-        target (str): Class it has now.
-        bits (float, optional): Bits an element, 0 where nothing is kept; None
-            for exact, which keeps what torch does.
-        adaptive (bool): Whether they are a mean that is shared out.
-    """
-
-    name: str
-    source: str
-    target: str
-    bits: float | None
-    adaptive: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Left:
-    """A layer that was left alone.
-
-    Attributes:
-        name (str): Qualified name in the model.
-        source (str): Its class.
-        reason (str): Why.
-    """
-
-    name: str
-    source: str
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Fused:
-    """A block whose normalisation, addition and ReLU run as one.
-
-    Attributes:
-        name (str): Qualified name in the model.
-        source (str): Its class.
-        norms (int): How many normalisations it has that are fused.
-    """
-
-    name: str
-    source: str
-    norms: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Layered:
-    """A module that calls layers where it called functions.
-
-    Attributes:
-        name (str): Qualified name in the model.
-        source (str): Class it had before.
-        target (str): Class it has now.
-        layers (tuple[str]): Names of the layers in the module.
-    """
-
-    name: str
-    source: str
-    target: str
-    layers: tuple
-
-
-@dataclasses.dataclass(frozen=True)
-class ConversionReport:
-    """What a conversion did.
-
-    Attributes:
-        level (str): Name of the level.
-        converted (tuple[Converted]): Layers that are compressed now.
-        left (tuple[Left]): Layers that are not, with the reason.
-        fused (tuple[Fused]): Blocks that run fused.
-        layered (tuple[Layered]): Modules that call layers now in place of
-            functions.
-    """
-
-    level: str
-    converted: tuple
-    left: tuple
-    fused: tuple = ()
-    layered: tuple = ()
-
-    def __str__(self):
-        lines = [
-            f'ActNN level {self.level}: {len(self.converted)} layers '
-            f'compressed, {len(self.left)} left'
-        ]
-        kinds = collections.Counter(
-            (item.source, item.target, _describe(item))
-            for item in self.converted
-        )
-        for (source, target, size), count in sorted(kinds.items()):
-            lines.append(f'  {count:4d} {source} -> {target} ({size})')
-        models = collections.Counter(
-            (item.source, item.target, item.layers) for item in self.layered
-        )
-        for (source, target, layers), count in sorted(models.items()):
-            lines.append(
-                f'  {count:4d} {source} -> {target} (layers in place of '
-                f'functions: {", ".join(layers)})'
-            )
-        blocks = collections.Counter(
-            (item.source, item.norms > 0) for item in self.fused
-        )
-        for (source, has_norms), count in sorted(blocks.items()):
-            effect = (
-                'normalisation and ReLU share a payload'
-                if has_norms
-                else 'convolutions of small maps run as one'
-            )
-            lines.append(f'  {count:4d} {source} fused: {effect}')
-        reasons = collections.defaultdict(list)
-        for item in self.left:
-            reasons[item.source, item.reason].append(item.name)
-        for (source, reason), names in sorted(reasons.items()):
-            shown = ', '.join(names[:3]) + (', ...' if names[3:] else '')
-            lines.append(
-                f'  {len(names):4d} {source} left: {reason} ({shown})'
-            )
-        return '\n'.join(lines)
-
-
 def convert_model(
     model,
     level=DEFAULT_LEVEL,
@@ -242,7 +116,7 @@ def convert_model(
     """Make the layers of a model keep codes instead of activations.
 
     Modules that are known to call functions where they could call layers
-    (:mod:`mmactnn.models`) get these layers first.
+    (:mod:`mmactnn.adapters`) get these layers first.
 
     Works in place by giving modules another class: parameters, buffers,
     hooks, ``state_dict`` keys, optimisers and wrappers such as
@@ -291,8 +165,8 @@ def convert_model(
     precision = _make_precision(level, num_samples)
     if level.expandable:
         require_expandable_segments()
-    include = None if include is None else _Filter('include', include)
-    exclude = _Filter('exclude', exclude)
+    include = None if include is None else Filter('include', include)
+    exclude = Filter('exclude', exclude)
     chosen, left = [], []
     plans = find_layered(model)
     for name, module in _all_modules(model, plans):
@@ -512,13 +386,6 @@ def _require_rules_used(level, names):
             )
 
 
-def _describe(item):
-    if item.bits is None:
-        return 'exact'
-    mean = ' on average' if item.adaptive else ''
-    return f'{item.bits:g} bit{mean}'
-
-
 def _mapped(module):
     """The compressed class for a module's class, or None."""
     if isinstance(module, QuantizedLayer):
@@ -562,48 +429,3 @@ def _why_left(module):
         if known:
             return f'subclass of {base.__name__}, may compute otherwise'
     return 'no compressed layer of this type'
-
-
-class _Filter:
-    """Patterns of names and classes, and which of them matched."""
-
-    def __init__(self, argument, patterns):
-        if isinstance(patterns, (str, type)):
-            patterns = (patterns,)
-        for pattern in patterns:
-            if not isinstance(pattern, (str, type)):
-                raise TypeError(
-                    f'{argument} must hold glob patterns, names '
-                    f'of classes or classes, got {pattern!r}'
-                )
-        self._argument = argument
-        self._unused = dict.fromkeys(patterns)
-        self._patterns = tuple(patterns)
-
-    def matches(self, name, module):
-        """Whether any pattern matches; remembers those that do."""
-        hits = [p for p in self._patterns if self._match(p, name, module)]
-        for pattern in hits:
-            self._unused.pop(pattern, None)
-        return bool(hits)
-
-    def require_all_used(self):
-        """Raise if a pattern matched nothing: most likely a typing error."""
-        if self._unused:
-            patterns = ', '.join(repr(pattern) for pattern in self._unused)
-            raise ValueError(
-                f'{self._argument} matches no layer that can be '
-                f'compressed: {patterns}'
-            )
-
-    @staticmethod
-    def _match(pattern, name, module):
-        # A compressed layer still answers to the class it came from.
-        classes = {type(module)}
-        if isinstance(module, QuantizedLayer):
-            classes.add(module.plain_class)
-        if isinstance(pattern, type):
-            return pattern in classes
-        return fnmatch.fnmatchcase(name, pattern) or pattern in {
-            cls.__name__ for cls in classes
-        }

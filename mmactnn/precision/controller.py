@@ -3,9 +3,9 @@
 import torch
 import torch.distributed as dist
 
-from . import ops
+from .. import ops
+from ..ops.capture import is_capturing, refuse_capture
 from .allocation import allocate_bits
-from .capture import is_capturing, refuse_capture
 
 # What a layer reports of one pass, in the order of its numbers.
 _FIELDS = ('cost', 'relay', 'power', 'numel', 'place', 'leader', 'count')
@@ -18,12 +18,13 @@ class AdaptivePrecision:
 
     **Layers.** In some passes every layer reports, from its backward pass,
     what rounding its input to one bit would add to the variance of the
-    model's gradient (:mod:`mmactnn.sensitivity`): to that of its own weight
-    and, for batch normalisation, through the gradient of its input, to those
-    of all layers before it. The reports are averaged over passes and summed
-    over processes; :func:`mmactnn.allocation.allocate_bits` turns them into
-    bits under the budget of the level. A normalisation layer has the bits of
-    the convolution whose output it takes.
+    model's gradient (:mod:`mmactnn.precision.sensitivity`): to that of its
+    own weight and, for batch normalisation, through the gradient of its
+    input, to those of all layers before it. The reports are averaged over
+    passes and summed over processes;
+    :func:`mmactnn.precision.allocation.allocate_bits` turns them into bits
+    under the budget of the level. A normalisation layer has the bits of the
+    convolution whose output it takes.
 
     **Samples.** Within a layer, samples share out the layer's bits by their
     ranges and, with ``num_samples``, by the gradients that they had when

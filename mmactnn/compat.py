@@ -1,7 +1,7 @@
 """The two calls that users of the original ActNN package know."""
 
-from .convert import convert_model
-from .levels import DEFAULT_LEVEL, get_level
+from .config import DEFAULT_LEVEL, get_level
+from .convert.api import convert_model
 
 _level = DEFAULT_LEVEL
 
@@ -12,7 +12,7 @@ def set_optimization_level(level):
     Models converted before keep theirs.
 
     Args:
-        level (str | Level): See :data:`mmactnn.levels.LEVELS`.
+        level (str | Level): See :data:`mmactnn.config.LEVELS`.
 
     Raises:
         ValueError: If there is no level of that name.

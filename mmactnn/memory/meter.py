@@ -8,10 +8,10 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .layers import QuantizedLayer
-from .offload import attached_swap
-from .units import MIB
-from .wrapping import gathering_modules
+from ..codes.units import MIB
+from ..layers import QuantizedLayer
+from ..modules.naming import gathering_modules
+from ..offload import attached_swap
 
 
 class Counted(NamedTuple):
@@ -258,7 +258,7 @@ def measure_activations(model, locate=None):
     Args:
         model (nn.Module): The model, converted or not.
         locate (Callable, optional): Tells where something is kept; see
-            :class:`ActivationMeter` and :class:`mmactnn.analysis.Locator`.
+            :class:`ActivationMeter` and :class:`mmactnn.memory.Locator`.
 
     Yields:
         ActivationMeter: Counts up as the model runs.

@@ -1,0 +1,1 @@
+"""Codes that stand for tensors, and the settings that they are made by."""

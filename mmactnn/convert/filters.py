@@ -1,0 +1,50 @@
+"""Choice of layers by name and class."""
+
+import fnmatch
+
+from ..layers import QuantizedLayer
+
+
+class Filter:
+    """Patterns of names and classes, and which of them matched."""
+
+    def __init__(self, argument, patterns):
+        if isinstance(patterns, (str, type)):
+            patterns = (patterns,)
+        for pattern in patterns:
+            if not isinstance(pattern, (str, type)):
+                raise TypeError(
+                    f'{argument} must hold glob patterns, names '
+                    f'of classes or classes, got {pattern!r}'
+                )
+        self._argument = argument
+        self._unused = dict.fromkeys(patterns)
+        self._patterns = tuple(patterns)
+
+    def matches(self, name, module):
+        """Whether any pattern matches; remembers those that do."""
+        hits = [p for p in self._patterns if self._match(p, name, module)]
+        for pattern in hits:
+            self._unused.pop(pattern, None)
+        return bool(hits)
+
+    def require_all_used(self):
+        """Raise if a pattern matched nothing: most likely a typing error."""
+        if self._unused:
+            patterns = ', '.join(repr(pattern) for pattern in self._unused)
+            raise ValueError(
+                f'{self._argument} matches no layer that can be '
+                f'compressed: {patterns}'
+            )
+
+    @staticmethod
+    def _match(pattern, name, module):
+        # A compressed layer still answers to the class it came from.
+        classes = {type(module)}
+        if isinstance(module, QuantizedLayer):
+            classes.add(module.plain_class)
+        if isinstance(pattern, type):
+            return pattern in classes
+        return fnmatch.fnmatchcase(name, pattern) or pattern in {
+            cls.__name__ for cls in classes
+        }

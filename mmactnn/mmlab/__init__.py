@@ -1,0 +1,1 @@
+"""MMEngine: registered names, the runner hook and the tools."""

@@ -1,0 +1,1 @@
+"""Generic machinery for ``nn.Module``: names, class swaps, observers."""
