@@ -5,7 +5,7 @@ import torch
 from mmengine.config import Config
 from support.torchvision_stub import run_with_mmpretrain
 
-from mmactnn.memory import synthetic
+from mmactnn.mmlab import synthetic
 
 RETINANET = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 
@@ -91,7 +91,7 @@ def test_no_views():
 def test_self_supervised_models():
     script = """
 import torch
-from mmactnn.memory import synthetic
+from mmactnn.mmlab import synthetic
 small = ['model.backbone.depth=18', 'model.neck.in_channels=512']
 for name, options in (
     ('mocov2/mocov2_resnet50_8xb32-coslr-200e', ['model.queue_len=64']),

@@ -36,7 +36,8 @@ from rich.text import Text
 import mmactnn
 from mmactnn.codes.units import MIB
 from mmactnn.config import DEFAULT_LEVEL
-from mmactnn.memory import Breakdown, Category, Locator, synthetic
+from mmactnn.memory import Breakdown, Category, Locator
+from mmactnn.mmlab import synthetic
 from mmactnn.names import require_named_layers
 
 _DTYPES = dict(fp16=torch.float16, bf16=torch.bfloat16)

@@ -45,7 +45,7 @@ def build_task(trial):
     torch.manual_seed(0)
     if is_config(trial.model):
         # Imports MMEngine, which classifiers do not need.
-        from mmactnn.memory import synthetic
+        from mmactnn.mmlab import synthetic
 
         config = synthetic.load_config(trial.model, trial.cfg_options)
         model, compute_loss = synthetic.build_task(config, make_images(trial))
