@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..autograd import dropout, feature_dropout
+from ..registry import register_layer
 from .base import ExactLayer
 
 
@@ -17,6 +18,11 @@ class _Dropout(ExactLayer):
         return draws and not refused and not self.quantizer.exact
 
 
+@register_layer(
+    nn.Dropout,
+    saved_by_torch=lambda call: (call.mask,),
+    aliases=('mmcv.cnn.bricks.drop.Dropout',),
+)
 class QDropout(_Dropout, nn.Dropout):
     """``nn.Dropout`` that keeps a seed instead of a mask.
 
@@ -48,6 +54,10 @@ class QDropout(_Dropout, nn.Dropout):
         return dropout(input, self.p, self.inplace, self.quantizer)
 
 
+@register_layer(
+    nn.Dropout2d,
+    saved_by_torch=lambda call: (call.mask,),
+)
 class QDropout2d(_Dropout, nn.Dropout2d):
     """``nn.Dropout2d`` that keeps a seed instead of a mask.
 
