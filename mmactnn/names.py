@@ -1,6 +1,5 @@
 """What configs call the compressed layers."""
 
-from .adapters import MODEL_NAMES
 from .layers import (
     QAdaptiveAvgPool2d,
     QAvgPool2d,
@@ -25,6 +24,7 @@ from .layers import (
     QSyncBatchNorm,
     QuantizedLayer,
 )
+from .registry import ADAPTER_NAMES
 
 # Class names first, then the short names in MMCV's manner.
 LAYER_NAMES = {
@@ -52,7 +52,7 @@ LAYER_NAMES = {
 }
 
 _TYPE_NAMES = {name for names in LAYER_NAMES.values() for name in names}
-_TYPE_NAMES.update(MODEL_NAMES)
+_TYPE_NAMES.update(ADAPTER_NAMES)
 
 
 def require_named_layers(model, config, include, exclude):

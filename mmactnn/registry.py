@@ -8,8 +8,8 @@ registries of the package are attributes, so that only those who have MMEngine
 import it.
 """
 
+import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -55,6 +55,7 @@ class Registry:
         self.layers = {}
         self.patterns = {}
         self.adapters = {}
+        self._providers = {}
         self._by_parent = {}
         self._by_alias = {}
 
@@ -110,12 +111,60 @@ class Registry:
             raise ValueError(f'a pattern {name!r} is registered already')
         self.patterns[name] = match
 
-    def add_adapter(self, cls, target, fingerprints):
+    def add_adapter(self, adapter, target, fingerprints):
         """See :func:`register_adapter`."""
+        if not (isinstance(target, type) and issubclass(target, nn.Module)):
+            raise TypeError(
+                f'target must be a subclass of nn.Module, got {target!r}'
+            )
+        if getattr(adapter, 'plain_class', None) is not target:
+            raise TypeError(
+                f'{adapter.__name__} must be a subclass of Adapter and, '
+                f'directly, of {target.__name__}, which it stands for'
+            )
         if target in self.adapters:
-            other = self.adapters[target].path
-            raise ValueError(f'{target} has the adapter {other} already')
-        self.adapters[target] = AdapterEntry(cls, tuple(fingerprints))
+            other = self.adapters[target][0].__name__
+            raise ValueError(
+                f'{target.__name__} has the adapter {other} already'
+            )
+        self.adapters[target] = adapter, tuple(fingerprints)
+
+    def find_adapter(self, cls):
+        """The adapter of a class, or of one that it computes as.
+
+        Args:
+            cls (type): Class of a module.
+
+        Returns:
+            tuple[type, tuple[str]] | None: Adapter and fingerprints.
+        """
+        self._load_providers(cls)
+        for base in cls.__mro__:
+            if base in self.adapters:
+                adapter, fingerprints = self.adapters[base]
+                same = all(
+                    inspect.getattr_static(cls, name, None) is value
+                    for name, value in adapter._functions.items()
+                )
+                return (adapter, fingerprints) if same else None
+        return None
+
+    def add_provider(self, package, module):
+        """Import a module once a model has a class of some package.
+
+        Args:
+            package (str): Import name of the package.
+            module (str): Name of the module, which registers what classes
+                of the package need.
+        """
+        self._providers[package] = module
+
+    def _load_providers(self, cls):
+        for base in cls.__mro__:
+            package = base.__module__.partition('.')[0]
+            module = self._providers.pop(package, None)
+            if module is not None:
+                importlib.import_module(module)
 
     def entry_of(self, cls):
         """The entry of a compressed class, or of one derived from it.
@@ -145,6 +194,7 @@ class Registry:
             reason.
         """
         cls = type(module)
+        self._load_providers(cls)
         entry = self.entry_of(cls)
         if entry is not None:
             return entry, None
@@ -178,23 +228,6 @@ class Registry:
         return None, (
             f'subclass of {entry.parent.__name__}, computes otherwise'
         )
-
-
-class AdapterEntry(NamedTuple):
-    """A class that takes the place of another package's module.
-
-    Attributes:
-        path (str): Where the class is: ``'package.module:Class'``.
-        fingerprints (tuple[str]): See :func:`register_adapter`.
-    """
-
-    path: str
-    fingerprints: tuple
-
-    @property
-    def cls(self):
-        """type: The class, imported."""
-        return pkgutil.resolve_name(self.path)
 
 
 def _check_layer(layer, parent):
@@ -232,6 +265,26 @@ def _add_direct_bases(layer, parent):
 
 
 default_registry = Registry()
+for _package in ('mmcv', 'mmdet', 'mmseg'):
+    default_registry.add_provider(_package, f'mmactnn.adapters.{_package}')
+
+# Names in configs of adapters, which are not imported before.
+ADAPTER_NAMES = {
+    'QFPN': 'mmactnn.adapters.mmdet:QFPN',
+    'QRPNHead': 'mmactnn.adapters.mmdet:QRPNHead',
+}
+
+
+def is_alias(layer, plain):
+    """Whether a class computes as the parent of a layer by declaration.
+
+    Args:
+        layer (type): Compressed class.
+        plain (type): A class that it is converted from.
+    """
+    entry = default_registry.entry_of(layer)
+    name = f'{plain.__module__}.{plain.__qualname__}'
+    return entry is not None and name in entry.aliases
 
 
 def register_layer(
@@ -269,6 +322,59 @@ def register_layer(
             layer, parent, names, aliases, saved_by_torch, examples
         )
         return layer
+
+    return decorate
+
+
+def register_pattern(name):
+    """Function decorator: let what a function finds in blocks run fused.
+
+    Args:
+        name (str): Name of the pattern.
+
+    Returns:
+        Callable: The decorator; it returns the function. That maps a
+        :class:`mmactnn.fusion.patterns.Block` to the places that fit, objects
+        of subclasses of :class:`mmactnn.fusion.sites.Site`. Where places
+        overlap, those of the pattern that was registered last win.
+
+    Raises:
+        TypeError: If the function does not take one argument.
+        ValueError: If there is a pattern of that name.
+    """
+
+    def decorate(match):
+        default_registry.add_pattern(match, name)
+        return match
+
+    return decorate
+
+
+def register_adapter(target, *, fingerprints=()):
+    """Class decorator: let an adapter take the place of a class.
+
+    Args:
+        target (type): Class whose instances are adapted, the parent of the
+            adapter. Its subclasses are, too, as long as they leave the
+            functions alone that the adapter stands for.
+        fingerprints (Sequence[str], optional): Hashes of the sources that
+            the adapter was written for, see
+            :func:`mmactnn.adapters.base.fingerprint`; with any other source
+            nothing is adapted, and the report says so. Defaults to none,
+            which trusts every version.
+
+    Returns:
+        Callable: The decorator; it returns the class.
+
+    Raises:
+        TypeError: If the class is no :class:`mmactnn.adapters.Adapter` of
+            the target.
+        ValueError: If the target has an adapter already.
+    """
+
+    def decorate(adapter):
+        default_registry.add_adapter(adapter, target, fingerprints)
+        return adapter
 
     return decorate
 

@@ -1,10 +1,10 @@
-"""Parts of OpenMMLab's models whose functional calls are layers.
+"""Parts of other packages' models that no trace can show.
 
-A module with the classes of another package is imported once a model or a
-config asks for one of them.
+A module with the classes of another package is imported once a model has one
+of them, see :data:`mmactnn.registry.PROVIDERS`.
 """
 
-from .base import LayeredModule
-from .find import MODEL_NAMES, LayeredPlan, find_layered
+from .base import Adapter
+from .find import AdapterPlan, find_adapters
 
-__all__ = ['LayeredModule', 'LayeredPlan', 'MODEL_NAMES', 'find_layered']
+__all__ = ['Adapter', 'AdapterPlan', 'find_adapters']

@@ -1,41 +1,23 @@
-"""Finds what of a model has a layered counterpart."""
+"""Search of a model for modules that have an adapter."""
 
-import pkgutil
 from typing import NamedTuple
 
 from torch import nn
 
 from ..modules.naming import named_modules
-
-_DETECTION = 'mmactnn.adapters.detection'
-
-# By full name, so that MMDetection need not be imported, nor installed. Exact
-# types only: a subclass may compute something else.
-COUNTERPARTS = {
-    'mmdet.models.necks.fpn.FPN': f'{_DETECTION}:QFPN',
-    'mmdet.models.dense_heads.rpn_head.RPNHead': f'{_DETECTION}:QRPNHead',
-    'mmdet.models.layers.se_layer.ChannelAttention': (
-        f'{_DETECTION}:QChannelAttention'
-    ),
-    'mmdet.models.layers.se_layer.SELayer': f'{_DETECTION}:QSELayer',
-}
-
-# What configs may name.
-MODEL_NAMES = {
-    'QFPN': f'{_DETECTION}:QFPN',
-    'QRPNHead': f'{_DETECTION}:QRPNHead',
-}
+from ..registry import default_registry
+from .base import Adapter
 
 
-class LayeredPlan(NamedTuple):
-    """A module that is to call layers in place of functions.
+class AdapterPlan(NamedTuple):
+    """A module that is to be adapted.
 
     Attributes:
         name (str): Qualified name in the model.
         module (nn.Module): The module, as it is.
-        target (type): What it becomes: a ``LayeredModule``.
-        layers (dict[str, nn.Module]): The layers, plain ones, by their names
-            in the module.
+        target (type): The adapter.
+        layers (dict[str, nn.Module]): Layers that the module gets, plain
+            ones, by their names in the module.
     """
 
     name: str
@@ -50,31 +32,54 @@ class LayeredPlan(NamedTuple):
         return {prefix + key: layer for key, layer in self.layers.items()}
 
     def install(self):
-        """Let the module call its layers."""
+        """Let the module be adapted."""
         for layer in self.layers.values():
             layer.train(self.module.training)
         self.target.convert_(self.module, self.layers)
 
 
-def find_layered(model):
-    """What of a model can call layers in place of functions.
+class Adaptable(NamedTuple):
+    """Result of a search.
+
+    Attributes:
+        plans (dict[nn.Module, AdapterPlan]): By the module; none for those
+            that are adapted already.
+        refused (dict[str, tuple[nn.Module, str]]): Modules whose adapter was
+            written for another forward pass, by name, and the reason.
+    """
+
+    plans: dict
+    refused: dict
+
+
+def find_adapters(model, registry=default_registry):
+    """Modules of a model that can be adapted.
 
     Args:
         model (nn.Module): The model, which stays as it is.
+        registry (Registry, optional): Where the adapters are.
 
     Returns:
-        dict[nn.Module, LayeredPlan]: By the module; none for those that call
-        layers already.
+        Adaptable: The modules.
     """
-    plans = {}
+    plans, refused = {}, {}
     for name, module in named_modules(model):
-        cls = type(module)
-        path = COUNTERPARTS.get(f'{cls.__module__}.{cls.__qualname__}')
-        if path is None:
+        if isinstance(module, Adapter) or 'forward' in vars(module):
             continue
-        target = pkgutil.resolve_name(path)
-        layers = target.make_layers(module)
-        if layers:
-            plain = {key: layer.to_float() for key, layer in layers.items()}
-            plans[module] = LayeredPlan(name, module, target, plain)
-    return plans
+        adapter = registry.find_adapter(type(module))
+        if adapter is None:
+            continue
+        target, fingerprints = adapter
+        if not target.matches_source(fingerprints):
+            refused[name] = (
+                module,
+                'its forward pass is not the one that the adapter '
+                f'{target.__name__} was written for',
+            )
+            continue
+        layers = {
+            key: layer.to_float()
+            for key, layer in target.make_layers(module).items()
+        }
+        plans[module] = AdapterPlan(name, module, target, layers)
+    return Adaptable(plans, refused)

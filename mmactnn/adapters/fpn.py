@@ -3,11 +3,16 @@
 import torch.nn.functional as F
 
 from ..layers import QMaxPool2d, QReLU
-from .base import LayeredModule
+from .base import Adapter
+from .parallel import ParallelConvs, run_each
 
 
-class LayeredFPN(LayeredModule):
-    """Mixin of the ``FPN`` whose extra levels come from layers."""
+class FPNAdapter(Adapter):
+    """Mixin of the ``FPN`` whose extra levels come from layers.
+
+    The convolutions of its inputs run as one chain where these are small, and
+    so do those of its outputs.
+    """
 
     @classmethod
     def make_layers(cls, module):
@@ -20,24 +25,14 @@ class LayeredFPN(LayeredModule):
             return dict(extra_relu=QReLU())
         return {}
 
-    def forward(self, inputs):
+    def adapted_forward(self, inputs):
         """Merge feature maps from the top down; see ``FPN``."""
-        return run_fpn(self, inputs, run_each, run_each)
-
-
-def run_each(convs, inputs):
-    """Run convolutions, each on an input of its own.
-
-    Args:
-        convs (Sequence[nn.Module]): The convolutions.
-        inputs (list[Tensor[N, C, H, W]]): Their inputs. It is empty then:
-            none is held longer than its convolution needs it.
-
-    Returns:
-        list[Tensor[N, O, H', W']]: Their outputs.
-    """
-    inputs.reverse()
-    return [conv(inputs.pop()) for conv in convs]
+        run_laterals = run_outputs = run_each
+        if self.uses_chains:
+            if '_parallel' not in self.__dict__:
+                self.__dict__['_parallel'] = ParallelConvs(), ParallelConvs()
+            run_laterals, run_outputs = self.__dict__['_parallel']
+        return run_fpn(self, inputs, run_laterals, run_outputs)
 
 
 def run_fpn(neck, inputs, run_laterals, run_outputs):
@@ -45,7 +40,7 @@ def run_fpn(neck, inputs, run_laterals, run_outputs):
 
     Args:
         neck (nn.Module): An ``FPN`` that has the layers of
-            :meth:`LayeredFPN.make_layers`.
+            :meth:`FPNAdapter.make_layers`.
         inputs (Sequence[Tensor[N, C, H, W]]): The maps, the finest first.
         run_laterals (Callable): Runs the convolutions of the inputs, as
             :func:`run_each` ...

@@ -1,89 +1,34 @@
 """Turns the layers of a model into compressed ones, and back."""
 
 import fnmatch
-import pkgutil
+from typing import NamedTuple
 
 from torch import nn
 
-from ..adapters import LayeredModule, find_layered
+from ..adapters import Adapter, find_adapters
 from ..codes.quantizer import LayerQuantizer, OwnSettings
 from ..codes.units import MIB
 from ..config import DEFAULT_LEVEL, get_level
-from ..fusion import find_fusions, remove_fusions
-from ..layers import (
-    QAdaptiveAvgPool2d,
-    QAvgPool2d,
-    QBatchNorm,
-    QBatchNorm1d,
-    QBatchNorm2d,
-    QBatchNorm3d,
-    QConv1d,
-    QConv2d,
-    QConv3d,
-    QConvTranspose1d,
-    QConvTranspose2d,
-    QConvTranspose3d,
-    QDropout,
-    QDropout2d,
-    QGate,
-    QGroupNorm,
-    QLeakyReLU,
-    QLinear,
-    QMaxPool2d,
-    QReLU,
-    QReLU6,
-    QSiLU,
-    QSyncBatchNorm,
-    QuantizedLayer,
-)
+from ..fusion import Found, find_fusions, fuse, is_fused, unfuse
+from ..layers import QuantizedLayer
+from ..layers.base import twin_of
 from ..modules.naming import named_modules
+from ..modules.sharing import shared_layers
 from ..offload import HostSwap, attached_swap
 from ..offload.allocator import require_expandable_segments
 from ..ops import DEFAULT_GROUP_SIZE
-from ..precision.controller import AdaptivePrecision
+from ..precision import AdaptivePrecision
 from ..random import RoundingGenerator
+from ..registry import default_registry
 from .filters import Filter
-from .report import ConversionReport, Converted, Fused, Layered, Left
-
-# By full name, so that MMCV and MMEngine need not be imported, nor installed.
-# Exact types only: a subclass may compute something else. A string names a
-# class that needs the package of the one it stands for.
-CONVERSIONS = {
-    'torch.nn.modules.conv.Conv1d': QConv1d,
-    'torch.nn.modules.conv.Conv2d': QConv2d,
-    'torch.nn.modules.conv.Conv3d': QConv3d,
-    'torch.nn.modules.conv.ConvTranspose1d': QConvTranspose1d,
-    'torch.nn.modules.conv.ConvTranspose2d': QConvTranspose2d,
-    'torch.nn.modules.conv.ConvTranspose3d': QConvTranspose3d,
-    'torch.nn.modules.linear.Linear': QLinear,
-    'mmcv.cnn.bricks.wrappers.Conv2d': QConv2d,
-    'mmcv.cnn.bricks.wrappers.Conv3d': QConv3d,
-    'mmcv.cnn.bricks.wrappers.ConvTranspose2d': QConvTranspose2d,
-    'mmcv.cnn.bricks.wrappers.ConvTranspose3d': QConvTranspose3d,
-    'mmcv.cnn.bricks.wrappers.Linear': QLinear,
-    'torch.nn.modules.batchnorm.BatchNorm1d': QBatchNorm1d,
-    'torch.nn.modules.batchnorm.BatchNorm2d': QBatchNorm2d,
-    'torch.nn.modules.batchnorm.BatchNorm3d': QBatchNorm3d,
-    'torch.nn.modules.normalization.GroupNorm': QGroupNorm,
-    'torch.nn.modules.batchnorm.SyncBatchNorm': QSyncBatchNorm,
-    # What type='SyncBN' builds.
-    'mmengine.utils.dl_utils.parrots_wrapper.SyncBatchNorm': QSyncBatchNorm,
-    'mmcv.ops.sync_bn.SyncBatchNorm': QSyncBatchNorm,
-    'mmengine.model.utils._BatchNormXd': QBatchNorm,
-    'torch.nn.modules.activation.ReLU': QReLU,
-    'torch.nn.modules.activation.ReLU6': QReLU6,
-    'torch.nn.modules.activation.LeakyReLU': QLeakyReLU,
-    'torch.nn.modules.activation.SiLU': QSiLU,
-    'mmcv.cnn.bricks.swish.Swish': 'mmactnn.adapters.activations:QSwish',
-    'torch.nn.modules.pooling.MaxPool2d': QMaxPool2d,
-    'mmcv.cnn.bricks.wrappers.MaxPool2d': QMaxPool2d,
-    'torch.nn.modules.pooling.AvgPool2d': QAvgPool2d,
-    'torch.nn.modules.pooling.AdaptiveAvgPool2d': QAdaptiveAvgPool2d,
-    'torch.nn.modules.dropout.Dropout': QDropout,
-    'torch.nn.modules.dropout.Dropout2d': QDropout2d,
-    'mmcv.cnn.bricks.drop.Dropout': QDropout,
-    'mmactnn.layers.gate.Gate': QGate,
-}
+from .report import (
+    Adapted,
+    ConversionReport,
+    Converted,
+    Fused,
+    Left,
+    Unfused,
+)
 
 # Smaller codes stay on the device: the call would cost more than it saves.
 _MIN_SWAPPED_CODES = MIB // 4
@@ -167,39 +112,20 @@ def convert_model(
         require_expandable_segments()
     include = None if include is None else Filter('include', include)
     exclude = Filter('exclude', exclude)
-    chosen, left = [], []
-    plans = find_layered(model)
-    for name, module in _all_modules(model, plans):
-        target = _target(module)
-        if target is None:
-            # Containers hold what is listed by itself.
-            if next(module.children(), None) is None:
-                left.append(
-                    Left(name, type(module).__name__, _why_left(module))
-                )
-            continue
-        excluded = exclude.matches(name, module)
-        included = include is None or include.matches(name, module)
-        if excluded or not included:
-            reason = 'excluded' if excluded else 'not included'
-            left.append(Left(name, type(module).__name__, reason))
-            continue
-        chosen.append((name, module, target))
-    for used in (include, exclude):
-        if used is not None:
-            used.require_all_used()
-    _require_rules_used(level, [name for name, *_ in chosen])
-    layers = {module for _, module, _ in chosen}
+    adaptable = find_adapters(model)
+    chosen, left = _choose_layers(model, adaptable.plans, include, exclude)
+    _require_rules_used(level, [item.name for item in chosen])
+    layers = {item.module for item in chosen}
     plans = [
         plan
-        for plan in plans.values()
-        if not layers.isdisjoint(plan.layers.values())
+        for plan in adaptable.plans.values()
+        if not plan.layers or not layers.isdisjoint(plan.layers.values())
     ]
-    added = {plan.module: plan.layers for plan in plans}
-    fusions = _find_fusions(model, level, chosen, added)
+    found = _find_fusions(model, level, chosen)
+    coded = _coded_relus(plans, level)
     rectified = {
-        layer: fusion.rectified_bits(level)
-        for fusion in fusions.values()
+        layer: level.rectified
+        for fusion in found.fusions.values()
         # Codes of a ReLU's output are for the convolutions that read it.
         for layer in (
             fusion.norms
@@ -207,46 +133,162 @@ def convert_model(
             else (*fusion.norms, *fusion.relus)
         )
     }
+    rectified.update(dict.fromkeys(coded, level.rectified))
+    for fusion in found.fusions.values():
+        if level.head is not None and fusion.norms and _is_lone(fusion):
+            for norm in fusion.norms:
+                rectified[norm] = max(level.rectified, level.head)
     quantizers = []
-    for name, module, target in chosen:
+    for item in chosen:
         own = OwnSettings()
-        if isinstance(module, QuantizedLayer):
-            own = module.quantizer.own
+        if isinstance(item.module, QuantizedLayer):
+            own = item.module.quantizer.own
         quantizers.append(
             LayerQuantizer.for_level(
-                target,
+                item.target,
                 level,
                 group_size,
                 generator,
                 own,
-                name,
+                item.name,
                 precision,
-                rectified.get(module),
-                bool(rectified) and _reads_images(module),
+                rectified.get(item.module),
+                bool(rectified) and _reads_images(item.module),
             )
         )
     # Nothing is left to fail: a call that raises has changed no layer.
     before = _precisions(model)
-    remove_fusions(model)
-    layered = tuple(_install(plan) for plan in plans)
+    for module in model.modules():
+        if is_fused(module):
+            unfuse(module)
+    adapted = tuple(_install(plan) for plan in plans)
+    _set_chains(model, _fuses(level))
+    twins = _replace_shared(model, [item.module for item in chosen])
     converted = tuple(
-        _convert(*choice, quantizer)
-        for choice, quantizer in zip(chosen, quantizers)
+        _convert(item, twins.get(item.module, item.module), quantizer)
+        for item, quantizer in zip(chosen, quantizers)
     )
-    for fusion in fusions.values():
-        fusion.install()
+    blocks = []
+    for name, fusion in found.fusions.items():
+        blocks.append(
+            Fused(name, type(fusion.module).__name__, len(fusion.norms))
+        )
+        fuse(fusion.module, fusion.runner)
     for unused in before - _precisions(model):
         unused.detach()
     if precision is not None and precision.slots:
         precision.attach(model)
     _swap(model, level)
-    blocks = tuple(
-        Fused(name, type(fusion.module).__name__, len(fusion.norms))
-        for name, fusion in fusions.items()
-    )
+    unfused = {**found.unfused, **adaptable.refused}
     return ConversionReport(
-        level.name, converted, tuple(left), blocks, layered
+        level.name,
+        converted,
+        tuple(left),
+        tuple(blocks),
+        adapted,
+        tuple(
+            Unfused(name, type(module).__name__, reason)
+            for name, (module, reason) in unfused.items()
+            if _fuses(level)
+        ),
     )
+
+
+class _Chosen(NamedTuple):
+    """A layer that is about to be converted.
+
+    Attributes:
+        name (str): Qualified name in the model.
+        module (nn.Module): The layer.
+        target (type): Compressed class that it gets.
+    """
+
+    name: str
+    module: nn.Module
+    target: type
+
+
+def _choose_layers(model, plans, include, exclude):
+    """Layers to convert, and those that are left with the reason."""
+    chosen, left = [], []
+    for name, module in _all_modules(model, plans):
+        entry, reason = default_registry.find_layer(module)
+        if entry is not None:
+            reason = entry.layer.why_exact(module)
+        if reason is not None:
+            # Containers hold what is listed by itself.
+            if next(module.children(), None) is None:
+                if entry is None and isinstance(module, _KEEP_NOTHING):
+                    reason = 'keeps nothing'
+                left.append(Left(name, type(module).__name__, reason))
+            continue
+        excluded = exclude.matches(name, module)
+        included = include is None or include.matches(name, module)
+        if excluded or not included:
+            reason = 'excluded' if excluded else 'not included'
+            left.append(Left(name, type(module).__name__, reason))
+            continue
+        target = entry.layer
+        if isinstance(module, QuantizedLayer):
+            target = type(module)
+        chosen.append(_Chosen(name, module, target))
+    for used in (include, exclude):
+        if used is not None:
+            used.require_all_used()
+    return chosen, left
+
+
+def _fuses(level):
+    return bool(level.fuse and level.norm is not None and level.mask)
+
+
+def _coded_relus(plans, level):
+    """ReLUs of adapters that stand right behind a convolution."""
+    if not _fuses(level) or level.conv is None:
+        return []
+    return [
+        layer
+        for plan in plans
+        for name, layer in plan.layers.items()
+        if name in plan.target.coded_relus
+    ]
+
+
+def _is_lone(fusion):
+    """Whether a block is one convolution with what follows it."""
+    (plan, *_) = fusion.runner.plans
+    return len(plan.steps) == 1 and plan.is_simple
+
+
+def _set_chains(model, uses_chains):
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            module.__dict__['uses_chains'] = uses_chains
+
+
+def _replace_shared(model, layers):
+    """Put twins in the place of layers that are not this model's alone.
+
+    Only of those without parameters and buffers: to share these is to train
+    one layer in two models.
+
+    Returns:
+        dict[nn.Module, nn.Module]: Twins by the layers that they replace.
+    """
+    plain = [
+        layer
+        for layer in layers
+        if not isinstance(layer, QuantizedLayer)
+        and not layer._parameters
+        and not layer._buffers
+    ]
+    twins = {layer: twin_of(layer) for layer in shared_layers(model, plain)}
+    if twins:
+        for module in list(model.modules()):
+            for name, child in module._modules.items():
+                if child in twins:
+                    module._modules[name] = twins[child]
+    return twins
 
 
 def revert_model(model):
@@ -256,8 +298,8 @@ def revert_model(model):
         model (nn.Module): The model.
 
     Returns:
-        list[str]: Qualified names of what was reverted: of layers, and of
-        modules that call functions again.
+        list[str]: Qualified names of the layers and of the adapted modules
+        that were reverted.
     """
     names = []
     for precision in _precisions(model):
@@ -265,10 +307,12 @@ def revert_model(model):
     swap = attached_swap(model)
     if swap is not None:
         swap.detach()
-    remove_fusions(model)
-    # Lists, because layered modules drop their layers.
+    # Lists, because adapters drop their layers.
+    for module in list(model.modules()):
+        if is_fused(module):
+            unfuse(module)
     for name, module in list(named_modules(model)):
-        if isinstance(module, LayeredModule):
+        if isinstance(module, Adapter):
             module.revert_()
             names.append(name)
     for name, module in list(named_modules(model)):
@@ -309,10 +353,10 @@ def _all_modules(model, plans):
 
 
 def _install(plan):
-    """Let a module call layers; what the report says of it."""
+    """Adapt a module; what the report says of it."""
     source = type(plan.module).__name__
     plan.install()
-    return Layered(plan.name, source, plan.target.__name__, tuple(plan.layers))
+    return Adapted(plan.name, source, plan.target.__name__, tuple(plan.layers))
 
 
 def _precisions(model):
@@ -345,11 +389,10 @@ def _reads_images(module):
     )
 
 
-def _find_fusions(model, level, chosen, added):
-    """By name, the blocks of a model that a level fuses.
+def _find_fusions(model, level, chosen):
+    """Blocks of a model that a level fuses.
 
     Layers that the filters leave out take part as they are.
-    ``added`` are those that modules are about to get.
     """
     targets = {
         module: type(module)
@@ -358,13 +401,15 @@ def _find_fusions(model, level, chosen, added):
         and (module.quantizer.fused_bits or module.kind == 'mask')
         and not module.quantizer.exact
     }
-    fuses = level.fuse and level.norm is not None and level.mask
+    fuses = _fuses(level)
     for name, module, target in chosen:
         targets.pop(module, None)
         rule = level.rule_for(name)
         if fuses and not (rule is not None and rule.bits is None):
             targets[module] = target
-    return find_fusions(model, targets, added)
+    if not targets:
+        return Found({}, {})
+    return find_fusions(model, targets.get)
 
 
 def _swap(model, level):
@@ -386,46 +431,16 @@ def _require_rules_used(level, names):
             )
 
 
-def _mapped(module):
-    """The compressed class for a module's class, or None."""
-    if isinstance(module, QuantizedLayer):
-        return type(module)
-    cls = type(module)
-    target = CONVERSIONS.get(f'{cls.__module__}.{cls.__qualname__}')
-    return pkgutil.resolve_name(target) if isinstance(target, str) else target
-
-
-def _target(module):
-    """The compressed class for a module, or None."""
-    target = _mapped(module)
-    if target is None or target.why_exact(module) is not None:
-        return None
-    return target
-
-
-def _convert(name, module, target, quantizer):
+def _convert(item, module, quantizer):
     source = type(module).__name__
     if isinstance(module, QuantizedLayer):
         module.quantizer = quantizer
     else:
-        target.convert_(module, quantizer)
+        item.target.convert_(module, quantizer)
     return Converted(
-        name,
+        item.name,
         source,
-        target.__name__,
+        item.target.__name__,
         quantizer.bits,
         quantizer.slot is not None,
     )
-
-
-def _why_left(module):
-    target = _mapped(module)
-    if target is not None:
-        return target.why_exact(module)
-    if isinstance(module, _KEEP_NOTHING):
-        return 'keeps nothing'
-    for base in type(module).__mro__[1:]:
-        known = f'{base.__module__}.{base.__qualname__}' in CONVERSIONS
-        if known:
-            return f'subclass of {base.__name__}, may compute otherwise'
-    return 'no compressed layer of this type'

@@ -55,20 +55,35 @@ class Fused:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layered:
-    """A module that calls layers where it called functions.
+class Adapted:
+    """A module of another package that an adapter has taken the place of.
 
     Attributes:
         name (str): Qualified name in the model.
         source (str): Class it had before.
         target (str): Class it has now.
-        layers (tuple[str]): Names of the layers in the module.
+        layers (tuple[str]): Names of the layers that it has got.
     """
 
     name: str
     source: str
     target: str
     layers: tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfused:
+    """A block that runs layer by layer.
+
+    Attributes:
+        name (str): Qualified name in the model.
+        source (str): Its class.
+        reason (str): Why.
+    """
+
+    name: str
+    source: str
+    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,15 +95,17 @@ class ConversionReport:
         converted (tuple[Converted]): Layers that are compressed now.
         left (tuple[Left]): Layers that are not, with the reason.
         fused (tuple[Fused]): Blocks that run fused.
-        layered (tuple[Layered]): Modules that call layers now in place of
-            functions.
+        adapted (tuple[Adapted]): Modules that have an adapter's class.
+        unfused (tuple[Unfused]): Blocks with normalisations that run layer by
+            layer, with the reason.
     """
 
     level: str
     converted: tuple
     left: tuple
     fused: tuple = ()
-    layered: tuple = ()
+    adapted: tuple = ()
+    unfused: tuple = ()
 
     def __str__(self):
         lines = [
@@ -102,13 +119,13 @@ class ConversionReport:
         for (source, target, size), count in sorted(kinds.items()):
             lines.append(f'  {count:4d} {source} -> {target} ({size})')
         models = collections.Counter(
-            (item.source, item.target, item.layers) for item in self.layered
+            (item.source, item.target, item.layers) for item in self.adapted
         )
         for (source, target, layers), count in sorted(models.items()):
-            lines.append(
-                f'  {count:4d} {source} -> {target} (layers in place of '
-                f'functions: {", ".join(layers)})'
-            )
+            effect = 'layers run together'
+            if layers:
+                effect = f'layers in place of functions: {", ".join(layers)}'
+            lines.append(f'  {count:4d} {source} -> {target} ({effect})')
         blocks = collections.Counter(
             (item.source, item.norms > 0) for item in self.fused
         )
@@ -119,15 +136,18 @@ class ConversionReport:
                 else 'convolutions of small maps run as one'
             )
             lines.append(f'  {count:4d} {source} fused: {effect}')
-        reasons = collections.defaultdict(list)
-        for item in self.left:
-            reasons[item.source, item.reason].append(item.name)
-        for (source, reason), names in sorted(reasons.items()):
-            shown = ', '.join(names[:3]) + (', ...' if names[3:] else '')
-            lines.append(
-                f'  {len(names):4d} {source} left: {reason} ({shown})'
-            )
+        lines += _by_reason(self.unfused, 'not fused')
+        lines += _by_reason(self.left, 'left')
         return '\n'.join(lines)
+
+
+def _by_reason(items, state):
+    reasons = collections.defaultdict(list)
+    for item in items:
+        reasons[item.source, item.reason].append(item.name)
+    for (source, reason), names in sorted(reasons.items()):
+        shown = ', '.join(names[:3]) + (', ...' if names[3:] else '')
+        yield f'  {len(names):4d} {source} {state}: {reason} ({shown})'
 
 
 def _describe(item):

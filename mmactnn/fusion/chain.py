@@ -8,15 +8,13 @@ from torch import nn
 from ..autograd import run_chain
 from ..autograd.autocast import lower_dtype
 from ..codes.units import MIB
-from ..layers import QConv1d, QConv2d, QConv3d, QReLU
+from ..layers import QReLU
+from ..modules.execution import is_observed, is_ordinary, is_transformed
 from ..ops import PARAMETERS
 from ..ops.capture import is_capturing
 from ..ops.quantize import VALID_DTYPES
-from .members import NORMS
+from .eligibility import CHAINED_CONVS, NORMS, are_functions_intact
 from .prepared import prepare
-from .watched import are_all_watched
-
-_CONVS = (QConv1d, QConv2d, QConv3d)
 
 # Up to this size of the input of a convolution. A chain saves time on the
 # host, which GPUs wait for at tensors smaller than this, and costs memory: the
@@ -139,7 +137,14 @@ class ChainRunner:
         first = inputs[0]
         lowered = lower_dtype(first)
         dtype = lowered or first.dtype
-        if dtype not in VALID_DTYPES or are_all_watched() or is_capturing():
+        if (
+            dtype not in VALID_DTYPES
+            or not all(map(is_ordinary, inputs))
+            or is_observed()
+            or is_transformed()
+            or is_capturing()
+            or not are_functions_intact()
+        ):
             return None
         seen = _look(layers)
         if seen is None:
@@ -175,12 +180,17 @@ def _look(layers):
     """
     state, parameters, buffers = [], [], []
     for conv, norm, relu, *sources in layers:
-        if type(conv) not in _CONVS:
+        if type(conv) not in CHAINED_CONVS:
             return None
         own = conv.__dict__
-        if any(_HOOKS(own)) or 'forward' in own:
-            return None
         of_conv = own['_parameters']
+        if (
+            any(_HOOKS(own))
+            or 'forward' in own
+            or '_conv_forward' in own
+            or 'weight' not in of_conv
+        ):
+            return None
         parameters += of_conv['weight'], of_conv['bias']
         state += conv, sources, _OF_CONV(own)
         state.append(_OF_QUANTIZER(own['quantizer'].__dict__))

@@ -7,7 +7,9 @@ from torch import nn
 
 from ..codes.quantizer import LayerQuantizer, OwnSettings
 from ..config import DEFAULT_LEVEL
+from ..modules.class_swap import derive, replace_class, wrapped_class
 from ..ops import DEFAULT_GROUP_SIZE
+from ..registry import is_alias
 
 
 class QuantizedLayer:
@@ -85,8 +87,14 @@ class QuantizedLayer:
             module (nn.Module): The layer to convert.
             quantizer (LayerQuantizer): Its settings.
         """
-        module.__dict__['_converted_from'] = type(module)
-        module.__class__ = cls
+        plain = wrapped_class(type(module))
+        module.__dict__['_converted_from'] = plain
+        parent = cls.torch_class()
+        derives = plain is not parent and issubclass(plain, parent)
+        if derives and not is_alias(cls, plain):
+            replace_class(module, plain, derive(cls, plain))
+        else:
+            replace_class(module, plain, cls)
         module.quantizer = quantizer
 
     def revert_(self):
@@ -99,7 +107,7 @@ class QuantizedLayer:
         original = self.plain_class
         self.__dict__.pop('_converted_from', None)
         del self.quantizer
-        self.__class__ = original
+        replace_class(self, wrapped_class(type(self)), original)
         return original
 
     @classmethod
@@ -132,7 +140,7 @@ class QuantizedLayer:
                 f'{parent.__name__} itself, got {type(layer).__name__}'
             )
         quantizer = cls._make_quantizer(bits, group_size)
-        twin = _shallow_copy(layer)
+        twin = twin_of(layer)
         cls.convert_(twin, quantizer)
         return twin
 
@@ -145,7 +153,7 @@ class QuantizedLayer:
             nn.Module: The new layer, of the class that :meth:`revert_` would
             give this one.
         """
-        twin = _shallow_copy(self)
+        twin = twin_of(self)
         twin.revert_()
         return twin
 
@@ -256,8 +264,16 @@ class ExactLayer(QuantizedLayer):
         return None if rule.bits is None else cls.kept_bits
 
 
-def _shallow_copy(layer):
-    """A second module that shares what the tables of the first one hold."""
+def twin_of(layer):
+    """A second module that shares what the tables of the first one hold.
+
+    Args:
+        layer (nn.Module): The first module.
+
+    Returns:
+        nn.Module: Of the same class, with the same parameters, buffers and
+        hooks.
+    """
     twin = layer.__new__(type(layer))
     # Parameters, buffers and hooks are in dicts and sets: each module has
     # its own, of the same entries.

@@ -13,14 +13,13 @@ from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import Registry
 
-from ..adapters import MODEL_NAMES
-
 # Whatever our hooks import of MMEngine comes before anything is registered. If
 # MMEngine is itself only half imported (its optimizers import transformers,
 # which may import anything), that fails, and is to leave nothing behind that
 # would be in the way of the next attempt.
 from ..hooks import ActNNHook
 from ..names import LAYER_NAMES
+from ..registry import ADAPTER_NAMES
 
 MODELS = Registry(
     'model', parent=ROOT_MODELS, scope='mmactnn', locations=['mmactnn.layers']
@@ -42,7 +41,7 @@ def _builder(path):
 for _registry in (ROOT_MODELS, MODELS):
     for _layer, _names in LAYER_NAMES.items():
         _registry.register_module(name=list(_names), module=_layer)
-    for _name, _path in MODEL_NAMES.items():
+    for _name, _path in ADAPTER_NAMES.items():
         _registry.register_module(name=_name, module=_builder(_path))
 for _registry in (ROOT_HOOKS, HOOKS):
     _registry.register_module(module=ActNNHook)

@@ -1,4 +1,4 @@
-"""Activations of MMCV's own."""
+"""What MMCV's layers need; imported when a model has one of them."""
 
 from mmcv.cnn.bricks.swish import Swish
 

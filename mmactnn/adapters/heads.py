@@ -1,0 +1,102 @@
+"""Dense heads of MMDetection over feature levels."""
+
+from mmdet.models.dense_heads import RetinaHead, RPNHead
+
+from ..fusion.chain import ChainRunner, Layers
+from ..layers import QReLU
+from ..ops import source_of_input
+from ..registry import register_adapter
+from .base import Adapter
+from .parallel import HeadLevels, append_layers, row_of_layers
+
+
+@register_adapter(RPNHead, fingerprints=())
+class QRPNHead(Adapter, RPNHead):
+    """``RPNHead`` whose ReLU is a layer.
+
+    Its three convolutions run as one chain of all levels but those that are
+    large.
+
+    Args:
+        *args: As ``RPNHead``.
+        **kwargs: As ``RPNHead``.
+    """
+
+    replaces = ('forward', 'forward_single')
+    coded_relus = ('relu',)
+
+    @classmethod
+    def make_layers(cls, module):
+        """See the base class."""
+        return dict(relu=QReLU())
+
+    def adapted_forward(self, x):
+        """See ``RPNHead``."""
+        modules = self._modules
+        conv, layers = modules['rpn_conv'], None
+        if self.uses_chains and not len(conv._modules):
+            layers = [
+                Layers(conv, None, modules['relu'], source_of_input(0)),
+                Layers(modules['rpn_cls'], None, None, 0),
+                Layers(modules['rpn_reg'], None, None, 0),
+            ]
+        return _levels_of(self)(layers, x, self._run_level)
+
+    def _run_level(self, x):
+        x = self.relu(self.rpn_conv(x))
+        return self.rpn_cls(x), self.rpn_reg(x)
+
+
+@register_adapter(RetinaHead, fingerprints=())
+class QRetinaHead(Adapter, RetinaHead):
+    """``RetinaHead`` whose towers run as one chain.
+
+    Of small feature maps a tower takes the host longer than the GPU. Both
+    towers, with the convolutions behind them, are one chain of all levels but
+    those that are large, of which each tower is one.
+
+    Args:
+        *args: As ``RetinaHead``.
+        **kwargs: As ``RetinaHead``.
+    """
+
+    replaces = ('forward', 'forward_single')
+
+    def adapted_forward(self, x):
+        """See ``RetinaHead``."""
+        towers = (
+            (*self.cls_convs, self.retina_cls),
+            (*self.reg_convs, self.retina_reg),
+        )
+        layers = [None, None]
+        if self.uses_chains:
+            layers = [row_of_layers(tower) for tower in towers]
+        both = None
+        if None not in layers:
+            both = []
+            for tower in layers:
+                append_layers(both, tower)
+
+        def run_level(level):
+            return [
+                self._run_tower(k, tower, layers[k], level)
+                for k, tower in enumerate(towers)
+            ]
+
+        return _levels_of(self)(both, x, run_level)
+
+    def _run_tower(self, k, tower, layers, x):
+        if layers is not None:
+            chains = self.__dict__.setdefault(
+                '_tower_chains', (ChainRunner(), ChainRunner())
+            )
+            outputs = chains[k](layers, [x])
+            if outputs is not None:
+                return outputs[0]
+        for module in tower:
+            x = module(x)
+        return x
+
+
+def _levels_of(head):
+    return head.__dict__.setdefault('_head_levels', HeadLevels())

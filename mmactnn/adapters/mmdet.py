@@ -1,0 +1,20 @@
+"""What MMDetection's models need; imported when a model has one of them."""
+
+from mmdet.models.necks import FPN
+
+from ..registry import register_adapter
+from .fpn import FPNAdapter
+from .gates import QChannelAttention, QSELayer
+from .heads import QRetinaHead, QRPNHead
+
+__all__ = ['QChannelAttention', 'QFPN', 'QRPNHead', 'QRetinaHead', 'QSELayer']
+
+
+@register_adapter(FPN, fingerprints=())
+class QFPN(FPNAdapter, FPN):
+    """``FPN`` whose extra levels come from layers.
+
+    Args:
+        *args: As ``FPN``.
+        **kwargs: As ``FPN``.
+    """

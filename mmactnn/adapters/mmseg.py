@@ -1,0 +1,16 @@
+"""What MMSegmentation's models need; imported when a model has one of them."""
+
+from mmseg.models.necks import FPN
+
+from ..registry import register_adapter
+from .fpn import FPNAdapter
+
+
+@register_adapter(FPN, fingerprints=())
+class SegFPNAdapter(FPNAdapter, FPN):
+    """MMSegmentation's ``FPN`` whose extra levels come from layers.
+
+    Args:
+        *args: As ``FPN``.
+        **kwargs: As ``FPN``.
+    """

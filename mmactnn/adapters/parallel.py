@@ -1,0 +1,194 @@
+"""Convolutions of several feature maps that run as one chain."""
+
+import weakref
+
+from ..fusion.chain import ChainRunner, Layers, count_large
+from ..fusion.eligibility import has_hooks, is_convolution, is_watched
+from ..fusion.plan import chain_layers
+from ..fusion.runner import plan_to_merge
+from ..fusion.trace import Untraceable, trace_block
+from ..ops import is_input, source_of_input
+
+
+def run_each(convs, inputs):
+    """Run convolutions, each on an input of its own.
+
+    Args:
+        convs (Sequence[nn.Module]): The convolutions.
+        inputs (list[Tensor[N, C, H, W]]): Their inputs. It is empty then:
+            none is held longer than its convolution needs it.
+
+    Returns:
+        list[Tensor[N, O, H', W']]: Their outputs.
+    """
+    inputs.reverse()
+    return [conv(inputs.pop()) for conv in convs]
+
+
+class ParallelConvs:
+    """Runs convolutions, each on an input of its own, as one chain.
+
+    Those of the largest inputs run alone. Copies and pickles start anew.
+    """
+
+    def __init__(self):
+        self._run_chain = ChainRunner()
+        self._traces = weakref.WeakKeyDictionary()
+
+    def __reduce__(self):
+        return type(self), ()
+
+    def __call__(self, convs, inputs):
+        """See :func:`run_each`; the largest input is first."""
+        # A part of an nn.ModuleList would be a module of its own.
+        convs, alone = list(convs), count_large(inputs)
+        rest = inputs[alone:]
+        del inputs[alone:]
+        outputs = run_each(convs[:alone], inputs)
+        if rest:
+            outputs += self._run_rest(convs[alone:], rest)
+        return outputs
+
+    def _run_rest(self, convs, inputs):
+        lone = [self._lone_conv(conv) for conv in convs]
+        if None in lone:
+            return run_each(convs, inputs)
+        layers = [
+            Layers(conv, None, None, source_of_input(i))
+            for i, conv in enumerate(lone)
+        ]
+        return list(self._run_chain(layers, inputs) or run_each(convs, inputs))
+
+    def _lone_conv(self, module):
+        """The convolution that is all that a module calls, or None."""
+        if is_convolution(module):
+            return module
+        if is_watched(module):
+            return None
+        cls = type(module)
+        if module not in self._traces:
+            try:
+                (trace,) = trace_block(module, cls)
+            except (Untraceable, ValueError):
+                trace = None
+            self._traces[module] = trace
+        trace = self._traces[module]
+        if (
+            trace is None
+            or len(trace.calls) != 1
+            or trace.calls[0].op != 'call_module'
+            or trace.output.args != trace.calls
+            or not trace.guards.hold(module, cls)
+        ):
+            return None
+        conv = module.get_submodule(trace.calls[0].target)
+        return conv if is_convolution(conv) else None
+
+
+class HeadLevels:
+    """Runs the layers of a head with two outputs for each of several levels.
+
+    As one chain for all but the largest levels, if these or what is made of
+    them are too large.
+    """
+
+    def __init__(self):
+        # By the number of levels.
+        self._chains = {}
+
+    def __reduce__(self):
+        return type(self), ()
+
+    def __call__(self, layers, feats, run_level):
+        """Run the layers.
+
+        Args:
+            layers (Sequence[Layers], optional): The layers, of two ends;
+                None if they do not run as a chain.
+            feats (Sequence[Tensor[N, C, H, W]]): The levels, the largest
+                first.
+            run_level (Callable): Runs the layers for one level, and returns
+                both outputs.
+
+        Returns:
+            tuple[list[Tensor[N, O, H, W]], list[Tensor[N, P, H, W]]]: The
+            outputs, as heads of MMDetection return them.
+        """
+        alone = len(feats) if layers is None else count_large(feats)
+        outputs = [run_level(x) for x in feats[:alone]]
+        while alone < len(feats):
+            rest = list(feats[alone:])
+            run_chain = self._chains.setdefault(
+                len(rest), ChainRunner(for_each=True)
+            )
+            flat = run_chain(layers, rest)
+            if run_chain.too_large:
+                outputs.append(run_level(rest[0]))
+                alone += 1
+                continue
+            if flat is None:
+                outputs += [run_level(x) for x in rest]
+            else:
+                outputs += zip(flat[::2], flat[1::2])
+            break
+        return tuple(map(list, zip(*outputs)))
+
+
+def layers_of(module):
+    """Layers of a module that may run as part of a chain.
+
+    Args:
+        module (nn.Module): A convolution, or a fused block of one input.
+
+    Returns:
+        list[Layers], optional: None if it does more, or somebody would
+        notice.
+    """
+    if next(module.children(), None) is None:
+        return [Layers(module, None, None, source_of_input(0))]
+    plan = plan_to_merge(module)
+    if plan is None or has_hooks(module):
+        return None
+    made = chain_layers(module, plan, 0, len(plan.steps), plan_to_merge)
+    return None if made is None or made[1] != [0] else made[0]
+
+
+def row_of_layers(modules):
+    """Layers of modules that follow one another.
+
+    Args:
+        modules (Sequence[nn.Module]): The modules.
+
+    Returns:
+        list[Layers], optional: None if one of them does more.
+    """
+    layers = []
+    for module in modules:
+        own = layers_of(module)
+        if own is None:
+            return None
+        append_layers(layers, own, len(layers) - 1 if layers else None)
+    return layers
+
+
+def append_layers(layers, own, source=None):
+    """Add layers behind others.
+
+    Args:
+        layers (list[Layers]): The others, extended in place.
+        own (Sequence[Layers]): What is added.
+        source (int, optional): What it reads in place of its input. Defaults
+            to the first input of all.
+    """
+    first = len(layers)
+    source = source_of_input(0) if source is None else source
+    for layer in own:
+        moved = {
+            name: source if is_input(value) else value + first
+            for name, value in (
+                ('source', layer.source),
+                ('added', layer.added),
+            )
+            if value is not None
+        }
+        layers.append(layer._replace(**moved))

@@ -1,0 +1,230 @@
+"""What a trace rests on, compared when its plan runs."""
+
+from types import ModuleType
+from typing import NamedTuple
+
+from torch import nn
+
+from ..modules.functions import functions_of, names_in
+
+_MISSING = object()
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_STRUCTURE = ('_parameters', '_buffers', '_modules')
+# Deeper or longer containers are compared by identity alone.
+_MAX_ITEMS, _MAX_DEPTH = 64, 3
+
+
+class Own(NamedTuple):
+    """Attributes of a module that a trace read by value.
+
+    Attributes:
+        path (tuple[str]): Names that lead to the module.
+        values (tuple): Pairs of a name in the module's ``__dict__`` and its
+            frozen value.
+        absent (tuple[str]): Names that are not in its ``__dict__``, so that
+            the class's attribute counts.
+        cls (tuple): Pairs of a name and the attribute that the class has.
+        tables (tuple): Pairs of ``'_modules'``, ``'_parameters'`` or
+            ``'_buffers'`` and its structure: names, and which are None.
+    """
+
+    path: tuple
+    values: tuple
+    absent: tuple
+    cls: tuple
+    tables: tuple
+
+
+class Guards(NamedTuple):
+    """Everything that a trace read by value, or calls by name.
+
+    Attributes:
+        shared (tuple): Triples of a dict of globals, a name and its value.
+        cells (tuple): Pairs of a closure's cell and its value.
+        own (tuple[Own]): Of the module and of its parts.
+    """
+
+    shared: tuple
+    cells: tuple
+    own: tuple
+
+    def hold(self, module, cls):
+        """Whether all is as it was when the trace was made.
+
+        Args:
+            module (nn.Module): The module, or a copy of it.
+            cls (type): Class whose forward pass was traced.
+
+        Returns:
+            bool: False if anything differs.
+        """
+        for scope, name, value in self.shared:
+            if scope.get(name, _MISSING) is not value:
+                return False
+        for cell, value in self.cells:
+            if not _equals(cell.cell_contents, value):
+                return False
+        for part in self.own:
+            owner = module
+            for name in part.path:
+                owner = owner._modules.get(name)
+                if owner is None:
+                    return False
+            if not _holds(part, owner, cls if owner is module else None):
+                return False
+        return True
+
+
+def _holds(part, owner, cls):
+    own = owner.__dict__
+    for name, value in part.values:
+        if not _equals(own.get(name, _MISSING), value):
+            return False
+    for name in part.absent:
+        if name in own:
+            return False
+    for name, value in part.cls:
+        if getattr(cls or type(owner), name, _MISSING) is not value:
+            return False
+    return all(
+        _structure(own[table]) == structure for table, structure in part.tables
+    )
+
+
+def _structure(table):
+    """Names of a table, which are None, and which hold the same object."""
+    first = {}
+    return [
+        (name, value is not None and first.setdefault(id(value), name))
+        for name, value in table.items()
+    ]
+
+
+class _Frozen(NamedTuple):
+    """A container, by its items."""
+
+    kind: type
+    items: tuple
+
+
+def freeze(value, depth=0):
+    """A value as it is now, to compare with later ones.
+
+    Args:
+        value (object): Plain values and containers of them are copied;
+            anything else stands for itself.
+        depth (int, optional): Containers around it. Defaults to none.
+
+    Returns:
+        object: See :func:`_equals`.
+    """
+    if isinstance(value, (list, tuple, dict, set, frozenset)):
+        if len(value) <= _MAX_ITEMS and depth < _MAX_DEPTH:
+            items = value.items() if isinstance(value, dict) else value
+            return _Frozen(
+                type(value),
+                tuple(freeze(item, depth + 1) for item in items),
+            )
+    return value
+
+
+def _equals(value, frozen):
+    if value is frozen:
+        return True
+    if isinstance(frozen, _Frozen):
+        if type(value) is not frozen.kind or len(value) != len(frozen.items):
+            return False
+        items = value.items() if isinstance(value, dict) else value
+        return all(map(_equals, items, frozen.items))
+    if isinstance(frozen, _PLAIN):
+        return type(value) is type(frozen) and value == frozen
+    return False
+
+
+def make_guards(module, cls, calls, parts):
+    """Guards of a trace.
+
+    Names that a function's code has, and could have read, count as read.
+
+    Args:
+        module (nn.Module): The module that was traced.
+        cls (type): Class whose forward pass was traced.
+        calls (Sequence[tuple[CodeType, dict]]): Code and globals of the
+            functions that ran.
+        parts (Sequence[tuple[str]]): Paths of the parts of the module that
+            the trace went through or to.
+
+    Returns:
+        Guards: The guards.
+    """
+    shared, names = {}, set()
+    for code, scope in calls:
+        read = names_in(code)
+        names |= read
+        for name in read & scope.keys():
+            _guard_global(shared, scope, name, read)
+    functions = functions_of(cls)
+    cells = []
+    for value in functions.values():
+        function = getattr(value, 'fget', None) or value
+        function = getattr(function, '__func__', function)
+        for cell in function.__closure__ or ():
+            cells.append((cell, freeze(cell.cell_contents)))
+            _guard_cell(shared, cell.cell_contents, names)
+    own = [_own(module, (), names, cls)]
+    for path in parts:
+        part = module
+        for name in path:
+            part = part._modules[name]
+        guard = _own(part, path, names, None)
+        if guard != Own(path, (), (), (), ()):
+            own.append(guard)
+    return Guards(tuple(shared.values()), tuple(cells), tuple(own))
+
+
+def _guard_global(shared, scope, name, read):
+    value = scope[name]
+    shared[id(scope), name] = scope, name, value
+    if isinstance(value, ModuleType):
+        inner = vars(value)
+        for attribute in read & inner.keys():
+            key = id(inner), attribute
+            shared[key] = inner, attribute, inner[attribute]
+
+
+def _guard_cell(shared, value, names):
+    if isinstance(value, ModuleType):
+        for name in names & vars(value).keys():
+            shared[id(vars(value)), name] = (
+                vars(value),
+                name,
+                vars(value)[name],
+            )
+
+
+def _own(owner, path, names, cls):
+    own = owner.__dict__
+    values = tuple(
+        (name, freeze(own[name]))
+        for name in sorted(names & own.keys())
+        if name not in _STRUCTURE and name != 'training'
+    )
+    attributes = ()
+    if cls is not None:
+        attributes = tuple(
+            (name, getattr(cls, name))
+            for name in sorted(names | {'forward'})
+            if name not in own
+            and hasattr(cls, name)
+            and (name == 'forward' or not hasattr(nn.Module, name))
+        )
+    tables = [('_modules', _structure(owner._modules))]
+    if not owner._modules:
+        tables.clear()
+    tables += [
+        (table, _structure(own[table]))
+        for table in ('_parameters', '_buffers')
+        if names & own[table].keys()
+    ]
+    absent = tuple(name for name, _ in attributes)
+    return Own(path, values, absent, attributes, tuple(tables))

@@ -1,0 +1,349 @@
+"""Plan of a fused block: the steps that take the place of its calls."""
+
+from typing import NamedTuple
+
+from torch import fx
+
+from ..ops import is_input, source_of_input
+from ..registry import default_registry
+from .chain import Layers
+from .sites import ConvNormAct, Site
+
+
+def resolve(module, path):
+    """A part of a module.
+
+    Args:
+        module (nn.Module): The module.
+        path (tuple[str]): Names that lead to the part.
+
+    Returns:
+        nn.Module, optional: None if there is none.
+    """
+    for name in path:
+        module = module._modules.get(name)
+        if module is None:
+            return None
+    return module
+
+
+class Slot(NamedTuple):
+    """Place of a value among those of a run.
+
+    Attributes:
+        index (int): The place.
+    """
+
+    index: int
+
+
+class Step(NamedTuple):
+    """One step of a plan.
+
+    Attributes:
+        kind (str): ``'site'``, or what ``fx`` calls the operation.
+        target (object): The site, or what is called: names that lead to a
+            module, a function, the name of a method.
+        args (object): Arguments; :class:`Slot` stands for a value.
+        kwargs (dict): Likewise.
+        output (int): Slot of the value.
+        frees (tuple[int]): Slots that no later step reads.
+    """
+
+    kind: str
+    target: object
+    args: tuple
+    kwargs: dict
+    output: int
+    frees: tuple
+
+
+class Plan(NamedTuple):
+    """Steps of a fused block, cached until what its trace rests on changes.
+
+    Attributes:
+        trace (Trace): The trace.
+        steps (tuple[Step]): The steps.
+        result (object): What is returned, of :class:`Slot` and constants.
+        size (int): Number of slots. Those of the inputs come first.
+        segments (dict[int, int]): From the index of a step to the end of the
+            longest run of steps from it that may run as one chain.
+    """
+
+    trace: object
+    steps: tuple
+    result: object
+    size: int
+    segments: dict
+
+    @property
+    def sites(self):
+        """list[Site]: All sites."""
+        return [s.target for s in self.steps if s.kind == 'site']
+
+    @property
+    def is_simple(self):
+        """bool: Whether its steps are sites a chain can run, and no more."""
+        return bool(self.steps) and all(
+            step.kind == 'call_module'
+            or (step.kind == 'site' and is_chainable(step))
+            for step in self.steps
+        )
+
+
+def is_chainable(step):
+    """Whether a step is a site that a chain can run.
+
+    Args:
+        step (Step): The step.
+    """
+    return (
+        step.kind == 'site'
+        and isinstance(step.target, ConvNormAct)
+        and step.target.is_chainable
+    )
+
+
+def make_plan(module, trace, sites, plans):
+    """Plan of a block.
+
+    Args:
+        module (nn.Module): The block.
+        trace (Trace): Its trace.
+        sites (Sequence[Site]): See :func:`choose_sites`.
+        plans (dict[nn.Module, Plan]): Plans of its parts, of those that have
+            some.
+
+    Returns:
+        Plan, optional: None if nothing would run otherwise than its calls.
+    """
+    order = _schedule(module, trace, sites, plans)
+    slots = {node: i for i, node in enumerate(trace.inputs)}
+    steps = []
+    for item in order:
+        node = item.nodes[-1] if isinstance(item, Site) else item
+        slots[node] = len(slots)
+        steps.append(_make_step(item, slots))
+    (result,) = _with_slots(trace.output.args, slots)
+    steps = _free(steps, result, len(trace.inputs))
+    segments = _find_segments(module, steps, result, plans)
+    if not sites and not segments:
+        return None
+    return Plan(trace, tuple(steps), result, len(slots), segments)
+
+
+def choose_sites(block, registry=default_registry):
+    """Sites of a block that do not overlap, those of later patterns first.
+
+    Args:
+        block (Block): The block.
+        registry (Registry, optional): Where the patterns are. Defaults to
+            that of the package.
+
+    Returns:
+        list[Site]: The sites.
+
+    Raises:
+        TypeError: If a pattern yields anything else.
+    """
+    taken, chosen = set(), []
+    for match in reversed(registry.patterns.values()):
+        for site in match(block):
+            if not isinstance(site, Site):
+                raise TypeError(
+                    f'a pattern must yield sites, got {site!r} from '
+                    f'{match.__name__}'
+                )
+            if taken.isdisjoint(site.nodes):
+                taken.update(site.nodes)
+                chosen.append(site)
+    return chosen
+
+
+def _schedule(module, trace, sites, plans):
+    """Calls and sites in an order in which they can run.
+
+    A shortcut comes first, though forward passes mostly have it last: the
+    backward pass then comes to it when the gradients of the other branch are
+    gone.
+    """
+    site_of = {site.nodes[-1]: site for site in sites}
+    covered = {node for site in sites for node in site.nodes}
+    items = [
+        site_of.get(node, node)
+        for node in trace.calls
+        if node in site_of or node not in covered
+    ]
+    shortcuts = {site.inputs[1] for site in sites if len(site.inputs) == 2}
+    ready, order = set(trace.inputs), []
+    early = [
+        item
+        for item in items
+        if _value(item) in shortcuts and _is_pure(item, module, plans)
+    ]
+    late = [item for item in items if item not in early]
+    while early or late:
+        movable = [item for item in early if ready.issuperset(_reads(item))]
+        item = movable[0] if movable else (late or early)[0]
+        (early if item in early else late).remove(item)
+        order.append(item)
+        ready.add(_value(item))
+    return order
+
+
+def _value(item):
+    return item.nodes[-1] if isinstance(item, Site) else item
+
+
+def _reads(item):
+    return item.inputs if isinstance(item, Site) else item.all_input_nodes
+
+
+def _is_pure(item, module, plans):
+    """Whether a step depends on nothing but values: no random numbers."""
+    if isinstance(item, Site):
+        return True
+    return (
+        item.op == 'call_module' and module.get_submodule(item.target) in plans
+    )
+
+
+def _with_slots(arguments, slots):
+    return fx.map_arg(arguments, lambda node: Slot(slots[node]))
+
+
+def _make_step(item, slots):
+    if isinstance(item, Site):
+        args = tuple(Slot(slots[node]) for node in item.inputs)
+        item_slot = slots[item.nodes[-1]]
+        return Step('site', _Placed(item), args, {}, item_slot, ())
+    target = item.target
+    if item.op in ('call_module', 'get_attr'):
+        target = tuple(target.split('.'))
+    args, kwargs = _with_slots((item.args, item.kwargs), slots)
+    return Step(item.op, target, args, kwargs, slots[item], ())
+
+
+def _Placed(site):
+    """A site without its nodes, which would keep the whole graph alive."""
+    site.nodes = site.inputs = ()
+    site.members = tuple(
+        None if name is None else tuple(name.split('.'))
+        for name in site.members
+    )
+    return site
+
+
+def _slots_of(arguments):
+    if isinstance(arguments, Slot):
+        return {arguments.index}
+    if isinstance(arguments, (tuple, list)):
+        return set().union(*map(_slots_of, arguments))
+    if isinstance(arguments, dict):
+        return set().union(*map(_slots_of, arguments.values()))
+    if isinstance(arguments, slice):
+        return _slots_of((arguments.start, arguments.stop, arguments.step))
+    return set()
+
+
+def _free(steps, result, inputs):
+    kept, freed = _slots_of(result), []
+    for step in reversed(steps):
+        read = _slots_of(step.args) | _slots_of(step.kwargs) | {step.output}
+        freed.append(step._replace(frees=tuple(sorted(read - kept))))
+        kept |= read
+    return freed[::-1]
+
+
+def _find_segments(module, steps, result, plans):
+    """See :attr:`Plan.segments`."""
+
+    def chains(step):
+        if is_chainable(step):
+            return True
+        if step.kind != 'call_module' or step.kwargs or len(step.args) != 1:
+            return False
+        plan = plans.get(resolve(module, step.target))
+        return plan is not None and bool(plan.sites) and plan.is_simple
+
+    returned = _slots_of(result)
+    segments = {}
+    for start in range(len(steps)):
+        end = start
+        while end < len(steps) and chains(steps[end]):
+            end += 1
+        while end > start:
+            inner = {step.output for step in steps[start : end - 1]}
+            outside = returned.union(
+                *(_slots_of(s.args) | _slots_of(s.kwargs) for s in steps[end:])
+            )
+            if inner.isdisjoint(outside):
+                break
+            end -= 1
+        # Alone, a site with other steps around it is mostly a stem's, and
+        # large.
+        if end - start > 1 or (end > start and len(steps) == 1):
+            if steps[end - 1].kind != 'site' and end - start == 1:
+                continue
+            segments[start] = end
+    return segments
+
+
+def chain_layers(module, plan, start, end, runner_of):
+    """Layers of steps that follow one another.
+
+    Args:
+        module (nn.Module): The block.
+        plan (Plan): Its plan.
+        start (int): Index of the first step.
+        end (int): One past the last.
+        runner_of (Callable): Maps a part to the plan that it would run by
+            now; None if it would not.
+
+    Returns:
+        tuple[list[Layers], list[int]] | None: The layers, and the slots of
+        what they read; None if one of the steps does more.
+    """
+    layers, inputs, places = [], [], {}
+    for step in plan.steps[start:end]:
+        sources = []
+        for slot in step.args:
+            if slot.index not in places:
+                places[slot.index] = source_of_input(len(inputs))
+                inputs.append(slot.index)
+            sources.append(places[slot.index])
+        if step.kind == 'site':
+            layers.append(_layers_of(module, step.target, sources))
+        elif not _append_part(module, step, sources, layers, runner_of):
+            return None
+        places[step.output] = len(layers) - 1
+    return layers, inputs
+
+
+def _layers_of(module, site, sources):
+    conv, norm, act, *_ = [
+        name and resolve(module, name) for name in site.members
+    ]
+    return Layers(conv, norm, act, *sources)
+
+
+def _append_part(module, step, sources, layers, runner_of):
+    part = resolve(module, step.target)
+    plan = runner_of(part)
+    if plan is None:
+        return False
+    made = chain_layers(part, plan, 0, len(plan.steps), runner_of)
+    if made is None or made[1] != [0]:
+        return False
+    first = len(layers)
+    for layer in made[0]:
+        source, added = (
+            value
+            if value is None
+            else sources[0]
+            if is_input(value)
+            else value + first
+            for value in (layer.source, layer.added)
+        )
+        layers.append(layer._replace(source=source, added=added))
+    return True

@@ -1,0 +1,104 @@
+"""Exchange of a module's class in place."""
+
+import functools
+
+from torch.distributed.fsdp import FSDPModule
+
+
+def wrapped_class(cls):
+    """The class that torch has made another one around, if it has.
+
+    Args:
+        cls (type): Class of a module: with parametrised tensors or shards of
+            ``fully_shard`` made on the fly, or any other.
+
+    Returns:
+        type: The class that was there before.
+    """
+    while True:
+        if FSDPModule in cls.__bases__:
+            cls = next(b for b in cls.__bases__ if b is not FSDPModule)
+        elif _is_parametrized(cls):
+            (cls,) = cls.__bases__
+        else:
+            return cls
+
+
+def _is_parametrized(cls):
+    (base, *others) = cls.__bases__
+    return (
+        not others
+        and cls.__name__ == f'Parametrized{base.__name__}'
+        and (
+            vars(cls).get('default_deepcopy') is not None
+            or '__getstate__' in vars(cls)
+            or any(isinstance(value, property) for value in vars(cls).values())
+        )
+    )
+
+
+class Derived:
+    """Mixin of classes that are made of two others on the fly.
+
+    Attributes:
+        made_of (tuple[type]): The classes, for copies and pickles.
+    """
+
+    made_of = ()
+
+    def __reduce_ex__(self, protocol):
+        return _make_instance, self.made_of, self.__getstate__()
+
+
+@functools.cache
+def derive(first, plain):
+    """A class that computes as one and is an instance of another.
+
+    Args:
+        first (type): Class whose methods go first.
+        plain (type): Class of a module, subclass of the parent of ``first``.
+
+    Returns:
+        type: A subclass of both, always the same one.
+    """
+    bases = (Derived, first, plain)
+    # Direct bases, too, are compared by name: see register_layer().
+    bases += tuple(b for b in plain.__bases__ if b not in bases)
+    return type(plain)(
+        f'{first.__name__}[{plain.__name__}]',
+        bases,
+        dict(made_of=(first, plain), __module__=plain.__module__),
+    )
+
+
+def _make_instance(first, plain):
+    cls = derive(first, plain)
+    return cls.__new__(cls)
+
+
+def replace_class(module, old, new):
+    """Give a module another class in place of one of its bases.
+
+    Classes that torch has made on the fly around the old one (parametrised
+    layers, shards of FSDP) are made again around the new one.
+
+    Args:
+        module (nn.Module): The module.
+        old (type): Its class, or a base of it.
+        new (type): What takes the place of that.
+    """
+    module.__class__ = _rebuilt(type(module), old, new)
+
+
+def _rebuilt(cls, old, new):
+    if cls is old:
+        return new
+    if old not in cls.__mro__:
+        return cls
+    namespace = {
+        key: value
+        for key, value in vars(cls).items()
+        if key not in ('__dict__', '__weakref__')
+    }
+    bases = tuple(_rebuilt(base, old, new) for base in cls.__bases__)
+    return type(cls)(cls.__name__, bases, namespace)
