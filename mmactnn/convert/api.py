@@ -105,6 +105,8 @@ def convert_model(
         raise TypeError(
             f'model must be an nn.Module, got {type(model).__name__}'
         )
+    # First, while nothing here holds layers.
+    shared = shared_layers(model)
     level = get_level(level)
     generator = generator or RoundingGenerator()
     precision = _make_precision(level, num_samples)
@@ -163,7 +165,9 @@ def convert_model(
             unfuse(module)
     adapted = tuple(_install(plan) for plan in plans)
     _set_chains(model, _fuses(level))
-    twins = _replace_shared(model, [item.module for item in chosen])
+    twins = _replace_shared(
+        model, shared.intersection(item.module for item in chosen)
+    )
     converted = tuple(
         _convert(item, twins.get(item.module, item.module), quantizer)
         for item, quantizer in zip(chosen, quantizers)
@@ -269,20 +273,10 @@ def _set_chains(model, uses_chains):
 def _replace_shared(model, layers):
     """Put twins in the place of layers that are not this model's alone.
 
-    Only of those without parameters and buffers: to share these is to train
-    one layer in two models.
-
     Returns:
         dict[nn.Module, nn.Module]: Twins by the layers that they replace.
     """
-    plain = [
-        layer
-        for layer in layers
-        if not isinstance(layer, QuantizedLayer)
-        and not layer._parameters
-        and not layer._buffers
-    ]
-    twins = {layer: twin_of(layer) for layer in shared_layers(model, plain)}
+    twins = {layer: twin_of(layer) for layer in layers}
     if twins:
         for module in list(model.modules()):
             for name, child in module._modules.items():

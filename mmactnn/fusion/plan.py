@@ -68,6 +68,7 @@ class Plan(NamedTuple):
         size (int): Number of slots. Those of the inputs come first.
         segments (dict[int, int]): From the index of a step to the end of the
             longest run of steps from it that may run as one chain.
+        shared (tuple[int]): Slots of the inputs that several steps read.
     """
 
     trace: object
@@ -75,6 +76,7 @@ class Plan(NamedTuple):
     result: object
     size: int
     segments: dict
+    shared: tuple
 
     @property
     def sites(self):
@@ -129,7 +131,13 @@ def make_plan(module, trace, sites, plans):
     segments = _find_segments(module, steps, result, plans)
     if not sites and not segments:
         return None
-    return Plan(trace, tuple(steps), result, len(slots), segments)
+    readers = [_slots_of((step.args, step.kwargs)) for step in steps]
+    shared = tuple(
+        i
+        for i in range(len(trace.inputs))
+        if sum(i in slots for slots in readers) > 1
+    )
+    return Plan(trace, tuple(steps), result, len(slots), segments, shared)
 
 
 def choose_sites(block, registry=default_registry):

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..codes.payload import shared_in_block
 from ..modules.execution import is_observed, is_ordinary, is_transformed
 from .chain import ChainRunner, count_large
 from .eligibility import are_functions_intact, has_hooks, is_watched
@@ -76,7 +77,16 @@ class BlockRunner:
             object: What the forward pass returns.
         """
         values = [*inputs, *[None] * (plan.size - len(inputs))]
+        for slot in plan.shared:
+            leaf = inputs[slot]
+            if isinstance(leaf, torch.Tensor) and leaf.grad_fn is None:
+                # What frozen stages return is read by the shortcut, too.
+                with shared_in_block(leaf):
+                    return self._run_steps(module, plan, values)
         del inputs
+        return self._run_steps(module, plan, values)
+
+    def _run_steps(self, module, plan, values):
         steps, i = plan.steps, 0
         while i < len(steps):
             end = plan.segments.get(i)

@@ -191,8 +191,7 @@ def _trace(module, cls, defaults, takes):
     tracer = _BlockTracer(takes, recorder)
     try:
         with _as_in_training(module, cls):
-            with recorder.listening():
-                graph = tracer.trace(module, dict(defaults) or None)
+            graph = tracer.trace(module, dict(defaults) or None)
     except Untraceable as reason:
         return reason
     except Exception as error:
@@ -337,9 +336,36 @@ class _BlockTracer(fx.Tracer):
             self._paths.setdefault(part, []).append(name)
         return super().trace(root, concrete_args)
 
-    def is_leaf_module(self, m, module_qualified_name):
-        """See ``fx.Tracer``."""
-        return True
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        """See ``fx.Tracer``; listens while the forward pass runs."""
+        function, args = super().create_args_for_root(
+            root_fn, is_module, concrete_args
+        )
+        recorder = self._recorder
+
+        def forward(*args):
+            with recorder.listening():
+                return function(*args)
+
+        return forward, args
+
+    def create_proxy(self, *args, **kwargs):
+        """See ``fx.Tracer``, in which nothing is to be heard."""
+        with self._recorder.paused():
+            return super().create_proxy(*args, **kwargs)
+
+    def call_module(self, m, forward, args, kwargs):
+        """See ``fx.Tracer``; every module is a leaf."""
+        return self.create_proxy(
+            'call_module', self.path_of_module(m), args, kwargs
+        )
+
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        """See ``fx.Tracer``; looks for tensors only."""
+        if isinstance(attr_val, torch.Tensor):
+            with self._recorder.paused():
+                return super().getattr(attr, attr_val, parameter_proxy_cache)
+        return attr_val
 
     def path_of_module(self, mod):
         """See ``fx.Tracer``; modules at home in two places have no path."""
@@ -395,17 +421,13 @@ class _Recorder:
         # Calls under way that have to make a node.
         self._waiting = []
 
-    @contextlib.contextmanager
     def listening(self):
-        """Listen within a block."""
-        before = sys.getprofile(), sys.gettrace()
-        sys.settrace(self._on_frame)
-        sys.setprofile(self._on_event)
-        try:
-            yield
-        finally:
-            sys.setprofile(before[0])
-            sys.settrace(before[1])
+        """A context in which the recorder listens."""
+        return _Listening(self._on_frame, self._on_event)
+
+    def paused(self):
+        """A context in which it does not."""
+        return _Listening(None, None)
 
     def note_node(self):
         """Take note of a new node."""
@@ -490,6 +512,26 @@ class _Recorder:
             for scope in scopes
             for value in scope.values()
         )
+
+
+class _Listening:
+    """Context with other trace and profile functions of this thread."""
+
+    def __init__(self, trace, profile):
+        self._functions = trace, profile
+
+    def __enter__(self):
+        functions = self._functions
+        self._functions = sys.gettrace(), sys.getprofile()
+        self._set(*functions)
+
+    def __exit__(self, *error):
+        self._set(*self._functions)
+
+    @staticmethod
+    def _set(trace, profile):
+        sys.setprofile(profile)
+        sys.settrace(trace)
 
 
 def _holds(value, owner, depth=0):

@@ -1,12 +1,13 @@
 """Modules that somebody outside of a model holds as well."""
 
+import collections
 import gc
 import sys
 
 from torch import nn
 
 
-def shared_layers(model, layers):
+def shared_layers(model):
     """Layers of a model that others than the model can reach.
 
     These are another model that has the layer as a part, a class with the
@@ -16,40 +17,41 @@ def shared_layers(model, layers):
 
     Args:
         model (nn.Module): The model.
-        layers (Iterable[nn.Module]): Layers of it.
 
     Returns:
-        set[nn.Module]: Those that are shared.
+        set[nn.Module]: Layers without parameters, buffers and parts that are
+        shared. To share others is to train one layer in two models.
     """
-    layers = set(layers)
-    if not layers:
-        return set()
     parts = list(model.modules())
+    layers = {
+        part
+        for part in parts
+        if not (part._parameters or part._buffers or part._modules)
+    }
+    found = {
+        value
+        for value in _reachable_by_code({type(part) for part in parts})
+        if isinstance(value, nn.Module) and value in layers
+    }
     tables = {id(part._modules) for part in parts}
-    found = set()
-    for value in _reachable_by_code({type(part) for part in parts}):
-        if isinstance(value, nn.Module) and value in layers:
-            found.add(value)
-    counts = {}
-    for part in parts:
-        for child in part._modules.values():
-            counts[child] = counts.get(child, 0) + 1
-    # Looking for who holds an object takes long: only where more do than the
-    # model, this function and its caller.
+    counts = collections.Counter(
+        id(child) for part in parts for child in part._modules.values()
+    )
+    del parts
+    # To look for those who hold an object takes long: only where more do than
+    # the model, and in here the set, the variable and the argument.
     suspects = [
         layer
         for layer in layers - found
-        if sys.getrefcount(layer) > counts.get(layer, 0) + 4
+        if sys.getrefcount(layer) > counts[id(layer)] + 4
     ]
-    for layer in suspects:
-        for holder in gc.get_referrers(layer):
-            if (
-                type(holder) is dict
-                and id(holder) not in tables
-                and _is_part_of_module(holder)
-            ):
-                found.add(layer)
-                break
+    if suspects:
+        ids = set(map(id, suspects))
+        for holder in gc.get_referrers(*suspects):
+            if type(holder) is dict and id(holder) not in tables:
+                held = [v for v in holder.values() if id(v) in ids]
+                if held and _is_part_of_module(holder):
+                    found.update(held)
     return found
 
 
@@ -68,6 +70,8 @@ def _reachable_by_code(classes):
 
 def _is_part_of_module(table):
     """Whether a dict is the table of parts of some module."""
+    if not all(v is None or isinstance(v, nn.Module) for v in table.values()):
+        return False
     for holder in gc.get_referrers(table):
         if isinstance(holder, nn.Module) and holder._modules is table:
             return True
