@@ -1,7 +1,9 @@
 """Covering sets of parameters, in place of their full product."""
 
 import contextlib
+import functools
 import heapq
+import inspect
 import itertools
 from collections.abc import Mapping
 
@@ -118,3 +120,71 @@ def case(*parts, **named):
     except Exception as error:
         parts = [*map(str, parts), *(f'{k}={v}' for k, v in named.items())]
         raise AssertionError(f'in the case {", ".join(parts)}') from error
+
+
+def in_turn(rows, unless=None):
+    """Decorator that runs a test with each of some rows, all in one test.
+
+    For what is too cheap to be a test of its own. Random numbers start anew
+    in each turn, and a failure names its row.
+
+    Args:
+        rows (list[dict] | dict[str, dict]): Arguments of each turn, by their
+            name if that is not to be made of them.
+        unless (callable, optional): Takes the arguments, those of other
+            decorators and fixtures among them, and says which turns to leave
+            out. Defaults to none.
+
+    Returns:
+        callable: The decorator.
+    """
+    return _in_turn({None: rows}, unless, ())
+
+
+def in_turn_by_group(groups, unless=None):
+    """As :func:`in_turn`, with one test for each group of rows.
+
+    Args:
+        groups (dict[str, list[dict] | dict[str, dict]]): Rows by the name of
+            their group.
+        unless (callable, optional): As of :func:`in_turn`.
+
+    Returns:
+        callable: The decorator.
+    """
+    return _in_turn(groups, unless, ('group',))
+
+
+def _in_turn(groups, unless, extra):
+    def decorate(test):
+        @functools.wraps(test)
+        def run(*args, group=None, **kwargs):
+            rows = groups[group]
+            if not isinstance(rows, Mapping):
+                rows = {_describe(row): row for row in rows}
+            for name, row in rows.items():
+                if unless is not None and unless(**row, **kwargs):
+                    continue
+                torch.manual_seed(0)
+                with case(name):
+                    test(*args, **row, **kwargs)
+
+        # What pytest has to supply.
+        signature = inspect.signature(test)
+        rows = next(iter(groups.values()))
+        own = next(iter(rows.values() if isinstance(rows, Mapping) else rows))
+        rest = [p for p in signature.parameters.values() if p.name not in own]
+        rest += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+            for name in extra
+        ]
+        run.__signature__ = signature.replace(parameters=rest)
+        if extra:
+            return pytest.mark.parametrize('group', groups)(run)
+        return run
+
+    return decorate
+
+
+def _describe(row):
+    return ', '.join(f'{name}={value}' for name, value in row.items())

@@ -4,7 +4,13 @@ import itertools
 
 import pytest
 import torch
-from support.pairs import case, pairs, parametrize_pairs
+from support.pairs import (
+    case,
+    in_turn,
+    in_turn_by_group,
+    pairs,
+    parametrize_pairs,
+)
 
 AXES = dict(bits=(1, 2, 4, 8), shape=((), (3, 4)), kind='abc', flag=(0, 1))
 
@@ -81,3 +87,32 @@ def test_a_failure_names_its_case():
         with case('float16', bits=2):
             raise ValueError('reason')
     assert str(raised.value.__cause__) == 'reason'
+
+
+class TestInTurn:
+    @pytest.mark.parametrize('b', 'xy')
+    def test_runs_with_each(self, b):
+        seen = []
+
+        @in_turn([dict(a=1), dict(a=2)])
+        def run(a, b):
+            seen.append((b, a, torch.rand(()).item()))
+
+        run(b=b)
+        assert [(b, 1), (b, 2)] == [turn[:2] for turn in seen]
+        assert seen[0][2] == seen[1][2]
+
+    @in_turn_by_group(
+        dict(one=dict(p=dict(a=1), q=dict(a=2)), two=[dict(a=3)]),
+        unless=lambda a, request: a == 2,
+    )
+    def test_groups(self, a, request):
+        assert request.node.callspec.id == {1: 'one', 3: 'two'}[a]
+
+    def test_a_failure_names_its_row(self):
+        @in_turn([dict(a=1), dict(a=2)])
+        def fail(a):
+            assert a < 2
+
+        with pytest.raises(AssertionError, match='case a=2$'):
+            fail()
