@@ -149,6 +149,12 @@ CASES = {
     'QGroupNorm, 5-d': Case(QGroupNorm, (2, 4), (3, 4, 3, 5, 4)),
 }
 
+# Cases of classes that do the same in several numbers of dimensions.
+FAMILIES = {}
+for _name, _case in CASES.items():
+    _family = _case.cls.__name__.rstrip('123d')
+    FAMILIES.setdefault(_family, {})[_name] = _case
+
 # One case a class, for what does not depend on the arguments.
 CLASSES = {}
 for _case in CASES.values():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.layers import assert_same_bits
+from support.pairs import parametrize_pairs
 
 from mmactnn import ops
 
@@ -81,13 +82,13 @@ def assert_equal(found, expected):
         assert_same_bits(actual + 0, wanted + 0)
 
 
-@pytest.mark.parametrize('of_batch', [True, False])
-@pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize(
-    'dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str
+@parametrize_pairs(
+    mode=tuple(MODES),
+    shape=SHAPES,
+    dtype=[torch.float32, torch.float16, torch.bfloat16],
+    channels_last=[False, True],
+    of_batch=[True, False],
 )
-@pytest.mark.parametrize('shape', SHAPES, ids=str)
-@pytest.mark.parametrize('mode', MODES)
 def test_forward(mode, shape, dtype, channels_last, of_batch, device):
     tensors = make(shape, dtype, channels_last, device)
     running = [t.clone() for t in (tensors[3], tensors[5])]
@@ -116,11 +117,13 @@ def test_without_running_statistics_weight_and_bias(device):
     assert_equal(found, expected)
 
 
-@pytest.mark.parametrize('affine', [True, False])
-@pytest.mark.parametrize('of_batch', [True, False])
-@pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize('mode', MODES)
+@parametrize_pairs(
+    mode=tuple(MODES),
+    dtype=[torch.float32, torch.float16],
+    channels_last=[False, True],
+    of_batch=[True, False],
+    affine=[True, False],
+)
 def test_backward(mode, dtype, channels_last, of_batch, affine, device):
     relu, adds, bits, act_bits = MODES[mode]
     tensors = make((3, 8, 16, 16), dtype, channels_last, device)

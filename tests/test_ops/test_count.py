@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.cuda_graph import capture, warm_up
 from support.layers import assert_same_bits
+from support.pairs import case, pairs
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -80,18 +81,21 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize('call', CALLS)
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    'offset, count', [(3, 5), (0, 1 << 40), (7, -2), (-1, 1)]
-)
-def test_moves_the_offset(call, dtype, offset, count, device):
-    x = torch.randn(SHAPE, device=device).to(dtype)
-    moved = call(x, seed=9, offset=offset, count=number(count, device))
-    assert_same(moved, call(x, seed=9, offset=offset + count))
-    none = call(x, seed=9, offset=offset)
-    assert any((a != b).any() for a, b in zip(moved, none))
-    zero = call(x, seed=9, offset=offset, count=number(0, device))
-    assert_same(zero, none)
+def test_moves_the_offset(call, device):
+    for row in pairs(
+        dtype=[torch.float32, torch.bfloat16],
+        places=[(3, 5), (0, 1 << 40), (7, -2), (-1, 1)],
+    ):
+        x = torch.randn(SHAPE, device=device).to(row['dtype'])
+        offset, count = row['places']
+        random = dict(seed=9, offset=offset)
+        with case(**row):
+            moved = call(x, **random, count=number(count, device))
+            assert_same(moved, call(x, seed=9, offset=offset + count))
+            none = call(x, **random)
+            assert any((a != b).any() for a, b in zip(moved, none))
+            zero = call(x, **random, count=number(0, device))
+            assert_same(zero, none)
 
 
 @pytest.mark.parametrize('call', SPECIFIED)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from support.layers import assert_same_bits
+from support.pairs import parametrize_pairs
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -13,15 +14,16 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((), (0, 4), (1,), (7,), (8,), (3, 5, 7, 11), (2, 16, 8, 8))
 
 
-@pytest.mark.parametrize('shape', SHAPES, ids=str)
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('inplace', [False, True])
-@pytest.mark.parametrize('channels_last', [False, True])
+@parametrize_pairs(
+    lambda shape, channels_last, **_: len(shape) == 4 or not channels_last,
+    shape=SHAPES,
+    dtype=DTYPES,
+    inplace=[False, True],
+    channels_last=[False, True],
+)
 def test_specification(shape, dtype, inplace, channels_last, device):
     x = torch.randn(shape, device=device).to(dtype)
     if channels_last:
-        if x.dim() != 4:
-            pytest.skip('channels_last needs four dimensions')
         x = x.to(memory_format=torch.channels_last)
     expected = reference.dropout(x.cpu(), 0.3, seed=-7, offset=3)
     drop = ops.dropout_ if inplace else ops.dropout

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from support.layers import assert_same_bits
+from support.pairs import case, parametrize_pairs
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -96,43 +97,39 @@ def assert_as_specified(found, expected):
         assert_same_bits(actual, wanted)
 
 
-@pytest.mark.parametrize('special', [False, True])
-@pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('shape', SHAPES, ids=str)
-@pytest.mark.parametrize('mode', MODES)
+@parametrize_pairs(
+    mode=tuple(MODES),
+    shape=SHAPES,
+    dtype=DTYPES,
+    channels_last=[False, True],
+    special=[False, True],
+)
 def test_as_specified(mode, shape, dtype, channels_last, special, device):
     tensors = make(shape, dtype, channels_last, special, device)
-    expected = specified(tensors, mode)
-    assert_as_specified(run(ops.norm_act, tensors, mode), expected)
+    found = run(ops.norm_act, tensors, mode)
+    assert_as_specified(found, specified(tensors, mode))
+    if 'plain' not in mode:
+        assert_decodes_as_specified(found, tensors, mode)
 
 
-@pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('shape', SHAPES, ids=str)
-@pytest.mark.parametrize('mode', [m for m in MODES if 'plain' not in m])
-def test_decodes_as_specified(mode, shape, dtype, channels_last, device):
+def assert_decodes_as_specified(results, tensors, mode):
     _, adds, bits, act_bits = MODES[mode]
-    for special in (False, True):
-        tensors = make(shape, dtype, channels_last, special, device)
-        x, weight, bias = tensors[0], *tensors[4:]
-        _, *payload = run(ops.norm_act, tensors, mode)
-        layout = x.shape, x.stride(), dtype
-        if adds:
-            arguments = (*payload[2:], *layout, act_bits, 64)
-            name = 'dequantize_zeroed'
-        else:
-            arguments = (*payload[:2], weight, bias, *layout, bits, 64)
-            name = 'dequantize_split'
-        found = getattr(ops, name)(*arguments)
-        on_cpu = [
-            a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments
-        ]
-        expected = getattr(reference, name)(*on_cpu)
-        assert found.dtype == dtype
-        if x.numel():
-            assert found.stride() == x.stride()
-        assert_same_bits(found.cpu() + 0.0, expected + 0.0)
+    x, weight, bias = tensors[0], *tensors[4:]
+    _, *payload = results
+    layout = x.shape, x.stride(), x.dtype
+    if adds:
+        arguments = (*payload[2:], *layout, act_bits, 64)
+        name = 'dequantize_zeroed'
+    else:
+        arguments = (*payload[:2], weight, bias, *layout, bits, 64)
+        name = 'dequantize_split'
+    found = getattr(ops, name)(*arguments)
+    on_cpu = [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
+    expected = getattr(reference, name)(*on_cpu)
+    assert found.dtype == x.dtype
+    if x.numel():
+        assert found.stride() == x.stride()
+    assert_same_bits(found.cpu() + 0.0, expected + 0.0)
 
 
 @pytest.mark.parametrize('dtype', DTYPES[1:], ids=str)
@@ -154,12 +151,14 @@ def test_outputs_beyond_the_dtype(mode, dtype, device):
     assert_same_bits(found.cpu() + 0.0, expected + 0.0)
 
 
-@pytest.mark.parametrize('group_size', ops.GROUP_SIZES)
 @pytest.mark.parametrize('mode', ['plain', 'relu', 'add'])
-def test_group_sizes(mode, group_size, device):
+def test_group_sizes(mode, device):
     tensors = make((2, 16, 9, 13), torch.float32, False, device=device)
-    found = run(ops.norm_act, tensors, mode, group_size)
-    assert_as_specified(found, specified(tensors, mode, group_size=group_size))
+    for group_size in ops.GROUP_SIZES:
+        found = run(ops.norm_act, tensors, mode, group_size)
+        expected = specified(tensors, mode, group_size=group_size)
+        with case(group_size=group_size):
+            assert_as_specified(found, expected)
 
 
 @pytest.mark.parametrize('mode', ['plain', 'relu', 'add'])

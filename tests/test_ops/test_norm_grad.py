@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from support.pairs import case, pairs, parametrize_pairs
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -137,55 +138,52 @@ def layouts(shape):
     return (False, True) if len(shape) in CHANNELS_LAST else (False,)
 
 
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@parametrize_pairs(shape=SHAPES, kind=KINDS, dtype=DTYPES)
 def test_equals_reference(shape, dtype, kind, device):
     for channels_last, bits in itertools.product(layouts(shape), (2, 3, 4, 8)):
         act_bits = bits if bits < 8 else 5
-        Case(
-            shape,
-            dtype,
-            kind,
-            bits,
-            act_bits,
-            channels_last=channels_last,
-            device=device,
-        ).check()
+        with case(channels_last=channels_last, bits=bits):
+            Case(
+                shape,
+                dtype,
+                kind,
+                bits,
+                act_bits,
+                channels_last=channels_last,
+                device=device,
+            ).check()
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('bits', BITS)
-def test_every_width(bits, kind, device):
-    for shape, channels_last in itertools.product(
-        ((2, 16, 4, 8), (2, 5, 3, 3)), (False, True)
+def test_every_width(kind, device):
+    for row in pairs(
+        bits=BITS,
+        shape=((2, 16, 4, 8), (2, 5, 3, 3)),
+        channels_last=(False, True),
     ):
-        Case(
-            shape,
-            torch.float32,
-            kind,
-            max(bits, min_bits(kind)),
-            max(9 - bits, 2),
-            channels_last=channels_last,
-            device=device,
-        ).check()
+        with case(**row):
+            bits = row.pop('bits')
+            Case(
+                **row,
+                dtype=torch.float32,
+                kind=kind,
+                bits=max(bits, min_bits(kind)),
+                act_bits=max(9 - bits, 2),
+                device=device,
+            ).check()
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('group_size', ops.GROUP_SIZES)
-def test_every_group_size(group_size, kind, device):
-    for shape, channels_last in itertools.product(
-        ((3, 8, 14, 14), (2, 24, 8, 8), (2, 5, 15, 15)), (False, True)
+def test_every_group_size(kind, device):
+    for row in pairs(
+        group_size=ops.GROUP_SIZES,
+        shape=((3, 8, 14, 14), (2, 24, 8, 8), (2, 5, 15, 15)),
+        channels_last=(False, True),
     ):
-        Case(
-            shape,
-            torch.float16,
-            kind,
-            2,
-            group_size=group_size,
-            channels_last=channels_last,
-            device=device,
-        ).check()
+        with case(**row):
+            Case(
+                **row, dtype=torch.float16, kind=kind, bits=2, device=device
+            ).check()
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -197,15 +195,16 @@ def test_nan_and_inf(dtype, kind, device):
         (2, 3, 4, 5),
         (False, True),
     ):
-        Case(
-            (2, 8, 7, 7),
-            dtype,
-            kind,
-            bits,
-            channels_last=channels_last,
-            special=special,
-            device=device,
-        ).check()
+        with case(special, bits=bits, channels_last=channels_last):
+            Case(
+                (2, 8, 7, 7),
+                dtype,
+                kind,
+                bits,
+                channels_last=channels_last,
+                special=special,
+                device=device,
+            ).check()
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -227,9 +226,6 @@ def test_gradient_equals_that_of_batch_norm(device):
     weight = torch.rand(4, generator=generator).to(device) + 0.5
     bias = torch.randn(4, generator=generator).to(device)
     x.requires_grad_()
-    output = torch.nn.functional.batch_norm(
-        x, None, None, weight, bias, training=True
-    ).relu()
     leaves = [x, weight.requires_grad_(), bias.requires_grad_()]
     output = torch.nn.functional.batch_norm(
         x, None, None, weight, bias, training=True
@@ -358,12 +354,15 @@ def test_opcheck(kind, device):
 class TestCuda:
     """What only exists on a GPU."""
 
-    @pytest.mark.parametrize('kind', KINDS)
-    @pytest.mark.parametrize('channels_last', [False, True])
-    @pytest.mark.parametrize(
-        'shape',
-        [(64, 64, 28, 28), (16, 512, 7, 7), (4, 40, 101, 99), (9, 3, 80, 9)],
-        ids=str,
+    @parametrize_pairs(
+        shape=[
+            (64, 64, 28, 28),
+            (16, 512, 7, 7),
+            (4, 40, 101, 99),
+            (9, 3, 80, 9),
+        ],
+        kind=KINDS,
+        channels_last=[False, True],
     )
     def test_many_splits(self, shape, channels_last, kind):
         for dtype in (torch.float32, torch.float16):

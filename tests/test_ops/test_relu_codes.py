@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from support.layers import assert_same_bits
+from support.pairs import case, pairs, parametrize_pairs
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -82,24 +83,24 @@ def assert_as_specified(x, bits, group_size, seed=-5, offset=9):
     )
 
 
-@pytest.mark.parametrize('special', SPECIAL)
-@pytest.mark.parametrize('shape', SHAPES, ids=str)
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('bits', BITS)
+@parametrize_pairs(bits=BITS, shape=SHAPES, special=SPECIAL, dtype=DTYPES)
 def test_as_specified(bits, dtype, shape, special, device):
-    x = make(shape, dtype, device, SPECIAL[special])
+    x = make(shape, dtype, device, special)
     for group_size in ops.GROUP_SIZES:
-        assert_as_specified(x, bits, group_size)
+        with case(group_size=group_size):
+            assert_as_specified(x, bits, group_size)
 
 
-@pytest.mark.parametrize('special', SPECIAL)
-@pytest.mark.parametrize('shape', [(3, 10, 7, 5), (2, 64, 8, 8)], ids=str)
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('bits', [2, 3, 5])
+@parametrize_pairs(
+    special=SPECIAL,
+    bits=[2, 3, 5],
+    dtype=DTYPES,
+    shape=[(3, 10, 7, 5), (2, 64, 8, 8)],
+)
 def test_channels_last_is_read_in_memory_order(
     bits, dtype, shape, special, device
 ):
-    x = make(shape, dtype, device, SPECIAL[special], channels_last=True)
+    x = make(shape, dtype, device, special, channels_last=True)
     assert_as_specified(x, bits, 64)
     # The same numbers as a contiguous tensor give the same codes.
     twin = x.movedim(1, -1)
@@ -110,107 +111,98 @@ def test_channels_last_is_read_in_memory_order(
     assert_same_bits(found[2], expected[2])
 
 
-@pytest.mark.parametrize('bits', [2, 3, 4, 7, 8])
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
-def test_pointers_off_the_vector_boundary(bits, dtype, device):
+def test_pointers_off_the_vector_boundary(dtype, device):
     base = make((1040,), dtype, device, SPECIAL['all'])
-    for start in range(1, 5):
-        for numel in (1024, 1027):
-            x = base[start : start + numel].unsqueeze(0)
-            assert_as_specified(x, bits, 128)
+    for row in pairs(bits=BITS, start=range(1, 5), numel=(1024, 1027)):
+        x = base[row['start'] :][: row['numel']].unsqueeze(0)
+        with case(**row):
+            assert_as_specified(x, row['bits'], 128)
 
 
-@pytest.mark.parametrize('bits', [2, 3, 4, 7, 8])
-def test_codes_off_the_word_boundary(bits, device):
+def test_codes_off_the_word_boundary(device):
     x = make((5, 24), torch.float32, device)
-    _, codes, _ = ops.relu_codes(x, bits, 64, seed=1)
-    for rows in (slice(1, 4), slice(3, 5)):
-        found = ops.relu_codes_backward(x[rows], codes[rows], bits)
-        assert_same_values(found, x[rows].relu())
+    for bits in BITS:
+        _, codes, _ = ops.relu_codes(x, bits, 64, seed=1)
+        for rows in (slice(1, 4), slice(3, 5)):
+            found = ops.relu_codes_backward(x[rows], codes[rows], bits)
+            with case(bits=bits, rows=rows):
+                assert_same_values(found, x[rows].relu())
 
 
-@pytest.mark.parametrize('special', SPECIAL)
-@pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('bits', BITS)
+@parametrize_pairs(special=SPECIAL, dtype=DTYPES, channels_last=[False, True])
 def test_forward_and_backward_are_those_of_torch(
-    bits, dtype, channels_last, special, device
+    dtype, channels_last, special, device
 ):
-    x = make((3, 16, 9, 11), dtype, device, SPECIAL[special], channels_last)
+    x = make((3, 16, 9, 11), dtype, device, special, channels_last)
     twin = x.clone().requires_grad_()
     expected = torch.relu(twin)
     grad = torch.randn_like(x)
     expected.backward(grad)
-    output, codes, _ = ops.relu_codes(x, bits, seed=2)
-    assert_same_values(output, expected.detach())
-    found = ops.relu_codes_backward(grad, codes, bits)
-    assert_same_bits(found, twin.grad)
+    for bits in BITS:
+        output, codes, _ = ops.relu_codes(x, bits, seed=2)
+        found = ops.relu_codes_backward(grad, codes, bits)
+        with case(bits=bits):
+            assert_same_values(output, expected.detach())
+            assert_same_bits(found, twin.grad)
 
 
-@pytest.mark.parametrize('special', SPECIAL)
+@parametrize_pairs(special=SPECIAL, dtype=DTYPES)
+def test_decodes_what_is_exact(dtype, special, device):
+    x = make((3, 16, 9, 11), dtype, device, special)
+    for bits in BITS:
+        output, codes, ranges = ops.relu_codes(x, bits, 64, seed=2)
+        value = decode(codes, ranges, output, bits, 64)
+        with case(bits=bits):
+            assert not value[output == 0].any()
+            assert torch.equal(value.isnan(), output.isnan())
+            assert torch.equal(value.isinf(), output.isinf())
+
+
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('bits', BITS)
-def test_decodes_what_is_exact(bits, dtype, special, device):
-    x = make((3, 16, 9, 11), dtype, device, SPECIAL[special])
-    output, codes, ranges = ops.relu_codes(x, bits, 64, seed=2)
-    value = decode(codes, ranges, output, bits, 64)
-    assert not value[output == 0].any()
-    assert torch.equal(value.isnan(), output.isnan())
-    assert torch.equal(value.isinf(), output.isinf())
-
-
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('bits', BITS)
-def test_codes_are_those_of_a_fused_normalisation(bits, dtype, device):
+def test_codes_are_those_of_a_fused_normalisation(dtype, device):
     x = make((3, 4, 11, 13), dtype, device)
     zero, one = torch.zeros(4, device=device), torch.ones(4, device=device)
-    # The identity but for its random stream.
-    fused = ops.norm_act(
-        x,
-        torch.zeros_like(x),
-        zero,
-        one,
-        None,
-        None,
-        True,
-        2,
-        bits,
-        seed=3,
-        offset=4,
-    )
-    random = dict(seed=3, offset=4 | 1 << 63)
-    output, codes, ranges = ops.relu_codes(x, bits, **random)
-    assert_same_bits(output, fused[0])
-    assert_same_bits(codes, fused[3])
-    assert_same_bits(ranges, fused[4])
+    affine = zero, one, None, None
+    for bits in BITS:
+        # The identity but for its random stream.
+        fused = ops.norm_act(
+            x, torch.zeros_like(x), *affine, True, 2, bits, seed=3, offset=4
+        )
+        random = dict(seed=3, offset=4 | 1 << 63)
+        output, codes, ranges = ops.relu_codes(x, bits, **random)
+        with case(bits=bits):
+            assert_same_bits(output, fused[0])
+            assert_same_bits(codes, fused[3])
+            assert_same_bits(ranges, fused[4])
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('bits', BITS)
-def test_the_smallest_numbers_pass(bits, dtype, device):
+def test_the_smallest_numbers_pass(dtype, device):
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     x = torch.tensor([smallest, -smallest, 0.0, 1.0], device=device)
     x = x.repeat(2, 32).to(dtype)
     assert (x[:, 0] > 0).all()
-    output, codes, ranges = ops.relu_codes(x, bits, 64, seed=1)
-    assert_same_values(
-        output, reference.relu_codes(x.cpu(), bits, 64, 1, 0)[0]
-    )
-    assert_as_specified(x, bits, 64)
     ones = torch.ones_like(x)
-    passed = ops.relu_codes_backward(ones, codes, bits)
-    assert torch.equal(passed, (x > 0).to(dtype))
+    for bits in BITS:
+        _, codes, _ = ops.relu_codes(x, bits, 64, seed=1)
+        passed = ops.relu_codes_backward(ones, codes, bits)
+        with case(bits=bits):
+            assert_as_specified(x, bits, 64)
+            assert torch.equal(passed, (x > 0).to(dtype))
 
 
-@pytest.mark.parametrize('bits', BITS)
-def test_groups_of_one_kind(bits, device):
+def test_groups_of_one_kind(device):
     x = torch.full((3, 300), -1.0, device=device)
     x[1] = 1.5
     x[2, 256:] = 1.5
-    assert_as_specified(x, bits, 256)
-    output, codes, ranges = ops.relu_codes(x, bits, seed=1)
-    assert torch.equal(decode(codes, ranges, output, bits, 256), output)
-    assert not ranges[0].any() and not codes[0].any()
+    for bits in BITS:
+        output, codes, ranges = ops.relu_codes(x, bits, seed=1)
+        with case(bits=bits):
+            assert_as_specified(x, bits, 256)
+            value = decode(codes, ranges, output, bits, 256)
+            assert torch.equal(value, output)
+            assert not ranges[0].any() and not codes[0].any()
 
 
 @pytest.mark.parametrize('bits', BITS)

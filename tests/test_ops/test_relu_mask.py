@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.layers import assert_same_bits
+from support.pairs import parametrize_pairs
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -31,19 +32,20 @@ def make(shape, dtype, device):
     return x.to(device, dtype)
 
 
-@pytest.mark.parametrize('shape', SHAPES, ids=str)
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('inplace', [False, True])
-@pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize('name', RECTIFIERS)
+@parametrize_pairs(
+    lambda shape, channels_last, **_: len(shape) == 4 or not channels_last,
+    name=tuple(RECTIFIERS),
+    shape=SHAPES,
+    dtype=DTYPES,
+    inplace=[False, True],
+    channels_last=[False, True],
+)
 def test_forward_and_backward(
     name, shape, dtype, inplace, channels_last, device
 ):
     function, arguments = RECTIFIERS[name]
     x = make(shape, dtype, device)
     if channels_last:
-        if x.dim() != 4:
-            pytest.skip('channels_last needs four dimensions')
         x = x.to(memory_format=torch.channels_last)
     nan = x.isnan()
     twin = x.clone().requires_grad_()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.pairs import case, parametrize_pairs
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -27,11 +28,11 @@ def check(x, group_size):
     return spread
 
 
-@pytest.mark.parametrize('shape', SHAPES, ids=str)
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('group_size', ops.GROUP_SIZES)
-def test_equals_reference(shape, dtype, group_size, device):
-    check(make(shape, dtype, device), group_size)
+@parametrize_pairs(shape=SHAPES, dtype=DTYPES)
+def test_equals_reference(shape, dtype, device):
+    for group_size in ops.GROUP_SIZES:
+        with case(group_size=group_size):
+            check(make(shape, dtype, device), group_size)
 
 
 def test_closed_form(device):

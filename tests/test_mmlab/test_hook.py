@@ -22,7 +22,8 @@ from mmactnn import (
     measure_activations,
     revert_model,
 )
-from mmactnn.hooks import ActNNHook, actnn_hook
+from mmactnn.hooks import ActNNHook
+from mmactnn.mmlab import hook as hook_module
 
 ACTNN = dict(type='ActNNHook', level='L3')
 RECORD = dict(type='RecordingHook')
@@ -362,7 +363,7 @@ class TestLog:
             iterations.append(runner.iter)
             return measure_activations(*args)
 
-        monkeypatch.setattr(actnn_hook, 'measure_activations', measure)
+        monkeypatch.setattr(hook_module, 'measure_activations', measure)
         runner.train()
         assert iterations == measured
         # No meter is left on a layer.
