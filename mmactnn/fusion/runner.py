@@ -58,7 +58,7 @@ class BlockRunner:
             if (
                 inputs is not None
                 and all(_fits(value, trace.takes) for value in inputs)
-                and (module.training or _is_frozen(trace, inputs))
+                and (module.training or _is_frozen(plan, inputs))
                 and are_functions_intact()
                 and trace.guards.hold(module, cls)
             ):
@@ -196,15 +196,21 @@ def _bind(trace, args, kwargs):
 
 
 def _fits(value, takes):
-    if takes is list:
-        return type(value) is list and all(map(is_ordinary, value))
-    return is_ordinary(value)
+    if takes is torch.Tensor:
+        return is_ordinary(value)
+    if type(value) is not takes or (takes is tuple and len(value) != 1):
+        return False
+    return all(map(is_ordinary, value))
 
 
-def _is_frozen(trace, inputs):
+def _is_frozen(plan, inputs):
     """Whether a block takes part in training, but is not trained."""
-    return not trace.only_training and not any(
-        isinstance(x, torch.Tensor) and x.requires_grad for x in inputs
+    return (
+        not plan.trace.only_training
+        and all(site.runs_frozen for site in plan.sites)
+        and not any(
+            isinstance(x, torch.Tensor) and x.requires_grad for x in inputs
+        )
     )
 
 
@@ -214,7 +220,8 @@ def _run_step(module, step, values):
         layers = [
             name and resolve(module, name) for name in step.target.members
         ]
-        return step.target.run(layers, *args)
+        run = step.target.run if module.training else step.target.run_frozen
+        return run(layers, *args)
     kwargs = _fill(step.kwargs, values)
     if step.kind == 'call_module':
         return resolve(module, step.target)(*args, **kwargs)

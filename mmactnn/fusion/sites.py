@@ -28,10 +28,12 @@ class Site:
             the normalised value.
         relus (tuple[str]): Names of the ReLUs that keep codes of their
             output.
+        runs_frozen (bool): Whether :meth:`run_frozen` can run.
     """
 
     norms = ()
     relus = ()
+    runs_frozen = False
 
     def __init__(self, nodes, inputs, members):
         self.nodes = tuple(nodes)
@@ -47,6 +49,18 @@ class Site:
 
         Returns:
             Tensor[*]: The value, equal to that of the calls.
+        """
+        raise NotImplementedError
+
+    def run_frozen(self, layers, *inputs):
+        """Compute it in a block that takes part in training untrained.
+
+        Args:
+            layers (Sequence[nn.Module | None]): The members.
+            *inputs (Tensor[*]): Values of :attr:`inputs`; no gradient.
+
+        Returns:
+            Tensor[*]: The value.
         """
         raise NotImplementedError
 
@@ -83,26 +97,40 @@ class ConvNormAct(Site):
         has_act = self.members[2] is not None
         return self.has_conv and self.rectifies == has_act
 
+    runs_frozen = True
+
     def run(self, layers, source, added=None):
         """See the base class."""
-        conv, norm, act, *passed = layers
+        conv, norm, act, *_ = layers
         output = source if conv is None else conv(source)
         if norm is None:
             return act(output)
-        private = conv is not None and is_output_private(conv)
-        if (
-            can_fuse_norm(norm)
-            and (act is None or can_skip_relu(act))
-            and not any(map(is_watched, passed))
-        ):
+        if _may_join(layers):
+            private = conv is not None and is_output_private(conv)
             if norm.fuses(output, added):
                 fusing = Fusing(self.rectifies, private)
                 return norm.norm_act(output, fusing, added)
             if private and _runs_frozen(norm, output, added):
-                if added is not None:
-                    added = with_strides(added, output.stride())
-                norm.frozen_act_(output, self.rectifies, added)
-                return output
+                return self._finish_frozen(norm, output, added)
+        return self._finish(layers, output, added)
+
+    def run_frozen(self, layers, source, added=None):
+        """See the base class."""
+        conv, norm, act, *_ = layers
+        output = source if conv is None else conv(source)
+        if norm is None:
+            return act(output)
+        if (
+            _may_join(layers)
+            and conv is not None
+            and is_output_private(conv)
+            and _runs_frozen(norm, output, added)
+        ):
+            return self._finish_frozen(norm, output, added)
+        return self._finish(layers, output, added)
+
+    def _finish(self, layers, output, added):
+        _, norm, act, *passed = layers
         output = norm(output)
         for layer in passed:
             output = layer(output)
@@ -111,6 +139,22 @@ class ConvNormAct(Site):
         if not self.rectifies:
             return output
         return output.relu() if act is None else act(output)
+
+    def _finish_frozen(self, norm, output, added):
+        if added is not None:
+            added = with_strides(added, output.stride())
+        norm.frozen_act_(output, self.rectifies, added)
+        return output
+
+
+def _may_join(layers):
+    """Whether nobody would notice that layers did not run by themselves."""
+    _, norm, act, *passed = layers
+    return (
+        can_fuse_norm(norm)
+        and (act is None or can_skip_relu(act))
+        and not any(map(is_watched, passed))
+    )
 
 
 def _runs_frozen(norm, output, added):

@@ -102,7 +102,8 @@ class Trace(NamedTuple):
         defaults (dict[str, object]): Arguments that the trace holds for, and
             their values.
         guards (Guards): What the trace rests on.
-        takes (type): Class of the inputs: ``torch.Tensor`` or ``list``.
+        takes (type): Class of the inputs: ``torch.Tensor``, ``list`` or, for
+            a tuple of one tensor, ``tuple``.
         only_training (bool): Whether the trace holds in training mode only.
     """
 
@@ -172,7 +173,11 @@ def trace_block(module, cls):
         raise Untraceable('it takes no tensor')
     traces = [_trace(module, cls, defaults, torch.Tensor)]
     if isinstance(traces[0], Untraceable):
-        raise traces[0]
+        # Heads and necks of classifiers take the features in a tuple.
+        in_tuple = _trace(module, cls, defaults, tuple)
+        if isinstance(in_tuple, Untraceable):
+            raise traces[0]
+        return (in_tuple,)
     if _tells_apart(functions):
         traces.append(_trace(module, cls, defaults, list))
     return tuple(t for t in traces if isinstance(t, Trace))
@@ -343,6 +348,12 @@ class _BlockTracer(fx.Tracer):
         )
         recorder = self._recorder
 
+        if self._takes is tuple:
+            args = [
+                (arg[0],) if isinstance(arg, _BlockProxy) else arg
+                for arg in args
+            ]
+
         def forward(*args):
             with recorder.listening():
                 return function(*args)
@@ -385,7 +396,8 @@ class _BlockTracer(fx.Tracer):
         if node.op == 'placeholder':
             if self._takes is list:
                 return _ListProxy(node, self)
-            return _TensorProxy(node, self)
+            if self._takes is torch.Tensor:
+                return _TensorProxy(node, self)
         return _BlockProxy(node, self)
 
     def create_arg(self, a):

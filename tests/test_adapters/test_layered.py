@@ -28,8 +28,8 @@ from mmactnn import (
     convert_model,
     revert_model,
 )
-from mmactnn.adapters import find_layered
-from mmactnn.adapters.detection import (
+from mmactnn.adapters import find_adapters
+from mmactnn.adapters.mmdet import (
     QFPN,
     QChannelAttention,
     QRPNHead,
@@ -126,9 +126,9 @@ class TestConversion:
         assert [type(getattr(module, n)) for n in names] == [
             KINDS[n] for n in names
         ]
-        (layered,) = report.layered
-        assert (layered.name, layered.layers) == ('', tuple(names))
-        assert layered.source == type(make()).__name__
+        (adapted,) = report.adapted
+        assert (adapted.name, adapted.layers) == ('', tuple(names))
+        assert adapted.source == type(make()).__name__
         assert set(names) <= {item.name for item in report.converted}
         assert f'layers in place of functions: {names[0]}' in str(report)
 
@@ -184,7 +184,7 @@ class TestConversion:
         report = convert_model(model, exclude=[pattern])
         assert type(model[0]) is RPNHead
         assert '0.relu' in {item.name for item in report.left}
-        assert not report.layered
+        assert not report.adapted
 
     def test_include(self):
         model = nn.Sequential(CASES['RPNHead'][0](), fpn())
@@ -206,13 +206,15 @@ class TestConversion:
             convert_model(model, **kwargs)
         assert type(model) is RPNHead and not hasattr(model, 'relu')
 
-    def test_what_calls_no_function_stays(self):
+    def test_what_calls_no_function_gets_no_layer(self):
         model = nn.Sequential(
             fpn(add_extra_convs='on_input'), FPN([4, 8], 6, num_outs=2)
         )
-        assert not find_layered(model)
+        plans = find_adapters(model).plans.values()
+        assert [plan.layers for plan in plans] == [{}, {}]
+        names = [name for name, _ in model.named_modules()]
         convert_model(model)
-        assert {type(module) for module in model} == {FPN}
+        assert [name for name, _ in model.named_modules()] == names
 
     def test_subclasses_stay(self):
         class Own(RPNHead):
@@ -223,11 +225,38 @@ class TestConversion:
         convert_model(model)
         assert type(model) is Own
 
+    def test_subclasses_that_compute_alike_are_adapted(self):
+        class Own(RPNHead):
+            def extra(self):
+                return 3
+
+        model = Own(6, feat_channels=6)
+        convert_model(model)
+        assert isinstance(model, Own) and isinstance(model, QRPNHead)
+        assert model.extra() == 3
+        revert_model(model)
+        assert type(model) is Own
+
+    def test_another_forward_pass_is_left_alone(self, monkeypatch):
+        stock = CASES['RPNHead'][0]()
+        ours = copy.deepcopy(stock)
+        convert_model(ours)
+        original = RPNHead.forward_single
+        monkeypatch.setattr(
+            RPNHead,
+            'forward_single',
+            lambda self, x: [2 * y for y in original(self, x)],
+        )
+        inputs = make_inputs(stock)
+        for found, expected in zip(run(ours, inputs), run(stock, inputs)):
+            for a, b in zip(found, expected):
+                assert relative_error(a, b) < 0.5
+
 
 class OutOfPlace(QFPN):
     """As MMDetection sums the maps, and keeps the sums."""
 
-    def forward(self, inputs):
+    def adapted_forward(self, inputs):
         maps = [conv(x) for conv, x in zip(self.lateral_convs, inputs)]
         for i in range(len(maps) - 1, 0, -1):
             size = None

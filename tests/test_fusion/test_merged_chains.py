@@ -249,11 +249,11 @@ def listen(module):
 @pytest.mark.parametrize(
     ('name', 'watch', 'left'),
     [
-        ('stage', lambda part: listen(part[1]), 4),
-        ('stage', lambda part: listen(part[1].conv2), 3),
-        ('stage', lambda part: listen(part[0].downsample), 2),
-        ('stage', lambda part: part[2].eval(), 3),
-        ('stage', lambda part: part[2].conv1.requires_grad_(False), 3),
+        ('stage', lambda part: listen(part[1]), 3),
+        ('stage', lambda part: listen(part[1].conv2), 2),
+        ('stage', lambda part: listen(part[0].downsample), 3),
+        ('stage', lambda part: part[2].eval(), 2),
+        ('stage', lambda part: part[2].conv1.requires_grad_(False), 2),
         ('RetinaHead', lambda part: listen(part.cls_convs[1]), 9),
         ('RetinaHead', lambda part: listen(part.retina_cls), 9),
         ('RPNHead', lambda part: listen(part.rpn_conv), 0),
@@ -326,10 +326,10 @@ def test_the_first_block_of_a_stage_is_large(monkeypatch):
     twin = copy.deepcopy(part)
     monkeypatch.setattr(chain, '_MAX_BYTES', 0)
     expected, _ = run(twin, inputs)
-    # What it returns is smaller.
+    # What it returns is smaller, and so is what lies within it.
     monkeypatch.setattr(chain, '_MAX_BYTES', inputs[0].nbytes - 1)
     found, chains = run(part, inputs)
-    assert chains == 1
+    assert chains == 2
     assert_equal(found, expected)
 
 
@@ -342,8 +342,13 @@ def test_parts_that_compute_otherwise():
 
     head = make_retina_head()
     head.__class__ = Head
+    exact = copy.deepcopy(head)
     report = convert_model(head, 'L3')
-    assert 'Head' not in [item.source for item in report.fused]
+    assert not report.adapted
+    for inputs in ((torch.randn(2, 8, 9, 9),), [torch.randn(2, 8, 9, 9)] * 2):
+        for found, expected in zip(head(inputs), exact(inputs)):
+            for a, b in zip(found, expected, strict=True):
+                assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_heads_return_lists():
@@ -360,8 +365,8 @@ def test_a_convolution_excluded_from_a_stage():
     part = make_stage()
     convert_model(part, FIXED, exclude=['1.conv2'])
     _, chains = run(part, [torch.randn(4, 16, 9, 7)])
-    # Two blocks, and the shortcut of the first.
-    assert chains == 3
+    # The first block with the convolution behind, and the last.
+    assert chains == 2
 
 
 def test_rpn_keeps_codes_for_its_convolutions():
@@ -382,6 +387,11 @@ def test_the_report_names_them():
     for name in ('stage', 'RetinaHead', 'RPNHead', 'FCNMaskHead', 'mmdet FPN'):
         part = PARTS[name][0]()
         report = convert_model(part, 'L3')
+        if report.adapted:
+            (adapted,) = report.adapted
+            assert adapted.source == PARTS[name][0]().__class__.__name__
+            assert f'{adapted.source} -> {adapted.target}' in str(report)
+            continue
         own = {item.source: item.norms for item in report.fused}
         assert own[type(part).__name__] == 0
         line = f'{type(part).__name__} fused: convolutions of small maps run'
