@@ -9,7 +9,7 @@ import textwrap
 import torch
 from torch import nn
 
-from ..modules.execution import is_observed, is_ordinary, is_transformed
+from ..modules.execution import is_ordinary, is_transformed
 from ..modules.functions import functions_of
 
 
@@ -119,7 +119,6 @@ class Adapter:
             not self.training
             or torch.compiler.is_compiling()
             or not torch.is_grad_enabled()
-            or is_observed()
             or is_transformed()
         ):
             return False

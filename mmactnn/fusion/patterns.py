@@ -1,10 +1,11 @@
 """Patterns over the trace of a block."""
 
 import operator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from ..layers import QReLU
 from ..registry import register_pattern
@@ -149,7 +150,6 @@ class _Finder:
             None,
             relu.target,
             True,
-            (),
         )
 
     def _may_keep_codes(self, relu):
@@ -171,7 +171,15 @@ class _Finder:
             act = self._name_of_relu(user)
             nodes.append(user)
             return ConvNormAct(
-                nodes, source, None, conv, node.target, act, True, passed
+                nodes,
+                source,
+                None,
+                conv,
+                node.target,
+                act,
+                True,
+                passed,
+                relu=_function_of(user, last),
             )
         added = self._operand(user, last)
         relu = None if added is None else self._block.only_user(user)
@@ -180,7 +188,16 @@ class _Finder:
         nodes += user, relu
         act = self._name_of_relu(relu)
         return ConvNormAct(
-            nodes, source, added, conv, node.target, act, True, passed
+            nodes,
+            source,
+            added,
+            conv,
+            node.target,
+            act,
+            True,
+            passed,
+            _function_of(user, last, added),
+            _function_of(relu, user),
         )
 
     def shortcut(self, node):
@@ -192,9 +209,7 @@ class _Finder:
         ):
             return None
         nodes, source, conv = self._before(node)
-        return ConvNormAct(
-            nodes, source, None, conv, node.target, None, False, ()
-        )
+        return ConvNormAct(nodes, source, None, conv, node.target, None, False)
 
     def is_left(self, site):
         """Whether a site's normalisation is the left operand of its sum."""
@@ -247,6 +262,40 @@ class _Finder:
         else:
             other = left
         return other if hasattr(other, 'op') and other is not value else None
+
+
+def _function_of(node, *operands):
+    """What a node computes of its operands, as a function of their values."""
+    if node.op == 'call_module':
+        return None
+    return _Call(
+        node.op == 'call_method',
+        node.target,
+        fx.map_arg(node.args, lambda n: _Operand(operands.index(n))),
+        dict(node.kwargs),
+    )
+
+
+class _Operand(int):
+    """Place of a value among the arguments of a call."""
+
+
+class _Call(NamedTuple):
+    """A call of a function or method, of values that are given later."""
+
+    is_method: bool
+    target: object
+    args: tuple
+    kwargs: dict
+
+    def __call__(self, *values):
+        args = [
+            values[arg] if type(arg) is _Operand else arg for arg in self.args
+        ]
+        if self.is_method:
+            owner, *args = args
+            return getattr(owner, self.target)(*args, **self.kwargs)
+        return self.target(*args, **self.kwargs)
 
 
 def _has_parts(module):

@@ -79,14 +79,28 @@ class ConvNormAct(Site):
             rectifies.
         rectifies (bool): Whether the output is rectified.
         passed (Sequence[str]): Names of ``nn.Identity`` between them.
+        add (Callable, optional): The addition by itself, of the normalised
+            value and the added one, in place or not as it was.
+        relu (Callable, optional): The function that rectifies.
     """
 
     def __init__(
-        self, nodes, source, added, conv, norm, act, rectifies, passed
+        self,
+        nodes,
+        source,
+        added,
+        conv,
+        norm,
+        act,
+        rectifies,
+        passed=(),
+        add=None,
+        relu=None,
     ):
         inputs = (source,) if added is None else (source, added)
         super().__init__(nodes, inputs, (conv, norm, act, *passed))
         self.rectifies = rectifies
+        self._add, self._relu = add, relu
         self.has_conv = conv is not None
         self.norms = () if norm is None else (norm,)
         self.relus = (act,) if norm is None else ()
@@ -135,10 +149,10 @@ class ConvNormAct(Site):
         for layer in passed:
             output = layer(output)
         if added is not None:
-            output = output + added
+            output = self._add(output, added)
         if not self.rectifies:
             return output
-        return output.relu() if act is None else act(output)
+        return self._relu(output) if act is None else act(output)
 
     def _finish_frozen(self, norm, output, added):
         if added is not None:

@@ -287,7 +287,7 @@ class TestTypes:
         report = convert_model(net)
         assert type(net.own) is OwnConv
         assert left(report)['own'] == (
-            'subclass of Conv2d, may compute otherwise'
+            'subclass of Conv2d, computes otherwise'
         )
 
     def test_other_layers_are_left_with_the_reason(self, net):

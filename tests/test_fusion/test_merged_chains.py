@@ -253,7 +253,7 @@ def listen(module):
         ('stage', lambda part: listen(part[1].conv2), 2),
         ('stage', lambda part: listen(part[0].downsample), 3),
         ('stage', lambda part: part[2].eval(), 2),
-        ('stage', lambda part: part[2].conv1.requires_grad_(False), 2),
+        ('stage', lambda part: part[2].conv1.requires_grad_(False), 3),
         ('RetinaHead', lambda part: listen(part.cls_convs[1]), 9),
         ('RetinaHead', lambda part: listen(part.retina_cls), 9),
         ('RPNHead', lambda part: listen(part.rpn_conv), 0),
