@@ -214,7 +214,8 @@ class LayerQuantizer:
         """
         bits, slot = layer_class.level_bits(level), None
         rule = level.rule_for(name)
-        if rule is not None:
+        has_own_bits = rule is not None and rule.sets_bits
+        if has_own_bits:
             bits = layer_class.rule_bits(rule)
         elif own.bits is not None and not level.exact:
             bits = own.bits
@@ -231,13 +232,11 @@ class LayerQuantizer:
             ops.check_format(bits, group_size)
         sizes = (rule and rule.group_size, own.group_size, group_size)
         group_size = next(size for size in sizes if size is not None)
-        strict = bits is not None and (
-            rule is not None or own.bits is not None
-        )
+        strict = bits is not None and (has_own_bits or own.bits is not None)
         fused_bits = None
         if rectified is not None and bits is not None:
             if layer_class.kind == 'mask':
-                bits = rectified if rule is None else max(2, rule.bits)
+                bits = max(2, rule.bits) if has_own_bits else rectified
             else:
                 fused_bits = (
                     FusedBits.of_layer(bits)

@@ -226,7 +226,6 @@ def convert_model(
             )
         )
     # Nothing is left to fail: a call that raises has changed no layer.
-    before = _precisions(model)
     remove_fusions(model)
     layered = tuple(_install(plan) for plan in plans)
     converted = tuple(
@@ -235,10 +234,6 @@ def convert_model(
     )
     for fusion in fusions.values():
         fusion.install()
-    for unused in before - _precisions(model):
-        unused.detach()
-    if precision is not None and precision.slots:
-        precision.attach(model)
     _swap(model, level)
     blocks = tuple(
         Fused(name, type(fusion.module).__name__, len(fusion.norms))
@@ -260,8 +255,6 @@ def revert_model(model):
         modules that call functions again.
     """
     names = []
-    for precision in _precisions(model):
-        precision.detach()
     swap = attached_swap(model)
     if swap is not None:
         swap.detach()
@@ -362,7 +355,7 @@ def _find_fusions(model, level, chosen, added):
     for name, module, target in chosen:
         targets.pop(module, None)
         rule = level.rule_for(name)
-        if fuses and not (rule is not None and rule.bits is None):
+        if fuses and (rule is None or rule.bits is not None):
             targets[module] = target
     return find_fusions(model, targets, added)
 

@@ -187,6 +187,8 @@ class QuantizedLayer:
         Args:
             *tensors (Tensor, optional): Whatever may need a gradient.
         """
+        if self.training and self.quantizer.slot is not None:
+            self.quantizer.slot.begin_call()
         return (
             not self.quantizer.exact
             and torch.is_grad_enabled()

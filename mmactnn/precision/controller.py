@@ -1,5 +1,7 @@
 """Adaptive precision: bits go where they lower the gradient's error most."""
 
+import threading
+
 import torch
 import torch.distributed as dist
 
@@ -11,6 +13,8 @@ from .allocation import allocate_bits
 _FIELDS = ('cost', 'relay', 'power', 'numel', 'place', 'leader', 'count')
 # How much a new observation counts once there are many.
 _MEMORY = 0.1
+# Replicas of a model in several threads share one object.
+_BEGINNING = threading.Lock()
 
 
 class AdaptivePrecision:
@@ -34,7 +38,14 @@ class AdaptivePrecision:
     copied to the host in the background and used two passes later, so that
     the same bits hold at the same pass on every process and in every run.
 
-    A pass begins with a forward pass of the model in training mode.
+    **Passes.** A pass begins with the first call of any adaptive layer in
+    training mode after a backward pass through any of them, whatever method
+    of the model calls it: several forward passes before one backward pass
+    are one pass. The second run of a checkpointed block, which is inside of
+    a backward pass, begins none; its first run without gradients ends the
+    pass before. In distributed training all processes begin passes alike;
+    where they may not call the same layers, call :meth:`begin_pass` before
+    each step.
 
     **CUDA graphs** hold on to the bits of the layers that were in force when
     they were captured, and report nothing: their replays are no passes. The
@@ -62,7 +73,9 @@ class AdaptivePrecision:
         self.interval = interval
         self.slots = []
         self.collecting = False
-        self._handle = None
+        # Whether the next call of a layer may begin a pass. The one thing
+        # that is looked at in all calls.
+        self.due = True
         self._passes = 0
         self._open = False
         self._place = 0
@@ -94,20 +107,6 @@ class AdaptivePrecision:
         """dict[str, float]: Bits an element of each layer, by its name."""
         return {slot.name: slot.bits for slot in self.slots}
 
-    def attach(self, model):
-        """Follow the passes of a model.
-
-        Args:
-            model (nn.Module): The model whose layers have the slots.
-        """
-        self._handle = model.register_forward_pre_hook(self._on_forward)
-
-    def detach(self):
-        """Follow the model no more."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
     def set_samples(self, indices):
         """Say which samples the next pass is about to see.
 
@@ -133,9 +132,35 @@ class AdaptivePrecision:
                 f', got {indices[wrong].tolist()}'
             )
         self._samples = indices.flatten()
+        # Even if no backward pass has been since the last call.
+        self.due = True
+
+    def on_call(self):
+        """Begin a pass if this call of a layer is the first of one.
+
+        Raises:
+            RuntimeError: As :meth:`begin_pass`.
+        """
+        inside_backward = torch._C._current_graph_task_id() != -1
+        if self._open and inside_backward:
+            return
+        with _BEGINNING:
+            if not self.due:
+                return
+            if torch.is_grad_enabled() or is_capturing():
+                # Inside of a backward pass only if none of the calls before
+                # had gradients: all of the model is checkpointed.
+                self.begin_pass()
+            else:
+                # The first run of a checkpointed block, maybe. Its second
+                # one is inside of a backward pass, where nothing may wait
+                # for other processes.
+                self.end_pass()
 
     def begin_pass(self):
-        """Start a pass; called by the model's own forward pass.
+        """Start a pass.
+
+        The first call of a layer after a backward pass does this by itself.
 
         Raises:
             RuntimeError: If a CUDA graph is being captured, and the samples
@@ -151,7 +176,7 @@ class AdaptivePrecision:
                 )
             return
         self.end_pass()
-        self._open = True
+        self._open, self.due = True, False
         self._passes += 1
         while self._pending and self._pending[0][0] <= self._passes:
             self._take(self._pending.pop(0)[1].wait())
@@ -168,7 +193,7 @@ class AdaptivePrecision:
     def end_pass(self):
         """End a pass after its backward pass.
 
-        The next pass does this too. In distributed training all processes
+        The next pass does this, too. In distributed training all processes
         call it alike.
 
         Raises:
@@ -180,7 +205,7 @@ class AdaptivePrecision:
             'the reports of a pass cannot be captured in a CUDA graph; call '
             'end_pass() before'
         )
-        self._open = False
+        self._open, self.due = False, True
         if self._batch is not None:
             self._remember()
         if self.collecting:
@@ -258,6 +283,7 @@ class AdaptivePrecision:
                 f'{self.num_samples}'
             )
         self._open = self.collecting = False
+        self.due = True
         self._passes, self._again = state['passes'], state['again']
         for slot in self.slots:
             slot.bits = state['bits'][slot.name]
@@ -268,10 +294,6 @@ class AdaptivePrecision:
         # Written to in place: neither run may see what the other one writes.
         self._history = _host_clone(history)
         self._scales = _host_clone(state['scales'])
-
-    def _on_forward(self, module, args):
-        if module.training and torch.is_grad_enabled():
-            self.begin_pass()
 
     def _gather_reports(self):
         present = [s.report for s in self.slots if s.report is not None]
@@ -426,6 +448,20 @@ class Slot:
         precision = self.precision
         wanted = precision.collecting or precision.batch_size is not None
         return wanted and not is_capturing()
+
+    def begin_call(self):
+        """Note a call of the layer in training mode, before it keeps a thing.
+
+        Every forward pass of an adaptive layer does this, with gradients and
+        without; so does whatever decides how layers run, before it looks at
+        :attr:`observes` or at bits.
+        """
+        if self.precision.due:
+            self.precision.on_call()
+
+    def note_backward(self):
+        """Note a backward pass of the layer: the next call begins a pass."""
+        self.precision.due = True
 
     def __getstate__(self):
         """For copies and pickle: without what belongs to one pass."""
