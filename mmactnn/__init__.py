@@ -1,9 +1,15 @@
 """Memory-efficient training with 2-bit activations."""
 
-import importlib.util
-
-from .compat import QModule, set_optimization_level
-from .config import LEVELS, Level, Rule, get_level
+from .compat import QModule, as_parents, set_optimization_level
+from .config import (
+    LEVELS,
+    Compression,
+    Execution,
+    Level,
+    Offload,
+    Rule,
+    get_level,
+)
 from .convert import (
     ConversionReport,
     convert_model,
@@ -36,19 +42,24 @@ from .layers import (
     QuantizedLayer,
 )
 from .memory import ActivationMeter, measure_activations
+from .mmlab.waiting import register_when_loaded
+from .offload import HostSwap
 from .precision import AdaptivePrecision
 from .random import RoundingGenerator, manual_seed
-from .version import __version__
 
-if importlib.util.find_spec('mmengine') is not None:
-    from .mmlab import registry  # noqa: F401  (makes the types known to configs)
+# A literal: building a wheel reads it without importing torch.
+__version__ = '0.1.0'
 
 __all__ = [
     'ActivationMeter',
     'AdaptivePrecision',
+    'Compression',
     'ConversionReport',
+    'Execution',
+    'HostSwap',
     'LEVELS',
     'Level',
+    'Offload',
     'QAdaptiveAvgPool2d',
     'QAvgPool2d',
     'QBatchNorm',
@@ -76,6 +87,7 @@ __all__ = [
     'RoundingGenerator',
     'Rule',
     '__version__',
+    'as_parents',
     'convert_model',
     'get_level',
     'get_precision',
@@ -84,3 +96,6 @@ __all__ = [
     'revert_model',
     'set_optimization_level',
 ]
+
+# Last: what it imports may import any of the above.
+register_when_loaded()

@@ -1,6 +1,6 @@
 """What configs call the compressed layers."""
 
-from .adapters import MODEL_NAMES
+from .adapters import MODEL_NAMES, LayeredModule
 from .layers import (
     QAdaptiveAvgPool2d,
     QAvgPool2d,
@@ -83,11 +83,20 @@ def require_named_layers(model, config, include, exclude):
 def _named_types(config):
     """The compressed layer types that a model's config names."""
     if isinstance(config, dict):
-        name = config.get('type')
+        name = _name_of(config.get('type'))
         found = set()
-        if isinstance(name, str) and name.split('.')[-1] in _TYPE_NAMES:
+        if name is not None and name.split('.')[-1] in _TYPE_NAMES:
             found.add(name)
         return found.union(*(_named_types(v) for v in config.values()))
     if isinstance(config, (list, tuple)):
         return set().union(*(_named_types(item) for item in config))
     return set()
+
+
+def _name_of(kind):
+    """Name of a type in a config: text, a class, or one that is not built."""
+    if isinstance(kind, type):
+        ours = issubclass(kind, (QuantizedLayer, LayeredModule))
+        return kind.__name__ if ours else None
+    # MMEngine's lazy objects tell their names as text.
+    return None if kind is None else str(kind)

@@ -14,12 +14,6 @@ from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import Registry
 
 from ..adapters import MODEL_NAMES
-
-# Whatever our hooks import of MMEngine comes before anything is registered. If
-# MMEngine is itself only half imported (its optimizers import transformers,
-# which may import anything), that fails, and is to leave nothing behind that
-# would be in the way of the next attempt.
-from ..hooks import ActNNHook
 from ..names import LAYER_NAMES
 
 MODELS = Registry(
@@ -36,6 +30,7 @@ def _builder(path):
     def build(*args, **kwargs):
         return pkgutil.resolve_name(path)(*args, **kwargs)
 
+    build.__name__ = build.__qualname__ = path.split(':')[-1]
     return build
 
 
@@ -44,8 +39,23 @@ for _registry in (ROOT_MODELS, MODELS):
         _registry.register_module(name=list(_names), module=_layer)
     for _name, _path in MODEL_NAMES.items():
         _registry.register_module(name=_name, module=_builder(_path))
+
+
+def register_hook(cls):
+    """Make a hook's own class known, in place of what builds it.
+
+    Args:
+        cls (type): The hook.
+    """
+    for registry in (ROOT_HOOKS, HOOKS):
+        registry.register_module(cls.__name__, force=True, module=cls)
+
+
+# Hooks import most of MMEngine, which may be half imported now.
 for _registry in (ROOT_HOOKS, HOOKS):
-    _registry.register_module(module=ActNNHook)
+    _registry.register_module(
+        'ActNNHook', module=_builder('mmactnn.hooks:ActNNHook')
+    )
 
 
 def _name_packages():

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from .. import ops
+from ..config import check_count, checked
 from ..ops.capture import is_capturing, refuse_capture
 from .allocation import allocate_bits
 
@@ -59,18 +60,15 @@ class AdaptivePrecision:
             sooner, at passes 1, 2, 4, 8 and so on. Defaults to 100.
 
     Raises:
-        ValueError: If ``num_samples`` or ``interval`` is not positive.
+        ValueError, TypeError: If ``num_samples`` or ``interval`` is no
+            positive whole number.
     """
 
     def __init__(self, num_samples=None, interval=100):
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(
-                f'num_samples must be positive, got {num_samples}'
-            )
-        if interval < 1:
-            raise ValueError(f'interval must be 1 or more, got {interval}')
-        self.num_samples = num_samples
-        self.interval = interval
+        self.num_samples = checked(
+            'num_samples', num_samples, check_count, optional=True
+        )
+        self.interval = checked('interval', interval, check_count)
         self.slots = []
         self.collecting = False
         # Whether the next call of a layer may begin a pass. The one thing
