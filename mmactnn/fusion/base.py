@@ -71,4 +71,8 @@ class Fusion:
     @property
     def is_active(self):
         """bool: Whether the module is being trained."""
-        return self.module.training and torch.is_grad_enabled()
+        return (
+            self.module.training
+            and torch.is_grad_enabled()
+            and not torch._C._is_tracing()
+        )

@@ -192,6 +192,8 @@ class QuantizedLayer:
         return (
             not self.quantizer.exact
             and torch.is_grad_enabled()
+            # Tracers and counters of operations know torch's.
+            and not torch._C._is_tracing()
             and any(t is not None and t.requires_grad for t in tensors)
         )
 
