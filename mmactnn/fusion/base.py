@@ -74,5 +74,5 @@ class Fusion:
         return (
             self.module.training
             and torch.is_grad_enabled()
-            and not torch._C._is_tracing()
+            and not torch.jit.is_tracing()
         )

@@ -52,6 +52,6 @@ def is_frozen(module, input):
     return (
         not module.training
         and torch.is_grad_enabled()
-        and not torch._C._is_tracing()
+        and not torch.jit.is_tracing()
         and not input.requires_grad
     )

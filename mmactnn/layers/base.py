@@ -193,7 +193,7 @@ class QuantizedLayer:
             not self.quantizer.exact
             and torch.is_grad_enabled()
             # Tracers and counters of operations know torch's.
-            and not torch._C._is_tracing()
+            and not torch.jit.is_tracing()
             and any(t is not None and t.requires_grad for t in tensors)
         )
 

@@ -15,7 +15,7 @@ class _Dropout(ExactLayer):
         # torch refuses to overwrite a leaf, and does so before it writes.
         refused = self.inplace and input.is_leaf and self.compresses(input)
         draws = self.training and 0 < self.p < 1
-        exact = self.quantizer.exact or torch._C._is_tracing()
+        exact = self.quantizer.exact or torch.jit.is_tracing()
         return draws and not refused and not exact
 
 
