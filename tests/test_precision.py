@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import threading
 
 import pytest
@@ -28,7 +29,7 @@ from mmactnn import (
     revert_model,
 )
 from mmactnn.codes.payload import QuantizedTensor
-from mmactnn.precision import sensitivity
+from mmactnn.precision import controller, sensitivity
 
 SEEN = ('stem', 'norm', 'body', 'fc')
 
@@ -514,6 +515,46 @@ class TestPasses:
             net.train()
 
         assert self.bits(step)[1] == 6
+
+    def test_a_block_that_runs_again_in_a_later_pass(self, monkeypatch):
+        """As a generator that is checkpointed, behind a discriminator."""
+        choices = itertools.cycle([1, 4, 8, 2])
+        monkeypatch.setattr(
+            controller,
+            'allocate_bits',
+            lambda costs, sizes, budget: [next(choices)] * len(costs),
+        )
+
+        class GAN(nn.Module):
+            def __init__(self):
+                super().__init__()
+                parts = [
+                    nn.Sequential(
+                        nn.Conv2d(3, 8, 3, padding=1),
+                        nn.BatchNorm2d(8),
+                        nn.ReLU(),
+                        nn.Conv2d(8, 3, 3, padding=1),
+                    )
+                    for _ in range(2)
+                ]
+                self.generate, self.judge = parts
+
+        torch.manual_seed(0)
+        net = GAN()
+        level = dict(base='L3', image=None, fuse=False)
+        convert_model(net, level, generator=RoundingGenerator(seed=5))
+        seen = set()
+        for i in range(12):
+            fake = checkpoint(
+                net.generate, batch(i).requires_grad_(), use_reentrant=False
+            )
+            real = batch(50 + i)
+            loss = net.judge(real).mean() - net.judge(fake.detach()).mean()
+            loss.backward()
+            checkpoint(net.judge, fake, use_reentrant=False).mean().backward()
+            seen.add(tuple(get_precision(net).bits.values()))
+        assert len(seen) > 1
+        assert get_precision(net)._passes == 24
 
     def test_a_replica_in_another_thread_begins_no_second_pass(self):
         def step(net, x):

@@ -116,8 +116,7 @@ class Watch(NamedTuple):
 def _watch(slot, producer=None, adds_elements=True):
     if slot is None or not slot.observes:
         return None
-    collecting = slot.precision.collecting
-    return Watch(slot, producer, collecting, adds_elements)
+    return Watch(slot, producer, slot.collecting, adds_elements)
 
 
 class LayerQuantizer:
@@ -298,7 +297,7 @@ class LayerQuantizer:
 
     @property
     def _bits_of_all(self):
-        return int(self.bits if self.slot is None else self.slot.bits)
+        return int(self.bits if self.slot is None else self.slot.bits_of_call)
 
     def _shares_among(self, samples):
         """Whether samples have bits of their own."""
@@ -306,7 +305,7 @@ class LayerQuantizer:
         return (
             slot is not None
             and samples > 1
-            and MIN_BITS < slot.bits < MAX_BITS
+            and MIN_BITS < slot.bits_of_call < MAX_BITS
         )
 
     def keep(self, tensor, needed):

@@ -1,6 +1,7 @@
 """Adaptive precision: bits go where they lower the gradient's error most."""
 
 import threading
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -139,8 +140,7 @@ class AdaptivePrecision:
         Raises:
             RuntimeError: As :meth:`begin_pass`.
         """
-        inside_backward = torch._C._current_graph_task_id() != -1
-        if self._open and inside_backward:
+        if self._open and _is_inside_backward():
             return
         with _BEGINNING:
             if not self.due:
@@ -204,6 +204,8 @@ class AdaptivePrecision:
             'end_pass() before'
         )
         self._open, self.due = False, True
+        for slot in self.slots:
+            slot.close()
         if self._batch is not None:
             self._remember()
         if self.collecting:
@@ -285,6 +287,7 @@ class AdaptivePrecision:
         self._passes, self._again = state['passes'], state['again']
         for slot in self.slots:
             slot.bits = state['bits'][slot.name]
+            slot.forget_calls()
         self._averages = {k: list(v) for k, v in state['averages'].items()}
         self._pending = [
             (due, _HostCopy(reports)) for due, reports in state['pending']
@@ -415,13 +418,31 @@ class AdaptivePrecision:
         return state
 
 
+class _Earlier(NamedTuple):
+    """Settings of a layer in the last pass that called it.
+
+    Attributes:
+        bits (float): See :class:`Slot`.
+        collecting (bool): See there.
+        observes (bool): See there.
+    """
+
+    bits: float
+    collecting: bool
+    observes: bool
+
+
 class Slot:
     """One layer's access to the precision of its model.
+
+    A checkpointed block that runs again in a later pass than that of its
+    first run, as the generator does after a step of the discriminator, keeps
+    what it kept then.
 
     Attributes:
         name (str): Qualified name of the layer.
         mean_bits (float): What it adds to the budget, bits an element.
-        bits (float): Bits an element that it has now.
+        bits (float): Bits an element that it has from this pass on.
         leader (Slot, optional): The layer whose bits it follows.
         report (Tensor[7], optional): float32, what it observed in this pass.
         norms (Tensor[B], optional): Squared norms of its samples' gradients
@@ -434,6 +455,7 @@ class Slot:
         self.name = name
         self.mean_bits = self.bits = mean_bits
         self.leader = None
+        self.forget_calls()
         self.reset()
 
     def reset(self):
@@ -443,9 +465,35 @@ class Slot:
     @property
     def observes(self):
         """bool: Whether the backward pass of this pass should report."""
-        precision = self.precision
-        wanted = precision.collecting or precision.batch_size is not None
+        if self._runs_again():
+            wanted = self._earlier.observes
+        else:
+            wanted = self._observes_now()
         return wanted and not is_capturing()
+
+    @property
+    def collecting(self):
+        """bool: Whether that report is of the layer, or of samples alone."""
+        if self._runs_again():
+            return self._earlier.collecting
+        return self.precision.collecting
+
+    @property
+    def bits_of_call(self):
+        """float: Bits an element of the call that is running."""
+        return self._earlier.bits if self._runs_again() else self.bits
+
+    def _observes_now(self):
+        precision = self.precision
+        return precision.collecting or precision.batch_size is not None
+
+    def _runs_again(self):
+        """Whether a call belongs to an earlier pass than the current one."""
+        return (
+            not self._called
+            and self._earlier is not None
+            and _is_inside_backward()
+        )
 
     def begin_call(self):
         """Note a call of the layer in training mode, before it keeps a thing.
@@ -456,6 +504,20 @@ class Slot:
         """
         if self.precision.due:
             self.precision.on_call()
+        if not self._called and not _is_inside_backward():
+            self._called = True
+
+    def close(self):
+        """Note the end of a pass, before anything of it changes."""
+        if self._called:
+            self._earlier = _Earlier(
+                self.bits, self.precision.collecting, self._observes_now()
+            )
+            self._called = False
+
+    def forget_calls(self):
+        """Forget which passes the layer was called in."""
+        self._called, self._earlier = False, None
 
     def note_backward(self):
         """Note a backward pass of the layer: the next call begins a pass."""
@@ -502,7 +564,7 @@ class Slot:
         Returns:
             int: The sum of the bits a code of each.
         """
-        return round(self.bits * samples)
+        return round(self.bits_of_call * samples)
 
     def observe_norms(self, norms):
         """Take note of the gradients of the samples.
@@ -569,6 +631,11 @@ def _any_device():
     if _world_size() > 1 and dist.get_backend() == 'nccl':
         return torch.device('cuda', torch.cuda.current_device())
     return torch.device('cpu')
+
+
+def _is_inside_backward():
+    """Whether autograd is running, as it does around what is run again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _leader(slot):
