@@ -1,9 +1,276 @@
-"""Registry of compressed layers.
+"""Registry of compressed layers, fused patterns and adapters.
 
-MMEngine imports this module for types of the scope ``mmactnn``; its own
-registries of the package are attributes, so that MMEngine is imported by
-those alone who have it.
+Conversions, names for configs, exports, the reasons of the report and the
+documentation's table of layers are derived from what is registered here.
+
+MMEngine imports this module for types of the scope ``mmactnn``. Its own
+registries of the package are attributes, so that only those who have MMEngine
+import it.
 """
+
+import inspect
+import pkgutil
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from .modules.functions import computes_as, functions_of
+
+
+class LayerEntry(NamedTuple):
+    """A compressed layer type and the plain layer that it stands for.
+
+    Attributes:
+        layer (type): Compressed class.
+        parent (type): Class whose instances it replaces.
+        names (tuple[str]): Names in configs.
+        aliases (tuple[str]): Full names of further classes that compute as
+            the parent does.
+        saved_by_torch (Callable): Rule for what the parent keeps for its
+            backward pass, see :func:`register_layer`.
+        functions (dict[str, object]): Functions of the parent's forward pass
+            when it was registered.
+        examples (Callable, optional): See :func:`register_layer`.
+    """
+
+    layer: type
+    parent: type
+    names: tuple
+    aliases: tuple
+    saved_by_torch: Callable
+    functions: dict
+    examples: Callable | None
+
+
+class Registry:
+    """Registered layers, patterns and adapters.
+
+    There is one of the package, behind :func:`register_layer` and its
+    siblings; tests make their own.
+    """
+
+    def __init__(self):
+        self.layers = {}
+        self.patterns = {}
+        self.adapters = {}
+        self._by_parent = {}
+        self._by_alias = {}
+
+    def add_layer(
+        self, layer, parent, names, aliases, saved_by_torch, examples
+    ):
+        """See :func:`register_layer`."""
+        _check_layer(layer, parent)
+        if not callable(saved_by_torch):
+            raise TypeError(
+                f'{layer.__name__} is registered without a rule for what '
+                f'{parent.__name__} keeps: saved_by_torch must be a function '
+                f'of the call, got {saved_by_torch!r}'
+            )
+        names = (layer.__name__, *names)
+        taken = self._taken(layer, parent, names, aliases)
+        if taken:
+            raise ValueError(f'{layer.__name__} cannot be registered: {taken}')
+        _add_direct_bases(layer, parent)
+        entry = LayerEntry(
+            layer,
+            parent,
+            names,
+            tuple(aliases),
+            saved_by_torch,
+            functions_of(parent),
+            examples,
+        )
+        self.layers[layer] = self._by_parent[parent] = entry
+        self._by_alias.update(dict.fromkeys(aliases, entry))
+
+    def _taken(self, layer, parent, names, aliases):
+        if layer in self.layers:
+            return 'it is registered already'
+        if parent in self._by_parent:
+            other = self._by_parent[parent].layer.__name__
+            return f'{parent.__name__} has {other} already'
+        for alias in aliases:
+            if alias in self._by_alias:
+                other = self._by_alias[alias].layer.__name__
+                return f'{alias} has {other} already'
+        used = {n: e for e in self.layers.values() for n in e.names}
+        for name in names:
+            if name in used:
+                other = used[name].layer.__name__
+                return f'the name {name!r} is that of {other}'
+        return None
+
+    def add_pattern(self, match, name):
+        """See :func:`register_pattern`."""
+        _check_parameters(match, 1, 'a pattern', 'the trace of a block')
+        if name in self.patterns:
+            raise ValueError(f'a pattern {name!r} is registered already')
+        self.patterns[name] = match
+
+    def add_adapter(self, cls, target, fingerprints):
+        """See :func:`register_adapter`."""
+        if target in self.adapters:
+            other = self.adapters[target].path
+            raise ValueError(f'{target} has the adapter {other} already')
+        self.adapters[target] = AdapterEntry(cls, tuple(fingerprints))
+
+    def entry_of(self, cls):
+        """The entry of a compressed class, or of one derived from it.
+
+        Args:
+            cls (type): The class.
+
+        Returns:
+            LayerEntry, optional: None if there is none.
+        """
+        for base in cls.__mro__:
+            if base in self.layers:
+                return self.layers[base]
+        return None
+
+    def find_layer(self, module):
+        """The entry that a plain module's layer is converted by.
+
+        What a class computes decides, not its name: a subclass that leaves
+        all functions of the forward pass alone is its parent.
+
+        Args:
+            module (nn.Module): The module.
+
+        Returns:
+            tuple[LayerEntry | None, str | None]: The entry, or None and the
+            reason.
+        """
+        cls = type(module)
+        entry = self.entry_of(cls)
+        if entry is not None:
+            return entry, None
+        entry = self._by_alias.get(f'{cls.__module__}.{cls.__qualname__}')
+        if entry is not None:
+            if 'forward' in vars(module):
+                return None, 'its forward was replaced on the instance'
+            return entry, None
+        entry = next(
+            (
+                self._by_parent[base]
+                for base in cls.__mro__
+                if base in self._by_parent
+            ),
+            None,
+        )
+        if entry is None:
+            return None, 'no compressed layer of this type'
+        if isinstance(module, LazyModuleMixin):
+            return None, (
+                'lazy: its size is not known yet; run it once before the '
+                'conversion'
+            )
+        if computes_as(module, entry.functions):
+            return entry, None
+        name = next(
+            (name for name in entry.functions if name in vars(module)), None
+        )
+        if name is not None:
+            return None, f'its {name} was replaced on the instance'
+        return None, (
+            f'subclass of {entry.parent.__name__}, computes otherwise'
+        )
+
+
+class AdapterEntry(NamedTuple):
+    """A class that takes the place of another package's module.
+
+    Attributes:
+        path (str): Where the class is: ``'package.module:Class'``.
+        fingerprints (tuple[str]): See :func:`register_adapter`.
+    """
+
+    path: str
+    fingerprints: tuple
+
+    @property
+    def cls(self):
+        """type: The class, imported."""
+        return pkgutil.resolve_name(self.path)
+
+
+def _check_layer(layer, parent):
+    for argument, value in (('layer', layer), ('parent', parent)):
+        if not (isinstance(value, type) and issubclass(value, nn.Module)):
+            raise TypeError(
+                f'{argument} must be a subclass of nn.Module, got {value!r}'
+            )
+    if not issubclass(layer, parent):
+        raise TypeError(
+            f'{layer.__name__} must be a subclass of {parent.__name__}, the '
+            'class whose instances it replaces'
+        )
+
+
+def _check_parameters(function, count, kind, takes):
+    if not callable(function):
+        raise TypeError(f'{kind} must be a function, got {function!r}')
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError as error:
+        raise TypeError(
+            f'{kind} must take {takes} ({error}), got {function!r}'
+        ) from None
+
+
+def _add_direct_bases(layer, parent):
+    """Make the bases of the parent direct ones of the layer.
+
+    MMEngine's ``init_cfg=dict(layer='_ConvNd')`` compares the names of a
+    class and of its direct bases, and looks no further.
+    """
+    missing = [b for b in parent.__bases__ if b not in layer.__bases__]
+    layer.__bases__ = (*layer.__bases__, *missing)
+
+
+default_registry = Registry()
+
+
+def register_layer(
+    parent, *, saved_by_torch, names=(), aliases=(), examples=None
+):
+    """Class decorator: let a compressed layer replace a plain one.
+
+    Args:
+        parent (type): Class whose instances are converted; a base of the
+            decorated class. Its subclasses are converted, too, as long as
+            they leave the functions of its forward pass alone.
+        saved_by_torch (Callable): Rule for what the parent would keep: maps
+            a :class:`mmactnn.codes.calls.Call` to the tensors that torch
+            saves for the backward pass. Counted by
+            :func:`mmactnn.measure_activations`.
+        names (Sequence[str], optional): Names in configs besides that of the
+            class.
+        aliases (Sequence[str], optional): Full names of classes of other
+            packages that compute as the parent does; they are not imported.
+        examples (Callable, optional): Returns examples for generic tests:
+            a dict from names to pairs of a function that makes a layer of
+            this class and the shape of an input.
+
+    Returns:
+        Callable: The decorator; it returns the class.
+
+    Raises:
+        TypeError: If the class is no subclass of the parent, or there is no
+            rule for what torch keeps.
+        ValueError: If class, parent, alias or name is registered already.
+    """
+
+    def decorate(layer):
+        default_registry.add_layer(
+            layer, parent, names, aliases, saved_by_torch, examples
+        )
+        return layer
+
+    return decorate
 
 
 def __getattr__(name):

@@ -4,8 +4,10 @@ from mmcv.cnn.bricks.swish import Swish
 
 from ..autograd import silu
 from ..layers import SmoothLayer
+from ..registry import register_layer
 
 
+@register_layer(Swish, saved_by_torch=lambda call: (call.input, call.sigmoid))
 class QSwish(SmoothLayer, Swish):
     """MMCV's ``Swish`` that keeps its derivative as codes of a few bits.
 

@@ -5,6 +5,7 @@ from torch import nn
 from ..autograd import relu, relu_codes, silu
 from ..codes.payload import is_rectified, shared_payload
 from ..ops.quantize import VALID_DTYPES
+from ..registry import register_layer
 from .base import CodedLayer, ExactLayer
 
 
@@ -29,6 +30,10 @@ class _Rectifier(ExactLayer):
         return {}
 
 
+@register_layer(
+    nn.ReLU,
+    saved_by_torch=lambda call: (call.output,),
+)
 class QReLU(_Rectifier, nn.ReLU):
     """``nn.ReLU`` that keeps a mask of one bit an element. Exact.
 
@@ -66,6 +71,10 @@ class QReLU(_Rectifier, nn.ReLU):
         return super()._rectify(input)
 
 
+@register_layer(
+    nn.ReLU6,
+    saved_by_torch=lambda call: (call.input,),
+)
 class QReLU6(_Rectifier, nn.ReLU6):
     """``nn.ReLU6`` that keeps a mask of one bit an element. Exact.
 
@@ -85,6 +94,10 @@ class QReLU6(_Rectifier, nn.ReLU6):
         return dict(max=self.max_val)
 
 
+@register_layer(
+    nn.LeakyReLU,
+    saved_by_torch=lambda call: (call.input,),
+)
 class QLeakyReLU(_Rectifier, nn.LeakyReLU):
     """``nn.LeakyReLU`` that keeps a mask of one bit an element. Exact.
 
@@ -137,6 +150,10 @@ class SmoothLayer(CodedLayer):
         return self.training and self.compresses(input) and not refused
 
 
+@register_layer(
+    nn.SiLU,
+    saved_by_torch=lambda call: (call.input,),
+)
 class QSiLU(SmoothLayer, nn.SiLU):
     """``nn.SiLU`` that keeps its derivative as codes of a few bits.
 

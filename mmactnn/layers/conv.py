@@ -5,6 +5,7 @@ from torch import nn
 
 from ..autograd import convolution
 from ..autograd.autocast import lower_dtype
+from ..registry import register_layer
 from .base import CodedLayer
 
 
@@ -87,6 +88,10 @@ class _QForwardConv(_QConv):
         return input, tuple(t // 2 for t in total)
 
 
+@register_layer(
+    nn.Conv1d,
+    saved_by_torch=lambda call: (call.input, call.weight),
+)
 class QConv1d(_QForwardConv, nn.Conv1d):
     """``nn.Conv1d`` that keeps its input as codes of a few bits.
 
@@ -98,6 +103,12 @@ class QConv1d(_QForwardConv, nn.Conv1d):
     """
 
 
+@register_layer(
+    nn.Conv2d,
+    saved_by_torch=lambda call: (call.input, call.weight),
+    names=('QConv',),
+    aliases=('mmcv.cnn.bricks.wrappers.Conv2d',),
+)
 class QConv2d(_QForwardConv, nn.Conv2d):
     """``nn.Conv2d`` that keeps its input as codes of a few bits.
 
@@ -121,6 +132,11 @@ class QConv2d(_QForwardConv, nn.Conv2d):
     """
 
 
+@register_layer(
+    nn.Conv3d,
+    saved_by_torch=lambda call: (call.input, call.weight),
+    aliases=('mmcv.cnn.bricks.wrappers.Conv3d',),
+)
 class QConv3d(_QForwardConv, nn.Conv3d):
     """``nn.Conv3d`` that keeps its input as codes of a few bits.
 
@@ -165,6 +181,10 @@ class _QTransposedConv(_QConv):
         )
 
 
+@register_layer(
+    nn.ConvTranspose1d,
+    saved_by_torch=lambda call: (call.input, call.weight),
+)
 class QConvTranspose1d(_QTransposedConv, nn.ConvTranspose1d):
     """``nn.ConvTranspose1d`` that keeps its input as codes of a few bits.
 
@@ -176,6 +196,11 @@ class QConvTranspose1d(_QTransposedConv, nn.ConvTranspose1d):
     """
 
 
+@register_layer(
+    nn.ConvTranspose2d,
+    saved_by_torch=lambda call: (call.input, call.weight),
+    aliases=('mmcv.cnn.bricks.wrappers.ConvTranspose2d',),
+)
 class QConvTranspose2d(_QTransposedConv, nn.ConvTranspose2d):
     """``nn.ConvTranspose2d`` that keeps its input as codes of a few bits.
 
@@ -187,6 +212,11 @@ class QConvTranspose2d(_QTransposedConv, nn.ConvTranspose2d):
     """
 
 
+@register_layer(
+    nn.ConvTranspose3d,
+    saved_by_torch=lambda call: (call.input, call.weight),
+    aliases=('mmcv.cnn.bricks.wrappers.ConvTranspose3d',),
+)
 class QConvTranspose3d(_QTransposedConv, nn.ConvTranspose3d):
     """``nn.ConvTranspose3d`` that keeps its input as codes of a few bits.
 

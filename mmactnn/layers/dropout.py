@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from ..autograd import dropout, feature_dropout
+from ..registry import register_layer
 from .base import ExactLayer
 
 
@@ -19,6 +20,11 @@ class _Dropout(ExactLayer):
         return draws and not refused and not exact
 
 
+@register_layer(
+    nn.Dropout,
+    saved_by_torch=lambda call: (call.mask,),
+    aliases=('mmcv.cnn.bricks.drop.Dropout',),
+)
 class QDropout(_Dropout, nn.Dropout):
     """``nn.Dropout`` that keeps a seed instead of a mask.
 
@@ -50,6 +56,10 @@ class QDropout(_Dropout, nn.Dropout):
         return dropout(input, self.p, self.inplace, self.quantizer)
 
 
+@register_layer(
+    nn.Dropout2d,
+    saved_by_torch=lambda call: (call.mask,),
+)
 class QDropout2d(_Dropout, nn.Dropout2d):
     """``nn.Dropout2d`` that keeps a seed instead of a mask.
 

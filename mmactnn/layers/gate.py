@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..autograd import gate as gate_input
+from ..registry import register_layer
 from .base import CodedLayer
 
 
@@ -22,6 +23,10 @@ class Gate(nn.Module):
         return input * gate
 
 
+@register_layer(
+    Gate,
+    saved_by_torch=lambda call: (call.input, call.weight),
+)
 class QGate(CodedLayer, Gate):
     """``Gate`` that keeps what is gated as codes of a few bits.
 

@@ -3,9 +3,15 @@
 from torch import nn
 
 from ..autograd import group_norm
+from ..registry import register_layer
 from .base import CodedLayer
 
 
+@register_layer(
+    nn.GroupNorm,
+    saved_by_torch=lambda call: (call.input, *call.statistics),
+    names=('QGN',),
+)
 class QGroupNorm(CodedLayer, nn.GroupNorm):
     """``nn.GroupNorm`` that keeps its input as codes of a few bits.
 

@@ -3,9 +3,15 @@
 from torch import nn
 
 from ..autograd import linear
+from ..registry import register_layer
 from .base import CodedLayer
 
 
+@register_layer(
+    nn.Linear,
+    saved_by_torch=lambda call: (call.input, call.weight),
+    aliases=('mmcv.cnn.bricks.wrappers.Linear',),
+)
 class QLinear(CodedLayer, nn.Linear):
     """``nn.Linear`` that keeps its input as codes of a few bits.
 

@@ -11,6 +11,7 @@ from ..autograd import batch_norm, norm_act
 from ..codes.payload import mark_rectified
 from ..ops import MAX_FROZEN_CHANNELS, NormSettings, frozen_norm_act_
 from ..ops.quantize import VALID_DTYPES
+from ..registry import register_layer
 from .base import CodedLayer
 
 
@@ -240,7 +241,12 @@ def _has_one_value(input):
     return input.numel() == input.size(1)
 
 
-class QBatchNorm(_QBatchNorm):
+@register_layer(
+    _BatchNorm,
+    saved_by_torch=lambda call: (call.input, *call.statistics),
+    aliases=('mmengine.model.utils._BatchNormXd',),
+)
+class QBatchNorm(_QBatchNorm, _BatchNorm):
     """Batch normalisation of any rank that keeps its input as codes.
 
     Forward as torch's. The gradients of weight and bias are unbiased. With
@@ -266,11 +272,12 @@ class QBatchNorm(_QBatchNorm):
             )
 
 
-# Below, ``_BatchNorm`` is named as a direct base once more because MMEngine's
-# ``init_cfg=dict(layer='_BatchNorm')`` looks no further than those.
-
-
-class QBatchNorm1d(_QBatchNorm, nn.BatchNorm1d, _BatchNorm):
+@register_layer(
+    nn.BatchNorm1d,
+    saved_by_torch=lambda call: (call.input, *call.statistics),
+    names=('QBN1d',),
+)
+class QBatchNorm1d(_QBatchNorm, nn.BatchNorm1d):
     """``nn.BatchNorm1d`` that keeps its input as codes of a few bits.
 
     See :class:`QBatchNorm` for arguments and behaviour.
@@ -281,7 +288,15 @@ class QBatchNorm1d(_QBatchNorm, nn.BatchNorm1d, _BatchNorm):
     """
 
 
-class QBatchNorm2d(_QBatchNorm, nn.BatchNorm2d, _BatchNorm):
+@register_layer(
+    nn.BatchNorm2d,
+    saved_by_torch=lambda call: (call.input, *call.statistics),
+    names=(
+        'QBN2d',
+        'QBN',
+    ),
+)
+class QBatchNorm2d(_QBatchNorm, nn.BatchNorm2d):
     """``nn.BatchNorm2d`` that keeps its input as codes of a few bits.
 
     See :class:`QBatchNorm` for arguments and behaviour.
@@ -292,7 +307,12 @@ class QBatchNorm2d(_QBatchNorm, nn.BatchNorm2d, _BatchNorm):
     """
 
 
-class QBatchNorm3d(_QBatchNorm, nn.BatchNorm3d, _BatchNorm):
+@register_layer(
+    nn.BatchNorm3d,
+    saved_by_torch=lambda call: (call.input, *call.statistics),
+    names=('QBN3d',),
+)
+class QBatchNorm3d(_QBatchNorm, nn.BatchNorm3d):
     """``nn.BatchNorm3d`` that keeps its input as codes of a few bits.
 
     See :class:`QBatchNorm` for arguments and behaviour.

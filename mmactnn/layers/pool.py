@@ -6,9 +6,15 @@ from torch import nn
 
 from ..autograd import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from ..ops import MAX_TAPS, as_pair
+from ..registry import register_layer
 from .base import ExactLayer
 
 
+@register_layer(
+    nn.MaxPool2d,
+    saved_by_torch=lambda call: (call.input, call.indices),
+    aliases=('mmcv.cnn.bricks.wrappers.MaxPool2d',),
+)
 class QMaxPool2d(ExactLayer, nn.MaxPool2d):
     """``nn.MaxPool2d`` that keeps 4 bits an output. Exact.
 
@@ -59,6 +65,10 @@ class QMaxPool2d(ExactLayer, nn.MaxPool2d):
         )
 
 
+@register_layer(
+    nn.AvgPool2d,
+    saved_by_torch=lambda call: (call.input,),
+)
 class QAvgPool2d(ExactLayer, nn.AvgPool2d):
     """``nn.AvgPool2d`` that keeps no tensor. Exact.
 
@@ -90,6 +100,10 @@ class QAvgPool2d(ExactLayer, nn.AvgPool2d):
         )
 
 
+@register_layer(
+    nn.AdaptiveAvgPool2d,
+    saved_by_torch=lambda call: (call.input,),
+)
 class QAdaptiveAvgPool2d(ExactLayer, nn.AdaptiveAvgPool2d):
     """``nn.AdaptiveAvgPool2d`` that keeps no tensor. Exact.
 

@@ -5,10 +5,20 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd.sync_batch_norm import sync_batch_norm
+from ..registry import register_layer
 from .norm import _QBatchNorm
 
 
-class QSyncBatchNorm(_QBatchNorm, nn.SyncBatchNorm, _BatchNorm):
+@register_layer(
+    nn.SyncBatchNorm,
+    saved_by_torch=lambda call: (call.input, *call.statistics),
+    names=('QSyncBN',),
+    aliases=(
+        'mmengine.utils.dl_utils.parrots_wrapper.SyncBatchNorm',
+        'mmcv.ops.sync_bn.SyncBatchNorm',
+    ),
+)
+class QSyncBatchNorm(_QBatchNorm, nn.SyncBatchNorm):
     """``nn.SyncBatchNorm`` that keeps its input as codes of a few bits.
 
     Works over NCCL and gloo, hence on CPU too, where torch's own layer does

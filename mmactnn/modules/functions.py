@@ -1,0 +1,77 @@
+"""Functions that a class's forward pass rests on, compared by identity."""
+
+import inspect
+from types import CodeType, FunctionType
+
+from torch import nn
+
+
+def names_in(code):
+    """Names that a function's code reads: attributes, globals and strings.
+
+    Strings count because ``getattr(self, 'norm1')`` names what it reads so.
+
+    Args:
+        code (types.CodeType): Code of a function; functions within it count.
+
+    Returns:
+        set[str]: The names.
+    """
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            names.add(constant)
+        elif isinstance(constant, CodeType):
+            names |= names_in(constant)
+    return names
+
+
+def functions_of(cls, name='forward'):
+    """A method of a class and all methods of the class that it calls.
+
+    Those of ``nn.Module`` itself do not count: they serve every module.
+
+    Args:
+        cls (type): Subclass of ``nn.Module``.
+        name (str, optional): Name of the method. Defaults to ``'forward'``.
+
+    Returns:
+        dict[str, object]: What the class has under the names of the methods:
+        functions, properties and the like.
+    """
+    found, todo = {}, [name]
+    while todo:
+        name = todo.pop()
+        if name in found or hasattr(nn.Module, name) and name != 'forward':
+            continue
+        value = inspect.getattr_static(cls, name, None)
+        function = _function_of(value)
+        if function is None:
+            continue
+        found[name] = value
+        todo += names_in(function.__code__)
+    return found
+
+
+def _function_of(value):
+    if isinstance(value, property):
+        value = value.fget
+    value = getattr(value, '__func__', value)
+    return value if isinstance(value, FunctionType) else None
+
+
+def computes_as(module, functions):
+    """Whether a module's forward pass is made of given functions.
+
+    Args:
+        module (nn.Module): The module.
+        functions (dict[str, object]): See :func:`functions_of`.
+
+    Returns:
+        bool: False if its class overrides one of them, or the instance does.
+    """
+    cls, own = type(module), module.__dict__
+    return all(
+        name not in own and inspect.getattr_static(cls, name, None) is value
+        for name, value in functions.items()
+    )
