@@ -4,7 +4,7 @@ import contextlib
 
 from .config import DEFAULT_LEVEL, get_level
 from .convert.api import convert_model
-from .fusion.base import Fusion
+from .fusion import is_fused
 
 _level = DEFAULT_LEVEL
 
@@ -61,7 +61,7 @@ def as_parents(model):
     """
     classes, fusions = [], []
     for module in model.modules():
-        if isinstance(vars(module).get('forward'), Fusion):
+        if is_fused(module) and 'forward' in vars(module):
             fusions.append(module)
         plain = getattr(type(module), 'plain_class', None)
         if plain is not None:

@@ -4,8 +4,9 @@ import resource
 
 import torch
 
-# cuDNN tries out algorithms, libraries take workspaces, and the optimizer
-# makes its state.
+# cuDNN tries out algorithms, libraries take workspaces, the optimizer makes
+# its state, and blocks run layer by layer in the first two, which report what
+# rounding does, and as one from the third on.
 _WARMUP_STEPS = 3
 
 

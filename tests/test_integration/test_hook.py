@@ -316,7 +316,7 @@ class TestLog:
     KEYS = {
         f'actnn/{key}'
         for key in ('saved_mib', 'exact_mib', 'ratio', 'layers_ratio')
-    } | {'actnn/peak_mib'}
+    }
 
     def test_scalars(self, tmp_path):
         runner = make_runner(tmp_path, ACTNN, epochs=2, model=Q_TYPES)
