@@ -13,6 +13,7 @@ from support.precision_cases import (
     batch,
     make_net,
     train,
+    train_apart,
     train_distributed,
 )
 from support.processes import run_in_processes
@@ -578,6 +579,12 @@ def test_all_processes_agree(device):
     assert len(set(first['bits'].values())) > 1
     torch.testing.assert_close(first['history'], second['history'])
     assert first['history'].ne(1).any(1).all()
+
+
+def test_processes_that_call_other_layers_agree(device):
+    first, second = run_in_processes(train_apart, 2, device.type, device.type)
+    assert first == second and first['passes'] == 8
+    assert len(set(first['bits'].values())) > 1
 
 
 def test_checkpointed_blocks(device):
