@@ -1,4 +1,4 @@
-"""Settings of a model: what is kept, how that runs, and where it waits."""
+"""Settings of a model: compression, execution and offload."""
 
 import dataclasses
 import difflib
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from .ops import GROUP_SIZES, VALID_BITS
 
-# Former names, short ones, of settings.
+# Former names of settings, which are shorter.
 ALIASES = dict(
     conv='linear_ops',
     mask='lossless_activations',
@@ -208,7 +208,7 @@ def _setting(default, check, label):
 
 @dataclasses.dataclass(frozen=True)
 class Compression(_Settings):
-    """What the layers of a model keep for the backward pass.
+    """Bits of the tensors that are kept for the backward pass.
 
     Attributes:
         linear_ops (float, optional): Bits an element of the input of
@@ -287,7 +287,7 @@ class Compression(_Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Execution(_Settings):
-    """How compressed layers run.
+    """Execution of compressed layers.
 
     Attributes:
         fuse (bool): Whether normalisation, addition and ReLU of known blocks
@@ -309,7 +309,7 @@ class Execution(_Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Offload(_Settings):
-    """Where kept tensors wait for the backward pass.
+    """Memory in which kept tensors wait for the backward pass.
 
     Attributes:
         swap (bool): Whether they move to pinned host memory.
