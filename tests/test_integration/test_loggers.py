@@ -1,9 +1,11 @@
 """What visualizer backends are told, read back from their files."""
 
 import json
+from collections import OrderedDict
 
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 from support.toy import ITERATIONS, make_runner
 
 from mmactnn.hooks import ActNNHook
@@ -22,6 +24,13 @@ datastore = pytest.importorskip('wandb.sdk.internal.datastore')
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     """A short training: its directory, and what each scalar has been."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Each runner leaves a default scope, here for all tests that follow.
+        patch.setattr(DefaultScope, '_instance_dict', OrderedDict())
+        return train(tmp_path_factory)
+
+
+def train(tmp_path_factory):
     folder = tmp_path_factory.mktemp('run')
     offline = dict(
         mode='offline',
