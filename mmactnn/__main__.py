@@ -9,8 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import extension
-from .version import __version__
+from . import __version__, extension
 
 _STACK = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 _OPS = (

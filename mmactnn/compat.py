@@ -1,4 +1,6 @@
-"""The two calls that users of the original ActNN package know."""
+"""Calls for tools that know other names or types than ours."""
+
+import contextlib
 
 from .config import DEFAULT_LEVEL, get_level
 from .convert.api import convert_model
@@ -9,14 +11,14 @@ _level = DEFAULT_LEVEL
 def set_optimization_level(level):
     """Choose the level of models that :func:`QModule` converts from now on.
 
-    Models converted before keep theirs.
+    Of the original ActNN package. Models converted before keep theirs.
 
     Args:
-        level (str | Level): See :data:`mmactnn.config.LEVELS`.
+        level (str | dict | Level): See :func:`mmactnn.get_level`.
 
     Raises:
         ValueError: If there is no level of that name.
-        TypeError: If it is neither a name nor a level.
+        TypeError: If it is nothing of these.
     """
     global _level
     _level = get_level(level)
@@ -36,3 +38,36 @@ def QModule(model):
     """
     convert_model(model, level=_level)
     return model
+
+
+@contextlib.contextmanager
+def as_parents(model):
+    """Give the layers of a model the classes of their parents, in a context.
+
+    For tools that look up exact types, such as MMCV's
+    ``get_model_complexity_info``. Nothing is compressed inside. Settings,
+    bits in force and fused blocks are as before afterwards.
+
+    Args:
+        model (nn.Module): The model, converted or not.
+
+    Yields:
+        nn.Module: ``model`` itself.
+
+    Examples:
+        >>> with mmactnn.as_parents(model):
+        ...     flops, params = get_model_complexity_info(model, (3, 224, 224))
+    """
+    classes = []
+    for module in model.modules():
+        plain = getattr(type(module), 'plain_class', None)
+        if plain is not None:
+            # Of a layer it is known to the instance alone.
+            classes.append((module, type(module), module.plain_class))
+    for module, _, plain in classes:
+        module.__class__ = plain
+    try:
+        yield model
+    finally:
+        for module, own, _ in classes:
+            module.__class__ = own

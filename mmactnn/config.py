@@ -1,151 +1,481 @@
-"""Optimisation levels: what each kind of layer keeps, and where."""
+"""Settings of a model: compression, execution and offload."""
 
 import dataclasses
+import difflib
 import fnmatch
+import math
+import numbers
+from collections.abc import Mapping
 
-from .ops import VALID_BITS
+from .ops import GROUP_SIZES, VALID_BITS
+
+# Former names of settings, which are shorter.
+ALIASES = dict(
+    conv='linear_ops',
+    mask='lossless_activations',
+    rectified='relu_bits',
+    head='conv_module',
+)
+_SHORT = {name: alias for alias, name in ALIASES.items()}
+
+# A rule's bits where it says nothing of them; None already means exact.
+SAME_BITS = 'same'
 
 
-@dataclasses.dataclass(frozen=True)
+class _Invalid(Exception):
+    """Raised by a check: what the setting must be, and the error to raise."""
+
+
+def checked(name, value, check, optional=False):
+    """A setting, after its check.
+
+    All settings of levels, rules and hooks are checked here.
+
+    Args:
+        name (str): Name of the setting, for the message.
+        value (object): What somebody set it to.
+        check (Callable): Returns the value, one of the functions below.
+        optional (bool, optional): Whether None is valid as it is. Defaults
+            to False.
+
+    Returns:
+        object: The value, in the type that the package uses.
+
+    Raises:
+        TypeError: If it is of a type that is never valid.
+        ValueError: If it is not valid otherwise.
+    """
+    if optional and value is None:
+        return None
+    try:
+        return check(value)
+    except _Invalid as invalid:
+        expected, error = invalid.args
+        none = 'None or ' if optional else ''
+        message = f'{name} must be {none}{expected}, got {value!r}'
+    raise error(message)
+
+
+def check_count(value):
+    """Check of a count, such as one of iterations."""
+    if _is_number(value, numbers.Integral) and value >= 1:
+        return int(value)
+    raise _invalid_number(value, 'a whole number of 1 or more')
+
+
+def _check_flag(value):
+    if isinstance(value, bool):
+        return value
+    raise _Invalid('True or False', TypeError)
+
+
+def _check_mean_bits(value):
+    """Bits that may be a mean of the bits of several layers."""
+    if _is_number(value, numbers.Real) and 1 <= value <= 8:
+        # 2.0 and 2 are one setting, and have one name.
+        return int(value) if value == int(value) else float(value)
+    raise _invalid_number(value, 'a number that lies within 1 and 8')
+
+
+def _check_bits(value):
+    if _is_number(value, numbers.Integral) and value in VALID_BITS:
+        return int(value)
+    raise _invalid_number(value, 'a whole number from 1 to 8')
+
+
+def _check_relu_bits(value):
+    # The sign takes one of them.
+    if _is_number(value, numbers.Integral) and 2 <= value <= 8:
+        return int(value)
+    raise _invalid_number(value, 'a whole number from 2 to 8')
+
+
+def _check_limit(value):
+    if _is_number(value, numbers.Real) and 0 < value < math.inf:
+        return value
+    raise _invalid_number(value, 'finite and positive')
+
+
+def _check_group_size(value):
+    if _is_number(value, numbers.Integral) and value in GROUP_SIZES:
+        return int(value)
+    sizes = ', '.join(map(str, GROUP_SIZES))
+    raise _invalid_number(value, f'one of {sizes}')
+
+
+def _check_rules(value):
+    """Rules as a tuple, from whatever a config may hold."""
+    if isinstance(value, Mapping):
+        return tuple(_make_rule(*item) for item in value.items())
+    if isinstance(value, (list, tuple)) and all(
+        isinstance(rule, Rule) for rule in value
+    ):
+        return tuple(value)
+    expected = 'a dict from patterns of names to bits, or a list of Rules'
+    raise _Invalid(expected, TypeError)
+
+
+def _is_number(value, kind):
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _invalid_number(value, expected):
+    """A number is of the right type, if not of a valid value."""
+    error = ValueError if _is_number(value, numbers.Real) else TypeError
+    return _Invalid(expected, error)
+
+
+def _assign(instance, **values):
+    """Set the attributes of a frozen object that is being made."""
+    for name, value in values.items():
+        object.__setattr__(instance, name, value)
+
+
+@dataclasses.dataclass(frozen=True, init=False)
 class Rule:
-    """What the layers of some names keep, whatever the level says.
+    """Settings of the layers of some names, whatever the level says.
 
     Attributes:
         pattern (str): Glob pattern of qualified names (``'backbone.*'``).
-        bits (int, optional): Bits an element. None keeps the input exactly.
-        group_size (int, optional): Elements a range. None follows the model.
+        bits (int | str, optional): Bits an element. None keeps the input
+            exactly. ``'same'`` leaves the bits to a rule before that matches
+            as well, else to the level. Defaults to ``'same'`` with a
+            ``group_size`` and to None without.
+        group_size (int, optional): Elements a range: 64, 128, 256 or 512.
+            None follows the model.
 
     Raises:
-        ValueError: If ``bits`` is not a width that there are codes of.
+        ValueError, TypeError: If a value is not valid.
     """
 
     pattern: str
-    bits: int | None = None
-    group_size: int | None = None
+    bits: int | str | None
+    group_size: int | None
 
-    def __post_init__(self):
-        if self.bits is not None and self.bits not in VALID_BITS:
-            raise ValueError(
-                f'bits of the rule for {self.pattern!r} must be None (exact) '
-                f'or one of {VALID_BITS}, got {self.bits!r}'
+    def __init__(self, pattern, bits=dataclasses.MISSING, group_size=None):
+        if not isinstance(pattern, str):
+            raise TypeError(
+                'the pattern of a rule must be a str such as '
+                f"'backbone.*', got {pattern!r}"
             )
+        of = f'of the rule for {pattern!r}'
+        if bits is dataclasses.MISSING:
+            bits = None if group_size is None else SAME_BITS
+        if bits != SAME_BITS:
+            bits = checked(f'bits {of}', bits, _check_bits, optional=True)
+        group_size = checked(
+            f'group_size {of}', group_size, _check_group_size, optional=True
+        )
+        _assign(self, pattern=pattern, bits=bits, group_size=group_size)
+
+    @property
+    def sets_bits(self):
+        """bool: Whether it says how many bits there are."""
+        return self.bits != SAME_BITS
+
+
+def _make_rule(pattern, value):
+    if not isinstance(value, Mapping):
+        return Rule(pattern, bits=value)
+    odd = sorted(map(str, value.keys() - {'bits', 'group_size'}))
+    if odd or not value:
+        raise ValueError(
+            f'the rule for {pattern!r} must be bits, None (exact) or a dict '
+            f'of bits and group_size, got {dict(value)!r}'
+        )
+    return Rule(pattern, **value)
 
 
 @dataclasses.dataclass(frozen=True)
-class Level:
-    """What the layers of a model keep for the backward pass.
+class _Settings:
+    """A group of settings that are checked by the table of its class."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = checked(
+                field.metadata['label'],
+                getattr(self, field.name),
+                field.metadata['check'],
+                field.default is None,
+            )
+            object.__setattr__(self, field.name, value)
+
+
+def _setting(default, check, label):
+    metadata = dict(check=check, label=label)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compression(_Settings):
+    """Bits of the tensors that are kept for the backward pass.
 
     Attributes:
-        name (str): Name, as in ActNN (arXiv:2104.14129, Sec. 5).
-        conv (float, optional): Bits an element of the input of convolutions
-            and linear layers; None keeps it as torch does. A mean if
-            ``adaptive``, else a whole number from 1 to 8.
+        linear_ops (float, optional): Bits an element of the input of
+            convolutions and linear layers; None keeps it as torch does. A
+            mean if ``adaptive``, else a whole number from 1 to 8.
         norm (float, optional): The same for normalisation layers.
         act (int, optional): Bits an element of the derivative of smooth
-            activations (SiLU); None keeps their input as torch does. What is
-            rounded here is noise to every layer before, and in a deep model
-            adds up over the activations: more than ``conv`` and ``norm``, and
-            the same for all.
-        mask (bool): Whether activations, pooling and dropout keep masks,
-            positions, shapes or seeds instead of tensors. Exact either way.
-        fuse (bool): Whether normalisation, addition and ReLU of known blocks
-            run as one and share a payload (:mod:`mmactnn.fusion`). Their bits
-            are those of ``norm`` and ``conv``, rounded down, and
-            ``rectified``.
-        rectified (int): Bits an element of what a fused ReLU makes of a
-            normalised value, the sign included: 2 to 8.
-        head (int, optional): The same, if it is more, in MMCV's
-            ``ConvModule``, of which many heads are made. They are a
-            small part of what is kept; few blocks lie between them and the
-            loss, and over the levels of a pyramid their noise adds up.
-            Defaults to ``rectified``.
-        image (int, optional): Bits an element of images (of what a
-            convolution of at most four input channels reads) in a model with
-            fused blocks. Of the few layers that share out bits there they
-            would get too few. None keeps them as other inputs.
+            activations (SiLU); None keeps their input as torch does. Its
+            rounding is noise to every layer before, and in a deep model adds
+            up over the activations: more than ``linear_ops`` and ``norm``,
+            and the same for all.
+        lossless_activations (bool): Whether activations, pooling and dropout
+            keep masks, positions, shapes or seeds instead of tensors. Exact
+            either way.
+        relu_bits (int): Bits an element of a normalised value that a fused
+            ReLU rectifies, the sign included: 2 to 8.
+        conv_module (int, optional): The same, if it is more, in MMCV's
+            ``ConvModule``, of which many heads are made. They are a small
+            part of what is kept; few blocks lie between them and the loss,
+            and over the levels of a pyramid their noise adds up. None is
+            ``relu_bits``.
+        image (int, optional): Bits an element of images (the input of a
+            convolution of at most four channels) in a model with fused
+            blocks. Of the few layers that share out bits there they would get
+            too few. None keeps them as other inputs.
         adaptive (bool): Whether bits are shared out by what they are worth:
             among layers, and among the samples of each layer.
         use_gradient (bool): Whether the shares of samples follow their
             gradients in earlier epochs as well as their ranges. Takes sample
             indices, see :class:`mmactnn.AdaptivePrecision`.
-        chunk_mib (float, optional): Most MiB (2^20 bytes) of input that the
-            backward pass of a convolution takes at once: it decodes a larger
-            one and computes its gradient piece by piece, in workspaces of the
-            size of a piece. None takes all.
-        swap (bool): Whether what is kept moves to pinned host memory.
-        max_host_mib (float, optional): Most MiB of host memory to pin.
-            Defaults to 80 % of what is available.
-        expandable (bool): Whether the caching allocator must be set to grow
-            its segments, against fragmentation.
-        rules (tuple[Rule]): Exceptions by name of layer; the last that
-            matches counts. None of them touches an exact level.
+        rules (tuple[Rule]): Exceptions by name of layer, or a dict that makes
+            them, see :func:`get_level`; the last that matches counts. None of
+            them touches an exact level.
 
     Raises:
-        ValueError: If the bits do not lie within 1 and 8, are no whole
-            number where nothing is adaptive, or a limit is not positive.
+        ValueError, TypeError: If a value is not valid.
     """
 
-    name: str
-    conv: float | None
-    norm: float | None
-    mask: bool
-    act: int | None = None
-    fuse: bool = True
-    rectified: int = 4
-    head: int | None = None
-    image: int | None = None
-    adaptive: bool = False
-    use_gradient: bool = False
-    chunk_mib: float | None = None
-    swap: bool = False
-    max_host_mib: float | None = None
-    expandable: bool = False
-    rules: tuple = ()
+    linear_ops: float | None = _setting(
+        None, _check_mean_bits, 'linear_ops (conv) bits'
+    )
+    norm: float | None = _setting(None, _check_mean_bits, 'norm bits')
+    lossless_activations: bool = _setting(
+        False, _check_flag, 'lossless_activations (mask)'
+    )
+    act: int | None = _setting(None, _check_bits, 'act bits')
+    relu_bits: int = _setting(4, _check_relu_bits, 'relu_bits (rectified)')
+    conv_module: int | None = _setting(
+        None, _check_relu_bits, 'conv_module (head) bits'
+    )
+    image: int | None = _setting(None, _check_bits, 'image bits')
+    adaptive: bool = _setting(False, _check_flag, 'adaptive')
+    use_gradient: bool = _setting(False, _check_flag, 'use_gradient')
+    rules: tuple = _setting((), _check_rules, 'rules')
 
     def __post_init__(self):
-        for field in ('conv', 'norm'):
-            bits = getattr(self, field)
-            if bits is None:
-                continue
-            if not 1 <= bits <= 8:
+        super().__post_init__()
+        for name in ('linear_ops', 'norm'):
+            bits = getattr(self, name)
+            if bits is not None and bits != int(bits) and not self.adaptive:
                 raise ValueError(
-                    f'{field} bits of level {self.name} must lie within 1 '
-                    f'and 8, got {bits!r}'
-                )
-            if not self.adaptive and bits != int(bits):
-                raise ValueError(
-                    f'{field} bits of level {self.name} must be a whole '
-                    f'number unless the level is adaptive, got {bits!r}'
-                )
-        for field in ('rectified', 'head'):
-            bits = getattr(self, field)
-            optional = field == 'head' and bits is None
-            if not optional and bits not in range(2, 9):
-                raise ValueError(
-                    f'{field} bits of level {self.name} must be a whole '
-                    f'number from 2 to 8, got {bits!r}'
-                )
-        for field in ('act', 'image'):
-            bits = getattr(self, field)
-            if bits is not None and bits not in VALID_BITS:
-                raise ValueError(
-                    f'{field} bits of level {self.name} must be None or a '
-                    f'whole number from 1 to 8, got {bits!r}'
+                    f'{_SHORT.get(name, name)} bits must be a whole number '
+                    f'unless adaptive is True, got {bits!r}'
                 )
         if self.use_gradient and not self.adaptive:
             raise ValueError(
-                f'use_gradient needs an adaptive level, {self.name} is not'
+                'use_gradient=True needs an adaptive level, got adaptive=False'
             )
-        for field in ('chunk_mib', 'max_host_mib'):
-            limit = getattr(self, field)
-            if limit is not None and limit <= 0:
-                raise ValueError(f'{field} must be positive, got {limit!r}')
 
     @property
     def exact(self):
         """bool: Whether every layer behaves as its torch parent."""
-        coded = self.conv, self.norm, self.act
-        return coded == (None, None, None) and not self.mask
+        coded = self.linear_ops, self.norm, self.act
+        return coded == (None, None, None) and not self.lossless_activations
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution(_Settings):
+    """Execution of compressed layers.
+
+    Attributes:
+        fuse (bool): Whether normalisation, addition and ReLU of known blocks
+            run as one and share a payload (:mod:`mmactnn.fusion`). Their bits
+            are those of ``norm`` and ``linear_ops``, rounded down, and
+            ``relu_bits``.
+        chunk_mib (float, optional): Most MiB (2^20 bytes) of input that the
+            backward pass of a convolution takes at once: it decodes a larger
+            one and computes its gradient piece by piece, in workspaces of the
+            size of a piece. None takes all.
+
+    Raises:
+        ValueError, TypeError: If a value is not valid.
+    """
+
+    fuse: bool = _setting(True, _check_flag, 'fuse')
+    chunk_mib: float | None = _setting(None, _check_limit, 'chunk_mib')
+
+
+@dataclasses.dataclass(frozen=True)
+class Offload(_Settings):
+    """Memory in which kept tensors wait for the backward pass.
+
+    Attributes:
+        swap (bool): Whether they move to pinned host memory.
+        max_host_mib (float, optional): Most MiB of host memory to pin. None
+            is 80 % of what is available.
+        expandable (bool): Whether the caching allocator must be set to grow
+            its segments, against fragmentation.
+
+    Raises:
+        ValueError, TypeError: If a value is not valid.
+    """
+
+    swap: bool = _setting(False, _check_flag, 'swap')
+    max_host_mib: float | None = _setting(None, _check_limit, 'max_host_mib')
+    expandable: bool = _setting(False, _check_flag, 'expandable')
+
+
+_PARTS = dict(compression=Compression, execution=Execution, offload=Offload)
+
+# Which part a setting belongs to.
+_HOME = {
+    field.name: part
+    for part, cls in _PARTS.items()
+    for field in dataclasses.fields(cls)
+}
+
+# Former order of the arguments of Level.
+_POSITIONAL = (
+    'conv',
+    'norm',
+    'mask',
+    'act',
+    'fuse',
+    'rectified',
+    'head',
+    'image',
+    'adaptive',
+    'use_gradient',
+    'chunk_mib',
+    'swap',
+    'max_host_mib',
+    'expandable',
+    'rules',
+)
+
+
+def _by_part(changes):
+    """Settings by the part that they belong to, under their standard names."""
+    found = {part: {} for part in _PARTS}
+    for key, value in changes.items():
+        setting = ALIASES.get(key, key)
+        if setting not in _HOME:
+            known = ['base', 'name', *_PARTS, *_HOME, *ALIASES]
+            close = difflib.get_close_matches(key, known, 1)
+            advice = f', did you mean {close[0]!r}?' if close else ''
+            raise ValueError(
+                f'a level has the fields {", ".join(known)}; got {key!r}'
+                + advice
+            )
+        part = found[_HOME[setting]]
+        if setting in part:
+            raise ValueError(
+                f'{_SHORT[setting]} and {setting} are names of one setting; '
+                'give one of them'
+            )
+        part[setting] = value
+    return found
+
+
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
+class Level:
+    """All settings of a model, in three parts.
+
+    Attributes:
+        name (str): Name, as in ActNN (arXiv:2104.14129, Sec. 5).
+        compression (Compression): What is kept.
+        execution (Execution): How compressed layers run.
+        offload (Offload): Where kept tensors wait.
+
+    Each setting is also an attribute and an argument by itself, under its
+    name in its part or the former one: ``conv`` (``linear_ops``), ``mask``
+    (``lossless_activations``), ``rectified`` (``relu_bits``) and ``head``
+    (``conv_module``). Without ``compression``, the bits of convolutions and
+    normalisations and ``mask`` must be given.
+
+    Args:
+        name (str): See above.
+        *settings (object): Settings in their former order, from ``conv`` on.
+        compression (Compression, optional): Defaults to an exact one.
+        execution (Execution, optional): Defaults to its defaults.
+        offload (Offload, optional): Defaults to its defaults.
+        **changes (object): Settings that differ from those of the parts.
+
+    Raises:
+        ValueError, TypeError: If a value is not valid.
+
+    Examples:
+        >>> Level('mine', conv=4, norm=4, mask=True).compression.linear_ops
+        4
+    """
+
+    name: str
+    compression: Compression
+    execution: Execution
+    offload: Offload
+
+    def __init__(
+        self,
+        name,
+        *settings,
+        compression=None,
+        execution=None,
+        offload=None,
+        **changes,
+    ):
+        if not isinstance(name, str):
+            raise TypeError(f'name of a level must be a str, got {name!r}')
+        if len(settings) > len(_POSITIONAL):
+            raise TypeError(
+                f'a level has {len(_POSITIONAL)} settings, got {len(settings)}'
+            )
+        for key, value in zip(_POSITIONAL, settings):
+            if key in changes:
+                raise TypeError(f'level {name} got {key} twice')
+            changes[key] = value
+        try:
+            changes = _by_part(changes)
+        except ValueError as error:
+            raise TypeError(str(error)) from None
+        required = dict.fromkeys(
+            ('linear_ops', 'norm', 'lossless_activations')
+        )
+        missing = required.keys() - changes['compression'].keys()
+        if compression is None and missing:
+            names = sorted(_SHORT.get(key, key) for key in missing)
+            raise TypeError(f'level {name} lacks {", ".join(names)}')
+        parts = dict(
+            compression=compression, execution=execution, offload=offload
+        )
+        for part, cls in _PARTS.items():
+            value = cls() if parts[part] is None else parts[part]
+            if not isinstance(value, cls):
+                raise TypeError(
+                    f'{part} of level {name} must be of class {cls.__name__}, '
+                    f'got {value!r}'
+                )
+            parts[part] = dataclasses.replace(value, **changes[part])
+        _assign(self, name=name, **parts)
+
+    def __getattr__(self, name):
+        # Called for what is no field: a setting, under any of its names.
+        setting = ALIASES.get(name, name)
+        if setting not in _HOME:
+            raise AttributeError(
+                f'{type(self).__name__!r} object has no attribute {name!r}'
+            )
+        return getattr(getattr(self, _HOME[setting]), setting)
+
+    def __repr__(self):
+        parts = (self.compression, self.execution, self.offload)
+        return f'Level({self.name!r}, {", ".join(map(repr, parts))})'
+
+    @property
+    def exact(self):
+        """bool: Whether every layer behaves as its torch parent."""
+        return self.compression.exact
 
     def rule_for(self, name):
         """The rule that holds for a layer.
@@ -154,14 +484,23 @@ class Level:
             name (str): Qualified name of the layer.
 
         Returns:
-            Rule, optional: The last that matches.
+            Rule, optional: The last that matches. If it leaves the bits to
+            others, they are those of the last one before that sets them.
         """
         if self.exact:
             return None
-        for rule in reversed(self.rules):
-            if fnmatch.fnmatchcase(name, rule.pattern):
-                return rule
-        return None
+        matching = [
+            rule
+            for rule in self.rules
+            if fnmatch.fnmatchcase(name, rule.pattern)
+        ]
+        if not matching:
+            return None
+        last = matching[-1]
+        for rule in reversed(matching):
+            if rule.sets_bits:
+                return dataclasses.replace(last, bits=rule.bits)
+        return last
 
 
 _L3 = Level(
@@ -203,20 +542,25 @@ DEFAULT_LEVEL = LEVELS['L3']
 def get_level(level):
     """A level by name, or a variation of one.
 
+    A variation is called by what it changes of the level that it is based
+    on, as in ``L3(conv=2.5,norm=2.5)``, unless it has a ``name``; by another
+    name if all of its settings are those of that level.
+
     Args:
         level (str | dict | Level): One of :data:`LEVELS` by name; a dict of
-            fields of :class:`Level` that differ from the level named
-            ``base`` (by default ``'L3'``), where ``rules`` may be a dict
-            from patterns to bits, to None (exact) or to dicts of ``bits``
-            and ``group_size``; or a level itself.
+            settings that differ from those of the level ``base`` (by default
+            ``'L3'``; again a name, a dict or a level), by themselves or as
+            dicts ``compression``, ``execution`` and ``offload``; or a level
+            itself. ``rules`` may be a dict from patterns to bits, to None
+            (exact) or to dicts of ``bits`` and ``group_size``.
 
     Returns:
         Level: The level.
 
     Raises:
-        ValueError: If there is no level of that name, no such field, or a
+        ValueError: If there is no level of that name, no such setting, or a
             value is not valid.
-        TypeError: If it is nothing of these.
+        TypeError: If it is nothing of these, or a value of no valid type.
 
     Examples:
         >>> get_level(dict(base='L3', conv=2.5, rules={'head.*': 4})).conv
@@ -224,12 +568,12 @@ def get_level(level):
     """
     if isinstance(level, Level):
         return level
-    if isinstance(level, dict):
-        return _vary(**level)
+    if isinstance(level, Mapping):
+        return _vary(**_with_string_keys(level))
     if not isinstance(level, str):
         raise TypeError(
             'level must be a name, a dict or a Level, got '
-            f'{type(level).__name__}'
+            f'{type(level).__name__} {level!r}'
         )
     if level not in LEVELS:
         raise ValueError(
@@ -238,23 +582,78 @@ def get_level(level):
     return LEVELS[level]
 
 
-def _vary(base=DEFAULT_LEVEL.name, **changes):
+def settings_of(level):
+    """What a level keeps, as plain data that a checkpoint can hold.
+
+    Args:
+        level (Level): The level.
+
+    Returns:
+        dict: The settings of its ``compression``.
+    """
+    return dataclasses.asdict(level.compression)
+
+
+def _vary(base=DEFAULT_LEVEL.name, name=None, **changes):
     base = get_level(base)
-    known = [field.name for field in dataclasses.fields(Level)]
-    for key in changes:
-        if key not in known:
-            raise ValueError(
-                f'a level has the fields base, {", ".join(known)}; got {key!r}'
-            )
-    rules = changes.get('rules', ())
-    if isinstance(rules, dict):
-        rules = [_make_rule(*item) for item in rules.items()]
-    # A name of its own, lest a log calls it what it is not.
-    changes.setdefault('name', f'{base.name}*' if changes else base.name)
-    return dataclasses.replace(base, **{**changes, 'rules': tuple(rules)})
+    nested = {part: changes.pop(part) for part in _PARTS if part in changes}
+    for part, settings in nested.items():
+        if dataclasses.is_dataclass(settings):
+            settings = {
+                field.name: getattr(settings, field.name)
+                for field in dataclasses.fields(settings)
+            }
+        if not isinstance(settings, Mapping):
+            raise TypeError(f'{part} must be a dict, got {settings!r}')
+        for key, value in _with_string_keys(settings).items():
+            if key in changes:
+                raise ValueError(
+                    f'{key} is set twice, by itself and in {part}'
+                )
+            if _HOME.get(ALIASES.get(key, key), part) != part:
+                raise ValueError(
+                    f'{key} is no setting of {part}, but of '
+                    f'{_HOME[ALIASES.get(key, key)]}'
+                )
+            changes[key] = value
+    parts = {
+        part: dataclasses.replace(getattr(base, part), **settings)
+        for part, settings in _by_part(changes).items()
+    }
+    if name is None:
+        name = _canonical_name(base, parts)
+    return Level(name, **parts)
 
 
-def _make_rule(pattern, value):
-    if isinstance(value, dict):
-        return Rule(pattern, **value)
-    return Rule(pattern, bits=value)
+def _with_string_keys(mapping):
+    for key in mapping:
+        if not isinstance(key, str):
+            raise TypeError(f'settings have names, got {key!r}')
+    return dict(mapping)
+
+
+def _canonical_name(base, parts):
+    """The name of a level by its settings: equal ones have equal names."""
+    for level in LEVELS.values():
+        if all(getattr(level, part) == parts[part] for part in parts):
+            return level.name
+    root = LEVELS.get(base.name.split('(')[0], base)
+    changed = [
+        f'{_SHORT.get(setting, setting)}={_text(value)}'
+        for setting, part in _HOME.items()
+        if (value := getattr(parts[part], setting))
+        != getattr(getattr(root, part), setting)
+    ]
+    return f'{root.name}({",".join(changed)})' if changed else root.name
+
+
+def _text(value):
+    if not isinstance(value, tuple):
+        return repr(value)
+    rules = (
+        f'{rule.pattern!r}:'
+        + (repr(rule.bits) if rule.sets_bits else rule.bits)
+        + ('' if rule.group_size is None else f'/{rule.group_size}')
+        for rule in value
+    )
+    return '{' + ','.join(rules) + '}'

@@ -1,58 +1,22 @@
-"""What configs call the compressed layers."""
+"""Names of compressed layers in configs."""
 
-from .layers import (
-    QAdaptiveAvgPool2d,
-    QAvgPool2d,
-    QBatchNorm1d,
-    QBatchNorm2d,
-    QBatchNorm3d,
-    QConv1d,
-    QConv2d,
-    QConv3d,
-    QConvTranspose1d,
-    QConvTranspose2d,
-    QConvTranspose3d,
-    QDropout,
-    QDropout2d,
-    QGroupNorm,
-    QLeakyReLU,
-    QLinear,
-    QMaxPool2d,
-    QReLU,
-    QReLU6,
-    QSiLU,
-    QSyncBatchNorm,
-    QuantizedLayer,
-)
-from .registry import ADAPTER_NAMES
+from .adapters import Adapter
+from .layers import QuantizedLayer
+from .registry import ADAPTER_NAMES, default_registry
 
-# Class names first, then the short names in MMCV's manner.
-LAYER_NAMES = {
-    QConv1d: ('QConv1d',),
-    QConv2d: ('QConv2d', 'QConv'),
-    QConv3d: ('QConv3d',),
-    QConvTranspose1d: ('QConvTranspose1d',),
-    QConvTranspose2d: ('QConvTranspose2d',),
-    QConvTranspose3d: ('QConvTranspose3d',),
-    QLinear: ('QLinear',),
-    QBatchNorm1d: ('QBatchNorm1d', 'QBN1d'),
-    QBatchNorm2d: ('QBatchNorm2d', 'QBN2d', 'QBN'),
-    QBatchNorm3d: ('QBatchNorm3d', 'QBN3d'),
-    QGroupNorm: ('QGroupNorm', 'QGN'),
-    QSyncBatchNorm: ('QSyncBatchNorm', 'QSyncBN'),
-    QReLU: ('QReLU',),
-    QReLU6: ('QReLU6',),
-    QSiLU: ('QSiLU',),
-    QLeakyReLU: ('QLeakyReLU',),
-    QMaxPool2d: ('QMaxPool2d',),
-    QAvgPool2d: ('QAvgPool2d',),
-    QAdaptiveAvgPool2d: ('QAdaptiveAvgPool2d',),
-    QDropout: ('QDropout',),
-    QDropout2d: ('QDropout2d',),
-}
 
-_TYPE_NAMES = {name for names in LAYER_NAMES.values() for name in names}
-_TYPE_NAMES.update(ADAPTER_NAMES)
+def type_names():
+    """Names that configs have for compressed layers and adapters.
+
+    Returns:
+        set[str]: The names, without scope.
+    """
+    names = {
+        name
+        for entry in default_registry.layers.values()
+        for name in entry.names
+    }
+    return names | ADAPTER_NAMES.keys()
 
 
 def require_named_layers(model, config, include, exclude):
@@ -68,7 +32,7 @@ def require_named_layers(model, config, include, exclude):
     Raises:
         RuntimeError: If that is so.
     """
-    named = _named_types(config)
+    named = _named_types(config, type_names())
     if named and not any(
         isinstance(m, QuantizedLayer) for m in model.modules()
     ):
@@ -80,14 +44,23 @@ def require_named_layers(model, config, include, exclude):
         )
 
 
-def _named_types(config):
+def _named_types(config, known):
     """The compressed layer types that a model's config names."""
     if isinstance(config, dict):
-        name = config.get('type')
+        name = _name_of(config.get('type'))
         found = set()
-        if isinstance(name, str) and name.split('.')[-1] in _TYPE_NAMES:
+        if name is not None and name.split('.')[-1] in known:
             found.add(name)
-        return found.union(*(_named_types(v) for v in config.values()))
+        return found.union(*(_named_types(v, known) for v in config.values()))
     if isinstance(config, (list, tuple)):
-        return set().union(*(_named_types(item) for item in config))
+        return set().union(*(_named_types(item, known) for item in config))
     return set()
+
+
+def _name_of(kind):
+    """Name of a type in a config: text, a class, or one that is not built."""
+    if isinstance(kind, type):
+        ours = issubclass(kind, (QuantizedLayer, Adapter))
+        return kind.__name__ if ours else None
+    # MMEngine's lazy objects tell their names as text.
+    return None if kind is None else str(kind)

@@ -1,5 +1,6 @@
 """Random bits for rounding, apart from torch's own streams."""
 
+import operator
 from typing import NamedTuple
 
 import torch
@@ -38,8 +39,10 @@ class RoundingGenerator:
     never draws from torch's generators, so that training with and without
     compression sees the same initial weights and the same order of data.
 
-    A generator without a seed of its own follows ``torch.manual_seed``: it
-    takes ``torch.initial_seed()`` and starts anew whenever that changes.
+    A generator without a seed of its own has the seed of
+    :data:`default_generator` and starts anew whenever that is seeded by
+    :func:`manual_seed`. As long as it is not, that is
+    ``torch.initial_seed()``; all start anew when it changes.
 
     A CUDA graph repeats the numbers that it was captured with. What is drawn
     for one therefore has a key of its own and a counter on the device, which
@@ -48,7 +51,7 @@ class RoundingGenerator:
     state, and go on counting whatever the seed.
 
     Args:
-        seed (int, optional): Seed. Defaults to torch's initial seed.
+        seed (int, optional): Seed. Defaults to that of the default generator.
         stream (int, optional): Which of many independent sequences of the
             seed, such as the rank of a process. Defaults to 0.
 
@@ -60,20 +63,38 @@ class RoundingGenerator:
     def __init__(self, seed=None, stream=0):
         # By device. Graphs hold their addresses.
         self._counters = {}
+        # So that a seed that is set once more is noticed.
+        self._times_seeded = 0
         self.manual_seed(seed, stream)
 
     @property
     def seed(self):
         """int: The seed in force."""
-        return torch.initial_seed() if self._seed is None else self._seed
+        if self._seed is not None:
+            return self._seed
+        if self is default_generator:
+            return torch.initial_seed()
+        return default_generator.seed
 
     def manual_seed(self, seed, stream=0):
         """Start anew from a seed.
 
         Args:
-            seed (int, optional): Seed; None follows ``torch.manual_seed``.
+            seed (int, optional): Seed; None follows the default generator,
+                and in this one ``torch.manual_seed``.
             stream (int, optional): See the class. Defaults to 0.
+
+        Raises:
+            TypeError: If the seed is no integer.
         """
+        if seed is not None:
+            try:
+                seed = operator.index(seed)
+            except TypeError:
+                raise TypeError(
+                    f'seed must be an int or None, got {seed!r}'
+                ) from None
+        self._times_seeded += 1
         self._seed = seed
         self._stream = stream
         self._followed = None
@@ -137,10 +158,14 @@ class RoundingGenerator:
         self._offset = state['offset']
 
     def _follow(self):
-        if self._seed is None and self._followed != torch.initial_seed():
-            self._followed = torch.initial_seed()
+        if self._seed is not None:
+            return
+        seed = default_generator.seed
+        followed = seed, default_generator._times_seeded
+        if self._followed != followed:
+            self._followed = followed
             self._offset = 0
-            self._key = self._make_key(self._followed)
+            self._key = self._make_key(seed)
 
     def _draw_captured(self, offset, counter):
         if counter is None:
@@ -163,17 +188,24 @@ class RoundingGenerator:
 
 
 # Layers that no conversion has given a generator of their model's share this
-# one, as torch's random functions share ``torch.default_generator``.
+# one, as torch's random functions share ``torch.default_generator``; and the
+# generators of models have its seed unless they have one of their own.
 default_generator = RoundingGenerator()
 
 
 def manual_seed(seed):
-    """Seed the rounding of layers that belong to no converted model.
+    """Seed the rounding of all layers, those of converted models included.
 
-    Without this call they follow ``torch.manual_seed``, which cannot be told
-    apart from no call when it repeats the seed in force.
+    What is rounded after two calls with one seed is rounded alike. Without
+    this call rounding follows ``torch.manual_seed``, which cannot be told
+    apart from no call when it repeats the seed in force. A generator that was
+    given a seed (:class:`RoundingGenerator`), such as that of
+    :class:`mmactnn.hooks.ActNNHook`, keeps it.
 
     Args:
-        seed (int): Seed.
+        seed (int, optional): Seed; None follows ``torch.manual_seed`` again.
+
+    Raises:
+        TypeError: If the seed is no integer.
     """
     default_generator.manual_seed(seed)

@@ -56,6 +56,7 @@ class Registry:
         self.patterns = {}
         self.adapters = {}
         self._providers = {}
+        self._listeners = []
         self._by_parent = {}
         self._by_alias = {}
 
@@ -86,6 +87,18 @@ class Registry:
         )
         self.layers[layer] = self._by_parent[parent] = entry
         self._by_alias.update(dict.fromkeys(aliases, entry))
+        for listener in self._listeners:
+            listener(entry)
+
+    def subscribe(self, listener):
+        """Call a function for every layer, of now and of later.
+
+        Args:
+            listener (Callable): Takes a :class:`LayerEntry`.
+        """
+        for entry in self.layers.values():
+            listener(entry)
+        self._listeners.append(listener)
 
     def _taken(self, layer, parent, names, aliases):
         if layer in self.layers:

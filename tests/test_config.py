@@ -1,6 +1,9 @@
 """Levels: the table, variations of it, rules by name."""
 
+import copy
+import dataclasses
 import importlib
+import pickle
 
 import pytest
 import torch
@@ -61,8 +64,55 @@ class TestGetLevel:
     def test_a_variation_has_a_name_of_its_own(self):
         level = get_level(dict(conv=2.5))
         assert (level.conv, level.norm, level.adaptive) == (2.5, 2, True)
-        assert level.name == 'L3*'
+        assert level.name == 'L3(conv=2.5)'
         assert get_level(dict(conv=2.5, name='mine')).name == 'mine'
+
+    @pytest.mark.parametrize(
+        ('level', 'name'),
+        [
+            (dict(norm=2.5, conv=2.5), 'L3(conv=2.5,norm=2.5)'),
+            (dict(base=dict(conv=4), norm=4.0), 'L3(conv=4,norm=4)'),
+            (dict(base='L2', relu_bits=2), 'L2(rectified=2)'),
+            (dict(base='L4', conv=2.0), 'L4'),
+            (dict(base='L1', norm=4, act=4), 'L2'),
+            (dict(offload=dict(swap=True)), 'L4'),
+            (
+                dict(rules={'a': None, 'b': dict(group_size=64)}),
+                "L3(rules={'a':None,'b':same/64})",
+            ),
+        ],
+    )
+    def test_names_are_canonical(self, level, name):
+        assert get_level(level).name == name
+
+    def test_one_setting_under_all_its_names(self):
+        flat = get_level(dict(base='L2', conv=3, mask=False, head=5))
+        parts = get_level(
+            dict(
+                base='L2',
+                compression=dict(
+                    linear_ops=3, lossless_activations=False, conv_module=5
+                ),
+            )
+        )
+        direct = Level('mine', 3, 4, False, 4, head=5, chunk_mib=256)
+        assert flat == parts
+        assert flat.compression == direct.compression
+        assert flat.execution == direct.execution
+        assert (flat.conv, flat.linear_ops, flat.head) == (3, 3, 5)
+        changed = dataclasses.replace(flat, name='other', conv=1, swap=True)
+        assert (changed.conv, changed.head, changed.swap) == (1, 5, True)
+        assert pickle.loads(pickle.dumps(flat)) == copy.deepcopy(flat) == flat
+        with pytest.raises(AttributeError, match='heads'):
+            assert flat.heads
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            flat.name = 'other'
+
+    def test_rules_of_the_base_are_kept(self):
+        base = dict(rules={'a': 4})
+        level = get_level(dict(base=base, norm=4))
+        assert level.rules == (Rule('a', 4),)
+        assert get_level(dict(base=base, rules={})).rules == ()
 
     def test_rules(self):
         level = get_level(
@@ -80,6 +130,14 @@ class TestGetLevel:
         assert level.rule_for('c') == Rule('c', 1, 64)
         assert level.rule_for('d') is None
 
+    def test_a_rule_of_the_group_size_alone(self):
+        level = get_level(
+            dict(rules={'a.*': 8, '*': dict(group_size=64)}, base='L2')
+        )
+        assert level.rule_for('a.x') == Rule('*', 8, 64)
+        assert not level.rule_for('b').sets_bits
+        assert Rule('a').bits is None
+
     @pytest.mark.parametrize(
         ('level', 'error', 'message'),
         [
@@ -94,7 +152,21 @@ class TestGetLevel:
             (dict(base='L2', conv=2.5), ValueError, 'whole number'),
             (dict(base='L2', use_gradient=True), ValueError, 'adaptive'),
             (dict(chunk_mib=0), ValueError, 'positive, got 0'),
+            (dict(chunk_mib=float('nan')), ValueError, 'chunk_mib.*got nan'),
+            (dict(max_host_mib=float('inf')), ValueError, 'host.*got inf'),
             (dict(rules={'a': 9}), ValueError, "'a'.*got 9"),
+            (dict(rules={'a': {}}), ValueError, "'a'.*got {}"),
+            (dict(rules={'a': dict(bit=2)}), ValueError, "'a'.*'bit'"),
+            (dict(rules=5), TypeError, 'rules.*dict.*got 5'),
+            (dict(mask='no'), TypeError, "mask.*True or False.*got 'no'"),
+            (dict(conv=True), TypeError, 'conv.*got True'),
+            (dict(conv='2'), TypeError, "conv.*got '2'"),
+            (dict(rectified=2.0), ValueError, 'whole number.*got 2.0'),
+            (dict(conv=2, linear_ops=3), ValueError, 'one setting'),
+            (dict(swap=True, offload=dict(swap=True)), ValueError, 'twice'),
+            (dict(offload=dict(conv=2)), ValueError, 'of compression'),
+            (dict(offload=2), TypeError, 'offload.*got 2'),
+            (dict(nrom=2), ValueError, "mean 'norm'"),
         ],
     )
     def test_errors(self, level, error, message):
@@ -126,6 +198,17 @@ class TestConversion:
         convert_model(model, dict(base='L2', rules=rules), group_size=128)
         assert model[0].quantizer.group_size == 64
         assert model[3].quantizer.group_size == 128
+
+    def test_a_rule_without_bits_leaves_those_of_the_level(self):
+        plain, ruled = small_model(), small_model()
+        convert_model(plain, 'L3')
+        rules = {'*': dict(group_size=64)}
+        convert_model(ruled, dict(rules=rules))
+        for a, b in zip(plain, ruled):
+            assert b.quantizer.group_size == 64
+            assert b.quantizer.bits == a.quantizer.bits
+            assert b.quantizer.strict == a.quantizer.strict
+            assert (b.quantizer.slot is None) == (a.quantizer.slot is None)
 
     def test_a_rule_that_matches_nothing(self):
         model = small_model()

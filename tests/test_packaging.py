@@ -18,7 +18,11 @@ LEFT_OUT = shutil.ignore_patterns(
     '.*', 'build', 'dist', 'data', 'work_dirs', '__pycache__', '*.egg-info'
 )
 VERSION = ast.literal_eval(
-    (ROOT / 'mmactnn' / 'version.py').read_text().split('=')[-1].strip()
+    next(
+        line.removeprefix('__version__ = ')
+        for line in (ROOT / 'mmactnn' / '__init__.py').read_text().splitlines()
+        if line.startswith('__version__ = ')
+    )
 )
 
 

@@ -114,6 +114,24 @@ class TestSeeding:
         assert torch.equal(draw(), first)
         assert not torch.equal(first, second)
 
+    def test_manual_seed_reaches_converted_models(self, shared):
+        seeds = RoundingGenerator(), RoundingGenerator(stream=1)
+        fixed = RoundingGenerator(seed=3)
+        take(fixed)
+        mmactnn.manual_seed(5)
+        first = [take(generator) for generator in seeds]
+        assert first[0] == take(RoundingGenerator(seed=5))
+        assert first[0] != first[1]
+        torch.manual_seed(6)
+        assert take(seeds[0]) == take(RoundingGenerator(seed=5), 8)[4:]
+        mmactnn.manual_seed(5)
+        assert [take(generator) for generator in seeds] == first
+        assert take(fixed) == take(RoundingGenerator(seed=3), 8)[4:]
+        mmactnn.manual_seed(None)
+        assert seeds[0].seed == torch.initial_seed() == 6
+        with pytest.raises(TypeError, match="got '5'"):
+            mmactnn.manual_seed('5')
+
     def test_state(self):
         generator = RoundingGenerator(seed=3, stream=1)
         take(generator, 3)

@@ -7,11 +7,13 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import METRICS
 
 from mmactnn.mmlab.launch import (
+    UsageError,
     add_common_arguments,
     build_runner,
     check_data,
     leave_process_group,
     load_config,
+    told_in_one_line,
 )
 
 
@@ -59,7 +61,7 @@ def build_config(args: argparse.Namespace) -> Config:
         if is_segmentor(cfg):
             cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
         elif not args.out.endswith(('.pkl', '.pickle')):
-            raise ValueError(
+            raise UsageError(
                 f'--out must end with .pkl or .pickle, got {args.out}'
             )
     return cfg
@@ -79,7 +81,7 @@ def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
     """Have the predictions shown or saved as images."""
     hook = cfg.default_hooks.get('visualization')
     if hook is None:
-        raise ValueError(
+        raise UsageError(
             '--show and --show-dir need a visualization hook in the '
             "config's default_hooks, but there is none"
         )
@@ -125,7 +127,7 @@ def enable_tta(cfg: Config) -> None:
         cfg.setdefault('tta_pipeline', flip_pipeline(cfg, meta_keys=meta_keys))
     for key in ('tta_model', 'tta_pipeline'):
         if key not in cfg:
-            raise ValueError(f'--tta needs {key} in the config')
+            raise UsageError(f'--tta needs {key} in the config')
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     innermost_dataset(cfg).pipeline = cfg.tta_pipeline
 
@@ -157,8 +159,9 @@ def innermost_dataset(cfg: Config) -> ConfigDict:
 def main(argv: list[str] | None = None) -> None:
     """Test as the command line says."""
     args = parse_args(argv)
-    cfg = build_config(args)
-    check_data(cfg, ['test'])
+    with told_in_one_line():
+        cfg = build_config(args)
+        check_data(cfg, ['test'])
     runner = build_runner(cfg)
     if args.out is not None and not is_segmentor(cfg):
         name = 'DumpResults' if is_classifier(cfg) else 'mmdet.DumpDetResults'

@@ -5,11 +5,13 @@ import argparse
 from mmengine.config import Config
 
 from mmactnn.mmlab.launch import (
+    UsageError,
     add_common_arguments,
     build_runner,
     check_data,
     leave_process_group,
     load_config,
+    told_in_one_line,
 )
 
 
@@ -47,7 +49,7 @@ def build_config(args: argparse.Namespace) -> Config:
         enable_amp(cfg)
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-            raise ValueError(
+            raise UsageError(
                 '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=N) '
                 f'in {args.config}, but there is none'
             )
@@ -68,7 +70,7 @@ def enable_amp(cfg: Config) -> None:
     if wrapper == 'AmpOptimWrapper':
         return
     if wrapper != 'OptimWrapper':
-        raise ValueError(
+        raise UsageError(
             "--amp needs optim_wrapper.type 'OptimWrapper' or "
             f"'AmpOptimWrapper', got {wrapper!r}"
         )
@@ -78,8 +80,9 @@ def enable_amp(cfg: Config) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Train as the command line says."""
-    cfg = build_config(parse_args(argv))
-    check_data(cfg, ['train', 'val'])
+    with told_in_one_line():
+        cfg = build_config(parse_args(argv))
+        check_data(cfg, ['train', 'val'])
     build_runner(cfg).train()
     leave_process_group()
 

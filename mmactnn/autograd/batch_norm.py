@@ -43,6 +43,7 @@ class _BatchNorm(Function):
             input, needed=needs_weight or (needs_input and batch_stats)
         )
         ctx.watch = quantizer.watch(input)
+        ctx.adaptive = quantizer.slot
         ctx.backend, ctx.batch_stats, ctx.eps = backend, batch_stats, eps
         if batch_stats:
             running_mean = running_var = None

@@ -102,6 +102,7 @@ class _Chain(Function):
         kept.take(codes)
         for output, end in zip(outputs, chain.ends):
             call.made.append(end and _output_payload(end, output, own, cast))
+        ctx.adaptive = _first_slot(chain.readers)
         ctx.watch = None
         if chain.observed:
             ctx.watch = kept.watch()
@@ -223,6 +224,12 @@ class _KeptInputs:
             codes += tensors
             formats += kind, int(format.bits), format.group_size
         return codes, formats
+
+
+def _first_slot(readers):
+    """Any slot of what keeps the inputs; None if no bits are shared out."""
+    slots = (reader and reader.slot for reader in readers)
+    return next((slot for slot in slots if slot is not None), None)
 
 
 def _output_payload(end, output, kept, parameters):

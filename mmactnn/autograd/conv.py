@@ -156,7 +156,7 @@ class _Convolution(Function):
         )
         quantizer.note(kept=kept, exact=(x, w))
         # Read by the layer that takes the output, from the graph.
-        ctx.slot = quantizer.slot
+        ctx.slot = ctx.adaptive = quantizer.slot
         ctx.save_for_backward(weight, *kept)
         return output
 

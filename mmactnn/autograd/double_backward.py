@@ -1,4 +1,4 @@
-"""A clear error for second derivatives."""
+"""Common parts of backward passes: notes to adaptive precision, errors."""
 
 import functools
 
@@ -27,7 +27,8 @@ def first_order_only(name):
     """Decorate ``Function.backward``: gradients of gradients raise.
 
     The first-order gradients of ``create_graph=True`` are right; only
-    differentiating them is refused.
+    differentiating them is refused. A slot on ``ctx.adaptive`` is told of the
+    backward pass.
 
     Args:
         name (str): What the error calls the layer.
@@ -37,6 +38,9 @@ def first_order_only(name):
 
         @functools.wraps(backward)
         def wrapper(ctx, *grad_outputs):
+            slot = getattr(ctx, 'adaptive', None)
+            if slot is not None:
+                slot.note_backward()
             if not torch.is_grad_enabled():
                 return backward(ctx, *grad_outputs)
             # create_graph=True: put the refusal into the graph.

@@ -12,6 +12,7 @@ class _Gate(Function):
         ctx.format, kept, _ = quantizer.keep_shared(
             input, input, needed=needs_gate
         )
+        ctx.adaptive = quantizer.slot
         ctx.save_for_backward(gate, *kept)
         ctx.input_dtype = input.dtype
         quantizer.note(kept=kept, exact=(input,) * needs_gate)

@@ -33,6 +33,7 @@ class _GroupNorm(Function):
             dense, needed=needs_input or needs_weight
         )
         ctx.watch = quantizer.watch(input)
+        ctx.adaptive = quantizer.slot
         ctx.save_for_backward(weight, mean, rstd, *kept)
         quantizer.note(kept=kept, exact=(x, mean, rstd))
         return output

@@ -25,6 +25,7 @@ class _Linear(Function):
         ctx.format, kept, ctx.watch = quantizer.keep_shared(
             input, x.unsqueeze(0) if x.dim() == 1 else x, needed=needs_weight
         )
+        ctx.adaptive = quantizer.slot
         # The parameter itself, not its copy in the dtype of autocast.
         ctx.save_for_backward(weight, *kept)
         quantizer.note(

@@ -95,6 +95,7 @@ class _SyncBatchNorm(Function):
             ctx.format, kept = quantizer.keep(input, needed=needed)
             quantizer.note(kept=kept, exact=(input, *statistics))
         ctx.watch = quantizer.watch(input)
+        ctx.adaptive = quantizer.slot
         ctx.eps, ctx.group = eps, group
         ctx.save_for_backward(weight, *statistics, *kept)
         return output

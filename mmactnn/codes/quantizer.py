@@ -116,8 +116,7 @@ class Watch(NamedTuple):
 def _watch(slot, producer=None, adds_elements=True):
     if slot is None or not slot.observes:
         return None
-    collecting = slot.precision.collecting
-    return Watch(slot, producer, collecting, adds_elements)
+    return Watch(slot, producer, slot.collecting, adds_elements)
 
 
 class LayerQuantizer:
@@ -214,7 +213,8 @@ class LayerQuantizer:
         """
         bits, slot = layer_class.level_bits(level), None
         rule = level.rule_for(name)
-        if rule is not None:
+        has_own_bits = rule is not None and rule.sets_bits
+        if has_own_bits:
             bits = layer_class.rule_bits(rule)
         elif own.bits is not None and not level.exact:
             bits = own.bits
@@ -231,13 +231,11 @@ class LayerQuantizer:
             ops.check_format(bits, group_size)
         sizes = (rule and rule.group_size, own.group_size, group_size)
         group_size = next(size for size in sizes if size is not None)
-        strict = bits is not None and (
-            rule is not None or own.bits is not None
-        )
+        strict = bits is not None and (has_own_bits or own.bits is not None)
         fused_bits = None
         if rectified is not None and bits is not None:
             if layer_class.kind == 'mask':
-                bits = rectified if rule is None else max(2, rule.bits)
+                bits = max(2, rule.bits) if has_own_bits else rectified
             else:
                 fused_bits = (
                     FusedBits.of_layer(bits)
@@ -299,7 +297,7 @@ class LayerQuantizer:
 
     @property
     def _bits_of_all(self):
-        return int(self.bits if self.slot is None else self.slot.bits)
+        return int(self.bits if self.slot is None else self.slot.bits_of_call)
 
     def _shares_among(self, samples):
         """Whether samples have bits of their own."""
@@ -307,7 +305,7 @@ class LayerQuantizer:
         return (
             slot is not None
             and samples > 1
-            and MIN_BITS < slot.bits < MAX_BITS
+            and MIN_BITS < slot.bits_of_call < MAX_BITS
         )
 
     def keep(self, tensor, needed):

@@ -159,7 +159,6 @@ def convert_model(
             )
         )
     # Nothing is left to fail: a call that raises has changed no layer.
-    before = _precisions(model)
     for module in model.modules():
         if is_fused(module):
             unfuse(module)
@@ -178,10 +177,6 @@ def convert_model(
             Fused(name, type(fusion.module).__name__, len(fusion.norms))
         )
         fuse(fusion.module, fusion.runner)
-    for unused in before - _precisions(model):
-        unused.detach()
-    if precision is not None and precision.slots:
-        precision.attach(model)
     _swap(model, level)
     unfused = {**found.unfused, **adaptable.refused}
     return ConversionReport(
@@ -296,8 +291,6 @@ def revert_model(model):
         that were reverted.
     """
     names = []
-    for precision in _precisions(model):
-        precision.detach()
     swap = attached_swap(model)
     if swap is not None:
         swap.detach()
@@ -399,7 +392,7 @@ def _find_fusions(model, level, chosen):
     for name, module, target in chosen:
         targets.pop(module, None)
         rule = level.rule_for(name)
-        if fuses and not (rule is not None and rule.bits is None):
+        if fuses and (rule is None or rule.bits is not None):
             targets[module] = target
     if not targets:
         return Found({}, {})

@@ -28,6 +28,11 @@ class Prepared:
     def __init__(self, layers, chain, repeats):
         self.chain = chain
         self._repeats = repeats
+        self._slots = [
+            reader.slot
+            for reader in chain.readers
+            if reader is not None and reader.slot is not None
+        ]
         self._added = [
             ~layer.added
             for layer in layers
@@ -45,6 +50,8 @@ class Prepared:
             inputs (Sequence[Tensor[N, C, *]]): The tensors.
             dtype (torch.dtype): What they are about to be cast to.
         """
+        for slot in self._slots:
+            slot.begin_call()
         first = inputs[0]
         for x in inputs[1:]:
             if x.device != first.device or (
@@ -56,10 +63,7 @@ class Prepared:
             return False
         # Reports are of one layer and one input.
         return self.chain.observed or not any(
-            reader is not None
-            and reader.slot is not None
-            and reader.slot.observes
-            for reader in self.chain.readers
+            slot.observes for slot in self._slots
         )
 
     def fits(self, inputs, dtype, max_bytes):

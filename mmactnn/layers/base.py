@@ -195,9 +195,13 @@ class QuantizedLayer:
         Args:
             *tensors (Tensor, optional): Whatever may need a gradient.
         """
+        if self.training and self.quantizer.slot is not None:
+            self.quantizer.slot.begin_call()
         return (
             not self.quantizer.exact
             and torch.is_grad_enabled()
+            # Tracers and counters of operations know torch's.
+            and not torch.jit.is_tracing()
             and any(t is not None and t.requires_grad for t in tensors)
         )
 

@@ -1,5 +1,6 @@
 """Dropout that keeps no mask."""
 
+import torch
 from torch import nn
 
 from ..autograd import dropout, feature_dropout
@@ -15,7 +16,8 @@ class _Dropout(ExactLayer):
         # torch refuses to overwrite a leaf, and does so before it writes.
         refused = self.inplace and input.is_leaf and self.compresses(input)
         draws = self.training and 0 < self.p < 1
-        return draws and not refused and not self.quantizer.exact
+        exact = self.quantizer.exact or torch.jit.is_tracing()
+        return draws and not refused and not exact
 
 
 @register_layer(

@@ -176,6 +176,7 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
             not self.training
             and self.quantizer.fused_bits is not None
             and torch.is_grad_enabled()
+            and not torch.jit.is_tracing()
             and not input.requires_grad
             and input.dtype in VALID_DTYPES
             and 2 <= input.dim() <= 4

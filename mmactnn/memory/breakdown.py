@@ -7,6 +7,7 @@ import enum
 from ..codes.units import MIB
 from ..fusion import is_fused
 from ..layers import QuantizedLayer
+from ..modules.naming import named_modules
 
 # What is named in one line about what is left.
 _NAMED = 3
@@ -82,7 +83,7 @@ class Breakdown:
             Breakdown: The parts.
         """
         reasons = {} if report is None else _reasons(report)
-        modules = dict(model.named_modules())
+        modules = dict(named_modules(model))
         entries = [
             _entry(place, compressed, counted, modules, reasons)
             for (place, compressed), counted in meter.by_place().items()

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..modules.naming import named_modules
+
 # Calls inside of these are a layer's own doing, not a line of the model's.
 _LIBRARIES = {'torch', 'mmactnn'}
 
@@ -86,7 +88,7 @@ class Locator:
     """
 
     def __init__(self, model):
-        self._names = {m: name for name, m in model.named_modules()}
+        self._names = {m: name for name, m in named_modules(model)}
 
     def __call__(self):
         """Look where the caller is running.

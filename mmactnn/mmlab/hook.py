@@ -1,23 +1,22 @@
 """Compressed training under MMEngine's runner."""
 
 import contextlib
-import resource
 
-import torch
-from mmengine.dist import get_rank
+from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..codes.units import MIB
-from ..config import get_level
+from ..config import check_count, checked, get_level, settings_of
 from ..convert.api import convert_model, get_precision
 from ..memory import Breakdown, Locator
 from ..memory.meter import measure_activations
 from ..names import require_named_layers
 from ..ops import DEFAULT_GROUP_SIZE
 from ..random import RoundingGenerator
+from .peak import PeakMemory
 from .samples import SampleIndex
 
 
@@ -31,16 +30,21 @@ class ActNNHook(Hook):
 
     Logged as ``actnn/...`` with every record of the training log:
 
-    ============== =======================================================
-    ``saved_mib``  kept for the backward pass by the whole model, in MiB
-    ``exact_mib``  what torch would have kept
-    ``ratio``      the second over the first
-    ``layers_ratio``  the same for the compressed layers alone
-    ``host_mib``   how much of it has been swapped to the host, at levels
-                   that do so
-    ``peak_mib``   most memory allocated on the GPU so far, in MiB; without
-                   a GPU the largest resident size of the process
-    ============== =======================================================
+    =================== ==================================================
+    ``saved_mib``       kept for the backward pass by the whole model, in
+                        MiB
+    ``exact_mib``       what torch would have kept
+    ``ratio``           the second over the first
+    ``layers_ratio``    the same for the compressed layers alone
+    ``host_mib``        how much of it has been swapped to the host, at
+                        levels that do so
+    ``peak_mib``        most memory allocated on the GPU in any step after
+                        the warm-up, in MiB; without a GPU the largest
+                        resident size of the process
+    ``warmup_peak_mib`` the same of the first steps and, while cuDNN tries
+                        out algorithms, of those with images of a new size:
+                        mostly workspaces. Only with a GPU
+    =================== ==================================================
 
     Activations are counted on the host in the iterations that are logged;
     nothing waits for the device. After the first one, a line of the log tells
@@ -73,8 +77,7 @@ class ActNNHook(Hook):
         group_size=DEFAULT_GROUP_SIZE,
         interval=None,
     ):
-        if interval is not None and interval < 1:
-            raise ValueError(f'interval must be 1 or more, got {interval}')
+        interval = checked('interval', interval, check_count, optional=True)
         self.level = get_level(level)
         self.include = include
         self.exclude = exclude
@@ -86,9 +89,10 @@ class ActNNHook(Hook):
         self._converted = False
         # Of the conversion, until it is known what is left in the model.
         self._report = None
+        self._layers = ()
         self._loaded = None
         self._measured = False
-        self._peak_mib = 0.0
+        self._peak = PeakMemory()
         self._measuring = contextlib.ExitStack()
         self._meter = None
 
@@ -100,7 +104,8 @@ class ActNNHook(Hook):
 
         Raises:
             RuntimeError: If the config asks for something that compressed
-                layers cannot work with, or names them and ends with none.
+                layers cannot work with, or names them and ends with none, or
+                lists more than one of these hooks.
         """
         # Evaluation builds no optimizer; compressed layers would be plain
         # ones in it anyway. After training it comes here once more.
@@ -109,6 +114,7 @@ class ActNNHook(Hook):
         ):
             return
         model = _unwrap(runner.model)
+        _refuse_second_hook(runner)
         _refuse_efficient_conv_bn_eval(runner, model)
         self._refuse_swapping_shards(runner)
         self.generator.manual_seed(runner.seed, stream=get_rank())
@@ -123,6 +129,7 @@ class ActNNHook(Hook):
             self.generator,
             num_samples=self._samples and len(self._samples),
         )
+        self._layers = tuple(item.name for item in report.converted)
         if any(item.adaptive for item in report.converted):
             self._precision = get_precision(model)
         require_named_layers(
@@ -147,17 +154,23 @@ class ActNNHook(Hook):
 
         Args:
             runner (Runner): The runner.
+
+        Raises:
+            ValueError: If other layers were compressed in that run.
         """
-        if self._loaded is None or runner.iter == 0:
+        loaded = self._loaded
+        if loaded is None or runner.iter == 0:
             return  # weights to start from, not a run to go on with
-        if self._loaded['level'] != self.level.name:
+        _require_same_layers(loaded.get('layers'), self._layers)
+        changes = _compare_settings(loaded, self.level)
+        if changes is not None:
             runner.logger.warning(
                 f'resuming at level {self.level.name} what was trained at '
-                f'{self._loaded["level"]}'
+                f'{loaded["level"]}{changes}'
             )
-        elif self._precision is not None:
-            self._precision.load_state_dict(self._loaded['precision'])
-        self.generator.manual_seed(self._loaded['seed'], stream=get_rank())
+        elif self._precision is not None and 'precision' in loaded:
+            self._precision.load_state_dict(loaded['precision'])
+        self.generator.manual_seed(loaded['seed'], stream=get_rank())
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         """Number the rounding of this iteration; start to measure it.
@@ -172,6 +185,11 @@ class ActNNHook(Hook):
         self.generator.seek(runner.iter << 32)
         if self._samples is not None:
             self._precision.set_samples(self._samples.lookup(data_batch))
+        if self._precision is not None and get_world_size() > 1:
+            # Some processes may call no adaptive layer in this iteration, a
+            # mask head without instances say, and all have to count it.
+            self._precision.begin_pass()
+        self._peak.begin_step(data_batch)
         if self._measured and not self._is_due(batch_idx):
             return
         self._measured = True
@@ -194,6 +212,8 @@ class ActNNHook(Hook):
         """
         if self._precision is not None:
             self._precision.end_pass()
+        # In every iteration: LoggerHook may reset the counter after any.
+        self._peak.end_step()
         if self._meter is None:
             return
         self._measuring.close()
@@ -202,14 +222,16 @@ class ActNNHook(Hook):
             model, report = _unwrap(runner.model), self._report
             runner.logger.info(f'ActNN {Breakdown.of(meter, model, report)}')
             self._report = None
-        self._peak_mib = max(self._peak_mib, _peak_bytes() / MIB)
         scalars = dict(
             saved_mib=meter.saved_mib,
             exact_mib=meter.exact_mib,
             ratio=meter.ratio,
             layers_ratio=meter.layers_ratio,
-            peak_mib=self._peak_mib,
         )
+        if self._peak.peak_bytes is not None:
+            scalars['peak_mib'] = self._peak.peak_bytes / MIB
+        if self._peak.warmup_bytes is not None:
+            scalars['warmup_peak_mib'] = self._peak.warmup_bytes / MIB
         if self.level.swap:
             scalars['host_mib'] = meter.swapped_bytes / MIB
         for name, value in scalars.items():
@@ -234,7 +256,10 @@ class ActNNHook(Hook):
             checkpoint (dict): The checkpoint.
         """
         checkpoint['actnn'] = dict(
-            level=self.level.name, seed=self.generator.seed
+            level=self.level.name,
+            settings=settings_of(self.level),
+            layers=list(self._layers),
+            seed=self.generator.seed,
         )
         if self._precision is not None:
             checkpoint['actnn']['precision'] = self._precision.state_dict()
@@ -272,6 +297,53 @@ def _unwrap(model):
     return model.module if is_model_wrapper(model) else model
 
 
+def _refuse_second_hook(runner):
+    levels = [h.level.name for h in runner.hooks if isinstance(h, ActNNHook)]
+    if len(levels) > 1:
+        raise RuntimeError(
+            f'custom_hooks holds {len(levels)} ActNNHooks (levels '
+            f'{", ".join(levels)}), and each would convert the model anew. '
+            'Keep one: include, exclude and the rules of its level tell '
+            'layers apart'
+        )
+
+
+def _require_same_layers(saved, now):
+    """Raise if a run is resumed with other compressed layers."""
+    if saved is None:
+        return  # a checkpoint of an earlier version
+    lost = [name for name in saved if name not in set(now)]
+    new = [name for name in now if name not in set(saved)]
+    parts = [
+        f'{len(names)} {text} ({", ".join(names[:5])}'
+        + (', ...)' if names[5:] else ')')
+        for names, text in (
+            (lost, 'were compressed and are not now'),
+            (new, 'are compressed and were not'),
+        )
+        if names
+    ]
+    if parts:
+        raise ValueError(
+            'the run to resume compressed other layers: '
+            f'{"; ".join(parts)}. Set include and exclude of ActNNHook (and '
+            'the model) as they were, or start a new run from the weights: '
+            'resume=False with load_from'
+        )
+
+
+def _compare_settings(loaded, level):
+    """What differs between a saved level and one, as text; None if nothing."""
+    saved, now = loaded.get('settings'), settings_of(level)
+    if saved is None:  # a checkpoint of an earlier version
+        return None if loaded['level'] == level.name else ''
+    changed = [key for key in now if saved.get(key) != now[key]]
+    if not changed:
+        return None
+    texts = (f'{key} was {saved.get(key)}, is {now[key]}' for key in changed)
+    return f' ({"; ".join(texts)})'
+
+
 def _refuse_efficient_conv_bn_eval(runner, model):
     asked = runner.cfg.get('efficient_conv_bn_eval')
     built = any(
@@ -285,10 +357,3 @@ def _refuse_efficient_conv_bn_eval(runner, model):
             'calls the layers, so that nothing would be saved. Remove '
             f'efficient_conv_bn_eval={asked!r} from the config, or ActNNHook'
         )
-
-
-def _peak_bytes():
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    # Linux counts in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -5,6 +5,8 @@ Importing this module imports ``mmactnn``, which teaches MMEngine to resolve
 """
 
 import argparse
+import contextlib
+import difflib
 import gc
 import os
 from collections.abc import Iterable, Iterator
@@ -22,6 +24,25 @@ from mmengine.model import (
 )
 from mmengine.registry import MODEL_WRAPPERS, RUNNERS, STRATEGIES
 from mmengine.runner import Runner
+
+from .hook import ActNNHook
+
+
+class UsageError(ValueError):
+    """A mistake in a command line, or in what it names."""
+
+
+@contextlib.contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """End the process with a message, not a traceback, for users' mistakes.
+
+    Raises:
+        SystemExit: For a :class:`UsageError` and for files that are missing.
+    """
+    try:
+        yield
+    except (UsageError, FileNotFoundError) as error:
+        raise SystemExit(f'error: {error}') from None
 
 
 @MODEL_WRAPPERS.register_module()
@@ -83,7 +104,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         action=DictAction,
         metavar='KEY=VALUE',
         help='override settings of the config, such as '
-        'custom_hooks.0.level=L2 or key="[(a,b),(c,d)]" (no blanks in it)',
+        'custom_hooks.0.level=L2, custom_hooks.0.level.conv=4 or '
+        'key="[(a,b),(c,d)]" (no blanks in it)',
     )
     parser.add_argument(
         '--launcher',
@@ -107,12 +129,18 @@ def load_config(args: argparse.Namespace) -> Config:
 
     Returns:
         Config: The merged config.
+
+    Raises:
+        UsageError: If there is no such file, an option sets nothing in it, or
+            an argument of ``ActNNHook`` is not valid.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    _require_file(args.config)
     cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+        _merge_options(cfg, args.cfg_options)
+    _check_hooks(cfg)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
@@ -120,6 +148,86 @@ def load_config(args: argparse.Namespace) -> Config:
     if cfg.get('default_scope') == 'mmpretrain':
         _complete_loaders(cfg)
     return cfg
+
+
+def _require_file(path: str) -> None:
+    """Raise for a config that is not there; name one that is like it."""
+    if os.path.isfile(path):
+        return
+    folder, name = os.path.split(path)
+    names = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
+    close = difflib.get_close_matches(name, names, 1)
+    advice = f', did you mean {os.path.join(folder, close[0])}?'
+    raise UsageError(f'no config {path}' + (advice if close else ''))
+
+
+def _merge_options(cfg: Config, options: dict) -> None:
+    """Merge ``--cfg-options`` into a config.
+
+    Args:
+        cfg (Config): The config, changed in place.
+        options (dict): Values by dotted keys.
+    """
+    for key in options:
+        _check_option(cfg, key)
+    try:
+        cfg.merge_from_dict(options)
+    except (KeyError, TypeError) as error:
+        raise UsageError(f'--cfg-options: {error}') from error
+
+
+def _check_option(cfg: Config, option: str) -> None:
+    """Raise for an option that is one letter off a key of the config.
+
+    New keys are valid. A level by name on the way becomes a variation of it,
+    so that ``custom_hooks.0.level.conv=4`` finds a dict to change.
+    """
+    holder, path = cfg._cfg_dict, option.split('.')
+    for i, key in enumerate(path):
+        where = f'--cfg-options {option}'
+        if isinstance(holder, list):
+            if not key.isdigit() or int(key) >= len(holder):
+                raise UsageError(
+                    f'{where}: {".".join(path[:i])} has the items 0 to '
+                    f'{len(holder) - 1}, got {key!r}'
+                )
+            holder = holder[int(key)]
+            continue
+        if not isinstance(holder, dict):
+            return  # MMEngine's error
+        if key not in holder:
+            close = difflib.get_close_matches(key, holder, 1, cutoff=0.85)
+            if close:
+                raise UsageError(
+                    f'{where}: no {key!r} in the config, did you mean '
+                    f'{close[0]!r}?'
+                )
+            return
+        if (
+            key == 'level'
+            and i + 1 < len(path)
+            and isinstance(holder[key], str)
+        ):
+            holder[key] = ConfigDict(base=holder[key])
+        holder = holder[key]
+
+
+def _check_hooks(cfg: Config) -> None:
+    """Raise if ``ActNNHook`` would not take its arguments."""
+    for i, hook in enumerate(cfg.get('custom_hooks') or ()):
+        if not isinstance(hook, dict):
+            continue
+        options = dict(hook)
+        kind = options.pop('type', None)
+        name = kind.__name__ if isinstance(kind, type) else str(kind)
+        if name.split('.')[-1] != ActNNHook.__name__:
+            continue
+        for key in ('priority', '_scope_'):
+            options.pop(key, None)
+        try:
+            ActNNHook(**options)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f'custom_hooks.{i}: {error}') from error
 
 
 def _complete_loaders(cfg: Config) -> None:

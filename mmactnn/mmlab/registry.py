@@ -13,13 +13,7 @@ from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import Registry
 
-# Whatever our hooks import of MMEngine comes before anything is registered. If
-# MMEngine is itself only half imported (its optimizers import transformers,
-# which may import anything), that fails, and is to leave nothing behind that
-# would be in the way of the next attempt.
-from ..hooks import ActNNHook
-from ..names import LAYER_NAMES
-from ..registry import ADAPTER_NAMES
+from ..registry import ADAPTER_NAMES, default_registry
 
 MODELS = Registry(
     'model', parent=ROOT_MODELS, scope='mmactnn', locations=['mmactnn.layers']
@@ -35,16 +29,37 @@ def _builder(path):
     def build(*args, **kwargs):
         return pkgutil.resolve_name(path)(*args, **kwargs)
 
+    build.__name__ = build.__qualname__ = path.split(':')[-1]
     return build
 
 
+def _register_layer(entry):
+    """Let configs name a compressed layer."""
+    for registry in (ROOT_MODELS, MODELS):
+        registry.register_module(name=list(entry.names), module=entry.layer)
+
+
+default_registry.subscribe(_register_layer)
 for _registry in (ROOT_MODELS, MODELS):
-    for _layer, _names in LAYER_NAMES.items():
-        _registry.register_module(name=list(_names), module=_layer)
     for _name, _path in ADAPTER_NAMES.items():
         _registry.register_module(name=_name, module=_builder(_path))
+
+
+def register_hook(cls):
+    """Make a hook's own class known, in place of what builds it.
+
+    Args:
+        cls (type): The hook.
+    """
+    for registry in (ROOT_HOOKS, HOOKS):
+        registry.register_module(cls.__name__, force=True, module=cls)
+
+
+# Hooks import most of MMEngine, which may be half imported now.
 for _registry in (ROOT_HOOKS, HOOKS):
-    _registry.register_module(module=ActNNHook)
+    _registry.register_module(
+        'ActNNHook', module=_builder('mmactnn.hooks:ActNNHook')
+    )
 
 
 def _name_packages():

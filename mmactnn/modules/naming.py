@@ -1,10 +1,24 @@
-"""Parts of a model that torch has wrapped."""
+"""Names of the parts of a model, whatever wraps them."""
 
 import torch.distributed as dist
 
-# Where FullyShardedDataParallel and torch's wrapper for activation
-# checkpointing keep what they wrap.
-_INNER = frozenset(('_fsdp_wrapped_module', '_checkpoint_wrapped_module'))
+# Where FullyShardedDataParallel, torch's wrapper for activation checkpointing
+# and torch.compile keep what they wrap.
+_INNER = frozenset(
+    ('_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_orig_mod')
+)
+
+# Classes, by full name, whose one part ``module`` is what they wrap. Their
+# packages need not be installed.
+_WRAPPERS = frozenset(
+    (
+        'torch.nn.parallel.data_parallel.DataParallel',
+        'torch.nn.parallel.distributed.DistributedDataParallel',
+        'torch.optim.swa_utils.AveragedModel',
+        'mmengine.model.averaged_model.BaseAveragedModel',
+        'deepspeed.runtime.engine.DeepSpeedEngine',
+    )
+)
 
 
 def named_modules(model):
@@ -20,8 +34,28 @@ def named_modules(model):
         tuple[str, nn.Module]: Qualified name and module. A wrapper comes
         before what it wraps, by the same name.
     """
+    # By the name that a module has in the model, the one that it has here. A
+    # module comes before its parts.
+    names = {'': ''}
+    wrappers = set()
     for name, module in model.named_modules():
-        yield '.'.join(p for p in name.split('.') if p not in _INNER), module
+        if name:
+            parent, _, last = name.rpartition('.')
+            hidden = last in _INNER or (
+                last == 'module' and parent in wrappers
+            )
+            parts = names[parent], '' if hidden else last
+            names[name] = '.'.join(filter(None, parts))
+        if _is_wrapper(module):
+            wrappers.add(name)
+        yield names[name], module
+
+
+def _is_wrapper(module):
+    return any(
+        f'{cls.__module__}.{cls.__qualname__}' in _WRAPPERS
+        for cls in type(module).__mro__
+    )
 
 
 def gathering_modules(model):

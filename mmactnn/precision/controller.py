@@ -1,9 +1,13 @@
 """Adaptive precision: bits go where they lower the gradient's error most."""
 
+import threading
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 
 from .. import ops
+from ..config import check_count, checked
 from ..ops.capture import is_capturing, refuse_capture
 from .allocation import allocate_bits
 
@@ -11,6 +15,8 @@ from .allocation import allocate_bits
 _FIELDS = ('cost', 'relay', 'power', 'numel', 'place', 'leader', 'count')
 # How much a new observation counts once there are many.
 _MEMORY = 0.1
+# Replicas of a model in several threads share one object.
+_BEGINNING = threading.Lock()
 
 
 class AdaptivePrecision:
@@ -34,7 +40,14 @@ class AdaptivePrecision:
     copied to the host in the background and used two passes later, so that
     the same bits hold at the same pass on every process and in every run.
 
-    A pass begins with a forward pass of the model in training mode.
+    **Passes.** A pass begins with the first call of any adaptive layer in
+    training mode after a backward pass through any of them, whatever method
+    of the model calls it: several forward passes before one backward pass
+    are one pass. The second run of a checkpointed block, which is inside of
+    a backward pass, begins none; its first run without gradients ends the
+    pass before. In distributed training all processes begin passes alike;
+    where they may not call the same layers, call :meth:`begin_pass` before
+    each step.
 
     **CUDA graphs** hold on to the bits of the layers that were in force when
     they were captured, and report nothing: their replays are no passes. The
@@ -48,21 +61,20 @@ class AdaptivePrecision:
             sooner, at passes 1, 2, 4, 8 and so on. Defaults to 100.
 
     Raises:
-        ValueError: If ``num_samples`` or ``interval`` is not positive.
+        ValueError, TypeError: If ``num_samples`` or ``interval`` is no
+            positive whole number.
     """
 
     def __init__(self, num_samples=None, interval=100):
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(
-                f'num_samples must be positive, got {num_samples}'
-            )
-        if interval < 1:
-            raise ValueError(f'interval must be 1 or more, got {interval}')
-        self.num_samples = num_samples
-        self.interval = interval
+        self.num_samples = checked(
+            'num_samples', num_samples, check_count, optional=True
+        )
+        self.interval = checked('interval', interval, check_count)
         self.slots = []
         self.collecting = False
-        self._handle = None
+        # Whether the next call of a layer may begin a pass. The one thing
+        # that is looked at in all calls.
+        self.due = True
         self._passes = 0
         self._open = False
         self._place = 0
@@ -94,20 +106,6 @@ class AdaptivePrecision:
         """dict[str, float]: Bits an element of each layer, by its name."""
         return {slot.name: slot.bits for slot in self.slots}
 
-    def attach(self, model):
-        """Follow the passes of a model.
-
-        Args:
-            model (nn.Module): The model whose layers have the slots.
-        """
-        self._handle = model.register_forward_pre_hook(self._on_forward)
-
-    def detach(self):
-        """Follow the model no more."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
     def set_samples(self, indices):
         """Say which samples the next pass is about to see.
 
@@ -133,9 +131,34 @@ class AdaptivePrecision:
                 f', got {indices[wrong].tolist()}'
             )
         self._samples = indices.flatten()
+        # Even if no backward pass has been since the last call.
+        self.due = True
+
+    def on_call(self):
+        """Begin a pass if this call of a layer is the first of one.
+
+        Raises:
+            RuntimeError: As :meth:`begin_pass`.
+        """
+        if self._open and _is_inside_backward():
+            return
+        with _BEGINNING:
+            if not self.due:
+                return
+            if torch.is_grad_enabled() or is_capturing():
+                # Inside of a backward pass only if none of the calls before
+                # had gradients: all of the model is checkpointed.
+                self.begin_pass()
+            else:
+                # The first run of a checkpointed block, maybe. Its second
+                # one is inside of a backward pass, where nothing may wait
+                # for other processes.
+                self.end_pass()
 
     def begin_pass(self):
-        """Start a pass; called by the model's own forward pass.
+        """Start a pass.
+
+        The first call of a layer after a backward pass does this by itself.
 
         Raises:
             RuntimeError: If a CUDA graph is being captured, and the samples
@@ -151,7 +174,7 @@ class AdaptivePrecision:
                 )
             return
         self.end_pass()
-        self._open = True
+        self._open, self.due = True, False
         self._passes += 1
         while self._pending and self._pending[0][0] <= self._passes:
             self._take(self._pending.pop(0)[1].wait())
@@ -168,7 +191,7 @@ class AdaptivePrecision:
     def end_pass(self):
         """End a pass after its backward pass.
 
-        The next pass does this too. In distributed training all processes
+        The next pass does this, too. In distributed training all processes
         call it alike.
 
         Raises:
@@ -180,7 +203,9 @@ class AdaptivePrecision:
             'the reports of a pass cannot be captured in a CUDA graph; call '
             'end_pass() before'
         )
-        self._open = False
+        self._open, self.due = False, True
+        for slot in self.slots:
+            slot.close()
         if self._batch is not None:
             self._remember()
         if self.collecting:
@@ -258,9 +283,11 @@ class AdaptivePrecision:
                 f'{self.num_samples}'
             )
         self._open = self.collecting = False
+        self.due = True
         self._passes, self._again = state['passes'], state['again']
         for slot in self.slots:
             slot.bits = state['bits'][slot.name]
+            slot.forget_calls()
         self._averages = {k: list(v) for k, v in state['averages'].items()}
         self._pending = [
             (due, _HostCopy(reports)) for due, reports in state['pending']
@@ -268,10 +295,6 @@ class AdaptivePrecision:
         # Written to in place: neither run may see what the other one writes.
         self._history = _host_clone(history)
         self._scales = _host_clone(state['scales'])
-
-    def _on_forward(self, module, args):
-        if module.training and torch.is_grad_enabled():
-            self.begin_pass()
 
     def _gather_reports(self):
         present = [s.report for s in self.slots if s.report is not None]
@@ -395,13 +418,31 @@ class AdaptivePrecision:
         return state
 
 
+class _Earlier(NamedTuple):
+    """Settings of a layer in the last pass that called it.
+
+    Attributes:
+        bits (float): See :class:`Slot`.
+        collecting (bool): See there.
+        observes (bool): See there.
+    """
+
+    bits: float
+    collecting: bool
+    observes: bool
+
+
 class Slot:
     """One layer's access to the precision of its model.
+
+    A checkpointed block that runs again in a later pass than that of its
+    first run, as the generator does after a step of the discriminator, keeps
+    what it kept then.
 
     Attributes:
         name (str): Qualified name of the layer.
         mean_bits (float): What it adds to the budget, bits an element.
-        bits (float): Bits an element that it has now.
+        bits (float): Bits an element that it has from this pass on.
         leader (Slot, optional): The layer whose bits it follows.
         report (Tensor[7], optional): float32, what it observed in this pass.
         norms (Tensor[B], optional): Squared norms of its samples' gradients
@@ -414,6 +455,7 @@ class Slot:
         self.name = name
         self.mean_bits = self.bits = mean_bits
         self.leader = None
+        self.forget_calls()
         self.reset()
 
     def reset(self):
@@ -423,9 +465,63 @@ class Slot:
     @property
     def observes(self):
         """bool: Whether the backward pass of this pass should report."""
-        precision = self.precision
-        wanted = precision.collecting or precision.batch_size is not None
+        if self._runs_again():
+            wanted = self._earlier.observes
+        else:
+            wanted = self._observes_now()
         return wanted and not is_capturing()
+
+    @property
+    def collecting(self):
+        """bool: Whether that report is of the layer, or of samples alone."""
+        if self._runs_again():
+            return self._earlier.collecting
+        return self.precision.collecting
+
+    @property
+    def bits_of_call(self):
+        """float: Bits an element of the call that is running."""
+        return self._earlier.bits if self._runs_again() else self.bits
+
+    def _observes_now(self):
+        precision = self.precision
+        return precision.collecting or precision.batch_size is not None
+
+    def _runs_again(self):
+        """Whether a call belongs to an earlier pass than the current one."""
+        return (
+            not self._called
+            and self._earlier is not None
+            and _is_inside_backward()
+        )
+
+    def begin_call(self):
+        """Note a call of the layer in training mode, before it keeps a thing.
+
+        Every forward pass of an adaptive layer does this, with gradients and
+        without; so does whatever decides how layers run, before it looks at
+        :attr:`observes` or at bits.
+        """
+        if self.precision.due:
+            self.precision.on_call()
+        if not self._called and not _is_inside_backward():
+            self._called = True
+
+    def close(self):
+        """Note the end of a pass, before anything of it changes."""
+        if self._called:
+            self._earlier = _Earlier(
+                self.bits, self.precision.collecting, self._observes_now()
+            )
+            self._called = False
+
+    def forget_calls(self):
+        """Forget which passes the layer was called in."""
+        self._called, self._earlier = False, None
+
+    def note_backward(self):
+        """Note a backward pass of the layer: the next call begins a pass."""
+        self.precision.due = True
 
     def __getstate__(self):
         """For copies and pickle: without what belongs to one pass."""
@@ -468,7 +564,7 @@ class Slot:
         Returns:
             int: The sum of the bits a code of each.
         """
-        return round(self.bits * samples)
+        return round(self.bits_of_call * samples)
 
     def observe_norms(self, norms):
         """Take note of the gradients of the samples.
@@ -535,6 +631,11 @@ def _any_device():
     if _world_size() > 1 and dist.get_backend() == 'nccl':
         return torch.device('cuda', torch.cuda.current_device())
     return torch.device('cpu')
+
+
+def _is_inside_backward():
+    """Whether autograd is running, as it does around what is run again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _leader(slot):

@@ -24,6 +24,7 @@ from mmactnn import (
 )
 from mmactnn.hooks import ActNNHook
 from mmactnn.mmlab import hook as hook_module
+from mmactnn.mmlab.peak import PeakMemory
 
 ACTNN = dict(type='ActNNHook', level='L3')
 RECORD = dict(type='RecordingHook')
@@ -297,17 +298,25 @@ class TestRefusals:
         with pytest.raises(ValueError, match="'L8'"):
             ActNNHook(level='L8')
 
-    @pytest.mark.parametrize('interval', [0, -1])
-    def test_bad_interval(self, interval):
-        with pytest.raises(ValueError, match=f'got {interval}'):
+    @pytest.mark.parametrize(
+        ('interval', 'error'),
+        [(0, ValueError), (2.5, ValueError), (True, TypeError)],
+    )
+    def test_bad_interval(self, interval, error):
+        with pytest.raises(error, match=f'interval.*1 or more.*{interval}'):
             ActNNHook(interval=interval)
+
+    def test_two_hooks(self, tmp_path):
+        runner = make_runner(tmp_path, ACTNN, dict(ACTNN, level='L2'))
+        with pytest.raises(RuntimeError, match='2 ActNNHooks.*L3, L2'):
+            runner.train()
 
 
 class TestLog:
     KEYS = {
         f'actnn/{key}'
         for key in ('saved_mib', 'exact_mib', 'ratio', 'layers_ratio')
-    } | {'actnn/peak_mib'}
+    }
 
     def test_scalars(self, tmp_path):
         runner = make_runner(tmp_path, ACTNN, epochs=2, model=Q_TYPES)
@@ -371,6 +380,42 @@ class TestLog:
             if isinstance(module, QuantizedLayer):
                 assert module.quantizer.meter is None
 
+    def test_peak_leaves_out_the_warm_up(self, monkeypatch):
+        """Three steps, and with cudnn.benchmark those of new sizes."""
+
+        class Cuda:
+            peak = 0
+
+            def is_available(self):
+                return True
+
+            def max_memory_allocated(self):
+                return self.peak
+
+            def reset_peak_memory_stats(self):
+                self.peak = 0
+
+        def run(steps, resets=()):
+            cuda = Cuda()
+            peak = PeakMemory(cuda)
+            for i, (size, nbytes) in enumerate(steps):
+                peak.begin_step(dict(inputs=[torch.empty(3, size, 4)]))
+                cuda.peak = max(cuda.peak, nbytes)
+                peak.end_step()
+                if i in resets:  # as LoggerHook does
+                    cuda.reset_peak_memory_stats()
+            return peak.warmup_bytes, peak.peak_bytes
+
+        monkeypatch.setattr(torch.backends.cudnn, 'benchmark', True)
+        steps = [(8, 9000), (8, 500), (8, 600)]
+        assert run(steps) == (9000, None)
+        steps += [(8, 550), (8, 540)]
+        assert run(steps) == (9000, 550)
+        steps += [(16, 7000), (8, 530), (16, 580), (24, 9500)]
+        assert run(steps) == run(steps, resets=[0, 3, 7]) == (9500, 580)
+        monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
+        assert run(steps) == (9000, 9500)
+
     def test_runs_before_the_logger(self, tmp_path):
         # Which resets the peak of the GPU's memory that we read.
         names = [type(h).__name__ for h in make_runner(tmp_path, ACTNN).hooks]
@@ -427,7 +472,9 @@ class TestResume:
         checkpoint = torch.load(
             tmp_path / 'epoch_1.pth', map_location='cpu', weights_only=False
         )
-        assert checkpoint['actnn'] == dict(level='L2', seed=5)
+        state = checkpoint['actnn']
+        assert (state['level'], state['seed']) == ('L2', 5)
+        assert set(state['layers']) == set(ALL_LAYERS)
         # Nothing else in it needs this package.
         plain = make_runner(tmp_path)
         result = plain.model.load_state_dict(
@@ -460,6 +507,24 @@ class TestResume:
         runner.train()
         assert 'resuming at level L3 what was trained at L2' in log(runner)
         assert runner.model.body[1].quantizer.bits == 2
+
+    def test_other_settings_of_one_name(self, tmp_path):
+        for bits in (3, 1):
+            level = dict(conv=bits, norm=bits, name='mine')
+            hook = dict(ACTNN, level=level)
+            runner = make_runner(tmp_path, hook, epochs=4 - bits, resume=True)
+            runner.train()
+        assert 'linear_ops was 3, is 1; norm was 3, is 1' in log(runner)
+
+    @pytest.mark.parametrize('level', ['L2', 'L3'])
+    def test_other_layers(self, level, tmp_path):
+        make_runner(tmp_path, dict(ACTNN, level=level)).train()
+        hook = dict(ACTNN, level=level, exclude=['head'])
+        runner = make_runner(tmp_path, hook, epochs=2, resume=True)
+        with pytest.raises(
+            ValueError, match=r'are not now \(head\).*exclude.*load_from'
+        ):
+            runner.train()
 
     def test_checkpoint_of_a_plain_run(self, tmp_path):
         make_runner(tmp_path).train()

@@ -45,9 +45,9 @@ from mmactnn import (
     QReLU6,
     QSiLU,
     QSyncBatchNorm,
-    registry,
 )
 from mmactnn.hooks import ActNNHook
+from mmactnn.mmlab import registry
 
 SCOPES = [None, 'mmengine', 'mmdet', 'mmseg']
 NAMES = {
@@ -384,24 +384,55 @@ def test_without_mmengine_and_mmcv():
 def test_import_in_the_middle_of_mmengines(first, tmp_path):
     # MMEngine's optimizers import transformers if it is there, which imports
     # other packages, for which a module of the same name that imports mmactnn
-    # may be taken. MMEngine is half imported then, and ignores what fails.
+    # may be taken. MMEngine is half imported then.
     package = tmp_path / 'transformers'
     package.mkdir()
     (package / '__init__.py').write_text('import needed_by_transformers\n')
     (tmp_path / 'needed_by_transformers.py').write_text(
-        'try:\n'
-        '    import mmactnn\n'
-        'except ImportError:\n'
-        "    print('refused')\n"
-        '    raise\n'
+        "import mmactnn\nprint('imported')\n"
     )
     assert run_python(
         f'import {first}\n'
-        'import sys\n'
-        "assert 'mmactnn' not in sys.modules\n"
         'import mmactnn\n'
         'from mmengine.registry import HOOKS, MODELS\n'
         "print(MODELS.get('QConv2d').__name__)\n"
-        "print(HOOKS.get('mmactnn.ActNNHook').__name__)\n",
+        "print(HOOKS.get('mmactnn.ActNNHook').__name__)\n"
+        "print(type(HOOKS.build(dict(type='ActNNHook'))).__name__)\n",
         tmp_path,
-    ) == ['refused', 'QConv2d', 'ActNNHook']
+    ) == ['imported', 'QConv2d', 'ActNNHook', 'ActNNHook']
+
+
+@pytest.mark.parametrize(
+    'imports',
+    [
+        'import mmactnn, mmengine',
+        'import mmengine, mmactnn',
+        'import mmactnn, importlib\n'
+        'importlib.reload(mmactnn)\n'
+        'import mmengine',
+        'import mmengine\n'
+        "mmengine.utils.import_modules_from_strings(['mmactnn'])",
+    ],
+)
+def test_registered_in_any_order(imports):
+    """Names are known when both are imported; finders are those before."""
+    assert run_python(
+        'import sys, torch\n'
+        f'{imports}\n'
+        'from mmengine.registry import HOOKS, MODELS\n'
+        "print(MODELS.get('QBN').__name__)\n"
+        "print(type(HOOKS.build(dict(type='ActNNHook'))).__name__)\n"
+        "ours = [f for f in sys.meta_path if '_Waiting' in repr(f)]\n"
+        'print(ours)\n'
+        'import inspect, mmengine\n'
+        "print('Registry' in inspect.getsource(mmengine.registry))\n"
+        'print(*vars(mmengine.registry.__loader__))\n'
+    ) == ['QBatchNorm2d', 'ActNNHook', '[]', 'True', 'name', 'path']
+
+
+def test_importing_us_imports_none_of_openmmlab():
+    assert run_python(
+        'import sys, mmactnn\n'
+        "names = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')\n"
+        'print([m for m in sys.modules if m.split(".")[0] in names])\n'
+    ) == ['[]']

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import itertools
+import threading
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from support.precision_cases import (
     batch,
     make_net,
     train,
+    train_apart,
     train_distributed,
 )
 from support.processes import run_in_processes
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mmactnn import (
     AdaptivePrecision,
@@ -26,7 +30,7 @@ from mmactnn import (
     revert_model,
 )
 from mmactnn.codes.payload import QuantizedTensor
-from mmactnn.precision import sensitivity
+from mmactnn.precision import controller, sensitivity
 
 SEEN = ('stem', 'norm', 'body', 'fc')
 
@@ -454,6 +458,119 @@ class TestSeparation:
         assert all(len(q.slots) for q in (net.stem.quantizer.slot.precision,))
 
 
+class TestPasses:
+    """A pass begins with a call of a layer, whoever calls it."""
+
+    @staticmethod
+    def bits(step, steps=6, **kwargs):
+        net = make_net(**kwargs)
+        for i in range(steps):
+            step(net, batch(i).requires_grad_())
+        return get_precision(net).bits, get_precision(net)._passes
+
+    @pytest.mark.parametrize(
+        'step',
+        [
+            lambda net, x: net.forward(x),
+            lambda net, x: net.fc(
+                net.body(net.relu(net.norm(net.stem(x)))).mean((2, 3))
+            ),
+            lambda net, x: checkpoint(net, x, use_reentrant=False),
+            lambda net, x: checkpoint(net, x, use_reentrant=True),
+        ],
+        ids=['forward', 'parts', 'checkpoint', 'reentrant'],
+    )
+    def test_however_the_model_is_called(self, step):
+        def run(call):
+            return self.bits(
+                lambda net, x: call(net, x).square().mean().backward()
+            )
+
+        bits, passes = run(step)
+        assert (bits, passes) == run(lambda net, x: net(x))
+        assert passes == 6
+        assert len({bits[name] for name in SEEN}) > 1
+
+    def test_two_forward_passes_before_one_backward_pass(self):
+        def step(net, x):
+            (net(x).square().mean() + net(x.flip(-1)).mean()).backward()
+
+        assert self.bits(step)[1] == 6
+
+    def test_two_backward_passes_of_one_forward_pass(self):
+        def step(net, x):
+            loss = net(x).square().mean()
+            torch.autograd.grad(loss, net.fc.weight, retain_graph=True)
+            loss.backward()
+
+        assert self.bits(step)[1] == 6
+
+    def test_calls_without_gradients_begin_none(self):
+        def step(net, x):
+            with torch.no_grad():
+                net(x)
+            net(x).sum().backward()
+            with torch.no_grad():
+                net(x)
+            net.eval()(x).sum().backward()
+            net.train()
+
+        assert self.bits(step)[1] == 6
+
+    def test_a_block_that_runs_again_in_a_later_pass(self, monkeypatch):
+        """As a generator that is checkpointed, behind a discriminator."""
+        choices = itertools.cycle([1, 4, 8, 2])
+        monkeypatch.setattr(
+            controller,
+            'allocate_bits',
+            lambda costs, sizes, budget: [next(choices)] * len(costs),
+        )
+
+        class GAN(nn.Module):
+            def __init__(self):
+                super().__init__()
+                parts = [
+                    nn.Sequential(
+                        nn.Conv2d(3, 8, 3, padding=1),
+                        nn.BatchNorm2d(8),
+                        nn.ReLU(),
+                        nn.Conv2d(8, 3, 3, padding=1),
+                    )
+                    for _ in range(2)
+                ]
+                self.generate, self.judge = parts
+
+        torch.manual_seed(0)
+        net = GAN()
+        level = dict(base='L3', image=None, fuse=False)
+        convert_model(net, level, generator=RoundingGenerator(seed=5))
+        seen = set()
+        for i in range(12):
+            fake = checkpoint(
+                net.generate, batch(i).requires_grad_(), use_reentrant=False
+            )
+            real = batch(50 + i)
+            loss = net.judge(real).mean() - net.judge(fake.detach()).mean()
+            loss.backward()
+            checkpoint(net.judge, fake, use_reentrant=False).mean().backward()
+            seen.add(tuple(get_precision(net).bits.values()))
+        assert len(seen) > 1
+        assert get_precision(net)._passes == 24
+
+    def test_a_replica_in_another_thread_begins_no_second_pass(self):
+        def step(net, x):
+            calls = [
+                threading.Thread(target=net.stem, args=(x,)) for _ in range(8)
+            ]
+            for call in calls:
+                call.start()
+            for call in calls:
+                call.join()
+            net(x).sum().backward()
+
+        assert self.bits(step)[1] == 6
+
+
 def test_all_processes_agree(device):
     first, second = run_in_processes(
         train_distributed, 2, device.type, device.type
@@ -464,10 +581,16 @@ def test_all_processes_agree(device):
     assert first['history'].ne(1).any(1).all()
 
 
+def test_processes_that_call_other_layers_agree(device):
+    first, second = run_in_processes(train_apart, 2, device.type, device.type)
+    assert first == second and first['passes'] == 8
+    assert len(set(first['bits'].values())) > 1
+
+
 def test_checkpointed_blocks(device):
     class Checkpointed(Net):
         def forward(self, x):
-            x = torch.utils.checkpoint.checkpoint(
+            x = checkpoint(
                 lambda t: self.relu(self.norm(self.stem(t))),
                 x,
                 use_reentrant=False,

@@ -6,6 +6,7 @@ import pytest
 from mmengine.config import Config
 from support.tools import load_tool
 
+from mmactnn import get_level
 from mmactnn.mmlab import launch
 
 train = load_tool('train.py')
@@ -55,6 +56,47 @@ class TestArguments:
         )
         assert cfg.custom_hooks[0].level == 'L0'
         assert cfg.optim_wrapper.optimizer.lr == 0.5
+
+    @pytest.mark.parametrize(
+        'level', ["'L2'", "dict(base='L2', norm=2)", "'L9'"]
+    )
+    def test_a_level_is_set_field_by_field(self, config, level):
+        base = [] if level != "'L9'" else ['custom_hooks.0.level.base=L2']
+        cfg = build(
+            config(CONFIG.replace("'L3'", level)),
+            '--cfg-options',
+            'custom_hooks.0.level.conv=3',
+            'custom_hooks.0.level.offload.swap=True',
+            *base,
+        )
+        found = get_level(cfg.custom_hooks[0].level)
+        norm = 2 if 'norm' in level else 4
+        assert found == get_level(
+            dict(base='L2', conv=3, norm=norm, swap=True)
+        )
+
+    @pytest.mark.parametrize(
+        ('argv', 'words'),
+        [
+            (['{}s'], 'no config .*did you mean .*some_config.py'),
+            (['{}', 'custom_hooks.0.level=L33'], "0: level must.*'L33'"),
+            (['{}', 'custom_hooks.0.level.nrom=2'], "did you mean 'norm'"),
+            (['{}', 'custom_hooks.0.levell=L2'], "did you mean 'level'"),
+            (['{}', 'custom_hook.0.level=L2'], "mean 'custom_hooks'"),
+            (['{}', 'custom_hooks.1.level=L2'], "items 0 to 0, got '1'"),
+            (['{}', 'default_scope.x=1'], 'default_scope'),
+            (['{}', 'custom_hooks.0.interval=2.5'], '1 or more, got 2.5'),
+        ],
+    )
+    def test_mistakes_are_told_in_one_line(self, argv, words, config):
+        path, *options = argv
+        argv = [path.format(config())]
+        if options:
+            argv += ['--cfg-options', *options]
+        with pytest.raises(SystemExit) as error:
+            train.main(argv)
+        message = error.value.code
+        assert re.search(words, message) and '\n' not in message
 
     @pytest.mark.parametrize('flag', ['--local-rank', '--local_rank'])
     def test_local_rank(self, config, flag, monkeypatch):
