@@ -266,7 +266,7 @@ class TestArguments:
         [
             (['nowhere.py'], "must be a file, got 'nowhere.py'"),
             ([__file__, __file__], 'names of their own'),
-            (['--probe', 'other.py', __file__], 'must follow one of'),
+            (['--probe', 'other.py', __file__], 'must follow a config'),
             (['--per-gpu', '0'], 'per_gpu must be 1 or more'),
             (['--levels', 'L9'], "invalid choice: 'L9'"),
         ],

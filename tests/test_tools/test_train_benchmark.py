@@ -336,12 +336,12 @@ class TestArguments:
             (['--largest', 'depth'], 'resnet:depth=D'),
             (['--plot'], '--plot needs a folder'),
             (['--plot', '--out=x', '--largest=image-size'],
-             'drawn over the batch size'),
+             'goes with --largest batch, got image-size'),
             (['--plot', '--out=x'], 'mmactnn[benchmark]'),
         ],
     )  # fmt: skip
     def test_rejects(self, argv, message, monkeypatch, capsys):
-        monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+        monkeypatch.setitem(sys.modules, 'matplotlib', None)
         with pytest.raises(SystemExit):
             train.parse_args(argv)
         assert message in capsys.readouterr().err

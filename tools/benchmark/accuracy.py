@@ -5,7 +5,10 @@
 Trains every config from every seed at every level with tools/train.py,
 several side by side on each GPU, and compares, at the last evaluation that
 all runs of a config have, the means of its metric. Losses and metrics are in
-DIR/results.json, checkpoints and logs in a folder of each run beside it. A
+DIR/results.json, checkpoints and logs in a folder of each run beside it. The
+first of --levels is what the others are compared with. With --probe CONFIG
+PROBE, what CONFIG learns without labels is measured by training PROBE, a
+config, on its backbone. By default all GPUs are used; --gpus 0 is the CPU. A
 command that is started again goes on from the last checkpoints and trains
 nothing that has finished; without configs, it reports what DIR holds.
 
@@ -27,76 +30,47 @@ from shared import output
 from shared.processes import exit_on_sigterm
 from shared.results import OK, UNFINISHED, Results
 
+LEVELS = list(mmactnn.LEVELS)
+
 
 def parse_args(argv=None):
     """Read and check the command line."""
     parser = output.make_parser(__doc__)
     add = parser.add_argument
     add('configs', nargs='*', metavar='CONFIG')
-    add(
-        '--levels',
-        nargs='+',
-        choices=list(mmactnn.LEVELS),
-        default=['L0', 'L3'],
-        help='the first is what the others are compared with',
-    )
+    add('--levels', nargs='+', choices=LEVELS, default=['L0', 'L3'])
     add('--seeds', nargs='+', type=int, default=[0, 1, 2])
-    add(
-        '--probe',
-        nargs=2,
-        action='append',
-        default=[],
-        metavar=('CONFIG', 'PROBE'),
-        help='what CONFIG learns without labels is measured by training '
-        'PROBE, a config, on its backbone',
-    )
+    add('--probe', nargs=2, action='append', default=[], help='CONFIG PROBE')
     add('--cfg-options', nargs='+', default=[], help='KEY=VALUE of configs')
     add('--metrics', nargs='+', help='the first that a run has is compared')
-    add(
-        '--gpus',
-        type=int,
-        default=torch.cuda.device_count(),
-        help='how many to use (default: all); 0 trains on the CPU',
-    )
+    add('--gpus', type=int, default=torch.cuda.device_count(), help='or CPU')
     add('--per-gpu', type=int, default=1, help='trainings side by side')
     add('--timeout', type=float, help='seconds of each training')
     add('--out', type=Path, default=Path('work_dirs/accuracy'), help='folder')
     add('--plot', action='store_true', help='draw curves into --out, too')
     args = parser.parse_args(argv)
     output.check_positive(parser, args, 'per_gpu')
-    try:
-        _check(args)
-    except ValueError as error:
-        parser.error(str(error))
+    for config in (*args.configs, *(probe for _, probe in args.probe)):
+        if not Path(config).is_file():
+            parser.error(f'a config must be a file, got {config!r}')
+    names = [Path(config).stem for config in args.configs]
+    if len(set(names)) < len(names):
+        parser.error(f'configs must have names of their own, got {names}')
+    for config, _ in args.probe:
+        if config not in args.configs:
+            parser.error(f'--probe must follow a config, got {config!r}')
+    if args.gpus < 0:
+        parser.error(f'--gpus must be 0 or more, got {args.gpus}')
+    if args.plot:
+        output.require_matplotlib(parser)
     return args
 
 
-def _check(args):
-    for config in (*args.configs, *(probe for _, probe in args.probe)):
-        if not Path(config).is_file():
-            raise ValueError(f'a config must be a file, got {config!r}')
-    names = [Path(config).stem for config in args.configs]
-    if len(set(names)) < len(names):
-        raise ValueError(f'configs must have names of their own, got {names}')
-    for config, _ in args.probe:
-        if config not in args.configs:
-            raise ValueError(
-                f'--probe must follow one of the configs, got {config!r}'
-            )
-    if args.gpus < 0:
-        raise ValueError(f'--gpus must be 0 or more, got {args.gpus}')
-    if args.plot:
-        output.require_matplotlib()
-
-
 def begin(runs, results):
-    """Enter runs into results; return those that are not finished.
-
-    Runs of one name have one work directory: a ValueError says that it is
-    that of a training with other settings.
-    """
+    """Enter runs into results; return those that are not finished."""
     earlier = {run.name: run for run in map(results.trial, results.rows)}
     for run in runs:
+        # Runs of one name have one work directory.
         if earlier.get(run.name, run) != run:
             raise ValueError(
                 f'the results hold {earlier[run.name]}, got {run}: other '
@@ -109,8 +83,7 @@ def begin(runs, results):
 
 def describe(row):
     """A run in a line: what has become of it and what it has reached."""
-    text = f'{row["config"]} {row["level"]} seed {row["seed"]}: '
-    text += row['result']
+    text = '{config} {level} seed {seed}: {result}'.format(**row)
     if row.get('message'):
         text += f' ({row["message"]})'
     if row.get('evaluations'):
@@ -120,16 +93,7 @@ def describe(row):
 
 
 def train(args, results, console):
-    """Train runs, keep and print what they reach.
-
-    Args:
-        args (argparse.Namespace): From :func:`parse_args`.
-        results (Results): Place of the figures.
-        console (Console): Place of the progress.
-
-    Returns:
-        dict[str, str]: Failures by name of the run.
-    """
+    """Train runs, keep and print what they reach; return failures by name."""
     folder, failures, probes = args.out.resolve(), {}, dict(args.probe)
     # Levels of a config and seed side by side.
     runs = [
@@ -177,8 +141,7 @@ def main(argv=None):
         console.print(f'wrote {path}', markup=False)
     for row in results.rows:
         if row['result'] != OK:
-            line = f'not trained to the end: {describe(row)}'
-            console.print(line, markup=False)
+            print('not trained to the end:', describe(row))
     output.exit_on_failures(failures)
 
 

@@ -53,29 +53,23 @@ def parse_args(argv=None):
     output.check_positive(parser, args, 'batch_size', 'image_size', 'draws')
     try:
         ops.check_format(1, args.group_size)
-        for name in args.levels:
-            if parse_system(name).level is None:
-                raise ValueError(
-                    f'a level must be one of {", ".join(mmactnn.LEVELS)}, '
-                    f'perhaps with :JSON, got {name!r}'
-                )
+        systems = {name: parse_system(name) for name in args.levels}
     except ValueError as error:
         parser.error(str(error))
+    for name, system in systems.items():
+        if system.level is None:
+            levels = ', '.join(mmactnn.LEVELS)
+            parser.error(f'a level must be one of {levels}, got {name!r}')
     return args
 
 
 def make_batch(args):
     """Images of several scales of noise, and labels."""
-    generator = torch.Generator().manual_seed(1)
-    size = args.image_size
-    images = sum(
-        F.interpolate(
-            torch.randn(args.batch_size, 3, s, s, generator=generator),
-            size=size,
-            mode='bicubic',
-        )
-        for s in (size // 32, size // 8, size // 2)
-    )
+    generator, images = torch.Generator().manual_seed(1), 0
+    for scale in (32, 8, 2):
+        size = (args.batch_size, 3, *2 * (args.image_size // scale,))
+        noise = torch.randn(size, generator=generator)
+        images = images + F.interpolate(noise, args.image_size, mode='bicubic')
     labels = torch.randint(1000, (args.batch_size,), generator=generator)
     return (images / 3**0.5).to(args.device), labels.to(args.device)
 
@@ -112,18 +106,7 @@ def relative(found, exact, kinds=KINDS):
 
 
 def measure(args, name, exact, images, labels):
-    """Errors at one level.
-
-    Args:
-        args (argparse.Namespace): From :func:`parse_args`.
-        name (str): The level.
-        exact (dict[str, Tensor]): Exact gradients.
-        images (Tensor[N, 3, H, W]): Images.
-        labels (Tensor[N]): Labels.
-
-    Returns:
-        dict: The row of the level.
-    """
+    """Row of a level, by the exact gradients of a batch."""
     model, level = make_model(args), parse_system(name).level
     sizes = dict(group_size=args.group_size, num_samples=args.batch_size)
     mmactnn.convert_model(model, level, **sizes)

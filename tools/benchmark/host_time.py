@@ -8,8 +8,7 @@ turns, so that what disturbs the machine disturbs all of them. For where steps
 are short, or the GPU waits for the host.
 
 step   median milliseconds from calling a step until the device has done it
-25 %   of the steps take no longer than this, and
-75 %   no longer than this
+25 %   of the steps take no longer than this, and 75 % than that
 host   median milliseconds until the call returns; a model that waits for
        results of the device itself has its waiting in here
 ratio  step over that of the first system
@@ -40,33 +39,26 @@ def parse_args(argv=None):
     add('--steps', type=int, default=6, help='of a turn')
     add('--out', help='json file for the rows')
     args = parser.parse_args(argv)
-    output.check_positive(
-        parser, args, 'batch_size', 'image_size', 'turns', 'steps'
-    )
+    for name in ('batch_size', 'image_size', 'turns', 'steps'):
+        output.check_positive(parser, args, name)
     return args
 
 
 def measure(args):
     """Rows of systems that trained to the end, and errors of the others."""
     trainings, failures, samples = {}, {}, []
-    settings = dict(
-        model=args.model,
-        batch_size=args.batch_size,
-        image_size=tuple(args.image_size),
-        cfg_options=tuple(args.cfg_options),
-        device=args.device,
-    )
+    names = ('model', 'batch_size', 'image_size', 'cfg_options', 'device')
+    settings = {name: getattr(args, name) for name in names}
     for system in args.systems:
         with output.catching(failures, system):
             trainings[system] = Training(Trial(system=system, **settings))
             for _ in range(args.warmup):
                 trainings[system].step()
     for _ in range(args.turns):
-        for system, training in trainings.items():
-            if system in failures:
-                continue
+        for system in [s for s in trainings if s not in failures]:
             with output.catching(failures, system):
                 # What the others have left in caches counts for none.
+                training = trainings[system]
                 training.step()
                 for _ in range(args.steps):
                     samples.append((system, *training.timed_step()))

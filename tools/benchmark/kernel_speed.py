@@ -51,22 +51,18 @@ def measure(shape, dtype, channels_last, failures, device='cuda'):
     x = torch.randn(shape, device=device, dtype=dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    setting = dict(
-        shape=list(shape),
-        dtype=str(dtype).removeprefix('torch.'),
-        layout='channels_last' if channels_last else 'contiguous',
-    )
+    layout = 'channels_last' if channels_last else 'contiguous'
+    setting = dict(shape=list(shape), dtype=str(dtype)[6:], layout=layout)
     y = torch.empty_like(x)
     copy = 2 * x.nbytes / median_ms(lambda: y.copy_(x), y.nbytes) / 1e6
     for cases in CASES:
         name = ' '.join([cases.__name__, *map(str, setting.values())])
         with output.catching(failures, name):
             for kernel, read, written, function in cases(x):
-                read, written = (
-                    sum(t.nbytes for t in ts) for ts in (read, written)
-                )
-                time = median_ms(function, written)
-                rate = (read + written) / time / 1e6
+                nbytes = sum(tensor.nbytes for tensor in written)
+                time = median_ms(function, nbytes)
+                nbytes += sum(tensor.nbytes for tensor in read)
+                rate = nbytes / time / 1e6
                 yield dict(
                     kernel=kernel,
                     **setting,
@@ -117,47 +113,40 @@ def norm_grads(x):
         codes, ranges = ops.quantize(x, bits, seed=1)
         # Any codes are split codes, too: here of one range for both kinds.
         split_ranges = torch.cat([ranges, ranges], -1)
-        for name, relu, pair in (
-            ('norm', False, ranges),
-            ('norm relu', True, split_ranges),
-        ):
-            format = dict(bits=bits, group_size=256, relu=relu)
+        for name, pair in (('norm', ranges), ('norm relu', split_ranges)):
+            format = dict(bits=bits, group_size=256, relu=pair is split_ranges)
             read = [x, codes, pair]
             sums = partial(ops.norm_grad_sums, *read, **format)
             yield f'{name} grad sums {bits} bit', read, [], sums
             grads = partial(ops.norm_grad_input, *read, *vectors, **format)
             yield f'{name} grad input {bits} bit', read, [x], grads
-        name = f'norm add relu grad sums {bits} bit'
         read = [x, codes, ranges, codes]
         sums = partial(ops.norm_add_grad_sums, *read, bits, bits, 256)
-        yield name, read, [x], sums
+        yield f'norm add relu grad sums {bits} bit', read, [x], sums
 
 
 def norms(x):
     """Yield likewise: fused normalisation, and decoding of its codes."""
-    residual = torch.randn_like(x)
     mean, bias = torch.randn(2, x.shape[1], device=x.device)
     scale = torch.rand(x.shape[1], device=x.device) + 0.5
-    modes = (('', None, False), (' relu', None, True))
-    modes += ((' add relu', residual, True),)
-    for bits, (name, add, relu) in itertools.product((2, 3, 4, 8), modes):
+    modes = {'': None, ' relu': None, ' add relu': torch.randn_like(x)}
+    for bits, name in itertools.product((2, 3, 4, 8), modes):
+        add, relu = modes[name], 'relu' in name
         arguments = (add, mean, scale, scale, bias, relu, bits, bits)
         forward = partial(ops.norm_act, x, *arguments, seed=1)
-        output, codes, ranges, *act_payload = forward()
+        written, like = forward(), _like(x)
+        output, codes, ranges, *act_payload = written
         read = [x] if add is None else [x, add]
-        written = [output, codes, ranges, *act_payload]
         yield f'norm{name} {bits} bit', read, written, forward
-        like = _like(x)
         if add is not None:
-            decode = partial(ops.dequantize_zeroed, *act_payload, *like, bits)
-            name = f'dequantize zeroed {bits} bit'
-            yield name, act_payload, [output], decode
+            name, read = f'dequantize zeroed {bits} bit', act_payload
+            decode = partial(ops.dequantize_zeroed, *read, *like, bits)
+            yield name, read, [output], decode
         elif relu:
-            read = [codes, ranges]
-            decode = partial(
-                ops.dequantize_split, *read, scale, bias, *like, bits
-            )
-            yield f'dequantize split {bits} bit', read, [output], decode
+            name, read = f'dequantize split {bits} bit', [codes, ranges]
+            affine = (scale, bias, *like, bits)
+            decode = partial(ops.dequantize_split, *read, *affine)
+            yield name, read, [output], decode
     y = torch.zeros_like(x)
     constants = (torch.ones(x.shape[1], device=x.device),) * 4
     for name, add, read in (('', None, [x]), (' add', x, [x, x])):
@@ -167,13 +156,11 @@ def norms(x):
 
 def rectifiers(x):
     """Yield likewise: ReLUs that keep a mask, or codes of their output."""
-    mask = ops.relu_mask(x)[1]
     # The first call in place leaves nothing to rectify; the work is the same.
-    y = x.clone()
-    in_place = partial(ops.relu_mask_, y)
+    y, mask = x.clone(), ops.relu_mask(x)[1]
     backward = partial(ops.relu_mask_backward, x, mask)
     yield 'relu forward', [x], [x, mask], partial(ops.relu_mask, x)
-    yield 'relu forward in place', [x], [x, mask], in_place
+    yield 'relu forward in place', [x], [x, mask], partial(ops.relu_mask_, y)
     yield 'relu backward', [x, mask], [x], backward
     for bits in (2, 3, 4, 8):
         name, format = f'relu codes {bits} bit', dict(bits=bits, seed=1)

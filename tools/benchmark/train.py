@@ -3,15 +3,22 @@
     python tools/benchmark/train.py --systems exact L3 --batch-size 64 128
 
 Trains models on random images, each of them by each system (and batch size)
-in a process of its own, and measures after a warm-up
+in a process of its own, and measures after a warm-up.
 
-images/s     batch size over the median time of a step
-activations  what autograd saves, on the host included
-on host      those of them that wait in host memory, and
-pinned       the memory there that is pinned
-peak         most that the CUDA allocator handed out in the timed steps
-overlapped   with --trace, the share of copies between host and device during
-             which a kernel runs
+models   classifiers of torchvision, resnet:depth=D,width=W, config files, or
+         configs of installed packages, such as
+         mmdet::retinanet/retinanet_r50_fpn_1x_coco.py
+systems  exact, checkpoint, save_on_cpu, compile, compile:SHARE, levels by
+         name, levels varied by json (L3:{"conv":4}); each perhaps with a
+         precision (exact+fp16)
+
+images_per_s     batch size over the median time of a step
+activations_mib  what autograd saves, on the host included
+on_host_mib      those of them that wait in host memory, and
+pinned_mib       the memory there that is pinned
+peak_mib         most that the CUDA allocator handed out in the timed steps
+overlapped       with --trace, the share of copies between host and device
+                 during which a kernel runs
 
 MiB = 2^20 bytes. With --out, results are written after each measurement, and
 a run that is started again measures only what is missing. Without a GPU
@@ -36,45 +43,19 @@ from training.process import run_trial
 from training.systems import parse_system
 from training.trial import Trial, file_name, short_name
 
-# Titles of the table, by entry of a row.
-TITLES = {
-    'model': 'model',
-    'system': 'system',
-    'quantity': 'largest',
-    'largest': 'value',
-    'batch_size': 'batch',
-    'image_size': 'image',
-    'images_per_s': 'images/s',
-    'ms_per_step': 'ms/step',
-    'activations_mib': 'activations, MiB',
-    'on_host_mib': 'on host, MiB',
-    'pinned_mib': 'pinned, MiB',
-    'peak_mib': 'peak, MiB',
-    'overlapped': 'overlapped',
-    'result': 'result',
-}
+COLUMNS = (
+    *('model', 'system', 'quantity', 'largest', 'batch_size', 'image_size'),
+    *('images_per_s', 'ms_per_step', 'activations_mib', 'on_host_mib'),
+    *('pinned_mib', 'peak_mib', 'overlapped', 'result'),
+)
 
 
 def parse_args(argv=None):
     """Read and check the command line."""
     parser = output.make_parser(__doc__)
     add = parser.add_argument
-    add(
-        '--models',
-        nargs='+',
-        default=['resnet50'],
-        help='classifiers of torchvision, resnet:depth=D,width=W, config '
-        'files, or configs of installed packages such as '
-        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
-    )
-    add(
-        '--systems',
-        nargs='+',
-        default=['exact', *mmactnn.LEVELS],
-        help='exact, checkpoint, save_on_cpu, compile, compile:SHARE, levels '
-        'by name, levels varied by json (L3:{"conv":4}); each perhaps with '
-        'a precision (exact+fp16)',
-    )
+    add('--models', nargs='+', default=['resnet50'])
+    add('--systems', nargs='+', default=['exact', *mmactnn.LEVELS])
     add('--batch-size', nargs='+', type=int, default=[256])
     add('--image-size', nargs='+', type=int, default=[224], help='one or two')
     add('--amp', choices=['fp16', 'bf16'], help='autocast to this dtype')
@@ -91,43 +72,36 @@ def parse_args(argv=None):
     add('--timeout', type=float, help='seconds of a measurement')
     add('--out', type=Path, help='folder for results, and to resume from')
     add('--plot', action='store_true', help='draw figures into --out, too')
-    # The call that measures the trial of one json file in this process, and
-    # writes the row to another.
+    # Json files of a trial, to measure in this process, and of its row.
     add('--measure', nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     sizes = ('batch_size', 'image_size', 'steps', 'resolution')
     output.check_positive(parser, args, *sizes)
     try:
-        _check(args)
+        for system in args.systems:
+            parse_system(system)
+        for model in args.models if args.largest in ('depth', 'width') else ():
+            models.parse_resnet(model)
     except ValueError as error:
         parser.error(str(error))
-    return args
-
-
-def _check(args):
-    for system in args.systems:
-        parse_system(system)
     if len(args.image_size) > 2:
-        raise ValueError(
+        parser.error(
             f'--image-size must be one or two numbers, got {args.image_size}'
         )
-    for model in args.models if args.largest in ('depth', 'width') else ():
-        models.parse_resnet(model)
+    if args.plot and args.out is None:
+        parser.error('--plot needs a folder: --out DIR')
+    if args.plot and args.largest not in (None, 'batch'):
+        parser.error(f'--plot goes with --largest batch, got {args.largest}')
     if args.plot:
-        if args.out is None:
-            raise ValueError('--plot needs a folder: --out DIR')
-        if args.largest not in (None, 'batch'):
-            raise ValueError(
-                'figures are drawn over the batch size; --plot must be left '
-                f'out with --largest {args.largest}'
-            )
-        output.require_matplotlib()
+        output.require_matplotlib(parser)
+    return args
 
 
 def make_trials(args):
     """Trials of a command line, systems of a model and size side by side."""
     # A search sets the size itself, so that it begins from no other.
     sizes = args.batch_size[: 1 if args.largest == 'batch' else None]
+    trace = args.trace
     return [
         Trial(
             model=model,
@@ -142,8 +116,7 @@ def make_trials(args):
             steps=args.steps,
             memory_limit_mib=args.memory_limit,
             timeline=args.timeline,
-            trace=args.trace
-            and str(args.trace / file_name(f'{model}_{system}_{size}.json')),
+            trace=trace and f'{trace}/{file_name(model + system)}_{size}.json',
         )
         for model in args.models
         for size in sizes
@@ -152,16 +125,7 @@ def make_trials(args):
 
 
 def measure_all(args, console):
-    """Measure, with progress.
-
-    Args:
-        args (argparse.Namespace): From :func:`parse_args`.
-        console (Console): Place of the progress.
-
-    Returns:
-        tuple[list[dict], list[dict], dict[str, str]]: Rows of measurements,
-        rows of the trials (of searches, if asked for), and failures.
-    """
+    """Rows of measurements, rows of trials or searches, and failures."""
     results, used, failures = Results(Trial, args.out, csv=True), [], {}
     progress = output.make_progress(console)
     bar = progress.add_task('', total=None)
@@ -199,10 +163,10 @@ def show(console, rows, title=None):
     frame['model'] = frame['model'].map(short_name)
     frame['image_size'] = frame['image_size'].map('{0[0]}x{0[1]}'.format)
     if 'finite' in frame:
-        lost = frame['finite'].eq(False)
-        frame['result'] = frame['result'].mask(lost, 'loss is not finite')
-    frame = frame[[name for name in TITLES if name in frame]]
-    console.print(output.make_table(frame.rename(columns=TITLES), title))
+        lost = frame.finite.eq(False)
+        frame['result'] = frame.result.mask(lost, 'loss is not finite')
+    columns = [name for name in COLUMNS if name in frame]
+    console.print(output.make_table(frame, title, columns))
 
 
 def main(argv=None):
@@ -213,13 +177,10 @@ def main(argv=None):
         trial = Results(Trial).trial(json.loads(spec.read_text()))
         path.write_text(json.dumps(measure(trial)))
         return
-    if args.trace:
-        args.trace.mkdir(parents=True, exist_ok=True)
     console = output.make_console()
     used, rows, failures = measure_all(args, console)
-    devices = {
-        f'{r["device_name"]}, torch {r["torch"]}' for r in used if 'torch' in r
-    }
+    where = '{device_name}, torch {torch}'
+    devices = {where.format(**row) for row in used if 'torch' in row}
     show(console, used, '; '.join(sorted(devices)))
     if args.largest:
         show(console, rows, 'Largest that trains')

@@ -6,14 +6,7 @@ from shared.output import make_figure
 def plot(summary):
     """Losses and, if there are evaluations, metric over time.
 
-    Of each level the mean of the seeds and the band between the lowest and
-    the highest of them, as far as all runs have come.
-
-    Args:
-        summary (Summary): Runs of a config.
-
-    Returns:
-        Figure: The figure.
+    Of each level the mean of the seeds, and the band that they lie in.
     """
     panels = [(summary.losses, 'iteration', 'training loss')]
     if len(summary.evaluations):
@@ -28,9 +21,9 @@ def plot(summary):
                 line.set(marker='o', markersize=4)
                 axes.set_xticks(steps)
             low, high = values.min(axis=1), values.max(axis=1)
+            band = axes.fill_between(steps, low, high, alpha=0.2)
             # With a line, so that the band of a single step is seen, too.
-            style = dict(color=line.get_color(), alpha=0.2, linewidth=1)
-            axes.fill_between(steps, low, high, **style)
+            band.set(color=line.get_color(), linewidth=1)
         axes.set(xlabel=x_label, ylabel=y_label)
     seeds = ', '.join(map(str, summary.seeds))
     all_axes[0].legend(title=f'mean, range of seeds {seeds}')

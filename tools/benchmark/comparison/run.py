@@ -15,14 +15,9 @@ _TRAIN = Path(__file__).parents[2] / 'train.py'
 class Run:
     """A config that is trained at one level from one seed.
 
-    Attributes:
-        config (str): Path of the config; its first custom hook is
-            ``ActNNHook``.
-        level (str): Name of the level.
-        seed (int): Seed of weights, batches and rounding.
-        options (tuple[str]): Overrides ``KEY=VALUE`` of the config.
-        probe (str, optional): Path of a config that is trained afterwards, on
-            the backbone that this has left, and measures it.
+    The first custom hook of the config is ``ActNNHook``; options override its
+    settings by ``KEY=VALUE``. A probe is the path of a config that is trained
+    afterwards, on the backbone that this has left, and measures it.
     """
 
     config: str
@@ -39,14 +34,8 @@ class Run:
     async def train(self, folder, environment, timeout=None):
         """Train this and its probe, from where an earlier call has left off.
 
-        Args:
-            folder (Path): Folder of work directories; ``log.txt`` in them
-                gets what trainings print.
-            environment (dict[str, str]): Variables of the processes.
-            timeout (float, optional): Seconds of a process.
-
-        Returns:
-            dict: See :func:`shared.processes.run_logged`.
+        ``log.txt`` in their work directories in a folder gets what they print.
+        The result is that of :func:`shared.processes.run_logged`.
         """
 
         async def train(config, work_dir, *options):
@@ -66,11 +55,9 @@ class Run:
         # the folder may have been moved since.
         last = Path((work_dir / 'last_checkpoint').read_text()).name
         # The level is the probe's own: every backbone has the same.
-        return await train(
-            self.probe,
-            folder / f'{self.name}_probe',
-            f'model.backbone.init_cfg.checkpoint={work_dir / last}',
-        )
+        backbone = f'model.backbone.init_cfg.checkpoint={work_dir / last}'
+        probe_dir = folder / f'{self.name}_probe'
+        return await train(self.probe, probe_dir, backbone)
 
     def read_figures(self, folder, metrics=None):
         """Losses and evaluations, as pairs of step and value, and memory.
@@ -81,17 +68,17 @@ class Run:
         log = evaluated = RunLog(folder / self.name)
         if self.probe:
             evaluated = RunLog(folder / f'{self.name}_probe')
-        metric = choose_metric(evaluated.metrics)
-        if metrics:
-            known = (name for name in metrics if name in evaluated.metrics)
-            metric = next(known, None)
+        names = evaluated.metrics
+        wanted = [n for n in metrics if n in names] if metrics else names
+        metric = wanted[0] if metrics and wanted else choose_metric(wanted)
         lines = sorted(log.train.items())
         last = lines[-1][1] if lines else {}
-        sizes = ('saved_mib', 'exact_mib', 'peak_mib')
         return dict(
             metric=metric,
             unit=evaluated.unit,
             evaluations=list(map(list, evaluated.curve(metric).items())),
             losses=[[step, v['loss']] for step, v in lines if 'loss' in v],
-            **{name: last.get(f'actnn/{name}') for name in sizes},
+            saved_mib=last.get('actnn/saved_mib'),
+            exact_mib=last.get('actnn/exact_mib'),
+            peak_mib=last.get('actnn/peak_mib'),
         )

@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import traceback
+from pathlib import Path
 
 import pandas
 import torch
@@ -15,9 +17,9 @@ from rich.text import Text
 
 def make_parser(description):
     """Parser of a command line, whose help is the text of a module."""
+    style = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=description, formatter_class=style
     )
 
 
@@ -29,15 +31,10 @@ def check_positive(parser, args, *names):
             parser.error(f'{name} must be 1 or more, got {value}')
 
 
-def require_matplotlib():
-    """Raise a ValueError if figures cannot be drawn."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            'plots need matplotlib, which is not installed: '
-            'pip install "mmactnn[benchmark]"'
-        ) from error
+def require_matplotlib(parser):
+    """Report that figures cannot be drawn."""
+    if importlib.util.find_spec('matplotlib') is None:
+        parser.error('--plot needs pip install "mmactnn[benchmark]"')
 
 
 def make_figure(panels=1, size=(7, 4.5)):
@@ -45,8 +42,8 @@ def make_figure(panels=1, size=(7, 4.5)):
     # Not pyplot: there need not be a display.
     from matplotlib.figure import Figure
 
-    width, height = size
-    figure = Figure(figsize=(width * panels, height), layout='constrained')
+    size = (size[0] * panels, size[1])
+    figure = Figure(figsize=size, layout='constrained')
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
@@ -64,68 +61,39 @@ def make_progress(console):
 
 
 def make_table(rows, title=None, columns=None, formats=None):
-    """Table of rows for the terminal.
-
-    Args:
-        rows (list[dict] | DataFrame): The rows.
-        title (str, optional): Line above. Defaults to none.
-        columns (Sequence[str], optional): Columns. Defaults to all.
-        formats (dict[str, str], optional): Specifications of numbers by
-            column.
-
-    Returns:
-        Table: The table; gaps are empty.
-    """
+    """Table of rows or a frame for the terminal, with formats by column."""
     # Of objects, so that a whole number beside a gap stays one.
     frame = pandas.DataFrame(rows, dtype=object).reindex(columns=columns)
-    table = Table(title=title)
-    for name, values in frame.items():
-        right = any(isinstance(value, (int, float)) for value in values)
-        table.add_column(name, justify='right' if right else 'left')
-        spec = (formats or {}).get(name, '')
-        # Not markup: systems have brackets.
-        frame[name] = [
-            Text(
-                ''
-                if v is None or v != v
-                else format(v, spec)
-                if spec
-                else str(v)
-            )
-            for v in values
-        ]
+    table = Table(*frame.columns, title=title)
+    specs = [(formats or {}).get(name, '') for name in frame.columns]
     for row in frame.itertuples(index=False):
-        table.add_row(*row)
+        # Not markup: systems have brackets.
+        table.add_row(
+            *(
+                Text('' if value is None or value != value else f'{value:{s}}')
+                for value, s in zip(row, specs)
+            )
+        )
     return table
 
 
-def device_name(device):
-    """Name of a GPU, or type of another device."""
-    device = torch.device(device)
+def describe_device(device):
+    """``device_name`` (or type), and the version of torch."""
+    name = device = torch.device(device)
     if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    return device.type
+        name = torch.cuda.get_device_name(device)
+    return dict(device_name=str(name), torch=torch.__version__)
 
 
 def publish(rows, args, title='', device='cuda', formats=None):
-    """Print a table and write it to ``--out``, with where it comes from.
-
-    Args:
-        rows (list[dict]): The rows.
-        args (argparse.Namespace): Settings, with a file ``out`` or None.
-        title (str, optional): Line above, before the device.
-        device (str, optional): Device of the figures. Defaults to 'cuda'.
-        formats (dict[str, str], optional): See :func:`make_table`.
-    """
-    where = dict(device=device_name(device), torch=torch.__version__)
-    title = f'{title}{where["device"]}, torch {where["torch"]}'
+    """Print rows, and write them to ``args.out``, with device and settings."""
+    where = describe_device(device)
+    title += '{device_name}, torch {torch}'.format(**where)
     make_console().print(make_table(rows, title, formats=formats))
     if args.out:
         settings = {k: v for k, v in vars(args).items() if k != 'out'}
-        with open(args.out, 'w') as file:
-            json.dump(
-                dict(where, settings=settings, rows=rows), file, indent=1
-            )
+        text = json.dumps(dict(where, settings=settings, rows=rows), indent=1)
+        Path(args.out).write_text(text)
 
 
 @contextlib.contextmanager

@@ -5,32 +5,26 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 
 from .results import ERROR, OK, TIMEOUT
 
 
 async def run_logged(command, environment, log_path, timeout=None):
-    """Run a command; end it, and its children, if this is interrupted.
+    """Run a command and add its output to a file.
 
-    Args:
-        command (Sequence[str | Path]): The command.
-        environment (dict[str, str]): Its variables.
-        log_path (Path): File to which its output is added.
-        timeout (float, optional): Seconds after which it is killed.
+    After ``timeout`` seconds or an interrupt it is ended, with its children.
 
     Returns:
-        dict: ``result`` (``'ok'``, ``'timeout'`` or ``'error'``), and the
-        ``message`` of an error: the signal that ended the process, the last
-        line of its output or else its exit status.
+        dict: ``result``, and the ``message`` of an error: the signal that
+        ended the process, its last line or else its exit status.
     """
     # Output goes to a file: children would hold a pipe open.
     with open(log_path, 'a') as log:
         start = log.tell()
         code = await _execute(command, environment, log, timeout)
-    if code is None:
-        return dict(result=TIMEOUT, message=None)
-    if code == 0:
-        return dict(result=OK, message=None)
+    if code in (None, 0):
+        return dict(result=TIMEOUT if code is None else OK, message=None)
     if code < 0:
         message = f'killed by {signal.Signals(-code).name}'
     else:
@@ -67,8 +61,4 @@ async def _execute(command, environment, log, timeout):
 
 def exit_on_sigterm():
     """Let SIGTERM raise an exception, upon which processes are ended."""
-
-    def leave(number, frame):
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -17,21 +17,14 @@ FINISHED = (OK, OUT_OF_MEMORY)
 
 
 class Results:
-    """Rows of settings and figures, in files by the name of ``results``.
+    """Rows of trials of a dataclass and their figures, which a folder keeps.
 
-    Attributes:
-        rows (list[dict]): A trial and its figures in each.
-
-    Args:
-        kind (type): Dataclass of the trials.
-        folder (Path, optional): Place of the files. Defaults to no files.
-        csv (bool, optional): Whether to write a csv file, too.
+    ``results.json`` is read again, ``results.csv`` is for other programs.
     """
 
     def __init__(self, kind, folder=None, csv=False):
         self.rows = []
-        self._kind, self._csv = kind, csv
-        self._path = None
+        self._kind, self._csv, self._path = kind, csv, None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self._path = folder / 'results.json'
@@ -41,17 +34,15 @@ class Results:
     def trial(self, row):
         """Trial of a row, with tuples for lists."""
         names = {field.name for field in dataclasses.fields(self._kind)}
-        settings = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in row.items()
-            if name in names
-        }
+        settings = {name: row[name] for name in names & row.keys()}
+        for name, value in settings.items():
+            if isinstance(value, list):
+                settings[name] = tuple(value)
         return self._kind(**settings)
 
     def find(self, trial):
         """Row of a trial, or None."""
-        rows = (row for row in self.rows if self.trial(row) == trial)
-        return next(rows, None)
+        return next((r for r in self.rows if self.trial(r) == trial), None)
 
     def put(self, trial, figures):
         """Row of a trial with new figures in place of earlier ones."""

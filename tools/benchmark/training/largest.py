@@ -1,5 +1,6 @@
 """Search for the largest size that trains."""
 
+import bisect
 import dataclasses
 
 from shared.results import FINISHED, OK, OUT_OF_MEMORY
@@ -11,18 +12,12 @@ QUANTITIES = {'batch': 1, 'image-size': 32, 'depth': 50, 'width': 1}
 
 
 def find_largest(trial, quantity, resolution, measure):
-    """Search for the largest size that trains.
-
-    Args:
-        trial (Trial): Settings at another size.
-        quantity (str): One of ``QUANTITIES``.
-        resolution (int): Sizes are multiples of it.
-        measure (Callable): Returns the row of a trial.
+    """Search for the largest multiple of a resolution that trains.
 
     Returns:
         dict: The size as ``largest``, None if not even the smallest trains,
-        and the row of that size. If a measurement fails by anything but
-        memory, the search ends with that ``result``.
+        and its row by ``measure(trial)``. A failure by anything but memory
+        ends the search.
     """
     rows = {}
 
@@ -44,22 +39,16 @@ def find_largest(trial, quantity, resolution, measure):
 def search_largest(fits, minimum, step):
     """Largest multiple of a step that fits, or None.
 
-    Doubles the smallest one that is no less than the minimum until it does
-    not fit, then bisects: what is less than one that fits is taken to fit.
+    Doubles the smallest that is no less than the minimum, then bisects.
     """
-    fitting = -(-minimum // step)
-    if not fits(fitting * step):
+    high = low = -(-minimum // step)
+    while fits(high * step):
+        low, high = high, 2 * high
+    if low == high:
         return None
-    failing = 2 * fitting
-    while fits(failing * step):
-        fitting, failing = failing, 2 * failing
-    while failing - fitting > 1:
-        middle = (fitting + failing) // 2
-        if fits(middle * step):
-            fitting = middle
-        else:
-            failing = middle
-    return fitting * step
+    between = range(low + 1, high)
+    low += bisect.bisect(between, False, key=lambda n: not fits(n * step))
+    return low * step
 
 
 class _Failed(Exception):
@@ -68,8 +57,9 @@ class _Failed(Exception):
 
 def _resize(trial, quantity, size):
     if quantity == 'batch':
-        return dataclasses.replace(trial, batch_size=size)
-    if quantity == 'image-size':
-        return dataclasses.replace(trial, image_size=(size, size))
-    model = scale_resnet(trial.model, **{quantity: size})
-    return dataclasses.replace(trial, model=model)
+        changes = dict(batch_size=size)
+    elif quantity == 'image-size':
+        changes = dict(image_size=(size, size))
+    else:
+        changes = dict(model=scale_resnet(trial.model, **{quantity: size}))
+    return dataclasses.replace(trial, **changes)

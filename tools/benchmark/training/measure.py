@@ -1,6 +1,7 @@
 """Measurement of a trial in this process."""
 
 import math
+import re
 import statistics
 import time
 
@@ -20,20 +21,13 @@ _DTYPES = dict(fp16=torch.float16, bf16=torch.bfloat16)
 
 # Words of errors about memory that are not of torch's own class: those of the
 # allocator of the CPU, of CUDA itself and of its libraries.
-_OUT_OF_MEMORY_MESSAGES = (
-    'out of memory',
-    'not enough memory',
-    "can't allocate memory",
-    'ALLOC_FAILED',
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
 )
 
 
 class Training:
-    """A model in training, by one system, on one batch.
-
-    Args:
-        trial (Trial): Settings.
-    """
+    """A model in training, by one system, on one batch of a trial."""
 
     def __init__(self, trial):
         self.trial = trial
@@ -46,27 +40,17 @@ class Training:
         # Random images teach nothing: the rate only has to keep it finite.
         self.optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
         self.dtype = _DTYPES.get(trial.precision)
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.dtype == torch.float16
-        )
+        scales = self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scales)
 
     def step(self, meter=None):
-        """Train on the batch once.
-
-        Args:
-            meter (ActivationMeter, optional): Counts what is saved.
-
-        Returns:
-            Tensor: The loss.
-        """
+        """Loss of a step, in which a meter counts what is saved."""
         self.optimizer.zero_grad()
-        context = self.system.forward_context(
-            self.model, self.trial.batch_size, meter
-        )
-        autocast = torch.autocast(
-            self.device.type, self.dtype, enabled=self.dtype is not None
-        )
-        with context, autocast:
+        batch_size, amp = self.trial.batch_size, self.dtype is not None
+        with (
+            self.system.forward_context(self.model, batch_size, meter),
+            torch.autocast(self.device.type, self.dtype, enabled=amp),
+        ):
             loss = self.compute_loss()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -74,12 +58,7 @@ class Training:
         return loss.detach()
 
     def timed_step(self):
-        """Train on the batch once.
-
-        Returns:
-            tuple[float, float]: Seconds until the call has returned, and
-            until the device has done it.
-        """
+        """Seconds until a step has returned, and until it is done."""
         self.synchronize()
         start = time.perf_counter()
         self.step()
@@ -99,61 +78,51 @@ class Training:
         self.synchronize()
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
-        seconds = statistics.median(
-            self.timed_step()[1] for _ in range(self.trial.steps)
-        )
-        figures = dict(
+        steps = range(self.trial.steps)
+        seconds = statistics.median(self.timed_step()[1] for _ in steps)
+        peak = reserved = None
+        if self.on_gpu:
+            peak = _mib(torch.cuda.max_memory_allocated(self.device))
+            reserved = _mib(torch.cuda.max_memory_reserved(self.device))
+        return dict(
             images_per_s=round(self.trial.batch_size / seconds, 2),
             ms_per_step=round(1e3 * seconds, 3),
-            peak_mib=None,
+            peak_mib=peak,
+            reserved_mib=reserved,
         )
-        if self.on_gpu:
-            peak = torch.cuda.max_memory_allocated(self.device)
-            reserved = torch.cuda.max_memory_reserved(self.device)
-            figures.update(peak_mib=_mib(peak), reserved_mib=_mib(reserved))
-        return figures
 
     def measure_activations(self):
         """Figures of what one step keeps for the backward pass."""
         with mmactnn.measure_activations(self.model) as meter:
             loss = self.step(meter).item()
-        figures = dict(
+        pinned, swap = 0, attached_swap(self.model)
+        if swap is not None:
+            pinned = swap.host_bytes
+        elif self.on_gpu:
+            pinned = torch.cuda.host_memory_stats()['allocated_bytes.peak']
+        return dict(
             activations_mib=_mib(meter.saved_bytes),
             on_host_mib=_mib(meter.swapped_bytes),
+            pinned_mib=_mib(pinned),
             loss=round(loss, 6),
             finite=math.isfinite(loss),
         )
-        if self.on_gpu:
-            swap = attached_swap(self.model)
-            pinned = torch.cuda.host_memory_stats()['allocated_bytes.peak']
-            figures.update(
-                pinned_mib=_mib(swap.host_bytes if swap else pinned)
-            )
-        return figures
 
 
 def measure(trial):
-    """Measure a trial.
+    """Result of a trial, figures by name with the unit, and the device.
 
-    Args:
-        trial (Trial): Settings. Its system must be the only one that the
-            process trains with.
-
-    Returns:
-        dict: ``result`` (``'ok'`` or ``'out of memory'``), figures by name
-        with the unit, and the device.
+    Its system must be the only one that the process trains with.
     """
     device = torch.device(trial.device)
-    where = dict(device_name=output.device_name(device))
-    where['torch'] = torch.__version__
+    where = output.describe_device(device)
     limit_memory(device, trial.memory_limit_mib)
     try:
         training = Training(trial)
         figures = training.measure_speed() | training.measure_activations()
         if trial.timeline:
             events = trace.profile_steps(training, steps=1)
-            samples = trace.follow_memory(events, training.on_gpu)
-            figures.update(samples=samples)
+            figures['samples'] = trace.follow_memory(events, training.on_gpu)
         if trial.trace:
             events = trace.profile_steps(training, trial.trace)
             figures.update(trace.overlap(events))
@@ -173,18 +142,15 @@ def limit_memory(device, limit_mib):
             f'a memory limit needs the CUDA allocator, got device {device}'
         )
     total = torch.cuda.get_device_properties(device).total_memory
-    with torch.cuda.device(device):
-        # Some versions of torch take no device without an index.
-        torch.cuda.set_per_process_memory_fraction(
-            min(1.0, limit_mib * MIB / total)
-        )
+    share = min(1.0, limit_mib * MIB / total)
+    # Some versions of torch take no device without an index.
+    torch.cuda.set_per_process_memory_fraction(share, device.index or 0)
 
 
 def is_out_of_memory(error):
     """Whether an error says that there was not enough memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        message in str(error) for message in _OUT_OF_MEMORY_MESSAGES
-    )
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def _mib(nbytes):

@@ -5,45 +5,36 @@ import re
 import torch
 import torch.nn.functional as F
 
-CLASSES = 1000
-
 
 def build_task(trial):
     """Build the model and the batch of a trial, always the same.
 
-    Args:
-        trial (Trial): Its model is the path of a config of MMDetection,
-            MMSegmentation or MMPretrain, a config of an installed package
-            (``mmdet::retinanet/retinanet_r50_fpn_1x_coco.py``), the name of
-            a classifier of torchvision (``resnet50``), or a ResNet of any
-            size (``resnet:depth=302,width=64``).
+    The model is the path of a config of OpenMMLab, a config of an installed
+    package (``mmdet::path``), the name of a classifier of torchvision, or a
+    ResNet of any size (``resnet:depth=302,width=64``).
 
     Returns:
         tuple[nn.Module, Callable]: The model, in training mode, and a
         function that returns its loss on the batch.
-
-    Raises:
-        ValueError: If there is no such model.
     """
     torch.manual_seed(0)
-    layout = torch.contiguous_format
+    layout = torch.preserve_format
     if trial.channels_last:
         layout = torch.channels_last
-    classifier = None
-    if not is_config(trial.model):
-        classifier = build_classifier(trial.model).train()
-    size = (trial.batch_size, 3, *trial.image_size)
-    images = torch.randn(size, device=trial.device).to(memory_format=layout)
-    if classifier is not None:
-        labels = torch.randint(CLASSES, size[:1], device=trial.device)
-        model = classifier.to(device=trial.device, memory_format=layout)
-        return model, lambda: F.cross_entropy(model(images), labels)
-    # Imports MMEngine, which classifiers do not need.
-    from mmactnn.mmlab import synthetic
+    size, device = (trial.batch_size, 3, *trial.image_size), trial.device
+    if is_config(trial.model):
+        # Imports MMEngine, which classifiers do not need.
+        from mmactnn.mmlab import synthetic
 
-    config = synthetic.load_config(trial.model, trial.cfg_options)
-    model, compute_loss = synthetic.build_task(config, images)
-    return model.to(memory_format=layout), compute_loss
+        config = synthetic.load_config(trial.model, trial.cfg_options)
+        images = torch.randn(size, device=device).to(memory_format=layout)
+        model, compute_loss = synthetic.build_task(config, images)
+        return model.to(memory_format=layout), compute_loss
+    model = build_classifier(trial.model).train()
+    images = torch.randn(size, device=device).to(memory_format=layout)
+    labels = torch.randint(1000, size[:1], device=device)
+    model = model.to(device=device, memory_format=layout)
+    return model, lambda: F.cross_entropy(model(images), labels)
 
 
 def is_config(name):
@@ -62,21 +53,17 @@ def build_classifier(name):
             resnet_blocks(size['depth']),
             width_per_group=size['width'],
         )
-    make = getattr(torchvision.models, name, None)
-    if make is None:
+    if not hasattr(torchvision.models, name):
         raise ValueError(
             'a model must be a config (PATH.py or package::PATH.py), a '
             'classifier of torchvision or resnet:depth=D,width=W; got '
             f'{name!r}'
         )
-    return make()
+    return getattr(torchvision.models, name)()
 
 
 def parse_resnet(name):
-    """``depth`` and ``width`` of ``resnet:depth=...,width=...``, as a dict.
-
-    One of both may be missing, and is that of ResNet-152 then.
-    """
+    """Dict of ``depth`` and ``width``, by default those of ResNet-152."""
     found = re.fullmatch(r'resnet:((depth|width)=\d+(,(?!$)|$)){1,2}', name)
     if not found:
         raise ValueError(
@@ -96,9 +83,8 @@ def scale_resnet(name, **size):
 def resnet_blocks(depth):
     """Blocks in the stages of a ResNet, as those of torchvision go on.
 
-    The third stage takes what is added, three layers a block; what is left
-    over is dropped. The other stages are those of ResNet-50, or from 152
-    layers on those of ResNet-152.
+    The third stage takes what is added, three layers a block. The others are
+    those of ResNet-50, or from 152 layers on those of ResNet-152.
     """
     first, second, last = 3, 8 if depth >= 152 else 4, 3
     # The stem and the classifier are a layer each.

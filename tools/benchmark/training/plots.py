@@ -9,15 +9,7 @@ from .trial import file_name, short_name
 
 
 def write_plots(rows, folder):
-    """Draw what the rows have something for; yield the files.
-
-    Args:
-        rows (list[dict]): Rows of trials.
-        folder (Path): Place of the figures, as png.
-
-    Yields:
-        Path: A file.
-    """
+    """Draw what rows have something for as png files; yield their paths."""
     for model, group in pandas.DataFrame(rows).groupby('model', sort=False):
         for plot in (plot_throughput, plot_memory, plot_timeline):
             figure = plot(group)
@@ -65,24 +57,20 @@ def plot_memory(rows):
     size = max(sizes, key=lambda size: (sizes.count(size), size))
     trained = trained[[other == size for other in sizes]]
     figure, (axes,) = output.make_figure()
-    for shift, key in ((-0.2, 'activations_mib'), (0.2, 'peak_mib')):
-        # Without a GPU there is no peak.
-        heights = trained[key].astype(float).fillna(0)
-        places = [place + shift for place in range(len(trained))]
-        axes.bar(places, heights, 0.4, label=key.removesuffix('_mib'))
-    axes.set_xticks(range(len(trained)), trained.system, rotation=20)
+    bars = trained.set_index('system')[['activations_mib', 'peak_mib']]
+    # Without a GPU there is no peak.
+    bars.astype(float).fillna(0).plot.bar(ax=axes, rot=20, width=0.8)
     batch, (height, width) = size
-    axes.set(ylabel=f'MiB, batch {batch} of {height}x{width}')
-    axes.legend()
+    axes.set(xlabel='', ylabel=f'MiB, batch {batch} of {height}x{width}')
     return figure
 
 
 def plot_timeline(rows):
-    """Memory through one step, or None if no row has a timeline."""
-    if 'samples' not in rows or not rows.samples.notna().any():
+    """Memory through one step, or None if there are no timelines."""
+    if 'samples' not in rows or rows.samples.isna().all():
         return None
     figure, (axes,) = output.make_figure()
-    for row in rows[rows.samples.notna()].itertuples():
+    for row in rows.dropna(subset='samples').itertuples():
         label = f'{row.system}, batch {row.batch_size}'
         style = dict(drawstyle='steps-post', linewidth=1)
         axes.plot(*zip(*row.samples), label=label, **style)

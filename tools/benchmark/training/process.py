@@ -17,11 +17,7 @@ _SCRIPT = Path(__file__).parents[1] / 'train.py'
 
 
 def run_trial(trial, timeout=None):
-    """Measure a trial in a new process.
-
-    Args:
-        trial (Trial): Settings.
-        timeout (float, optional): Seconds after which it is killed.
+    """Measure a trial in a new process, killed after ``timeout`` seconds.
 
     Returns:
         dict: Figures of :func:`training.measure.measure`, or those of

@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
+from functools import partial
 
 import torch
 from torch.autograd.graph import save_on_cpu
@@ -15,31 +15,20 @@ from mmactnn.offload import attached_swap
 
 from .trial import PRECISIONS
 
-# Names of a switch that recomputes blocks: of models of OpenMMLab, and of the
-# DenseNets of torchvision.
+# Switches of OpenMMLab's models and of torchvision's DenseNets that recompute
+# blocks, and classes of the blocks of models without one.
 _SWITCHES = ('with_cp', 'memory_efficient')
-
-# Classes of the blocks of models without one, as in torchvision.
 _BLOCKS = ('BasicBlock', 'Bottleneck')
 
 _KINDS = ('exact', 'checkpoint', 'save_on_cpu', 'compile')
-
-_ALLOCATOR = 'PYTORCH_ALLOC_CONF'
 
 
 @dataclasses.dataclass(frozen=True)
 class System:
     """A way to train.
 
-    Attributes:
-        kind (str): One of ``_KINDS``, or ``'level'``.
-        precision (str, optional): One of ``PRECISIONS``; None follows the
-            run.
-        level (Level, optional): Of the last kind.
-        budget (float, optional): Share of the activations that a compiled
-            model may keep.
-        window_mib (float, optional): Device memory of copies under way, of a
-            level that swaps.
+    Its ``budget`` is the share of the activations that a compiled model may
+    keep, ``window_mib`` the device memory of copies of a level that swaps.
     """
 
     kind: str
@@ -53,8 +42,9 @@ class System:
         """dict[str, str]: Variables that its process needs."""
         if self.level is None or not self.level.expandable:
             return {}
-        settings = [os.environ.get(_ALLOCATOR), 'expandable_segments:True']
-        return {_ALLOCATOR: ','.join(filter(None, settings))}
+        name = 'PYTORCH_ALLOC_CONF'
+        settings = [os.environ.get(name), 'expandable_segments:True']
+        return {name: ','.join(filter(None, settings))}
 
     def prepare(self, model, batch_size):
         """Change a model in place, for data of a batch."""
@@ -70,11 +60,7 @@ class System:
             model.compile()
 
     def forward_context(self, model, batch_size, meter=None):
-        """Context of a forward pass of a prepared model.
-
-        A meter is told what is saved, where the context hides it from the
-        meter's own hooks.
-        """
+        """Context of a forward pass, whose own hooks tell a meter, too."""
         if self.kind == 'save_on_cpu':
             return _SaveOnCPU(next(model.parameters()).is_cuda, meter)
         if self.level is not None and self.level.use_gradient:
@@ -84,21 +70,13 @@ class System:
 
 
 def parse_system(name):
-    """A system by name.
+    """A system by name; a ValueError says that there is none.
 
-    Args:
-        name (str): ``exact``, ``checkpoint`` (blocks are computed again),
-            ``save_on_cpu`` (torch's), ``compile``, ``compile:0.3`` (keeping
-            that share of the activations), a level (``L3``), or a level and
-            what differs from it as json (``L3:{"conv": 4}``), perhaps with
-            the ``window_mib`` of its swap; and perhaps the precision
-            (``exact+fp16``).
-
-    Returns:
-        System: The system.
-
-    Raises:
-        ValueError: If there is no such system.
+    ``exact``, ``checkpoint`` (blocks are computed again), ``save_on_cpu``
+    (torch's), ``compile``, ``compile:0.3`` (keeping that share of the
+    activations), a level (``L3``), or a level and what differs from it as
+    json (``L3:{"conv": 4}``), perhaps with the ``window_mib`` of its swap;
+    and perhaps the precision (``exact+fp16``).
     """
     base, _, precision = name.rpartition('+')
     if precision not in PRECISIONS:
@@ -128,28 +106,23 @@ def parse_system(name):
 
 
 def checkpoint_blocks(model):
-    """Let the blocks of a model be computed again in the backward pass.
-
-    By its own switches if it has any, else by a checkpoint around each
-    residual block; a ValueError says that it has neither.
-    """
-    found = False
+    """Let blocks be computed again, by a model's own switches if it can."""
+    found, blocks = False, []
     for module in model.modules():
+        if type(module).__name__ in _BLOCKS:
+            blocks.append(module)
         for switch in _SWITCHES:
             if isinstance(getattr(module, switch, None), bool):
                 setattr(module, switch, True)
                 found = True
-    blocks = [m for m in model.modules() if type(m).__name__ in _BLOCKS]
     if not found and not blocks:
         raise ValueError(
-            f'checkpoint needs a model with modules that have one of '
-            f'{_SWITCHES}, or of a class in {_BLOCKS}, got '
-            f'{type(model).__name__}'
+            f'checkpoint needs modules with one of {_SWITCHES}, or of a class '
+            f'in {_BLOCKS}, got {type(model).__name__}'
         )
     for block in () if found else blocks:
-        block.forward = functools.partial(
-            checkpoint, block.forward, use_reentrant=False
-        )
+        forward = block.forward
+        block.forward = partial(checkpoint, forward, use_reentrant=False)
 
 
 class _SaveOnCPU(save_on_cpu):

@@ -1,6 +1,5 @@
 """Profile of training steps: memory, and copies beside computation."""
 
-import contextlib
 import json
 import tempfile
 from pathlib import Path
@@ -12,21 +11,17 @@ from mmactnn.codes.units import MIB
 
 
 def profile_steps(training, path=None, steps=2):
-    """Events of steps of a training, and a chrome trace if there is a path.
-
-    Times are in microseconds.
-    """
+    """Events of steps, times in microseconds; a path gets a chrome trace."""
     training.synchronize()
     with torch.profiler.profile(profile_memory=True) as profile:
         for _ in range(steps):
             training.step()
         training.synchronize()
-    with contextlib.ExitStack() as stack:
-        if path is None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            path = Path(folder, 'trace.json')
+    with tempfile.NamedTemporaryFile(suffix='.json') as file:
+        path = Path(path or file.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(path))
-        return json.loads(Path(path).read_text())['traceEvents']
+        return json.loads(path.read_text())['traceEvents']
 
 
 def follow_memory(events, on_gpu):
@@ -47,9 +42,9 @@ def follow_memory(events, on_gpu):
 
 
 def overlap(events):
-    """Milliseconds of copies between host and device, and of kernels.
+    """Milliseconds of kernels and of copies between host and device.
 
-    And the share of the former while one of the latter runs.
+    And the share of the latter while one of the former runs.
     """
     kernels = _spans(events, 'kernel', '')
     copies = _spans(events, 'gpu_memcpy', 'HtoD', 'DtoH')

@@ -10,20 +10,10 @@ PRECISIONS = ('fp32', 'fp16', 'bf16')
 class Trial:
     """A model that one system trains for some steps on one batch.
 
-    Attributes:
-        model (str): Model, see :func:`training.models.build_task`.
-        system (str): System, see :func:`training.systems.parse_system`.
-        batch_size (int): Images in the batch.
-        image_size (tuple[int, int]): Height and width of the images.
-        precision (str): One of ``PRECISIONS``, by autocast.
-        channels_last (bool): Whether images and weights are in that layout.
-        cfg_options (tuple[str]): Overrides ``KEY=VALUE`` of a config.
-        device (str): Device of the training.
-        warmup (int): Steps before those that count.
-        steps (int): Steps that count.
-        memory_limit_mib (float, optional): Most memory of the GPU.
-        timeline (bool): Whether the memory is followed through one step.
-        trace (str, optional): File for a trace of two steps.
+    For ``model`` see :func:`training.models.build_task`, for ``system``
+    :func:`training.systems.parse_system`. The size of images is height and
+    width, the precision is autocast's. With a timeline the memory is followed
+    through one step, and ``trace`` is a file for a trace of two steps.
     """
 
     model: str
@@ -41,9 +31,9 @@ class Trial:
     trace: str | None = None
 
     def __str__(self):
-        model, (height, width) = short_name(self.model), self.image_size
-        size = f'batch {self.batch_size} of {height}x{width}'
-        return f'{model} {self.system}, {size}'
+        size = '{}x{}'.format(*self.image_size)
+        name = f'{short_name(self.model)} {self.system}'
+        return f'{name}, batch {self.batch_size} of {size}'
 
 
 def short_name(model):
