@@ -116,7 +116,8 @@ def make_trials(args):
             steps=args.steps,
             memory_limit_mib=args.memory_limit,
             timeline=args.timeline,
-            trace=trace and f'{trace}/{file_name(model + system)}_{size}.json',
+            trace=trace
+            and f'{trace}/{file_name(f"{model}_{system}_{size}")}.json',
         )
         for model in args.models
         for size in sizes

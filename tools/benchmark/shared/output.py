@@ -11,7 +11,7 @@ import pandas
 import torch
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 
@@ -51,7 +51,7 @@ def make_console():
     """The terminal, or a log with lines wide enough for tables."""
     console = Console()
     # A log has no width of its own.
-    return console if console.is_terminal else Console(width=140)
+    return console if console.is_terminal else Console(width=180)
 
 
 def make_progress(console):
@@ -64,7 +64,8 @@ def make_table(rows, title=None, columns=None, formats=None):
     """Table of rows or a frame for the terminal, with formats by column."""
     # Of objects, so that a whole number beside a gap stays one.
     frame = pandas.DataFrame(rows, dtype=object).reindex(columns=columns)
-    table = Table(*frame.columns, title=title)
+    columns = (Column(name, overflow='fold') for name in frame.columns)
+    table = Table(*columns, title=title)
     specs = [(formats or {}).get(name, '') for name in frame.columns]
     for row in frame.itertuples(index=False):
         # Not markup: systems have brackets.
