@@ -1,6 +1,7 @@
 """Tests of tools/benchmark/accuracy.py and its parts."""
 
 import asyncio
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -8,11 +9,18 @@ from pathlib import Path
 import pytest
 from support.tools import ROOT, load_tool
 
-from comparison import plots, report, run, schedule
-from comparison.results import Results
-from comparison.run import ERROR, OK, TIMEOUT, UNFINISHED, Run
-from comparison.scalars import read_figures
-from comparison.summary import summarize
+pytest.importorskip('pandas')
+
+from comparison import plots, run, schedule  # noqa: E402
+from comparison.run import Run  # noqa: E402
+from comparison.summary import summarize  # noqa: E402
+from shared.results import (  # noqa: E402
+    ERROR,
+    OK,
+    TIMEOUT,
+    UNFINISHED,
+    Results,
+)
 
 accuracy = load_tool('benchmark/accuracy.py')
 
@@ -115,10 +123,14 @@ def calls(tmp_path):
     return [json.loads(line) for line in (tmp_path / 'calls').open()]
 
 
-def compare(tmp_path, *arguments):
+def compare(tmp_path, *arguments, fails=False):
     """Run the tool; return its results."""
     out = tmp_path / 'out'
-    accuracy.main([*arguments, '--out', str(out)])
+    with (
+        contextlib.suppress(SystemExit) if fails else contextlib.nullcontext()
+    ):
+        accuracy.main([*arguments, '--out', str(out)])
+        assert not fails
     return json.loads((out / 'results.json').read_text())
 
 
@@ -137,12 +149,6 @@ def make_row(level='L0', seed=0, evaluations=(), losses=((1, 2.0),), **more):
         saved_mib={'L0': 80.0, 'L3': 10.0}[level],
     )
     return {**row, **more}
-
-
-def write_scalars(work_dir, part, lines):
-    path = work_dir / part / 'vis_data' / 'scalars.json'
-    path.parent.mkdir(parents=True)
-    path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
 
 class TestTool:
@@ -164,8 +170,9 @@ class TestTool:
         assert 'not trained to the end' not in text
 
         assert compare(tmp_path, *command) == rows
-        assert compare(tmp_path) == rows
+        assert compare(tmp_path, '--plot') == rows
         assert len(calls(tmp_path)) == 8
+        assert (tmp_path / 'out' / 'small_accuracy.png').stat().st_size
         assert capsys.readouterr().out.count('-0.500') == 4
 
     def test_probe(self, configs, tmp_path):
@@ -189,8 +196,10 @@ class TestTool:
 
     def test_failures_are_tried_again(self, configs, tmp_path, capsys):
         command = configs(small='fail') + ['--seeds', '0', '--gpus', '0']
-        for row in compare(tmp_path, *command):
+        for row in compare(tmp_path, *command, fails=True):
             assert (row['result'], row['message']) == (ERROR, 'no data')
+        # A report trains nothing that could fail.
+        assert len(compare(tmp_path)) == 2
         assert 'L3 seed 0: error (no data)' in capsys.readouterr().out
         configs(small='')
         for row in compare(tmp_path, *command):
@@ -199,7 +208,7 @@ class TestTool:
     def test_timeout(self, configs, tmp_path):
         (row,) = compare(
             tmp_path, *configs(small='hang'), '--seeds', '0', '--levels', 'L0',
-            '--gpus', '0', '--timeout', '0.5',
+            '--gpus', '0', '--timeout', '0.5', fails=True,
         )  # fmt: skip
         assert (row['result'], row['losses']) == (TIMEOUT, [])
 
@@ -208,7 +217,7 @@ class TestTool:
         logs = [tmp_path / run.name / 'log.txt' for run in runs]
 
         async def train(run, slot):
-            await schedule.train_run(run, tmp_path, slot)
+            await run.train(tmp_path, slot)
 
         async def interrupt():
             slots = schedule.make_slots(0, 2)
@@ -257,8 +266,8 @@ class TestArguments:
         [
             (['nowhere.py'], "must be a file, got 'nowhere.py'"),
             ([__file__, __file__], 'names of their own'),
-            (['--probe', 'other.py', __file__], 'must follow one of'),
-            (['--per-gpu', '0'], '--per-gpu 1 or more'),
+            (['--probe', 'other.py', __file__], 'must follow a config'),
+            (['--per-gpu', '0'], 'per_gpu must be 1 or more'),
             (['--levels', 'L9'], "invalid choice: 'L9'"),
         ],
     )
@@ -268,17 +277,15 @@ class TestArguments:
         assert message in capsys.readouterr().err
 
     def test_other_settings_need_another_folder(self, tmp_path):
-        results = Results(tmp_path)
-        assert results.begin(Run('a/small.py', 'L0', 0, ('x=1',)))
-        again = Results(tmp_path)
-        assert again.begin(Run('a/small.py', 'L0', 0, ('x=1',)))
-        assert again.begin(Run('a/small.py', 'L0', 1))
-        for other in (
-            Run('a/small.py', 'L0', 0),
-            Run('b/small.py', 'L0', 0, ('x=1',)),
-        ):
-            with pytest.raises(ValueError, match='need another folder'):
-                again.begin(other)
+        results = Results(Run, tmp_path)
+        first = Run('a/small.py', 'L0', 0, ('x=1',))
+        more = [first, Run('a/small.py', 'L0', 1)]
+        assert accuracy.begin([first], results) == [first]
+        again = Results(Run, tmp_path)
+        assert accuracy.begin(more, again) == more
+        other = Run('b/small.py', 'L0', 0, ('x=1',))
+        with pytest.raises(ValueError, match='need another folder'):
+            accuracy.begin([other], again)
 
 
 class TestSlots:
@@ -311,44 +318,6 @@ class TestSlots:
         asyncio.run(schedule.train_all(range(6), ['a', 'b', 'c'], train))
         assert len(most) == 6 and max(most) == 3
 
-    def test_errors_are_raised(self):
-        async def fail(_, slot):
-            raise RuntimeError(f'in {slot}')
-
-        with pytest.raises(RuntimeError, match='in only'):
-            asyncio.run(schedule.train_all([1, 2], ['only'], fail))
-
-
-class TestScalars:
-    def test_parts_of_a_training(self, tmp_path):
-        first = [
-            dict(loss=3.0, step=1, epoch=1),
-            dict(mIoU=10.0, other=1, step=1),
-            dict(loss=2.0, step=2, epoch=2),
-            dict(loss=1.5, step=3, epoch=2),
-        ]
-        second = [
-            {'loss': 1.9, 'step': 2, 'epoch': 2, 'actnn/saved_mib': 4.0},
-            dict(mIoU=20.0, step=2),
-        ]
-        write_scalars(tmp_path, '20260102', second)
-        write_scalars(tmp_path, '20260101', first)
-        figures = read_figures(tmp_path, None, ['mAP', 'mIoU'])
-        assert figures == dict(
-            metric='mIoU',
-            unit='epoch',
-            evaluations=[[1, 10.0], [2, 20.0]],
-            losses=[[1, 3.0], [2, 1.9], [3, 1.5]],
-            saved_mib=None,
-            exact_mib=None,
-            peak_mib=None,
-        )
-
-    def test_nothing_logged(self, tmp_path):
-        figures = read_figures(tmp_path, tmp_path, ['mIoU'])
-        assert figures['metric'] is None and figures['unit'] == 'iteration'
-        assert figures['losses'] == figures['evaluations'] == []
-
 
 class TestSummary:
     def test_last_common_evaluation(self):
@@ -359,11 +328,15 @@ class TestSummary:
             make_row('L3', 1, [(10, 1.0), (20, 6.0), (30, 9.0)]),
         ]
         (summary,) = summarize(rows)
-        assert (summary.step, summary.seeds) == (20, [0, 1])
-        assert summary.mean('L0') == 5.0 and summary.mean('L3') == 4.5
-        steps, curves = summary.curves('L3', 'evaluations')
-        assert (steps, curves) == ([10, 20], [[1.0, 3.0], [1.0, 6.0]])
-        assert len(report.unfinished(rows)) == 2
+        assert summary.seeds == [0, 1]
+        assert list(summary.evaluations['L3'].index) == [10, 20]
+        common = dict(config='small', metric='mIoU', at='epoch 20')
+        exact, ours = summary.table()
+        assert exact == {
+            **common, 'level': 'L0', 'seed 0': 4.0, 'seed 1': 6.0,
+            'mean': 5.0, 'activations, MiB': 80.0,
+        }  # fmt: skip
+        assert (ours['mean'], ours['difference']) == (4.5, -0.5)
 
     def test_seeds_that_were_cut_are_left_out(self):
         rows = [
@@ -374,17 +347,13 @@ class TestSummary:
             dict(config='small.py', level='L0', seed=2, result=UNFINISHED),
         ]
         (summary,) = summarize(rows)
-        assert (summary.seeds, summary.left_out) == ([0], [1, 2])
-        assert summary.value('L0', 1) is None
-        assert summary.mean('L0') == 1.0
+        assert summary.seeds == [0]
+        assert [row['mean'] for row in summary.table()] == [1.0, 3.0]
 
     def test_without_evaluations(self):
         (summary,) = summarize([make_row('L0'), make_row('L3')])
-        assert summary.step is None and summary.mean('L0') is None
-        assert summary.curves('L3', 'losses') == ([1], [[2.0]])
-        report.make_table([summary])
-
-    def test_nothing_to_compare(self):
+        assert 'mean' not in summary.table()[0]
+        assert summary.losses['L3', 0].to_dict() == {1: 2.0}
         assert summarize([]) == []
         assert summarize([make_row('L0'), make_row('L3', losses=[])]) == []
 
@@ -423,9 +392,7 @@ class TestPlots:
                 )
         assert (metric.get_xlabel(), metric.get_ylabel()) == ('epoch', 'mIoU')
 
-    def test_files(self, tmp_path):
+    def test_without_evaluations(self):
         pytest.importorskip('matplotlib')
         summary = self.summary(L0=False, L3=False)
         assert len(plots.plot(summary).axes) == 1
-        (path,) = plots.write_plots([summary], tmp_path)
-        assert path.name == 'small_accuracy.png' and path.stat().st_size

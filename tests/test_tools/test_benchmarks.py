@@ -9,6 +9,8 @@ import torch
 from support.tools import load_tool
 from torch import nn
 
+pytest.importorskip('pandas')
+
 
 class Small(nn.Module):
     """With a parameter of every kind that ResNet-50 has."""
@@ -42,6 +44,8 @@ def test_gradient_error():
     assert images.shape == (4, 3, 32, 32)
     exact = tool.gradients(tool.make_model(args), images, labels)
     assert tool.relative(exact, exact, ('conv', 'gamma')) == 0
+    double = {kind: 2 * vector for kind, vector in exact.items()}
+    assert tool.relative(double, exact) == pytest.approx(1)
     fixed, followed = 'L2:{"conv":2,"norm":2}', 'L3:{"use_gradient":true}'
     rows = {
         level: tool.measure(args, level, exact, images, labels)
@@ -57,20 +61,32 @@ def test_gradient_error():
     assert torch.tensor([row['ratio'] for row in rows.values()]).gt(3).all()
 
 
+def test_gradient_error_names_what_failed(monkeypatch, capsys):
+    tool = load_tool('benchmark/gradient_error.py')
+
+    def measure(args, name, *_):
+        return dict(level=name, error=1 / (name != 'L1'))
+
+    monkeypatch.setattr(tool, 'measure', measure)
+    options = '--device cpu --batch-size 2 --image-size 32 --levels L1 L2'
+    with pytest.raises(SystemExit, match='L1: ZeroDivisionError') as error:
+        tool.main(options.split())
+    assert error.value.code and 'L2' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
-    'options',
+    'name, options, message',
     [
-        ['--levels', 'exact'],
-        ['--levels', 'L9'],
-        ['--levels', 'L3:{"conv":9}'],
-        ['--group-size', '100'],
+        ('gradient_error', ['--levels', 'exact'], "got 'exact'"),
+        ('gradient_error', ['--group-size', '100'], '100'),
+        ('host_time', ['--turns', '0'], 'must be 1 or more, got 0'),
     ],
 )
-def test_gradient_error_of_nothing(options, capsys):
-    tool = load_tool('benchmark/gradient_error.py')
+def test_rejects(name, options, message, capsys):
+    tool = load_tool(f'benchmark/{name}.py')
     with pytest.raises(SystemExit):
         tool.parse_args(options)
-    assert options[1].partition(':')[0] in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 SMALL_RETINANET = (
@@ -85,17 +101,6 @@ SMALL_RETINANET = (
 def test_host_time(tmp_path, monkeypatch, capsys):
     tool = load_tool('benchmark/host_time.py')
     out = tmp_path / 'rows.json'
-    monkeypatch.setattr(
-        sys,
-        'argv',
-        [
-            'host_time.py',
-            *('--model', 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'),
-            *('--device', 'cpu', '--batch-size', '1', '--warmup', '0'),
-            *('--image-size', '64', '64', '--turns', '2', '--steps', '1'),
-            *('--cfg-options', *SMALL_RETINANET, '--out', str(out)),
-        ],
-    )
     turns = []
     timed_step = tool.Training.timed_step
     monkeypatch.setattr(
@@ -105,7 +110,16 @@ def test_host_time(tmp_path, monkeypatch, capsys):
             turns.append(training.trial.system) or timed_step(training)
         ),
     )
-    tool.main()
+    with pytest.raises(SystemExit, match='failed:\n  broken: ValueError'):
+        tool.main(
+            [
+                *('--model', 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'),
+                *('--device', 'cpu', '--batch-size', '1', '--warmup', '0'),
+                *('--image-size', '64', '64', '--turns', '2', '--steps', '1'),
+                *('--systems', 'exact', 'broken', 'L3'),
+                *('--cfg-options', *SMALL_RETINANET, '--out', str(out)),
+            ]
+        )
     assert turns == ['exact', 'L3'] * 2
     result = json.loads(out.read_text())
     exact, compressed = result['rows']
@@ -119,15 +133,29 @@ def test_host_time(tmp_path, monkeypatch, capsys):
     assert 'batch 1' in capsys.readouterr().out
 
 
-def test_quartiles():
-    tool = load_tool('benchmark/host_time.py')
-    assert tool.quartiles([5.0]) == [5.0] * 3
-    assert tool.quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == [2.0, 3.0, 4.0]
+def test_kernel_speed(monkeypatch):
+    tool = load_tool('benchmark/kernel_speed.py')
 
+    def median_ms(function, written):
+        function()
+        return 1.0
 
-@pytest.mark.parametrize('option', ['--turns', '--steps', '--batch-size'])
-def test_host_time_of_nothing(option, capsys):
-    tool = load_tool('benchmark/host_time.py')
-    with pytest.raises(SystemExit):
-        tool.parse_args([option, '0'])
-    assert 'must be 1 or more, got 0' in capsys.readouterr().err
+    monkeypatch.setattr(tool, 'median_ms', median_ms)
+
+    def stop(x):
+        yield 'first', [x], [x], lambda: None
+        raise RuntimeError('no such kernel')
+
+    monkeypatch.setattr(tool, 'CASES', (*tool.CASES, stop))
+    failures, shape = {}, (2, 8, 16, 16)
+    rows = list(tool.measure(shape, torch.float32, True, failures, 'cpu'))
+    shares = {row['kernel']: row['share'] for row in rows}
+    assert len(shares) == len(rows) > 60
+    assert shares['dropout'] == shares['first'] == 1
+    assert shares['relu forward in place'] == 1.016
+    assert shares['norm add relu 8 bit'] > 1.5
+    assert failures == {
+        'stop [2, 8, 16, 16] float32 channels_last': (
+            'RuntimeError: no such kernel'
+        )
+    }

@@ -5,19 +5,22 @@ import json
 import pytest
 from support.tools import load_tool
 
+from run_log import choose_metric
+
 compare_runs = load_tool('analysis_tools/compare_runs.py')
 
 
-def write_run(work_dir, stamp, losses, val=None, **scalars):
-    """Write the scalars of a run as MMEngine does."""
+def write_run(work_dir, part, losses, val=None, start=1, **scalars):
+    """Write the scalars of a part of a run as MMEngine does."""
     lines = [
-        dict(loss=loss, time=0.5, iter=i, step=i, **scalars)
-        for i, loss in enumerate(losses)
+        dict(loss=loss, time=0.5, epoch=1, step=step, **scalars)
+        for step, loss in enumerate(losses, start)
     ]
-    lines.append({'coco/bbox_mAP': 0.25} if val is None else val)
-    path = work_dir / stamp / 'vis_data' / 'scalars.json'
+    lines.append({'step': 1, 'time': 2.0, **(val or {'coco/bbox_mAP': 0.25})})
+    path = work_dir / part / 'vis_data' / 'scalars.json'
     path.parent.mkdir(parents=True)
     path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    return path
 
 
 def actnn(saved):
@@ -29,20 +32,20 @@ def actnn(saved):
     }
 
 
-def render(exact, ours, capsys):
-    compare_runs.main([str(exact), str(ours)])
-    rows = {}
-    for line in capsys.readouterr().out.splitlines():
-        cells = [cell.strip() for cell in line.split('│')]
-        if len(cells) == 5:
-            rows[cells[1]] = cells[2:4]
-    return rows
+def render(exact, ours, capsys, *options):
+    """Rows of the table, and the notices."""
+    compare_runs.main([str(exact), str(ours), *options])
+    out, err = capsys.readouterr()
+    cells = [
+        [cell.strip() for cell in line.split('│')] for line in out.splitlines()
+    ]
+    return {c[1]: c[2:4] for c in cells if len(c) == 5}, err
 
 
 def test_table(tmp_path, capsys):
     write_run(tmp_path / 'exact', '1', [9.0, *[1.0] * 10], **actnn(800))
     write_run(tmp_path / 'ours', '1', [9.0, *[1.5] * 10], **actnn(100))
-    rows = render(tmp_path / 'exact', tmp_path / 'ours', capsys)
+    rows, notices = render(tmp_path / 'exact', tmp_path / 'ours', capsys)
     assert rows == {
         'activations kept (MiB)': ['800.0', '100.0'],
         'ratio, whole model': ['1.00', '8.00'],
@@ -50,29 +53,57 @@ def test_table(tmp_path, capsys):
         'peak memory (MiB)': ['1800.0', '1100.0'],
         'final loss': ['1.0000', '1.5000'],
         'time per iteration (s)': ['0.500', '0.500'],
-        'bbox mAP': ['0.250', '0.250'],
+        'coco/bbox_mAP, epoch 1': ['0.250', '0.250'],
     }
+    assert notices == ''
 
 
-def test_newest_run_counts(tmp_path, capsys):
-    for stamp, loss in (('20260101_000000', 3.0), ('20260102_000000', 2.0)):
-        write_run(tmp_path, stamp, [loss], **actnn(400))
-    rows = render(tmp_path, tmp_path, capsys)
-    assert rows['final loss'] == ['2.0000', '2.0000']
+def test_resumed_and_killed_run(tmp_path, capsys):
+    exact, ours = tmp_path / 'exact', tmp_path / 'ours'
+    write_run(exact, '1', [6.0, 2.0], **actnn(400))
+    # Resumed after the first step: what followed it does not count.
+    write_run(ours, '20260101', [3.0, 9.0, 9.0], {'mIoU': 1.0})
+    path = write_run(ours, '20260102', [4.0], {'step': 2, 'mIoU': 2.0}, 2)
+    with open(path, 'a') as file:
+        file.write('{"loss": 1.0, "st')
+    rows, notices = render(exact, ours, capsys)
+    assert rows['final loss'] == ['4.0000', '3.5000']
+    assert rows['activations kept (MiB)'] == ['400.0', '-']
+    assert f'line 3 of {path} is left out' in notices
+    assert 'no metric of an evaluation in common' in notices
+
+    # Begun anew, and not come as far.
+    write_run(ours, '20260103', [5.0], {'aAcc': 7.0, 'mIoU': 3.0})
+    rows, notices = render(exact, ours, capsys)
+    assert rows['final loss'] == ['6.0000', '5.0000']
+    assert 'compared up to 1' in notices
+    rows, _ = render(ours, ours, capsys)
+    assert rows['mIoU, epoch 1'] == ['3.000', '3.000']
+    rows, _ = render(ours, ours, capsys, '--metric', 'aAcc')
+    assert rows['aAcc, epoch 1'] == ['7.000', '7.000']
 
 
-def test_no_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match='scalars.json in .*nowhere'):
-        compare_runs.main([str(tmp_path / 'nowhere'), str(tmp_path)])
+def test_chosen_metric():
+    names = ['data/loss_bbox', 'pascal_voc/mAP', 'accuracy/top1']
+    assert choose_metric(names) == 'pascal_voc/mAP'
+    assert choose_metric(['accuracy/top5', 'accuracy/top1']) == 'accuracy/top1'
+    assert choose_metric(['PSNR', 'SSIM']) == 'PSNR'
+    assert choose_metric([]) is None
 
 
-def test_run_without_the_hook(tmp_path):
-    write_run(tmp_path, '1', [1.0])
-    with pytest.raises(KeyError, match="no 'actnn/saved_mib'; it holds iter"):
-        compare_runs.main([str(tmp_path), str(tmp_path)])
-
-
-def test_run_without_evaluation(tmp_path):
-    write_run(tmp_path, '1', [1.0], val={'step': 1}, **actnn(400))
-    with pytest.raises(KeyError, match="no 'coco/bbox_mAP'; it holds step"):
-        compare_runs.main([str(tmp_path), str(tmp_path)])
+@pytest.mark.parametrize(
+    'other, options, message',
+    [
+        ('nowhere', [], 'nowhere must be the work directory'),
+        ('empty', [], 'empty must be the work directory'),
+        ('run', ['--metric', 'mIoU'], "one of coco/bbox_mAP, got 'mIoU'"),
+    ],
+)
+def test_usage(tmp_path, capsys, other, options, message):
+    write_run(tmp_path / 'run', '1', [1.0])
+    write_run(tmp_path / 'empty', '1', [])
+    with pytest.raises(SystemExit) as error:
+        render(tmp_path / 'run', tmp_path / other, capsys, *options)
+    assert error.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line

@@ -1,122 +1,144 @@
 """Compares an exact and a compressed run of one config.
 
 ``python tools/analysis_tools/compare_runs.py EXACT_WORK_DIR OURS_WORK_DIR``
-reads the scalars that both runs logged. The exact run is the same config at
-level L0: its hook keeps nothing compressed but logs the same quantities.
+reads the scalars that both runs logged, before and after being resumed. The
+exact run is the same config at level L0: its hook keeps nothing compressed but
+logs the same quantities. What a run has not logged is a dash.
 """
 
 import argparse
-import json
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 from statistics import fmean
 
 from rich.console import Console
 from rich.table import Table
 
+from run_log import RunLog, choose_metric
+
 # One logged line is a noisy sample of loss and time.
 LAST_LINES = 10
 
-
-@dataclass(frozen=True)
-class Run:
-    """What one run logged.
-
-    Attributes:
-        path (Path): File the scalars were read from.
-        train (list[dict]): Logged training iterations, in order.
-        val (list[dict]): Logged evaluations, in order.
-    """
-
-    path: Path
-    train: list[dict]
-    val: list[dict]
-
-    def last(self, key: str) -> float:
-        """The value of a training scalar that was logged last."""
-        return self._values(self.train, key)[-1]
-
-    def highest(self, key: str) -> float:
-        """The highest logged value of a training scalar."""
-        return max(self._values(self.train, key))
-
-    def final_mean(self, key: str) -> float:
-        """The mean of a training scalar over the last logged lines."""
-        return fmean(self._values(self.train, key)[-LAST_LINES:])
-
-    def final_metric(self, key: str) -> float:
-        """The value of a metric at the last evaluation."""
-        return self._values(self.val, key)[-1]
-
-    def _values(self, lines: list[dict], key: str) -> list[float]:
-        values = [line[key] for line in lines if key in line]
-        if not values:
-            logged = sorted({name for line in lines for name in line})
-            raise KeyError(
-                f'{self.path} holds no {key!r}; it holds '
-                f'{", ".join(logged) or "no such lines at all"}'
-            )
-        return values
+# Exit code for what the user has to change.
+_USAGE = 2
 
 
-def read_run(work_dir: Path) -> Run:
-    """Read the newest run in a work directory.
+def read_run(work_dir: Path) -> RunLog:
+    """Read the run in a work directory.
 
     Args:
         work_dir (Path): Work directory of a training.
 
     Returns:
-        Run: Its scalars.
+        RunLog: Its scalars.
 
     Raises:
-        FileNotFoundError: If no run in the directory has logged scalars.
+        ValueError: If no training in the directory has logged scalars.
     """
-    # The runs' directories are named by their time.
-    paths = sorted(work_dir.glob('*/vis_data/scalars.json'))
-    if not paths:
-        raise FileNotFoundError(
-            f'no */vis_data/scalars.json in {work_dir}: expected the work '
-            'directory of a training that has logged at least one line'
+    run = RunLog(work_dir)
+    if not run.train:
+        raise ValueError(
+            f'{work_dir} must be the work directory of a training that has '
+            'logged at least one line, got none in its */vis_data/*.json'
         )
-    lines = [json.loads(line) for line in paths[-1].read_text().splitlines()]
-    return Run(
-        path=paths[-1],
-        train=[line for line in lines if 'loss' in line],
-        val=[line for line in lines if 'loss' not in line],
-    )
+    return run
 
 
-def compare(exact: Run, ours: Run) -> Table:
+def common_metric(runs: list[RunLog], named: str | None) -> str | None:
+    """The metric to compare.
+
+    Args:
+        runs (list[RunLog]): The runs.
+        named (str | None): Name that the user has given.
+
+    Returns:
+        str | None: A metric that all runs have; None if there is none.
+
+    Raises:
+        ValueError: If a run lacks the metric that was named.
+    """
+    if named is None:
+        first, *others = (run.metrics for run in runs)
+        common = [n for n in first if all(n in names for names in others)]
+        return choose_metric(common)
+    for run in runs:
+        if named not in run.metrics:
+            raise ValueError(
+                f'--metric must be in the evaluations of {run.work_dir}: '
+                f'one of {", ".join(run.metrics) or "none"}, got {named!r}'
+            )
+    return named
+
+
+def compare(runs: list[RunLog], metric: str | None) -> Table:
     """Tabulate what both runs kept, took and reached.
 
     Args:
-        exact (Run): The exact run.
-        ours (Run): The compressed run.
+        runs (list[RunLog]): The exact and the compressed run.
+        metric (str | None): Metric of the evaluations.
 
     Returns:
         Table: One row for each quantity.
-
-    Raises:
-        KeyError: If a run has not logged one of the quantities.
     """
-    rows = [
-        ('activations kept (MiB)', '.1f', 'actnn/saved_mib', Run.last),
-        ('ratio, whole model', '.2f', 'actnn/ratio', Run.last),
-        ('ratio, its Q layers', '.2f', 'actnn/layers_ratio', Run.last),
-        ('peak memory (MiB)', '.1f', 'actnn/peak_mib', Run.highest),
-        ('final loss', '.4f', 'loss', Run.final_mean),
-        ('time per iteration (s)', '.3f', 'time', Run.final_mean),
-        ('bbox mAP', '.3f', 'coco/bbox_mAP', Run.final_metric),
-    ]
+    # Where both runs have come: a loss of a longer training would be lower.
+    end = min(max(run.train) for run in runs)
+
+    def logged(run, key):
+        steps = sorted(step for step in run.train if step <= end)
+        lines = (run.train[step] for step in steps)
+        return [line[key] for line in lines if key in line]
+
+    def mean_of_last(values):
+        return fmean(values[-LAST_LINES:])
+
     table = Table()
     table.add_column('')
     table.add_column('exact', justify='right')
     table.add_column('compressed', justify='right')
-    for title, digits, key, value in rows:
+    for title, digits, key, reduce in (
+        ('activations kept (MiB)', '.1f', 'actnn/saved_mib', lambda v: v[-1]),
+        ('ratio, whole model', '.2f', 'actnn/ratio', lambda v: v[-1]),
+        ('ratio, its Q layers', '.2f', 'actnn/layers_ratio', lambda v: v[-1]),
+        ('peak memory (MiB)', '.1f', 'actnn/peak_mib', max),
+        ('final loss', '.4f', 'loss', mean_of_last),
+        ('time per iteration (s)', '.3f', 'time', mean_of_last),
+    ):
+        values = [logged(run, key) for run in runs]
+        cells = (format(reduce(v), digits) if v else '-' for v in values)
+        table.add_row(title, *cells)
+    if metric is not None:
+        curves = [run.curve(metric) for run in runs]
+        common = curves[0].keys() & curves[1].keys()
+        # Without one in common, the last of each.
+        steps = [max(common or curve) for curve in curves]
+        at = ' and '.join(map(str, dict.fromkeys(steps)))
         table.add_row(
-            title, *(format(value(run, key), digits) for run in (exact, ours))
+            f'{metric}, {runs[0].unit} {at}',
+            *(f'{curve[step]:.3f}' for curve, step in zip(curves, steps)),
         )
     return table
+
+
+def notices(runs: list[RunLog], metric: str | None) -> list[str]:
+    """Lines on what the table leaves out.
+
+    Args:
+        runs (list[RunLog]): The exact and the compressed run.
+        metric (str | None): Metric of the table.
+
+    Returns:
+        list[str]: The lines.
+    """
+    lines = [notice for run in runs for notice in run.notices]
+    ends = [max(run.train) for run in runs]
+    if len(set(ends)) > 1:
+        lines.append(
+            f'the runs end at iterations {ends[0]} and {ends[1]}: they are '
+            f'compared up to {min(ends)}'
+        )
+    if metric is None:
+        lines.append('the runs have no metric of an evaluation in common')
+    return lines
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -130,8 +152,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         'ours', type=Path, metavar='OURS_WORK_DIR', help='compressed run'
     )
+    parser.add_argument(
+        '--metric',
+        help='number in the evaluations, such as coco/bbox_mAP (default: the '
+        'usual one of the task, else the first that both have)',
+    )
     args = parser.parse_args(argv)
-    Console().print(compare(read_run(args.exact), read_run(args.ours)))
+    try:
+        runs = [read_run(args.exact), read_run(args.ours)]
+        metric = common_metric(runs, args.metric)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(_USAGE) from None
+    Console().print(compare(runs, metric))
+    for notice in notices(runs, metric):
+        print(notice, file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -5,199 +5,146 @@
 Trains every config from every seed at every level with tools/train.py,
 several side by side on each GPU, and compares, at the last evaluation that
 all runs of a config have, the means of its metric. Losses and metrics are in
-DIR/results.json, checkpoints and logs in a folder of each run beside it. A
+DIR/results.json, checkpoints and logs in a folder of each run beside it. The
+first of --levels is what the others are compared with. With --probe CONFIG
+PROBE, what CONFIG learns without labels is measured by training PROBE, a
+config, on its backbone. By default all GPUs are used; --gpus 0 is the CPU. A
 command that is started again goes on from the last checkpoints and trains
 nothing that has finished; without configs, it reports what DIR holds.
 
 The hook, ActNNHook, must be the first custom hook of the configs. Times mean
-nothing where trainings share a GPU.
+nothing where trainings share a GPU. The exit status is 1 if a run failed.
 """
 
-import argparse
 import asyncio
-import signal
-import sys
 from pathlib import Path
 
 import torch
 
 import mmactnn
-from comparison import plots, report
-from comparison.results import Results
+from comparison import plots
 from comparison.run import Run
-from comparison.scalars import read_figures
-from comparison.schedule import make_slots, train_all, train_run, work_dirs
+from comparison.schedule import make_slots, train_all
 from comparison.summary import summarize
-from training.progress import make_console, make_progress
+from shared import output
+from shared.processes import exit_on_sigterm
+from shared.results import OK, UNFINISHED, Results
 
-METRICS = ('coco/bbox_mAP', 'mIoU', 'accuracy/top1')
+LEVELS = list(mmactnn.LEVELS)
 
 
 def parse_args(argv=None):
-    """Read the command line.
-
-    Args:
-        argv (list[str], optional): Arguments. Defaults to the process's own.
-
-    Returns:
-        argparse.Namespace: Settings, of which those that are wrong without
-        anything being trained have been reported.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument('configs', nargs='*', metavar='CONFIG')
-    parser.add_argument(
-        '--levels',
-        nargs='+',
-        choices=list(mmactnn.LEVELS),
-        default=['L0', 'L3'],
-        help='the first is what the others are compared with',
-    )
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
-    parser.add_argument(
-        '--probe',
-        nargs=2,
-        action='append',
-        default=[],
-        metavar=('CONFIG', 'PROBE'),
-        help='what CONFIG learns without labels is measured by training '
-        'PROBE, a config, on its backbone',
-    )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        default=[],
-        metavar='KEY=VALUE',
-        help='override settings of the configs, but not of probes',
-    )
-    parser.add_argument(
-        '--metrics',
-        nargs='+',
-        default=list(METRICS),
-        help='names in the log; the first that a run has is compared',
-    )
-    parser.add_argument(
-        '--gpus',
-        type=int,
-        default=torch.cuda.device_count(),
-        help='how many to use (default: all); 0 trains on the CPU',
-    )
-    parser.add_argument(
-        '--per-gpu',
-        type=int,
-        default=1,
-        help='trainings side by side on each GPU, or on the CPU',
-    )
-    parser.add_argument(
-        '--timeout', type=float, metavar='SECONDS', help='of each training'
-    )
-    parser.add_argument(
-        '--out',
-        type=Path,
-        default=Path('work_dirs/accuracy'),
-        metavar='DIR',
-        help='folder for results and work directories (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--plot', action='store_true', help='draw curves into --out, too'
-    )
+    """Read and check the command line."""
+    parser = output.make_parser(__doc__)
+    add = parser.add_argument
+    add('configs', nargs='*', metavar='CONFIG')
+    add('--levels', nargs='+', choices=LEVELS, default=['L0', 'L3'])
+    add('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    add('--probe', nargs=2, action='append', default=[], help='CONFIG PROBE')
+    add('--cfg-options', nargs='+', default=[], help='KEY=VALUE of configs')
+    add('--metrics', nargs='+', help='the first that a run has is compared')
+    add('--gpus', type=int, default=torch.cuda.device_count(), help='or CPU')
+    add('--per-gpu', type=int, default=1, help='trainings side by side')
+    add('--timeout', type=float, help='seconds of each training')
+    add('--out', type=Path, default=Path('work_dirs/accuracy'), help='folder')
+    add('--plot', action='store_true', help='draw curves into --out, too')
     args = parser.parse_args(argv)
-    try:
-        _check(args)
-    except (ValueError, RuntimeError) as error:
-        parser.error(str(error))
+    output.check_positive(parser, args, 'per_gpu')
+    for config in (*args.configs, *(probe for _, probe in args.probe)):
+        if not Path(config).is_file():
+            parser.error(f'a config must be a file, got {config!r}')
+    names = [Path(config).stem for config in args.configs]
+    if len(set(names)) < len(names):
+        parser.error(f'configs must have names of their own, got {names}')
+    for config, _ in args.probe:
+        if config not in args.configs:
+            parser.error(f'--probe must follow a config, got {config!r}')
+    if args.gpus < 0:
+        parser.error(f'--gpus must be 0 or more, got {args.gpus}')
+    if args.plot:
+        output.require_matplotlib(parser)
     return args
 
 
-def _check(args):
-    for config in (*args.configs, *(probe for _, probe in args.probe)):
-        if not Path(config).is_file():
-            raise ValueError(f'a config must be a file, got {config!r}')
-    names = [Path(config).stem for config in args.configs]
-    if len(set(names)) < len(names):
-        raise ValueError(f'configs must have names of their own, got {names}')
-    for config, _ in args.probe:
-        if config not in args.configs:
+def begin(runs, results):
+    """Enter runs into results; return those that are not finished."""
+    earlier = {run.name: run for run in map(results.trial, results.rows)}
+    for run in runs:
+        # Runs of one name have one work directory.
+        if earlier.get(run.name, run) != run:
             raise ValueError(
-                f'--probe must follow one of the configs, got {config!r}'
+                f'the results hold {earlier[run.name]}, got {run}: other '
+                'settings need another folder'
             )
-    if args.gpus < 0 or args.per_gpu < 1:
-        raise ValueError(
-            '--gpus must be 0 or more and --per-gpu 1 or more, got '
-            f'{args.gpus} and {args.per_gpu}'
-        )
-    if args.plot:
-        plots.require_matplotlib()
+        if run.name not in earlier:
+            results.put(run, dict(result=UNFINISHED))
+    return [run for run in runs if results.find(run)['result'] != OK]
 
 
-def make_runs(args):
-    """What a command line asks to train.
+def describe(row):
+    """A run in a line: what has become of it and what it has reached."""
+    text = '{config} {level} seed {seed}: {result}'.format(**row)
+    if row.get('message'):
+        text += f' ({row["message"]})'
+    if row.get('evaluations'):
+        step, value = row['evaluations'][-1]
+        text += f', {row["metric"]} {value:.3f} at {row["unit"]} {step}'
+    return text
 
-    Args:
-        args (argparse.Namespace): From :func:`parse_args`.
 
-    Returns:
-        list[Run]: Runs, levels of a config and seed side by side.
-    """
-    probes = dict(args.probe)
-    return [
+def train(args, results, console):
+    """Train runs, keep and print what they reach; return failures by name."""
+    folder, failures, probes = args.out.resolve(), {}, dict(args.probe)
+    # Levels of a config and seed side by side.
+    runs = [
         Run(config, level, seed, tuple(args.cfg_options), probes.get(config))
         for config in args.configs
         for seed in args.seeds
         for level in args.levels
     ]
-
-
-def main(argv=None):
-    """Train everything and print a table.
-
-    Args:
-        argv (list[str], optional): Arguments. Defaults to the process's own.
-    """
-    args = parse_args(argv)
-    console = make_console()
-    folder = args.out.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    results = Results(folder)
-    runs = [run for run in make_runs(args) if results.begin(run)]
-    if runs:
-        train(runs, results, folder, args, console)
-    summaries = summarize(results.rows)
-    console.print(report.make_table(summaries))
-    for line in report.unfinished(results.rows):
-        console.print(f'not trained to the end: {line}', markup=False)
-    if args.plot:
-        for path in plots.write_plots(summaries, folder):
-            console.print(f'wrote {path}', markup=False)
-
-
-def train(runs, results, folder, args, console):
-    """Train runs and keep what they reach.
-
-    Args:
-        runs (list[Run]): Runs that have begun.
-        results (Results): Where to keep it.
-        folder (Path): Where work directories are.
-        args (argparse.Namespace): From :func:`parse_args`.
-        console (Console): Where to print.
-    """
-    slots = make_slots(args.gpus, args.per_gpu)
-    with make_progress(console) as progress:
+    try:
+        runs = begin(runs, results)
+        slots = make_slots(args.gpus, args.per_gpu)
+    except ValueError as error:
+        raise SystemExit(f'{args.out}: {error}') from None
+    with output.make_progress(console) as progress:
         bar = progress.add_task('runs', total=len(runs))
 
         async def train_one(run, slot):
-            figures = await train_run(run, folder, slot, args.timeout)
-            figures |= read_figures(*work_dirs(run, folder), args.metrics)
-            row = results.end(run, figures)
-            progress.console.print(report.describe(row), markup=False)
+            outcome = await run.train(folder, slot, args.timeout)
+            figures = outcome | run.read_figures(folder, args.metrics)
+            row = results.put(run, figures)
+            if row['result'] != OK:
+                failures[run.name] = row['message'] or row['result']
+            progress.console.print(describe(row), markup=False)
             progress.advance(bar)
 
         asyncio.run(train_all(runs, slots, train_one))
+    return failures
+
+
+def main(argv=None):
+    """Train everything and print a table."""
+    args = parse_args(argv)
+    console, results = output.make_console(), Results(Run, args.out)
+    failures = train(args, results, console)
+    summaries = summarize(results.rows)
+    table = [row for summary in summaries for row in summary.table()]
+    seeds = sorted({seed for s in summaries for seed in s.seeds})
+    formats = {f'seed {seed}': '.3f' for seed in seeds}
+    formats |= {'mean': '.3f', 'difference': '+.3f', 'activations, MiB': '.1f'}
+    columns = ('config', 'metric', 'at', 'level', *formats)
+    console.print(output.make_table(table, columns=columns, formats=formats))
+    for summary in summaries if args.plot else ():
+        path = args.out / f'{summary.config}_accuracy.png'
+        plots.plot(summary).savefig(path, dpi=100)
+        console.print(f'wrote {path}', markup=False)
+    for row in results.rows:
+        if row['result'] != OK:
+            print('not trained to the end:', describe(row))
+    output.exit_on_failures(failures)
 
 
 if __name__ == '__main__':
-    # An exception, upon which the trainings are ended, too.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    exit_on_sigterm()
     main()

@@ -1,298 +1,207 @@
-"""Measure the kernels against the device's own copy.
+"""Speed of the kernels beside the device's own copy.
 
     python tools/benchmark/kernel_speed.py [--out kernels.json]
 
 The rate of a kernel is the bytes that must move (input once, codes, ranges,
 mask or positions, output once) over the median time; its share is that rate
 over the rate of ``Tensor.copy_`` of the same tensor, read and write both
-counted. GB = 10^9 bytes.
+counted. GB = 10^9 bytes. The exit status is 1 if a kernel failed.
 """
 
-import argparse
-import functools
 import itertools
-import json
+import statistics
+from functools import partial
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from mmactnn import ops
+from shared import output
 
 SHAPES = ((64, 256, 56, 56), (256, 512, 28, 28))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def median_ms(function, written, repeats=50, warmup=10):
-    """Median time of a call on the GPU, in milliseconds.
+    """Median time of a call, which writes so many bytes, in milliseconds.
 
     Before a call the cache holds nothing that the call reads, as between
     layers, and as much that waits to be written to memory as the call itself
     will leave there: what writes little would otherwise be charged for what
     was written before, up to the size of the cache.
-
-    Args:
-        function (Callable): What is measured.
-        written (int): Bytes that it writes.
-        repeats (int, optional): Calls that count. Defaults to 50.
-        warmup (int, optional): Calls before. Defaults to 10.
     """
     others = torch.zeros(2**26, dtype=torch.int32, device='cuda')
     largest = torch.empty((), dtype=torch.int32, device='cuda')
     cache_size = torch.cuda.get_device_properties().L2_cache_size
     waiting = others.new_empty(min(written, cache_size), dtype=torch.uint8)
     times = []
-    for i in range(warmup + repeats):
+    for _ in range(warmup + repeats):
         torch.amax(others, dim=0, out=largest)
         waiting.zero_()
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()
         end.record()
-        if i >= warmup:
-            times.append((start, end))
+        times.append((start, end))
     torch.cuda.synchronize()
-    return sorted(s.elapsed_time(e) for s, e in times)[repeats // 2]
+    return statistics.median(s.elapsed_time(e) for s, e in times[warmup:])
 
 
-def measure(shape, dtype, channels_last):
-    """Measure all kernels on one tensor.
-
-    Yields:
-        dict: One row of the result.
-    """
-    x = torch.randn(shape, device='cuda', dtype=dtype)
+def measure(shape, dtype, channels_last, failures, device='cuda'):
+    """Yield a row of each kernel on a tensor; failures get the errors."""
+    x = torch.randn(shape, device=device, dtype=dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
+    layout = 'channels_last' if channels_last else 'contiguous'
+    setting = dict(shape=list(shape), dtype=str(dtype)[6:], layout=layout)
     y = torch.empty_like(x)
     copy = 2 * x.nbytes / median_ms(lambda: y.copy_(x), y.nbytes) / 1e6
+    for cases in CASES:
+        name = ' '.join([cases.__name__, *map(str, setting.values())])
+        with output.catching(failures, name):
+            for kernel, read, written, function in cases(x):
+                nbytes = sum(tensor.nbytes for tensor in written)
+                time = median_ms(function, nbytes)
+                nbytes += sum(tensor.nbytes for tensor in read)
+                rate = nbytes / time / 1e6
+                yield dict(
+                    kernel=kernel,
+                    **setting,
+                    ms=round(time, 4),
+                    gb_s=round(rate),
+                    copy_gb_s=round(copy),
+                    share=round(rate / copy, 3),
+                )
 
-    def row(name, read, written, function):
-        read, written = (sum(t.nbytes for t in ts) for ts in (read, written))
-        time = median_ms(function, written)
-        rate = (read + written) / time / 1e6
-        return dict(
-            kernel=name,
-            shape=list(shape),
-            dtype=str(dtype)[6:],
-            layout='channels_last' if channels_last else 'contiguous',
-            ms=round(time, 4),
-            gb_s=round(rate),
-            copy_gb_s=round(copy),
-            share=round(rate / copy, 3),
-        )
 
+def codes(x):
+    """Yield name, tensors read and written, and call: codes of one width."""
     for bits in ops.VALID_BITS:
         payload = ops.quantize(x, bits, seed=1)
-        quantize = functools.partial(ops.quantize, x, bits, seed=1)
-        dequantize = functools.partial(
-            ops.dequantize, *payload, x.shape, x.stride(), dtype, bits
-        )
-        yield row(f'quantize {bits} bit', [x], payload, quantize)
-        yield row(f'dequantize {bits} bit', payload, [x], dequantize)
-    yield from measure_rows(x, row)
-    running = [torch.zeros(x.shape[1], device='cuda') for _ in range(2)]
-    stats = functools.partial(ops.channel_stats, x, 1e-5, 0.1, *running)
-    yield row('channel stats', [x], [], stats)
-    yield from measure_norm_grads(x, row)
-    yield from measure_norms(x, row)
-    overwritten = torch.zeros_like(x)
-    constants = (torch.ones(x.shape[1], device='cuda'),) * 4
-    for name, residual in (('', None), (' add', x)):
-        frozen = functools.partial(
-            ops.frozen_norm_act_, overwritten, residual, *constants, 1e-5, True
-        )
-        read = [x] if residual is None else [x, residual]
-        yield row(f'frozen norm{name} relu', read, [x], frozen)
-    mask = ops.relu_mask(x)[1]
-    yield row('relu forward', [x], [x, mask], lambda: ops.relu_mask(x))
-    in_place = functools.partial(ops.relu_mask_, y)
-    yield row('relu forward in place', [x], [x, mask], in_place)
-    backward = functools.partial(ops.relu_mask_backward, x, mask)
-    yield row('relu backward', [x, mask], [x], backward)
-    yield from measure_relu_codes(x, row)
-    yield row('dropout', [x], [x], lambda: ops.dropout(x, 0.1, seed=1))
-    pooled, indices, format = ops.max_pool2d(x, 3, 2, 1)
-    forward = functools.partial(ops.max_pool2d, x, 3, 2, 1)
-    yield row('max pool forward', [x], [pooled, indices], forward)
-    backward = functools.partial(
-        ops.max_pool2d_backward, pooled, indices, format
-    )
-    yield row('max pool backward', [pooled, indices], [x], backward)
+        decode = partial(ops.dequantize, *payload, *_like(x), bits)
+        encode = partial(ops.quantize, x, bits, seed=1)
+        yield f'quantize {bits} bit', [x], payload, encode
+        yield f'dequantize {bits} bit', payload, [x], decode
 
 
-def measure_rows(x, row):
-    """Measure what gives samples codes of different widths.
-
-    Args:
-        x (Tensor[N, *]): On the GPU.
-        row (Callable): Makes a row of the result, see :func:`measure`.
-
-    Yields:
-        dict: One row of the result.
-    """
+def rows(x):
+    """Yield likewise: codes of different widths by sample."""
     spread = ops.row_spread(x)
-    measure_spread = functools.partial(ops.row_spread, x)
-    yield row('row spread', [x], [spread], measure_spread)
-    total = 2 * len(x)
-    split = functools.partial(ops.split_bits, spread, total)
-    yield row('split bits', [spread], split(), split)
+    yield 'row spread', [x], [spread], partial(ops.row_spread, x)
+    split = partial(ops.split_bits, spread, 2 * len(x))
+    yield 'split bits', [spread], split(), split
     # All of 2 bits, to compare with the kernel of that width, and all widths.
-    plain = torch.full((len(x),), 2, device='cuda')
-    mixed = torch.arange(len(x), device='cuda') % 8 + 1
+    plain = torch.full((len(x),), 2, device=x.device)
+    mixed = torch.arange(len(x), device=x.device) % 8 + 1
     for name, bits in (('2 bit', plain), ('1 to 8 bit', mixed)):
-        total = int(bits.sum())
         widths = (bits.byte(), (bits.cumsum(0) - bits).int())
-        quantize = functools.partial(
-            ops.quantize_rows, x, *widths, total, seed=1
-        )
-        payload = quantize()
-        dequantize = functools.partial(
-            ops.dequantize_rows,
-            *payload,
-            *widths,
-            x.shape,
-            x.stride(),
-            x.dtype,
-        )
-        yield row(f'quantize rows of {name}', [x], payload, quantize)
-        yield row(f'dequantize rows of {name}', payload, [x], dequantize)
+        total = int(bits.sum())
+        encode = partial(ops.quantize_rows, x, *widths, total, seed=1)
+        payload = encode()
+        decode = partial(ops.dequantize_rows, *payload, *widths, *_like(x))
+        yield f'quantize rows of {name}', [x], payload, encode
+        yield f'dequantize rows of {name}', payload, [x], decode
 
 
-def measure_norm_grads(x, row):
-    """Measure the backward pass of normalisations from codes.
-
-    Args:
-        x (Tensor[N, C, *]): On the GPU.
-        row (Callable): Makes a row of the result, see :func:`measure`.
-
-    Yields:
-        dict: One row of the result.
-    """
-    vector = torch.ones(x.shape[1], device='cuda')
+def norm_grads(x):
+    """Yield likewise: the backward pass of normalisations from codes."""
+    running = [torch.zeros(x.shape[1], device=x.device) for _ in range(2)]
+    stats = partial(ops.channel_stats, x, 1e-5, 0.1, *running)
+    yield 'channel stats', [x], [], stats
+    vector = torch.ones(x.shape[1], device=x.device)
     vectors = vector, torch.stack([vector, vector])
     for bits in (2, 3, 4):
         codes, ranges = ops.quantize(x, bits, seed=1)
         # Any codes are split codes, too: here of one range for both kinds.
         split_ranges = torch.cat([ranges, ranges], -1)
-        for name, relu, pair in (
-            ('norm', False, ranges),
-            ('norm relu', True, split_ranges),
-        ):
-            format = dict(bits=bits, group_size=256, relu=relu)
+        for name, pair in (('norm', ranges), ('norm relu', split_ranges)):
+            format = dict(bits=bits, group_size=256, relu=pair is split_ranges)
             read = [x, codes, pair]
-            sums = functools.partial(
-                ops.norm_grad_sums, x, codes, pair, **format
-            )
-            yield row(f'{name} grad sums {bits} bit', read, [], sums)
-            grad_input = functools.partial(
-                ops.norm_grad_input, x, codes, pair, *vectors, **format
-            )
-            name = f'{name} grad input {bits} bit'
-            yield row(name, read, [x], grad_input)
-        add_sums = functools.partial(
-            ops.norm_add_grad_sums, x, codes, ranges, codes, bits, bits, 256
-        )
-        name = f'norm add relu grad sums {bits} bit'
-        yield row(name, [x, codes, codes, ranges], [x], add_sums)
+            sums = partial(ops.norm_grad_sums, *read, **format)
+            yield f'{name} grad sums {bits} bit', read, [], sums
+            grads = partial(ops.norm_grad_input, *read, *vectors, **format)
+            yield f'{name} grad input {bits} bit', read, [x], grads
+        read = [x, codes, ranges, codes]
+        sums = partial(ops.norm_add_grad_sums, *read, bits, bits, 256)
+        yield f'norm add relu grad sums {bits} bit', read, [x], sums
 
 
-def measure_norms(x, row):
-    """Measure the fused normalisation and what decodes its codes.
-
-    Args:
-        x (Tensor[N, C, *]): On the GPU.
-        row (Callable): Makes a row of the result, see :func:`measure`.
-
-    Yields:
-        dict: One row of the result.
-    """
-    residual = torch.randn_like(x)
+def norms(x):
+    """Yield likewise: fused normalisation, and decoding of its codes."""
     mean, bias = torch.randn(2, x.shape[1], device=x.device)
     scale = torch.rand(x.shape[1], device=x.device) + 0.5
-    like = (x.shape, x.stride(), x.dtype)
-    modes = (('', None, False), (' relu', None, True))
-    modes += ((' add relu', residual, True),)
-    for bits, (name, add, relu) in itertools.product((2, 3, 4, 8), modes):
+    modes = {'': None, ' relu': None, ' add relu': torch.randn_like(x)}
+    for bits, name in itertools.product((2, 3, 4, 8), modes):
+        add, relu = modes[name], 'relu' in name
         arguments = (add, mean, scale, scale, bias, relu, bits, bits)
-        forward = functools.partial(ops.norm_act, x, *arguments, seed=1)
-        output, codes, ranges, *act_payload = forward()
+        forward = partial(ops.norm_act, x, *arguments, seed=1)
+        written, like = forward(), _like(x)
+        output, codes, ranges, *act_payload = written
         read = [x] if add is None else [x, add]
-        written = [output, codes, ranges, *act_payload]
-        yield row(f'norm{name} {bits} bit', read, written, forward)
+        yield f'norm{name} {bits} bit', read, written, forward
         if add is not None:
-            decode = functools.partial(
-                ops.dequantize_zeroed, *act_payload, *like, bits
-            )
-            name = f'dequantize zeroed {bits} bit'
-            yield row(name, act_payload, [output], decode)
+            name, read = f'dequantize zeroed {bits} bit', act_payload
+            decode = partial(ops.dequantize_zeroed, *read, *like, bits)
+            yield name, read, [output], decode
         elif relu:
-            decode = functools.partial(
-                ops.dequantize_split, codes, ranges, scale, bias, *like, bits
-            )
-            name = f'dequantize split {bits} bit'
-            yield row(name, [codes, ranges], [output], decode)
+            name, read = f'dequantize split {bits} bit', [codes, ranges]
+            affine = (scale, bias, *like, bits)
+            decode = partial(ops.dequantize_split, *read, *affine)
+            yield name, read, [output], decode
+    y = torch.zeros_like(x)
+    constants = (torch.ones(x.shape[1], device=x.device),) * 4
+    for name, add, read in (('', None, [x]), (' add', x, [x, x])):
+        frozen = partial(ops.frozen_norm_act_, y, add, *constants, 1e-5, True)
+        yield f'frozen norm{name} relu', read, [x], frozen
 
 
-def measure_relu_codes(x, row):
-    """Measure the ReLU that keeps codes of its output.
-
-    Args:
-        x (Tensor[N, *]): On the GPU.
-        row (Callable): Makes a row of the result, see :func:`measure`.
-
-    Yields:
-        dict: One row of the result.
-    """
-    overwritten = x.clone()
+def rectifiers(x):
+    """Yield likewise: ReLUs that keep a mask, or codes of their output."""
+    # The first call in place leaves nothing to rectify; the work is the same.
+    y, mask = x.clone(), ops.relu_mask(x)[1]
+    backward = partial(ops.relu_mask_backward, x, mask)
+    yield 'relu forward', [x], [x, mask], partial(ops.relu_mask, x)
+    yield 'relu forward in place', [x], [x, mask], partial(ops.relu_mask_, y)
+    yield 'relu backward', [x, mask], [x], backward
     for bits in (2, 3, 4, 8):
-        name = f'relu codes {bits} bit'
-        arguments = dict(bits=bits, seed=1)
-        forward = functools.partial(ops.relu_codes, x, **arguments)
-        output, codes, ranges = forward()
-        written = [output, codes, ranges]
-        yield row(f'{name} forward', [x], written, forward)
-        # The first call leaves nothing to rectify; the work is the same.
-        in_place = functools.partial(ops.relu_codes_, overwritten, **arguments)
-        yield row(f'{name} forward in place', [x], written, in_place)
-        backward = functools.partial(ops.relu_codes_backward, x, codes, bits)
-        yield row(f'{name} backward', [x, codes], [x], backward)
+        name, format = f'relu codes {bits} bit', dict(bits=bits, seed=1)
+        forward = partial(ops.relu_codes, x, **format)
+        written = forward()
+        in_place = partial(ops.relu_codes_, y, **format)
+        backward = partial(ops.relu_codes_backward, x, written[1], bits)
+        yield f'{name} forward', [x], written, forward
+        yield f'{name} forward in place', [x], written, in_place
+        yield f'{name} backward', [x, written[1]], [x], backward
 
 
-def main():
+def others(x):
+    """Yield likewise: dropout and max pooling."""
+    yield 'dropout', [x], [x], partial(ops.dropout, x, 0.1, seed=1)
+    forward = partial(ops.max_pool2d, x, 3, 2, 1)
+    *payload, format = forward()
+    backward = partial(ops.max_pool2d_backward, *payload, format)
+    yield 'max pool forward', [x], payload, forward
+    yield 'max pool backward', payload, [x], backward
+
+
+CASES = (codes, rows, norm_grads, norms, rectifiers, others)
+
+
+def _like(x):
+    return x.shape, x.stride(), x.dtype
+
+
+def main(argv=None):
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = output.make_parser(__doc__)
     parser.add_argument('--out', help='json file for the rows')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit('no GPU: there is nothing to measure')
-    rows = [
-        row
-        for shape in SHAPES
-        for dtype in DTYPES
-        for channels_last in (False, True)
-        for row in measure(shape, dtype, channels_last)
-    ]
-    table = Table(
-        title=f'{torch.cuda.get_device_name()}, torch {torch.__version__}'
-    )
-    for column in rows[0]:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console(width=120).print(table)
-    if args.out:
-        with open(args.out, 'w') as file:
-            json.dump(
-                dict(
-                    device=torch.cuda.get_device_name(),
-                    torch=torch.__version__,
-                    rows=rows,
-                ),
-                file,
-                indent=1,
-            )
+    failures = {}
+    settings = itertools.product(SHAPES, DTYPES, (False, True))
+    results = [row for s in settings for row in measure(*s, failures)]
+    output.publish(results, args)
+    output.exit_on_failures(failures)
 
 
 if __name__ == '__main__':

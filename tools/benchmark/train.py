@@ -3,330 +3,196 @@
     python tools/benchmark/train.py --systems exact L3 --batch-size 64 128
 
 Trains models on random images, each of them by each system (and batch size)
-in a process of its own, and measures after a warm-up
+in a process of its own, and measures after a warm-up.
 
-images/s     batch size over the median time of a step
-activations  what autograd saves, on the host included
-on host      those of them that wait in host memory
-peak         most that the CUDA allocator handed out in the timed steps
+models   classifiers of torchvision, resnet:depth=D,width=W, config files, or
+         configs of installed packages, such as
+         mmdet::retinanet/retinanet_r50_fpn_1x_coco.py
+systems  exact, checkpoint, save_on_cpu, compile, compile:SHARE, levels by
+         name, levels varied by json (L3:{"conv":4}); each perhaps with a
+         precision (exact+fp16)
+
+images_per_s     batch size over the median time of a step
+activations_mib  what autograd saves, on the host included
+on_host_mib      those of them that wait in host memory, and
+pinned_mib       the memory there that is pinned
+peak_mib         most that the CUDA allocator handed out in the timed steps
+overlapped       with --trace, the share of copies between host and device
+                 during which a kernel runs
 
 MiB = 2^20 bytes. With --out, results are written after each measurement, and
 a run that is started again measures only what is missing. Without a GPU
-(--device cpu) there is no peak.
+(--device cpu) there is no peak. The exit status is 1 if a measurement failed;
+running out of memory is a result.
 """
 
 import argparse
-import dataclasses
-import signal
-import sys
+import json
 from pathlib import Path
 
-import mmactnn
-from training import models, plots, report
-from training.process import measure_file, run_trial
-from training.progress import make_console, make_progress
-from training.search import search_largest
-from training.systems import parse_system
-from training.trial import OK, OUT_OF_MEMORY, Trial
+import pandas
 
-# Changes one size of a trial, and the smallest that is tried.
-QUANTITIES = {
-    'batch': (
-        lambda trial, n: dataclasses.replace(trial, batch_size=n),
-        1,
-    ),
-    'image-size': (
-        lambda trial, n: dataclasses.replace(trial, image_size=(n, n)),
-        32,
-    ),
-    'depth': (
-        lambda trial, n: dataclasses.replace(
-            trial, model=models.scale_resnet(trial.model, depth=n)
-        ),
-        50,
-    ),
-    'width': (
-        lambda trial, n: dataclasses.replace(
-            trial, model=models.scale_resnet(trial.model, width=n)
-        ),
-        1,
-    ),
-}
+import mmactnn
+from shared import output
+from shared.processes import exit_on_sigterm
+from shared.results import FINISHED, Results, write_rows
+from training import models, plots
+from training.largest import QUANTITIES, find_largest
+from training.measure import measure
+from training.process import run_trial
+from training.systems import parse_system
+from training.trial import Trial, file_name, short_name
+
+COLUMNS = (
+    *('model', 'system', 'quantity', 'largest', 'batch_size', 'image_size'),
+    *('images_per_s', 'ms_per_step', 'activations_mib', 'on_host_mib'),
+    *('pinned_mib', 'peak_mib', 'overlapped', 'result'),
+)
 
 
 def parse_args(argv=None):
-    """Read the command line.
-
-    Args:
-        argv (list[str], optional): Arguments. Defaults to the process's own.
-
-    Returns:
-        argparse.Namespace: Settings, of which those that are wrong without
-        anything being built have been reported.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        '--models',
-        nargs='+',
-        default=['resnet50'],
-        help='classifiers of torchvision, resnet:depth=D,width=W, config '
-        'files, or configs of installed packages such as '
-        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
-    )
-    parser.add_argument(
-        '--systems',
-        nargs='+',
-        default=['exact', *mmactnn.LEVELS],
-        help='exact, checkpoint, save_on_cpu, compile, compile:BUDGET, levels '
-        'by name, levels varied by json (L3:{"conv":4}); each perhaps with '
-        'a precision (exact+fp16)',
-    )
-    parser.add_argument('--batch-size', nargs='+', type=int, default=[256])
-    parser.add_argument(
-        '--image-size',
-        nargs='+',
-        type=int,
-        default=[224],
-        help='height and width, or both in one',
-    )
-    parser.add_argument(
-        '--amp', choices=['fp16', 'bf16'], help='autocast to this dtype'
-    )
-    parser.add_argument('--channels-last', action='store_true')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        default=[],
-        metavar='KEY=VALUE',
-        help='override settings of the configs',
-    )
-    parser.add_argument('--warmup', type=int, default=12, help='steps')
-    parser.add_argument('--steps', type=int, default=10)
-    parser.add_argument('--device', default='cuda')
-    parser.add_argument(
-        '--memory-limit',
-        type=float,
-        metavar='MIB',
-        help='GPU memory that a process may take',
-    )
-    parser.add_argument(
-        '--largest',
-        choices=QUANTITIES,
-        help='search for the largest that trains, for each model and system',
-    )
-    parser.add_argument(
-        '--resolution',
-        type=int,
-        default=16,
-        help='the search tries multiples of this',
-    )
-    parser.add_argument(
-        '--timeline',
-        action='store_true',
-        help='follow the memory through one more step',
-    )
-    parser.add_argument(
-        '--timeout', type=float, metavar='SECONDS', help='of a measurement'
-    )
-    parser.add_argument(
-        '--out', metavar='DIR', help='folder for results, and to resume from'
-    )
-    parser.add_argument(
-        '--plot', action='store_true', help='draw figures into --out, too'
-    )
-    parser.add_argument(
-        '--measure',
-        nargs=2,
-        metavar=('TRIAL', 'ROW'),
-        help='only measure the trial in one json file, in this process, and '
-        'write what was measured to another; nothing else counts then',
-    )
+    """Read and check the command line."""
+    parser = output.make_parser(__doc__)
+    add = parser.add_argument
+    add('--models', nargs='+', default=['resnet50'])
+    add('--systems', nargs='+', default=['exact', *mmactnn.LEVELS])
+    add('--batch-size', nargs='+', type=int, default=[256])
+    add('--image-size', nargs='+', type=int, default=[224], help='one or two')
+    add('--amp', choices=['fp16', 'bf16'], help='autocast to this dtype')
+    add('--channels-last', action='store_true')
+    add('--cfg-options', nargs='+', default=[], help='KEY=VALUE of configs')
+    add('--warmup', type=int, default=12, help='steps')
+    add('--steps', type=int, default=10)
+    add('--device', default='cuda')
+    add('--memory-limit', type=float, help='MiB on the GPU of a process')
+    add('--largest', choices=QUANTITIES, help='search for what still trains')
+    add('--resolution', type=int, default=16, help='unit of the search')
+    add('--timeline', action='store_true', help='memory through one step')
+    add('--trace', type=Path, help='folder for chrome traces of two steps')
+    add('--timeout', type=float, help='seconds of a measurement')
+    add('--out', type=Path, help='folder for results, and to resume from')
+    add('--plot', action='store_true', help='draw figures into --out, too')
+    # Json files of a trial, to measure in this process, and of its row.
+    add('--measure', nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    sizes = ('batch_size', 'image_size', 'steps', 'resolution')
+    output.check_positive(parser, args, *sizes)
     try:
-        _check(args)
-    except (ValueError, RuntimeError) as error:
+        for system in args.systems:
+            parse_system(system)
+        for model in args.models if args.largest in ('depth', 'width') else ():
+            models.parse_resnet(model)
+    except ValueError as error:
         parser.error(str(error))
+    if len(args.image_size) > 2:
+        parser.error(
+            f'--image-size must be one or two numbers, got {args.image_size}'
+        )
+    if args.plot and args.out is None:
+        parser.error('--plot needs a folder: --out DIR')
+    if args.plot and args.largest not in (None, 'batch'):
+        parser.error(f'--plot goes with --largest batch, got {args.largest}')
+    if args.plot:
+        output.require_matplotlib(parser)
     return args
 
 
-def _check(args):
-    for system in args.systems:
-        parse_system(system)
-    if len(args.image_size) > 2:
-        raise ValueError(
-            f'--image-size must be one or two numbers, got {args.image_size}'
-        )
-    for name in ('batch_size', 'image_size', 'steps', 'resolution'):
-        value = getattr(args, name)
-        if min(value if isinstance(value, list) else [value]) < 1:
-            raise ValueError(f'{name} must be 1 or more, got {value}')
-    if args.largest in ('depth', 'width'):
-        for model in args.models:
-            models.parse_resnet(model)
-    if args.plot:
-        if args.out is None:
-            raise ValueError('--plot needs a folder: --out DIR')
-        if args.largest not in (None, 'batch'):
-            raise ValueError(
-                'figures are drawn over the batch size; --plot must be left '
-                f'out with --largest {args.largest}'
-            )
-        plots.require_matplotlib()
-
-
 def make_trials(args):
-    """What a command line asks to measure.
-
-    Args:
-        args (argparse.Namespace): From :func:`parse_args`.
-
-    Returns:
-        list[Trial]: Trials, systems of a model and size side by side.
-    """
-    height, width = args.image_size * (2 if len(args.image_size) == 1 else 1)
+    """Trials of a command line, systems of a model and size side by side."""
     # A search sets the size itself, so that it begins from no other.
-    batch_sizes = args.batch_size
-    if args.largest == 'batch':
-        batch_sizes = batch_sizes[:1]
+    sizes = args.batch_size[: 1 if args.largest == 'batch' else None]
+    trace = args.trace
     return [
         Trial(
             model=model,
             system=system,
-            batch_size=batch_size,
-            image_size=(height, width),
-            precision=(parse_system(system).precision or args.amp or 'fp32'),
+            batch_size=size,
+            image_size=(args.image_size[0], args.image_size[-1]),
+            precision=parse_system(system).precision or args.amp or 'fp32',
             channels_last=args.channels_last,
-            cfg_options=(
-                tuple(args.cfg_options) if models.is_config(model) else ()
-            ),
+            cfg_options=tuple(args.cfg_options * models.is_config(model)),
             device=args.device,
             warmup=args.warmup,
             steps=args.steps,
             memory_limit_mib=args.memory_limit,
             timeline=args.timeline,
+            trace=trace
+            and f'{trace}/{file_name(f"{model}_{system}_{size}")}.json',
         )
         for model in args.models
-        for batch_size in batch_sizes
+        for size in sizes
         for system in args.systems
     ]
 
 
-def find_largest(trial, quantity, resolution, measure):
-    """Search for the largest size that trains.
+def measure_all(args, console):
+    """Rows of measurements, rows of trials or searches, and failures."""
+    results, used, failures = Results(Trial, args.out, csv=True), [], {}
+    progress = output.make_progress(console)
+    bar = progress.add_task('', total=None)
 
-    Args:
-        trial (Trial): What is measured at other sizes.
-        quantity (str): One of ``QUANTITIES``.
-        resolution (int): Sizes are multiples of it.
-        measure (Callable): Returns the row of a trial.
+    def run(trial):
+        progress.update(bar, description=str(trial))
+        row = results.find(trial)
+        if row is None or row['result'] not in FINISHED:
+            figures = run_trial(trial, args.timeout)
+            log = figures.pop('log', None)
+            row = results.put(trial, figures)
+            if log and args.out:
+                with open(args.out / 'errors.log', 'a') as file:
+                    file.write(f'{trial!r}\n{log}\n')
+        used.append(row)
+        figure = row.get('message') or row.get('images_per_s', '')
+        text = f'{row["result"]} {figure}'.strip()
+        if row['result'] not in FINISHED:
+            failures[str(trial)] = text
+        progress.console.print(f'{trial}: {text}', markup=False)
+        return row
 
-    Returns:
-        dict: The size as ``largest``, None if not even the smallest trains,
-        and the row of that size. If a measurement fails by anything but
-        memory, the search ends with that ``result``.
-    """
-    resize, minimum = QUANTITIES[quantity]
-    rows = {}
+    def search(trial):
+        return find_largest(trial, args.largest, args.resolution, run)
 
-    def fits(size):
-        rows[size] = measure(resize(trial, size))
-        if rows[size]['result'] not in (OK, OUT_OF_MEMORY):
-            raise _Failed(rows[size])
-        return rows[size]['result'] == OK
-
-    try:
-        largest = search_largest(fits, minimum, resolution)
-        row = rows.get(largest, dict(result=OUT_OF_MEMORY))
-    except _Failed as failure:
-        largest, row = None, failure.row
-    return {
-        **dataclasses.asdict(trial),
-        **row,
-        'model': trial.model,
-        'quantity': quantity,
-        'largest': largest,
-    }
+    with progress:
+        trials = progress.track(make_trials(args), task_id=bar)
+        rows = [search(t) if args.largest else run(t) for t in trials]
+    return used, rows, failures
 
 
-class _Failed(Exception):
-    """A measurement failed, and not for want of memory."""
-
-    def __init__(self, row):
-        super().__init__(row['result'])
-        self.row = row
+def show(console, rows, title=None):
+    """Print rows as a table."""
+    frame = pandas.DataFrame(rows, dtype=object)
+    frame['model'] = frame['model'].map(short_name)
+    frame['image_size'] = frame['image_size'].map('{0[0]}x{0[1]}'.format)
+    if 'finite' in frame:
+        lost = frame.finite.eq(False)
+        frame['result'] = frame.result.mask(lost, 'loss is not finite')
+    columns = [name for name in COLUMNS if name in frame]
+    console.print(output.make_table(frame, title, columns))
 
 
 def main(argv=None):
-    """Measure everything and print a table.
-
-    Args:
-        argv (list[str], optional): Arguments. Defaults to the process's own.
-    """
+    """Measure everything and print a table."""
     args = parse_args(argv)
     if args.measure:
-        measure_file(*args.measure)
+        spec, path = args.measure
+        trial = Results(Trial).trial(json.loads(spec.read_text()))
+        path.write_text(json.dumps(measure(trial)))
         return
-    console = make_console()
-    results = report.Results(args.out)
-    trials = make_trials(args)
-    used, largest = [], []
-    with make_progress(console) as progress:
-        bar = progress.add_task('', total=len(trials))
-
-        def measure(trial):
-            progress.update(bar, description=describe(trial))
-            row = results.find(trial)
-            if row is None:
-                row = results.add(trial, run_trial(trial, args.timeout))
-            used.append(row)
-            figure = row.get('message') or row.get('images_per_s', '')
-            progress.console.print(
-                f'{describe(trial)}: {row["result"]} {figure}', markup=False
-            )
-            return row
-
-        for trial in trials:
-            if args.largest:
-                row = find_largest(
-                    trial, args.largest, args.resolution, measure
-                )
-                largest.append(row)
-            else:
-                measure(trial)
-            progress.advance(bar)
-    console.print(report.make_table(used))
-    if largest:
-        console.print(report.make_largest_table(largest))
-    if args.out:
-        folder = Path(args.out)
-        if largest:
-            report.write_json(folder / 'largest.json', largest)
-            report.write_csv(folder / 'largest.csv', largest, report.LARGEST)
-        if args.plot:
-            for path in plots.write_plots(used, folder):
-                console.print(f'wrote {path}', markup=False)
-
-
-def describe(trial):
-    """A trial in a few words.
-
-    Args:
-        trial (Trial): The trial.
-
-    Returns:
-        str: Model, system and sizes.
-    """
-    height, width = trial.image_size
-    model = trial.model.rpartition('/')[2]
-    return (
-        f'{model} {trial.system}, batch {trial.batch_size} of {height}x{width}'
-    )
+    console = output.make_console()
+    used, rows, failures = measure_all(args, console)
+    where = '{device_name}, torch {torch}'
+    devices = {where.format(**row) for row in used if 'torch' in row}
+    show(console, used, '; '.join(sorted(devices)))
+    if args.largest:
+        show(console, rows, 'Largest that trains')
+        if args.out:
+            write_rows(args.out / 'largest.json', rows, csv=True)
+    if args.plot:
+        for path in plots.write_plots(used, args.out):
+            console.print(f'wrote {path}', markup=False)
+    output.exit_on_failures(failures)
 
 
 if __name__ == '__main__':
-    # An exception, upon which the process of the measurement is ended, too.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    exit_on_sigterm()
     main()

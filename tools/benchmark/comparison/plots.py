@@ -1,75 +1,31 @@
-"""Curves of what was compared."""
+"""Curves of a comparison."""
 
-from training.plots import require_matplotlib
-
-
-def write_plots(summaries, folder):
-    """Draw losses and metric of every config.
-
-    Args:
-        summaries (list[Summary]): From :func:`comparison.summary.summarize`.
-        folder (Path): Where to write the figures, as png.
-
-    Returns:
-        list[Path]: The files.
-
-    Raises:
-        RuntimeError: If matplotlib is not installed.
-    """
-    require_matplotlib()
-    written = []
-    for summary in summaries:
-        path = folder / f'{summary.config}_accuracy.png'
-        plot(summary).savefig(path, dpi=100)
-        written.append(path)
-    return written
+from shared.output import make_figure
 
 
 def plot(summary):
     """Losses and, if there are evaluations, metric over time.
 
-    Of each level the mean of the seeds and the band between the lowest and
-    the highest of them, as far as all runs have come.
-
-    Args:
-        summary (Summary): Runs of a config.
-
-    Returns:
-        Figure: The figure.
+    Of each level the mean of the seeds, and the band that they lie in.
     """
-    # Not pyplot: there need not be a display.
-    from matplotlib.figure import Figure
-
-    row = summary.rows[summary.levels[0], summary.seeds[0]]
-    panels = [('losses', 'iteration', 'training loss')]
-    if summary.step is not None:
-        panels.append(('evaluations', row['unit'], row['metric']))
-    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout='constrained')
-    for axes, (key, x_label, y_label) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels
-    ):
-        for level in summary.levels:
-            _draw(axes, level, *summary.curves(level, key))
+    panels = [(summary.losses, 'iteration', 'training loss')]
+    if len(summary.evaluations):
+        panels.append((summary.evaluations, summary.unit, summary.metric))
+    figure, all_axes = make_figure(len(panels), (4.5, 3.6))
+    for axes, (curves, x_label, y_label) in zip(all_axes, panels):
+        for level in summary.saved_mib:
+            values, steps = curves[level], curves.index
+            mean = values.mean(axis=1)
+            (line,) = axes.plot(steps, mean, label=level, linewidth=1)
+            if len(steps) < 10:
+                line.set(marker='o', markersize=4)
+                axes.set_xticks(steps)
+            low, high = values.min(axis=1), values.max(axis=1)
+            band = axes.fill_between(steps, low, high, alpha=0.2)
+            # With a line, so that the band of a single step is seen, too.
+            band.set(color=line.get_color(), linewidth=1)
         axes.set(xlabel=x_label, ylabel=y_label)
     seeds = ', '.join(map(str, summary.seeds))
-    figure.axes[0].legend(title=f'mean, range of seeds {seeds}')
+    all_axes[0].legend(title=f'mean, range of seeds {seeds}')
     figure.suptitle(summary.config)
     return figure
-
-
-def _draw(axes, level, steps, curves):
-    at_steps = list(zip(*curves))
-    means = [sum(values) / len(values) for values in at_steps]
-    (line,) = axes.plot(steps, means, label=level, linewidth=1)
-    if len(steps) < 10:
-        line.set(marker='o', markersize=4)
-        axes.set_xticks(steps)
-    axes.fill_between(
-        steps,
-        [min(values) for values in at_steps],
-        [max(values) for values in at_steps],
-        color=line.get_color(),
-        alpha=0.2,
-        # So that the band of a single step is seen, too.
-        linewidth=1,
-    )

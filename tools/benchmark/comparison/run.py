@@ -1,30 +1,23 @@
-"""What is trained once: a config at a level, from a seed."""
+"""One training of a comparison: a config at a level, from a seed."""
 
 import dataclasses
 import sys
 from pathlib import Path
 
-_TRAIN = Path(__file__).parents[2] / 'train.py'
+from run_log import RunLog, choose_metric
+from shared.processes import run_logged
+from shared.results import OK
 
-# What can become of a run, and what it is until then.
-OK = 'ok'
-TIMEOUT = 'timeout'
-ERROR = 'error'
-UNFINISHED = 'unfinished'
+_TRAIN = Path(__file__).parents[2] / 'train.py'
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A config that is trained at one level from one seed.
 
-    Attributes:
-        config (str): Path of the config; its first custom hook is
-            ``ActNNHook``.
-        level (str): Name of the level.
-        seed (int): Seed of weights, batches and rounding.
-        options (tuple[str]): Overrides ``KEY=VALUE`` of the config.
-        probe (str, optional): Path of a config that is trained afterwards, on
-            the backbone that this has left, and measures it.
+    The first custom hook of the config is ``ActNNHook``; options override its
+    settings by ``KEY=VALUE``. A probe is the path of a config that is trained
+    afterwards, on the backbone that this has left, and measures it.
     """
 
     config: str
@@ -33,54 +26,59 @@ class Run:
     options: tuple = ()
     probe: str | None = None
 
-    @classmethod
-    def from_dict(cls, values):
-        """The run that a row of results holds.
-
-        Args:
-            values (dict): Attributes by name, and perhaps other entries.
-
-        Returns:
-            Run: The run.
-        """
-        names = [field.name for field in dataclasses.fields(cls)]
-        settings = {name: values[name] for name in names}
-        return cls(**{**settings, 'options': tuple(settings['options'])})
-
     @property
     def name(self):
         """str: Its name, and that of its work directory."""
         return f'{Path(self.config).stem}_{self.level}_{self.seed}'
 
-    def command(self, work_dir):
-        """What trains it, from where an earlier call has left off.
+    async def train(self, folder, environment, timeout=None):
+        """Train this and its probe, from where an earlier call has left off.
 
-        Args:
-            work_dir (Path): Where to train.
-
-        Returns:
-            list[str]: The command.
+        ``log.txt`` in their work directories in a folder gets what they print.
+        The result is that of :func:`shared.processes.run_logged`.
         """
+
+        async def train(config, work_dir, *options):
+            work_dir.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, _TRAIN, config, '--work-dir', work_dir]
+            command += ['--resume', '--cfg-options']
+            command += [f'randomness.seed={self.seed}', *options]
+            log = work_dir / 'log.txt'
+            return await run_logged(command, environment, log, timeout)
+
+        work_dir = folder / self.name
         level = f'custom_hooks.0.level={self.level}'
-        return _command(self.config, work_dir, self.seed, level, *self.options)
+        outcome = await train(self.config, work_dir, level, *self.options)
+        if self.probe is None or outcome['result'] != OK:
+            return outcome
+        # MMEngine's, which tells the path that the checkpoint was written to:
+        # the folder may have been moved since.
+        last = Path((work_dir / 'last_checkpoint').read_text()).name
+        # The level is the probe's own: every backbone has the same.
+        backbone = f'model.backbone.init_cfg.checkpoint={work_dir / last}'
+        probe_dir = folder / f'{self.name}_probe'
+        return await train(self.probe, probe_dir, backbone)
 
-    def probe_command(self, work_dir, checkpoint):
-        """What measures the backbone it has left.
+    def read_figures(self, folder, metrics=None):
+        """Losses and evaluations, as pairs of step and value, and memory.
 
-        The level is the probe's own, so that every backbone has the same.
-
-        Args:
-            work_dir (Path): Where to train the probe.
-            checkpoint (Path): What the run has left.
-
-        Returns:
-            list[str]: The command.
+        The evaluations are those of a probe, if there is one. Of metrics, or
+        else of the usual ones, the first that was logged counts.
         """
-        backbone = f'model.backbone.init_cfg.checkpoint={checkpoint}'
-        return _command(self.probe, work_dir, self.seed, backbone)
-
-
-def _command(config, work_dir, seed, *options):
-    command = [sys.executable, _TRAIN, config, '--work-dir', work_dir]
-    command += ['--resume', '--cfg-options', f'randomness.seed={seed}']
-    return [*map(str, command), *options]
+        log = evaluated = RunLog(folder / self.name)
+        if self.probe:
+            evaluated = RunLog(folder / f'{self.name}_probe')
+        names = evaluated.metrics
+        wanted = [n for n in metrics if n in names] if metrics else names
+        metric = wanted[0] if metrics and wanted else choose_metric(wanted)
+        lines = sorted(log.train.items())
+        last = lines[-1][1] if lines else {}
+        return dict(
+            metric=metric,
+            unit=evaluated.unit,
+            evaluations=list(map(list, evaluated.curve(metric).items())),
+            losses=[[step, v['loss']] for step, v in lines if 'loss' in v],
+            saved_mib=last.get('actnn/saved_mib'),
+            exact_mib=last.get('actnn/exact_mib'),
+            peak_mib=last.get('actnn/peak_mib'),
+        )

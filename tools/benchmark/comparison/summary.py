@@ -1,131 +1,86 @@
-"""Compares runs of one config at equal steps."""
+"""Comparison of the runs of one config at equal steps."""
 
 import dataclasses
 from pathlib import Path
-from statistics import fmean
+
+import pandas
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """Runs of one config, level beside level.
 
-    A seed counts if all levels have evaluated it at least once, and what is
-    compared is the last evaluation that all runs of such seeds have.
-
-    Attributes:
-        config (str): Name of the config.
-        levels (list[str]): Levels; the first is what the others are compared
-            with.
-        seeds (list[int]): Seeds that count; all of them if none does.
-        left_out (list[int]): The others.
-        step (int, optional): Which evaluation; None if there is none.
-        rows (dict[tuple[str, int], dict]): Rows of
-            :class:`comparison.results.Results` by level and seed.
+    Seeds count that all levels have evaluated at least once, or else begun.
+    Curves have a column for each level and seed, and a row for each step that
+    all of them have. Memory is that of each level.
     """
 
     config: str
-    levels: list
+    metric: str
+    unit: str
     seeds: list
-    left_out: list
-    step: int | None
-    rows: dict
+    losses: pandas.DataFrame
+    evaluations: pandas.DataFrame
+    saved_mib: dict
 
-    def value(self, level, seed):
-        """The metric of a run in the evaluation that is compared.
+    def table(self):
+        """Rows of levels: metrics at the last evaluation that all runs have.
 
-        Args:
-            level (str): Level of the run.
-            seed (int): Seed of the run.
-
-        Returns:
-            float, optional: The metric; None if the run does not count.
+        By seed, their mean and its difference from that of the first level.
         """
-        if seed not in self.seeds or self.step is None:
-            return None
-        return dict(self.rows[level, seed]['evaluations'])[self.step]
-
-    def mean(self, level):
-        """The mean metric of a level.
-
-        Args:
-            level (str): The level.
-
-        Returns:
-            float, optional: Its mean over seeds; None without evaluations.
-        """
-        if self.step is None:
-            return None
-        return fmean(self.value(level, seed) for seed in self.seeds)
-
-    def curves(self, level, key):
-        """A curve of every seed that counts, up to where all runs have one.
-
-        Args:
-            level (str): The level.
-            key (str): ``'losses'`` or ``'evaluations'``.
-
-        Returns:
-            tuple[list[int], list[list[float]]]: Steps that all runs of the
-            config have, and the values there of each seed.
-        """
-        steps = sorted(
-            _common_steps(
-                self.rows[other, seed][key]
-                for other in self.levels
-                for seed in self.seeds
-            )
-        )
-        values = [dict(self.rows[level, seed][key]) for seed in self.seeds]
-        return steps, [[curve[step] for step in steps] for curve in values]
+        rows = []
+        for level, mib in self.saved_mib.items():
+            row = dict(config=self.config, metric=self.metric, level=level)
+            if len(self.evaluations):
+                row['at'] = f'{self.unit} {self.evaluations.index[-1]}'
+                values = self.evaluations[level].iloc[-1]
+                row |= {f'seed {seed}': v for seed, v in values.items()}
+                row['mean'] = values.mean()
+                if rows:
+                    row['difference'] = row['mean'] - rows[0]['mean']
+            rows.append(row | {'activations, MiB': mib})
+        return rows
 
 
 def summarize(rows):
-    """Summaries of all configs.
-
-    Args:
-        rows (list[dict]): Rows of :class:`comparison.results.Results`. Those
-            that have logged nothing are of runs that do not count.
-
-    Returns:
-        list[Summary]: A summary of each config that has logged anything at
-        all levels.
-    """
-    configs = {}
+    """Summaries of configs that have logged anything at all levels."""
+    configs = {Path(row['config']).stem: [] for row in rows}
     for row in rows:
-        configs.setdefault(Path(row['config']).stem, []).append(row)
-    summaries = (_summarize(name, group) for name, group in configs.items())
-    return [summary for summary in summaries if summary.seeds]
+        configs[Path(row['config']).stem].append(row)
+    return list(filter(None, map(_summarize, configs, configs.values())))
 
 
 def _summarize(config, rows):
-    levels = list(dict.fromkeys(row['level'] for row in rows))
-    seeds = sorted({row['seed'] for row in rows})
-    rows = {(row['level'], row['seed']): row for row in rows}
+    runs = {(row['level'], row['seed']): row for row in rows}
+    levels = list(dict.fromkeys(level for level, _ in runs))
+    seeds = sorted({seed for _, seed in runs})
 
     def having(key):
         return [
             seed
             for seed in seeds
-            if all(rows.get((level, seed), {}).get(key) for level in levels)
+            if all(runs.get((level, seed), {}).get(key) for level in levels)
         ]
 
-    counting = having('evaluations')
-    steps = _common_steps(
-        rows[level, seed]['evaluations']
-        for level in levels
-        for seed in counting
-    )
-    counting = counting or having('losses')
+    seeds = having('evaluations') or having('losses')
+    if not seeds:
+        return None
+    first = runs[levels[0], seeds[0]]
     return Summary(
         config=config,
-        levels=levels,
-        seeds=counting,
-        left_out=[seed for seed in seeds if seed not in counting],
-        step=max(steps, default=None),
-        rows=rows,
+        metric=first['metric'],
+        unit=first['unit'],
+        seeds=seeds,
+        losses=_curves(runs, levels, seeds, 'losses'),
+        evaluations=_curves(runs, levels, seeds, 'evaluations'),
+        saved_mib={k: runs[k, seeds[0]]['saved_mib'] for k in levels},
     )
 
 
-def _common_steps(curves):
-    steps = [{step for step, _ in curve} for curve in curves]
-    return set.intersection(*steps) if steps else set()
+def _curves(runs, levels, seeds, key):
+    curves = {
+        (level, seed): pandas.Series(dict(runs[level, seed][key]), dtype=float)
+        for level in levels
+        for seed in seeds
+    }
+    return pandas.concat(curves, axis=1, join='inner').sort_index()

@@ -1,7 +1,7 @@
-"""Measures a trial in this process."""
+"""Measurement of a trial in this process."""
 
-import contextlib
 import math
+import re
 import statistics
 import time
 
@@ -9,142 +9,56 @@ import torch
 
 import mmactnn
 from mmactnn.codes.units import MIB
+from mmactnn.offload import attached_swap
+from shared import output
+from shared.results import OK, OUT_OF_MEMORY
 
+from . import trace
 from .models import build_task
 from .systems import parse_system
-from .timeline import Timeline
-from .trial import OK, OUT_OF_MEMORY
 
 _DTYPES = dict(fp16=torch.float16, bf16=torch.bfloat16)
 
-# What is said of memory by errors that are not of torch's own class: the
-# allocator of the CPU, CUDA itself and its libraries.
-_OUT_OF_MEMORY_MESSAGES = (
-    'out of memory',
-    'not enough memory',
-    "can't allocate memory",
-    'ALLOC_FAILED',
+# Words of errors about memory that are not of torch's own class: those of the
+# allocator of the CPU, of CUDA itself and of its libraries.
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
 )
 
 
-def measure(trial):
-    """Measure a trial.
-
-    Args:
-        trial (Trial): What is measured. Its system must be the only one that
-            the process trains with.
-
-    Returns:
-        dict: ``result`` (``'ok'`` or ``'out of memory'``), what was measured
-        by name with the unit (None where there is nothing), and where.
-    """
-    device = torch.device(trial.device)
-    where = dict(device_name=_device_name(device), torch=torch.__version__)
-    limit_memory(device, trial.memory_limit_mib)
-    try:
-        figures = _measure(trial, device)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return dict(result=OUT_OF_MEMORY, **where)
-    return dict(result=OK, **figures, **where)
-
-
-def limit_memory(device, limit_mib):
-    """Let this process have no more of the GPU's memory.
-
-    Args:
-        device (torch.device): The device.
-        limit_mib (float, optional): Most MiB; None is no limit.
-
-    Raises:
-        ValueError: If there is a limit, but no GPU.
-    """
-    if limit_mib is None:
-        return
-    if device.type != 'cuda':
-        raise ValueError(
-            f'a memory limit needs the CUDA allocator, got device {device}'
-        )
-    total = torch.cuda.get_device_properties(device).total_memory
-    with torch.cuda.device(device):
-        # Some versions of torch take no device without an index.
-        torch.cuda.set_per_process_memory_fraction(
-            min(1.0, limit_mib * MIB / total)
-        )
-
-
-def is_out_of_memory(error):
-    """Whether an error says that there was not enough memory.
-
-    Args:
-        error (Exception): The error.
-
-    Returns:
-        bool: Whether it does.
-    """
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        message in str(error) for message in _OUT_OF_MEMORY_MESSAGES
-    )
-
-
 class Training:
-    """A model in training, by one system, on one batch.
-
-    Args:
-        trial (Trial): What is measured.
-    """
+    """A model in training, by one system, on one batch of a trial."""
 
     def __init__(self, trial):
         self.trial = trial
         self.system = parse_system(trial.system)
         self.device = torch.device(trial.device)
-        self.task = build_task(trial)
-        self.model = self.task.model
+        self.on_gpu = self.device.type == 'cuda'
+        self.model, self.compute_loss = build_task(trial)
         self.system.prepare(self.model, trial.batch_size)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         # Random images teach nothing: the rate only has to keep it finite.
         self.optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
         self.dtype = _DTYPES.get(trial.precision)
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.dtype == torch.float16
-        )
+        scales = self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scales)
 
-    def step(self, meter=None, timeline=None):
-        """Train on the batch once.
-
-        Args:
-            meter (ActivationMeter, optional): Counts what is saved.
-            timeline (Timeline, optional): Told of the phases.
-
-        Returns:
-            Tensor: The loss.
-        """
+    def step(self, meter=None):
+        """Loss of a step, in which a meter counts what is saved."""
         self.optimizer.zero_grad()
-        context = self.system.forward_context(
-            self.model, self.trial.batch_size, meter
-        )
-        autocast = torch.autocast(
-            self.device.type, self.dtype, enabled=self.dtype is not None
-        )
-        with context, autocast:
-            loss = self.task.compute_loss()
-        if timeline is not None:
-            timeline.enter('backward')
+        batch_size, amp = self.trial.batch_size, self.dtype is not None
+        with (
+            self.system.forward_context(self.model, batch_size, meter),
+            torch.autocast(self.device.type, self.dtype, enabled=amp),
+        ):
+            loss = self.compute_loss()
         self.scaler.scale(loss).backward()
-        if timeline is not None:
-            timeline.enter('update')
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()
 
     def timed_step(self):
-        """Train on the batch once.
-
-        Returns:
-            tuple[float, float]: Seconds until the call has returned, and
-            until the device has done it.
-        """
+        """Seconds until a step has returned, and until it is done."""
         self.synchronize()
         start = time.perf_counter()
         self.step()
@@ -154,73 +68,90 @@ class Training:
 
     def synchronize(self):
         """Wait for the device."""
-        if self.device.type == 'cuda':
+        if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
-    def count_activations(self):
-        """Train on the batch once, and count what is kept for backward.
-
-        Returns:
-            tuple[ActivationMeter, Tensor]: The count, and the loss.
-        """
-        with mmactnn.measure_activations(self.model) as meter:
-            loss = self.step(meter)
-        return meter, loss
-
-    def follow_memory(self):
-        """Train on the batch once, and follow the memory.
-
-        Returns:
-            list[list]: See :class:`training.timeline.Timeline`.
-        """
+    def measure_speed(self):
+        """Figures of the timed steps, after the warm-up."""
+        for _ in range(self.trial.warmup):
+            self.step()
         self.synchronize()
-        timeline = Timeline(self.device)
-        with contextlib.ExitStack() as hooks:
-            # Hooks inside of a compiled model would break it up.
-            if self.system.kind != 'compile':
-                for hook in timeline.watch(self.model):
-                    hooks.callback(hook.remove)
-            self.step(timeline=timeline)
-        timeline.sample()
-        return timeline.samples
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        steps = range(self.trial.steps)
+        seconds = statistics.median(self.timed_step()[1] for _ in steps)
+        peak = reserved = None
+        if self.on_gpu:
+            peak = _mib(torch.cuda.max_memory_allocated(self.device))
+            reserved = _mib(torch.cuda.max_memory_reserved(self.device))
+        return dict(
+            images_per_s=round(self.trial.batch_size / seconds, 2),
+            ms_per_step=round(1e3 * seconds, 3),
+            peak_mib=peak,
+            reserved_mib=reserved,
+        )
+
+    def measure_activations(self):
+        """Figures of what one step keeps for the backward pass."""
+        with mmactnn.measure_activations(self.model) as meter:
+            loss = self.step(meter).item()
+        pinned, swap = 0, attached_swap(self.model)
+        if swap is not None:
+            pinned = swap.host_bytes
+        elif self.on_gpu:
+            pinned = torch.cuda.host_memory_stats()['allocated_bytes.peak']
+        return dict(
+            activations_mib=_mib(meter.saved_bytes),
+            on_host_mib=_mib(meter.swapped_bytes),
+            pinned_mib=_mib(pinned),
+            loss=round(loss, 6),
+            finite=math.isfinite(loss),
+        )
 
 
-def _measure(trial, device):
-    training = Training(trial)
-    for _ in range(trial.warmup):
-        training.step()
-    training.synchronize()
-    on_gpu = device.type == 'cuda'
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds = statistics.median(
-        training.timed_step()[1] for _ in range(trial.steps)
-    )
-    peak = reserved = None
-    if on_gpu:
-        peak = _mib(torch.cuda.max_memory_allocated(device))
-        reserved = _mib(torch.cuda.max_memory_reserved(device))
-    meter, loss = training.count_activations()
-    loss = loss.item()
-    figures = dict(
-        images_per_s=round(trial.batch_size / seconds, 2),
-        ms_per_step=round(1e3 * seconds, 3),
-        activations_mib=_mib(meter.saved_bytes),
-        on_host_mib=_mib(meter.swapped_bytes),
-        peak_mib=peak,
-        reserved_mib=reserved,
-        finite=math.isfinite(loss),
-    )
-    if trial.timeline:
-        figures.update(samples=training.follow_memory())
-    return figures
+def measure(trial):
+    """Result of a trial, figures by name with the unit, and the device.
+
+    Its system must be the only one that the process trains with.
+    """
+    device = torch.device(trial.device)
+    where = output.describe_device(device)
+    limit_memory(device, trial.memory_limit_mib)
+    try:
+        training = Training(trial)
+        figures = training.measure_speed() | training.measure_activations()
+        if trial.timeline:
+            events = trace.profile_steps(training, steps=1)
+            figures['samples'] = trace.follow_memory(events, training.on_gpu)
+        if trial.trace:
+            events = trace.profile_steps(training, trial.trace)
+            figures.update(trace.overlap(events))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return dict(result=OUT_OF_MEMORY, **where)
+    return dict(result=OK, **figures, **where)
+
+
+def limit_memory(device, limit_mib):
+    """Let this process have no more MiB of the GPU, if there is a limit."""
+    if limit_mib is None:
+        return
+    if device.type != 'cuda':
+        raise ValueError(
+            f'a memory limit needs the CUDA allocator, got device {device}'
+        )
+    total = torch.cuda.get_device_properties(device).total_memory
+    share = min(1.0, limit_mib * MIB / total)
+    # Some versions of torch take no device without an index.
+    torch.cuda.set_per_process_memory_fraction(share, device.index or 0)
+
+
+def is_out_of_memory(error):
+    """Whether an error says that there was not enough memory."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def _mib(nbytes):
     return round(nbytes / MIB, 2)
-
-
-def _device_name(device):
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    return device.type

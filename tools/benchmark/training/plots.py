@@ -1,81 +1,44 @@
-"""Figures of what was measured."""
+"""Figures of speed and memory."""
 
-import itertools
-from collections import Counter
+import pandas
 
-from .trial import OK, OUT_OF_MEMORY
+from shared import output
+from shared.results import OK, OUT_OF_MEMORY
 
-
-def require_matplotlib():
-    """Check that figures can be drawn.
-
-    Raises:
-        RuntimeError: If matplotlib is not installed.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise RuntimeError(
-            'plots need matplotlib, which is not installed: '
-            'pip install "mmactnn[benchmark]"'
-        ) from error
+from .trial import file_name, short_name
 
 
 def write_plots(rows, folder):
-    """Draw every figure that the rows have something for.
-
-    Args:
-        rows (list[dict]): Rows of :class:`training.report.Results`.
-        folder (Path): Where to write the figures, as png.
-
-    Returns:
-        list[Path]: The files.
-
-    Raises:
-        RuntimeError: If matplotlib is not installed.
-    """
-    require_matplotlib()
-    written = []
-    by_model = itertools.groupby(sorted(rows, key=_model), _model)
-    for model, group in by_model:
-        group = list(group)
-        for kind, plot in _PLOTS.items():
+    """Draw what rows have something for as png files; yield their paths."""
+    for model, group in pandas.DataFrame(rows).groupby('model', sort=False):
+        for plot in (plot_throughput, plot_memory, plot_timeline):
             figure = plot(group)
             if figure is None:
                 continue
             figure.axes[0].set_title(model)
-            path = folder / f'{_file_name(model)}_{kind}.png'
+            name = file_name(short_name(model).removesuffix('.py'))
+            kind = plot.__name__.removeprefix('plot_')
+            path = folder / f'{name}_{kind}.png'
             figure.savefig(path, dpi=150)
-            written.append(path)
-    return written
+            yield path
 
 
 def plot_throughput(rows):
-    """Throughput over the batch size; crosses where memory ran out.
-
-    Args:
-        rows (list[dict]): Rows of one model.
-
-    Returns:
-        Figure, optional: The figure, if any row has trained.
-    """
-    if not _trained(rows):
+    """Throughput of a model over the batch size, or None if none trained."""
+    if not (rows.result == OK).any():
         return None
-    figure, axes = _make_figure()
-    for number, (label, group) in enumerate(_by_system(rows)):
+    figure, (axes,) = output.make_figure()
+    for number, (system, group) in enumerate(
+        rows.groupby('system', sort=False)
+    ):
         color = f'C{number}'
-        trained = sorted(_trained(group), key=lambda row: row['batch_size'])
-        sizes = [row['batch_size'] for row in trained]
-        speeds = [row['images_per_s'] for row in trained]
-        axes.plot(sizes, speeds, 'o-', color=color, label=label)
-        failed = [
-            row['batch_size']
-            for row in group
-            if row['result'] == OUT_OF_MEMORY
-        ]
-        if failed:
-            last = speeds[-1] if speeds else 0
-            axes.plot(min(failed), last, 'x', color=color, markersize=10)
+        trained = group[group.result == OK].sort_values('batch_size')
+        sizes, speeds = trained.batch_size, trained.images_per_s
+        axes.plot(sizes, speeds, 'o-', color=color, label=system)
+        failed = group.batch_size[group.result == OUT_OF_MEMORY]
+        if len(failed):
+            last = speeds.iloc[-1] if len(speeds) else 0
+            axes.plot(failed.min(), last, 'x', color=color, markersize=10)
     axes.set(xlabel='batch size (x: out of memory)', ylabel='images/s')
     axes.set_ylim(bottom=0)
     axes.legend()
@@ -83,103 +46,34 @@ def plot_throughput(rows):
 
 
 def plot_memory(rows):
-    """Activations and peak of every system, side by side.
+    """Activations and peak of systems, or None if none trained.
 
-    Args:
-        rows (list[dict]): Rows of one model. Those of the batch and image
-            size that most systems have trained with are drawn.
-
-    Returns:
-        Figure, optional: The figure, if any row has trained.
+    Of the batch and image size that most of them have trained with.
     """
-    trained = _trained(rows)
-    if not trained:
+    trained = rows[rows.result == OK]
+    if trained.empty:
         return None
-    counts = Counter(map(_size, trained))
-    size = max(counts, key=lambda size: (counts[size], size))
-    trained = [row for row in trained if _size(row) == size]
-    figure, axes = _make_figure()
-    width = 0.4
-    for offset, key, label in (
-        (-width / 2, 'activations_mib', 'activations'),
-        (width / 2, 'peak_mib', 'peak'),
-    ):
-        # Without a GPU there is no peak.
-        heights = [row[key] or 0 for row in trained]
-        places = [number + offset for number in range(len(trained))]
-        axes.bar(places, heights, width, label=label)
-    axes.set_xticks(
-        range(len(trained)), [row['system'] for row in trained], rotation=20
-    )
+    sizes = list(zip(trained.batch_size, map(tuple, trained.image_size)))
+    size = max(sizes, key=lambda size: (sizes.count(size), size))
+    trained = trained[[other == size for other in sizes]]
+    figure, (axes,) = output.make_figure()
+    bars = trained.set_index('system')[['activations_mib', 'peak_mib']]
+    # Without a GPU there is no peak.
+    bars.astype(float).fillna(0).plot.bar(ax=axes, rot=20, width=0.8)
     batch, (height, width) = size
-    axes.set(ylabel=f'MiB, batch {batch} of {height}x{width}')
-    axes.legend()
+    axes.set(xlabel='', ylabel=f'MiB, batch {batch} of {height}x{width}')
     return figure
 
 
 def plot_timeline(rows):
-    """Memory through one training step.
-
-    Args:
-        rows (list[dict]): Rows of one model.
-
-    Returns:
-        Figure, optional: The figure, if any row has a timeline.
-    """
-    rows = [row for row in rows if row.get('samples')]
-    if not rows:
+    """Memory through one step, or None if there are no timelines."""
+    if 'samples' not in rows or rows.samples.isna().all():
         return None
-    figure, axes = _make_figure()
-    for row in rows:
-        times, heights = [], []
-        for ms, _, now, most in row['samples']:
-            # Up to the most since the sample before, and down to what is left.
-            times += [ms, ms]
-            heights += [most, now]
-        label = f'{row["system"]}, batch {row["batch_size"]}'
-        axes.plot(times, heights, label=label, linewidth=1)
+    figure, (axes,) = output.make_figure()
+    for row in rows.dropna(subset='samples').itertuples():
+        label = f'{row.system}, batch {row.batch_size}'
+        style = dict(drawstyle='steps-post', linewidth=1)
+        axes.plot(*zip(*row.samples), label=label, **style)
     axes.set(xlabel='host time in the step, ms', ylabel='allocated, MiB')
-    axes.set_ylim(bottom=0)
     axes.legend()
     return figure
-
-
-_PLOTS = dict(
-    throughput=plot_throughput, memory=plot_memory, timeline=plot_timeline
-)
-
-
-def _make_figure():
-    # Not pyplot: there need not be a display.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout='constrained')
-    return figure, figure.add_subplot()
-
-
-def _trained(rows):
-    return [row for row in rows if row['result'] == OK]
-
-
-def _by_system(rows):
-    """Yield label and rows of each system, in the order of measurement."""
-    labels = dict.fromkeys(map(_system, rows))
-    for label in labels:
-        yield label, [row for row in rows if _system(row) == label]
-
-
-def _system(row):
-    return row['system']
-
-
-def _model(row):
-    return row['model']
-
-
-def _size(row):
-    return row['batch_size'], tuple(row['image_size'])
-
-
-def _file_name(model):
-    name = model.rpartition('/')[2].removesuffix('.py')
-    return ''.join(c if c.isalnum() or c in '-_.' else '_' for c in name)

@@ -1,0 +1,114 @@
+"""Command lines and output of benchmarks: tables, progress, exit status."""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import traceback
+from pathlib import Path
+
+import pandas
+import torch
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+
+def make_parser(description):
+    """Parser of a command line, whose help is the text of a module."""
+    style = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        description=description, formatter_class=style
+    )
+
+
+def check_positive(parser, args, *names):
+    """Report settings, or lists of them, that are less than 1."""
+    for name in names:
+        value = getattr(args, name)
+        if min(value if isinstance(value, (list, tuple)) else [value]) < 1:
+            parser.error(f'{name} must be 1 or more, got {value}')
+
+
+def require_matplotlib(parser):
+    """Report that figures cannot be drawn."""
+    if importlib.util.find_spec('matplotlib') is None:
+        parser.error('--plot needs pip install "mmactnn[benchmark]"')
+
+
+def make_figure(panels=1, size=(7, 4.5)):
+    """A figure of panels of a size in inches, and their axes as a list."""
+    # Not pyplot: there need not be a display.
+    from matplotlib.figure import Figure
+
+    size = (size[0] * panels, size[1])
+    figure = Figure(figsize=size, layout='constrained')
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+def make_console():
+    """The terminal, or a log with lines wide enough for tables."""
+    console = Console()
+    # A log has no width of its own.
+    return console if console.is_terminal else Console(width=180)
+
+
+def make_progress(console):
+    """Bar of finished trials, with elapsed and remaining time."""
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+def make_table(rows, title=None, columns=None, formats=None):
+    """Table of rows or a frame for the terminal, with formats by column."""
+    # Of objects, so that a whole number beside a gap stays one.
+    frame = pandas.DataFrame(rows, dtype=object).reindex(columns=columns)
+    columns = (Column(name, overflow='fold') for name in frame.columns)
+    table = Table(*columns, title=title)
+    specs = [(formats or {}).get(name, '') for name in frame.columns]
+    for row in frame.itertuples(index=False):
+        # Not markup: systems have brackets.
+        table.add_row(
+            *(
+                Text('' if value is None or value != value else f'{value:{s}}')
+                for value, s in zip(row, specs)
+            )
+        )
+    return table
+
+
+def describe_device(device):
+    """``device_name`` (or type), and the version of torch."""
+    name = device = torch.device(device)
+    if device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+    return dict(device_name=str(name), torch=torch.__version__)
+
+
+def publish(rows, args, title='', device='cuda', formats=None):
+    """Print rows, and write them to ``args.out``, with device and settings."""
+    where = describe_device(device)
+    title += '{device_name}, torch {torch}'.format(**where)
+    make_console().print(make_table(rows, title, formats=formats))
+    if args.out:
+        settings = {k: v for k, v in vars(args).items() if k != 'out'}
+        text = json.dumps(dict(where, settings=settings, rows=rows), indent=1)
+        Path(args.out).write_text(text)
+
+
+@contextlib.contextmanager
+def catching(failures, name):
+    """Print an error of a trial and note it by name, so that others go on."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        failures[name] = f'{type(error).__name__}: {error}'
+
+
+def exit_on_failures(failures):
+    """Exit with status 1 and the reasons of failures, if there are any."""
+    if failures:
+        lines = (f'{name}: {reason}' for name, reason in failures.items())
+        raise SystemExit('\n  '.join(['failed:', *lines]))
