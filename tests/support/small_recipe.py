@@ -34,6 +34,24 @@ _SIZE, _LARGE = 64, 100
 _train = load_tool('train.py')
 
 
+# What differs from a recipe of the same method only in its depth, data or
+# schedule: test_configs.py builds it, but only --all-recipes trains it.
+ALIKE = {
+    'faster_rcnn_r50_bccd',
+    'faster_rcnn_r50_paper',
+    'fcn_r18_digits',
+    'fcn_r50_paper',
+    'mocov2_r50_paper',
+    'retinanet_r101',
+    'retinanet_r18_digits',
+    'retinanet_r50_bccd',
+    'retinanet_r50_paper',
+    'retinanet_x101_64x4d',
+    'sem_fpn_r18_digits',
+    'sem_fpn_r50_paper',
+}
+
+
 def list_recipes(metafile):
     """The recipes that a metafile names.
 

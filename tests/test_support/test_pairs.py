@@ -109,6 +109,10 @@ class TestInTurn:
     def test_groups(self, a, request):
         assert request.node.callspec.id == {1: 'one', 3: 'two'}[a]
 
+    @in_turn(by='a', a=[(1, 2), ()], b='xy', c='uv')
+    def test_a_test_for_each_value(self, a, b, c, request):
+        assert request.node.callspec.id == {2: '1x2', 0: 'scalar'}[len(a)]
+
     def test_a_failure_names_its_row(self):
         @in_turn([dict(a=1), dict(a=2)])
         def fail(a):
