@@ -117,7 +117,7 @@ def case(*parts, **named):
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, pytest.fail.Exception) as error:
         parts = [*map(str, parts), *(f'{k}={v}' for k, v in named.items())]
         raise AssertionError(f'in the case {", ".join(parts)}') from error
 

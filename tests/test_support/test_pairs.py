@@ -87,6 +87,10 @@ def test_a_failure_names_its_case():
         with case('float16', bits=2):
             raise ValueError('reason')
     assert str(raised.value.__cause__) == 'reason'
+    with pytest.raises(AssertionError, match='case a$') as raised:
+        with case('a'), pytest.raises(ValueError):
+            pass
+    assert 'DID NOT RAISE' in str(raised.value.__cause__)
 
 
 class TestInTurn:
