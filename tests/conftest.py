@@ -25,6 +25,12 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_collection_modifyitems(items):
+    """Start with what takes longest, lest processes wait for one another."""
+    longest = ('test_integration', 'test_tools')
+    items.sort(key=lambda item: item.path.parent.name not in longest)
+
+
 def pytest_generate_tests(metafunc):
     """Run classes that name recipes with each of them in turn."""
     recipes = getattr(metafunc.cls, 'recipes', None)
