@@ -32,9 +32,10 @@ quickstart: $(PACKAGE) data/digits
 	    $(RUNS)/exact $(RUNS)/compressed
 
 # A process a core, each of one thread; files stay whole, for what their tests
-# share.
+# share, and in the order of tests/conftest.py.
 test: $(PACKAGE) $(TESTS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile \
+	    --no-loadscope-reorder
 
 lint: $(LINT)
 	$(BIN)/ruff check .

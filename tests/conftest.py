@@ -2,16 +2,43 @@
 
 import functools
 import random
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from mmengine.fileio import load
+from mmengine.registry import DefaultScope
 from support.digits import make_digits
 
 # Support modules that check for tests.
 pytest.register_assert_rewrite('support.recipe_tests', 'support.dist_train')
+
+
+def pytest_addoption(parser):
+    """Tests that take long are for whoever asks for them."""
+    parser.addoption(
+        '--all-recipes',
+        action='store_true',
+        help='train recipes that are much like others, too',
+    )
+
+
+def pytest_collection_modifyitems(items):
+    """Start with what takes longest, lest processes wait for one another."""
+    longest = ('test_integration', 'test_tools')
+    items.sort(key=lambda item: item.path.parent.name not in longest)
+
+
+def pytest_generate_tests(metafunc):
+    """Run classes that name recipes with each of them in turn."""
+    recipes = getattr(metafunc.cls, 'recipes', None)
+    if recipes is not None:
+        if not metafunc.config.getoption('--all-recipes'):
+            alike = metafunc.cls.alike
+            recipes = [name for name in recipes if name not in alike]
+        metafunc.parametrize('name', recipes, scope='class')
 
 
 @pytest.fixture(params=['cpu', 'cuda'])
@@ -30,6 +57,12 @@ def seed() -> int:
     np.random.seed(value)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def _no_scope(monkeypatch):
+    """Every test starts without a default scope, and leaves none behind."""
+    monkeypatch.setattr(DefaultScope, '_instance_dict', OrderedDict())
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -63,21 +63,13 @@ def test_recipe_builds_with_compressed_layers(name):
     config = load_recipe(name)
     assert config.custom_hooks[0].type == 'ActNNHook'
     model = build_model(config)
-    layers = [
-        m for m in model.modules() if isinstance(m, mmactnn.QuantizedLayer)
-    ]
+    assert any(isinstance(m, mmactnn.QuantizedLayer) for m in model.modules())
     # The hook finds what no option reaches and leaves nothing of these.
     mmactnn.convert_model(model, config.custom_hooks[0].level)
     names = {type(m).__name__ for m in model.modules()}
-    assert layers
     assert not names & {'Conv2d', 'BatchNorm2d', 'ReLU'}
-
-
-@pytest.mark.parametrize('name', RECIPES)
-def test_exact_twin_is_one_override(name):
-    config = load_recipe(name)
+    # The exact twin is one override.
     config.merge_from_dict({'custom_hooks.0.level': 'L0'})
-    model = build_model(config)
     mmactnn.convert_model(model, config.custom_hooks[0].level)
     layers = [
         m for m in model.modules() if isinstance(m, mmactnn.QuantizedLayer)

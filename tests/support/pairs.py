@@ -11,7 +11,7 @@ import pytest
 import torch
 
 
-def pairs(where=None, **axes):
+def pairs(where=None, /, **axes):
     """Few rows in which every two values of two axes come together.
 
     Greedy, and the same at every call.
@@ -64,7 +64,7 @@ def pairs(where=None, **axes):
     return found
 
 
-def parametrize_pairs(where=None, **axes):
+def parametrize_pairs(where=None, /, **axes):
     """Decorator that runs a test with each row of :func:`pairs`.
 
     Args:
@@ -117,28 +117,40 @@ def case(*parts, **named):
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, pytest.fail.Exception) as error:
         parts = [*map(str, parts), *(f'{k}={v}' for k, v in named.items())]
         raise AssertionError(f'in the case {", ".join(parts)}') from error
 
 
-def in_turn(rows, unless=None):
+def in_turn(rows=None, /, *, unless=None, where=None, by=None, **axes):
     """Decorator that runs a test with each of some rows, all in one test.
 
     For what is too cheap to be a test of its own. Random numbers start anew
     in each turn, and a failure names its row.
 
     Args:
-        rows (list[dict] | dict[str, dict]): Arguments of each turn, by their
-            name if that is not to be made of them.
+        rows (list[dict] | dict[str, dict], optional): Arguments of each turn,
+            by their name if that is not to be made of them. Defaults to the
+            :func:`pairs` of the axes.
         unless (callable, optional): Takes the arguments, those of other
             decorators and fixtures among them, and says which turns to leave
             out. Defaults to none.
+        where (callable, optional): As of :func:`pairs`.
+        by (str, optional): One of the axes, each value of which has a test
+            of its own. Defaults to one test for all rows.
+        **axes: As of :func:`pairs`.
 
     Returns:
         callable: The decorator.
     """
-    return _in_turn({None: rows}, unless, ())
+    rows = rows or pairs(where, **axes)
+    if by is None:
+        return _in_turn({None: rows}, unless, ())
+    groups = {}
+    for row in rows:
+        (name,) = _names({by: row[by]}, axes)
+        groups.setdefault(name, []).append(row)
+    return in_turn_by_group(groups, unless)
 
 
 def in_turn_by_group(groups, unless=None):

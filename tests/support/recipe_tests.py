@@ -12,16 +12,20 @@ from mmactnn.adapters import find_layered
 from mmactnn.memory import Category
 
 from .recipe_run import run_recipe
-from .small_recipe import ITERATIONS, make_data
+from .small_recipe import ALIKE, ITERATIONS, make_data
 
 
 class RecipeTests:
-    """Base of classes with a parameter ``name``, of the class's scope.
+    """Base of classes, each run with its recipes one after the other.
 
     Attributes:
         toolbox (str): Whose recipes: ``'mmdet'``, ``'mmseg'`` or
             ``'mmpretrain'``.
+        recipes (list[str]): Their names.
+        alike (set[str]): Those that only ``--all-recipes`` trains.
     """
+
+    alike = ALIKE
 
     @pytest.fixture(scope='class')
     def data(self, tmp_path_factory):

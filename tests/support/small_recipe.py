@@ -34,6 +34,30 @@ _SIZE, _LARGE = 64, 100
 _train = load_tool('train.py')
 
 
+# Of one method and others that differ from it in depth, data or schedule, the
+# smallest is trained; test_configs.py builds the others, which --all-recipes
+# trains. So it is with what is a part of another one: Mask R-CNN has all of
+# Faster R-CNN, and UPerNet the pooling of PSPNet.
+ALIKE = {
+    'faster_rcnn_r50',
+    'faster_rcnn_r50_bccd',
+    'faster_rcnn_r50_paper',
+    'fcn_r50',
+    'fcn_r50_paper',
+    'mocov2_r50',
+    'mocov2_r50_paper',
+    'pspnet_r50',
+    'resnet50_cifar10',
+    'retinanet_r101',
+    'retinanet_r50',
+    'retinanet_r50_bccd',
+    'retinanet_r50_paper',
+    'retinanet_x101_64x4d',
+    'sem_fpn_r50',
+    'sem_fpn_r50_paper',
+}
+
+
 def list_recipes(metafile):
     """The recipes that a metafile names.
 

@@ -216,17 +216,29 @@ def _train(rank, device):
     return {n: t.cpu() for n, t in model.module.state_dict().items()}
 
 
-def run_alone(rank, argument):
-    """A layer in a group of one process, and batch normalisation.
+def run_in_one(rank, device):
+    """All that is of interest in a group of one process.
 
     Args:
         rank (int): Of this process.
-        argument (tuple[str, str]): Level of the layer, and the device.
+        device (str): ``'cpu'`` or ``'cuda'``.
+
+    Returns:
+        dict: Results of each part.
+    """
+    return dict(
+        alone={level: _alone(level, device) for level in ('L0', 'L3')},
+        collectives=_collectives(device),
+        reports={mode: _report_of_mmcv(mode) for mode in ('default', 'N')},
+    )
+
+
+def _alone(level, device):
+    """A layer in a group of one process, and batch normalisation.
 
     Returns:
         list[dict]: Output, gradients and running mean of each.
     """
-    level, device = argument
     found = []
     for norm in (QSyncBatchNorm(CHANNELS), nn.BatchNorm2d(CHANNELS)):
         if isinstance(norm, QSyncBatchNorm):
@@ -240,14 +252,10 @@ def run_alone(rank, argument):
     return found
 
 
-def run_collectives(rank, device):
+def _collectives(device):
     """What several processes do, by one, and batch normalisation in float64.
 
     A layer that is alone leaves the collectives out.
-
-    Args:
-        rank (int): Of this process.
-        device (str): ``'cpu'`` or ``'cuda'``.
 
     Returns:
         list[dict]: Output, gradients and running mean of each.
@@ -284,15 +292,7 @@ def run_collectives(rank, device):
     return found
 
 
-def report_of_mmcv(rank, mode):
-    """What a conversion says of MMCV's layer.
-
-    Args:
-        rank (int): Of this process.
-        mode (str): ``stats_mode`` of the layer.
-
-    Returns:
-        str: The report.
-    """
+def _report_of_mmcv(mode):
+    """What a conversion says of MMCV's layer of a ``stats_mode``."""
     norm = MMSyncBatchNorm(CHANNELS, stats_mode=mode)
     return str(convert_model(nn.Sequential(norm)))

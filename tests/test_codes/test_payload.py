@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.pairs import in_turn
 
 from mmactnn import RoundingGenerator
 from mmactnn.codes.payload import WHOLE, QuantizedTensor, pieces
@@ -9,9 +10,11 @@ from mmactnn.codes.payload import WHOLE, QuantizedTensor, pieces
 MIB = 2**20
 
 
-@pytest.mark.parametrize('samples', [2, 3, 7, 64, 100, 256])
-@pytest.mark.parametrize('nbytes', [1000, 12345, 784 * MIB])
-@pytest.mark.parametrize('share', [0.001, 0.1, 0.3, 0.5, 0.9])
+@in_turn(
+    share=[0.001, 0.1, 0.3, 0.5, 0.9],
+    nbytes=[1000, 12345, 784 * MIB],
+    samples=[2, 3, 7, 64, 100, 256],
+)
 def test_pieces(samples, nbytes, share):
     limit = share * nbytes
     parts = list(pieces(samples, nbytes, limit))

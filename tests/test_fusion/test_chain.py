@@ -14,6 +14,7 @@ from support.layers import (
     gradients,
     saved_tensors,
 )
+from support.pairs import in_turn
 from torch import nn
 
 from mmactnn import convert_model, get_precision, measure_activations
@@ -46,8 +47,8 @@ def run_both(block, x):
     return found
 
 
-@pytest.mark.parametrize('channels_last', [False, True])
 @pytest.mark.parametrize('name', CHAINED)
+@in_turn(channels_last=[False, True])
 def test_equal_to_layers(name, channels_last, device):
     block = make_block(name).to(device)
     x = make_input(device, channels_last)
@@ -58,7 +59,7 @@ def test_equal_to_layers(name, channels_last, device):
     assert_equal(chained, layered)
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@in_turn(dtype=[torch.float16, torch.bfloat16])
 def test_equal_under_autocast(dtype, device):
     block = make_block('mmdet bottleneck, stride').to(device)
     convert_model(block, 'L3')
@@ -68,16 +69,15 @@ def test_equal_under_autocast(dtype, device):
     assert_equal(chained, layered)
 
 
-@pytest.mark.parametrize(
-    'frozen',
-    [
+@in_turn(
+    needs_input=[True, False],
+    frozen=[
         ('conv1', 'bn1'),
         ('conv2',),
         ('bn2',),
         ('conv1', 'bn1', 'conv2', 'bn2', 'conv3', 'bn3'),
     ],
 )
-@pytest.mark.parametrize('needs_input', [True, False])
 def test_frozen_parts(frozen, needs_input):
     block = make_block('mmdet bottleneck')
     for name in frozen:

@@ -7,6 +7,7 @@ import torch
 from support.blocks import BLOCKS, make_block
 from support.layers import assert_same_bits, exact_numerics
 from support.live import LiveBytes
+from support.pairs import in_turn
 from torch import nn
 
 from mmactnn import convert_model
@@ -43,11 +44,11 @@ def make_frozen(name, device):
     return block, stock, torch.randn(4, 16, 9, 7, device=device)
 
 
-@pytest.mark.parametrize('channels_last', [False, True])
 @pytest.mark.parametrize(
     'name',
     [n for n in BLOCKS if 'bottleneck' in n.lower() or 'basic' in n.lower()],
 )
+@in_turn(channels_last=[False, True])
 def test_values(name, channels_last, device, calls):
     block, stock, x = make_frozen(name, device)
     if channels_last:
@@ -76,7 +77,7 @@ def test_each_norm_runs_with_what_follows(name, norms, device, calls):
     assert not calls
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@in_turn(dtype=[torch.float16, torch.bfloat16])
 def test_autocast(dtype, device, calls):
     block, stock, x = make_frozen('mmdet bottleneck, stride', device)
     with torch.autocast(device.type, dtype):

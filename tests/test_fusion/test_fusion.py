@@ -16,6 +16,7 @@ from support.layers import (
     relative_error,
     saved_tensors,
 )
+from support.pairs import in_turn
 from torch import nn
 
 from mmactnn import (
@@ -85,8 +86,8 @@ def test_exact_levels(name, device):
         assert_same_bits(value, expected[key])
 
 
-@pytest.mark.parametrize('channels_last', [False, True])
 @pytest.mark.parametrize('name', [n for n in BLOCKS if n not in RANDOM])
+@in_turn(channels_last=[False, True])
 def test_gradients_at_8_bits(name, channels_last, device):
     block = make_block(name).to(device)
     x = make_input(device, channels_last)
@@ -115,7 +116,7 @@ def test_gradients_at_8_bits(name, channels_last, device):
             assert relative_error(ours, value) < FLOAT32_ERROR
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@in_turn(dtype=[torch.float16, torch.bfloat16])
 def test_autocast(dtype, device):
     block = make_block('mmdet bottleneck, stride').to(device)
     x = make_input(device)

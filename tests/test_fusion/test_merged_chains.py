@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.chains import assert_equal, nodes
 from support.layers import exact_numerics, saved_tensors
+from support.pairs import in_turn
 from torch import nn
 
 from mmactnn import convert_model
@@ -185,8 +186,8 @@ def test_equal_with_adaptive_bits(name, device):
     assert_equal(found, expected)
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('name', ['stage', 'RetinaHead', 'RPNHead'])
+@in_turn(dtype=[torch.float16, torch.bfloat16])
 def test_equal_under_autocast(name, dtype, device):
     part, inputs, wanted = make_part(name, FIXED, device)
     inputs = [x.to(dtype) for x in inputs]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.layers import assert_same_bits, saved_tensors
+from support.pairs import in_turn
 from support.precision_cases import batch, make_net, train
 from support.small_resnet import SmallResNet
 from support.toy import ITERATIONS, make_runner
@@ -144,9 +145,8 @@ LEVELS = {
 
 
 class TestOverflow:
-    @pytest.mark.parametrize('value', ['inf', '-inf', 'nan'])
-    @pytest.mark.parametrize('level', LEVELS)
     @pytest.mark.parametrize('name', LAYERS)
+    @in_turn(level=tuple(LEVELS), value=['inf', '-inf', 'nan'])
     def test_reaches_the_gradient(self, name, level, value, device):
         make, shape = LAYERS[name]
         net = nn.Sequential(make()).to(device)

@@ -1,13 +1,12 @@
 """Recipes of detectors without proposals, run on a few small images."""
 
-import pytest
 from support.recipe_tests import RecipeTests
 from support.small_recipe import list_detectors
 
 
-@pytest.mark.parametrize('name', list_detectors(1), scope='class')
 class TestOneStageDetection(RecipeTests):
     toolbox = 'mmdet'
+    recipes = list_detectors(1)
 
     def test_metrics(self, run):
         assert 'val/coco/bbox_mAP' in run.scalars

@@ -14,6 +14,7 @@ from support.layers import (
     gradients,
     saved_tensors,
 )
+from support.pairs import in_turn
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -108,9 +109,7 @@ def through(relu, x, grad_output):
 
 
 class TestAgainstTorch:
-    @pytest.mark.parametrize('dtype', DTYPES, ids=str)
-    @pytest.mark.parametrize('size', SIZES, ids=str)
-    @pytest.mark.parametrize('inplace', [False, True])
+    @in_turn(inplace=[False, True], size=SIZES, dtype=DTYPES)
     def test_dtypes_and_sizes(self, inplace, size, dtype, pair, device):
         x = make_input(device, size, dtype)
         grad_output = make_grad(x)
@@ -118,9 +117,11 @@ class TestAgainstTorch:
         found = through(pair.ours(inplace=inplace), x, grad_output)
         pair.assert_same(found, expected)
 
-    @pytest.mark.parametrize('inplace', [False, True])
-    @pytest.mark.parametrize('grad_layout', LAYOUTS)
-    @pytest.mark.parametrize('layout', LAYOUTS)
+    @in_turn(
+        layout=tuple(LAYOUTS),
+        grad_layout=tuple(LAYOUTS),
+        inplace=[False, True],
+    )
     def test_layouts(self, layout, grad_layout, inplace, pair, device):
         x = LAYOUTS[layout](make_input(device))
         grad_output = LAYOUTS[grad_layout](make_grad(x))
@@ -129,7 +130,7 @@ class TestAgainstTorch:
         pair.assert_same(found, expected)
         assert found['output'].stride() == expected['output'].stride()
 
-    @pytest.mark.parametrize('inplace', [False, True])
+    @in_turn(inplace=[False, True])
     def test_part_of_a_tensor(self, inplace, pair, device):
         # A view whose base goes on to be used: torch, too, writes through.
         def run(relu):
@@ -144,7 +145,7 @@ class TestAgainstTorch:
             run(pair.ours(inplace=inplace)), run(pair.theirs(inplace=inplace))
         )
 
-    @pytest.mark.parametrize('inplace', [False, True])
+    @in_turn(inplace=[False, True])
     def test_exact_level(self, inplace, pair, device):
         relu = at_level(pair.theirs(inplace=inplace), 'L0')
         assert type(relu) is pair.ours.func and relu.quantizer.exact
@@ -155,7 +156,7 @@ class TestAgainstTorch:
         assert_same_bits(found['output'], expected['output'])
         assert_same_bits(found['input'], expected['input'])
 
-    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+    @in_turn(dtype=[torch.float16, torch.bfloat16])
     def test_autocast(self, dtype, pair, device):
         x = make_input(device)
         conv = nn.Conv2d(5, 4, 1, device=device)
@@ -175,8 +176,7 @@ class TestAgainstTorch:
 
 
 class TestWhatIsKept:
-    @pytest.mark.parametrize('inplace', [False, True])
-    @pytest.mark.parametrize('size', [(2, 3, 5, 7), (2, 4, 8, 8)])
+    @in_turn(size=[(2, 3, 5, 7), (2, 4, 8, 8)], inplace=[False, True])
     def test_one_bit_an_element(self, size, inplace, pair, device):
         x = torch.randn(size, device=device, requires_grad=True) * 1
         with saved_tensors() as saved:
@@ -184,7 +184,7 @@ class TestWhatIsKept:
         assert [t.dtype for t in saved] == [torch.uint8]
         assert saved[0].nbytes == math.ceil(x.numel() / 8)
 
-    @pytest.mark.parametrize('inplace', [False, True])
+    @in_turn(inplace=[False, True])
     def test_eval_is_the_parent(self, inplace, pair, device):
         x = make_input(device)
         relu = pair.ours(inplace=inplace).eval()
@@ -225,7 +225,7 @@ class TestAutograd:
             relu(leaf).sum().backward()
         assert torch.equal(leaf.grad, 3 * (leaf > 0).float())
 
-    @pytest.mark.parametrize('inplace', [False, True])
+    @in_turn(inplace=[False, True])
     def test_retain_graph(self, inplace, device):
         leaf = torch.randn(4, 7, device=device, requires_grad=True)
         output = QReLU(inplace)(leaf * 1)
@@ -236,8 +236,7 @@ class TestAutograd:
             )
             assert torch.equal(grad, grad_output * (leaf > 0))
 
-    @pytest.mark.parametrize('inplace', [False, True])
-    @pytest.mark.parametrize('use_reentrant', [False, True])
+    @in_turn(use_reentrant=[False, True], inplace=[False, True])
     def test_checkpoint(self, use_reentrant, inplace, pair, device):
         def run(relu):
             leaf = torch.linspace(-1, 1, 63, device=device).requires_grad_()
@@ -287,8 +286,8 @@ class TestAutograd:
 
 
 class TestModule:
-    @pytest.mark.parametrize(
-        'duplicate', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+    @in_turn(
+        duplicate=[copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
     )
     def test_duplicates(self, duplicate, pair, device):
         twin = duplicate(pair.ours(inplace=True))

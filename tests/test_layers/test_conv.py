@@ -17,6 +17,7 @@ from support.layers import (
     rounding_variance,
     saved_tensors,
 )
+from support.pairs import in_turn
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -86,7 +87,7 @@ LAYOUTS = {
 
 
 class TestExactLevel:
-    @pytest.mark.parametrize('name', GEOMETRIES)
+    @in_turn(name=tuple(GEOMETRIES))
     def test_bit_for_bit(self, name, device):
         conv = at_level(nn.Conv2d(4, 8, **GEOMETRIES[name]).to(device), 'L0')
         assert type(conv) is QConv2d and conv.quantizer.exact
@@ -106,7 +107,7 @@ class TestExactLevel:
 
 
 class TestCompressed:
-    @pytest.mark.parametrize('name', GEOMETRIES)
+    @in_turn(name=tuple(GEOMETRIES))
     def test_output_and_gradients(self, name, device, monkeypatch):
         conv = make_conv(device, bits=8, **GEOMETRIES[name])
         x = make_input(device)
@@ -124,8 +125,9 @@ class TestCompressed:
         for key in found.keys() - {'weight'}:
             assert relative_error(found[key], expected[key]) < FLOAT32_ERROR
 
-    @pytest.mark.parametrize('layout', LAYOUTS)
-    @pytest.mark.parametrize('weight_layout', ['contiguous', 'channels_last'])
+    @in_turn(
+        weight_layout=['contiguous', 'channels_last'], layout=tuple(LAYOUTS)
+    )
     def test_layouts(self, layout, weight_layout, device):
         conv = make_conv(device, bits=8, padding=1)
         if weight_layout == 'channels_last':
@@ -145,9 +147,7 @@ class TestCompressed:
         assert relative_error(found['bias'], expected['bias']) < FLOAT32_ERROR
         assert relative_error(found['weight'], expected['weight']) < 0.03
 
-    @pytest.mark.parametrize(
-        'name', ['plain', 'same, odd', 'reflect', 'circular']
-    )
+    @in_turn(name=['plain', 'same, odd', 'reflect', 'circular'])
     def test_a_sample_alone(self, name, device):
         conv = make_conv(device, bits=8, **GEOMETRIES[name])
         x = make_input(device)[0]
@@ -258,8 +258,9 @@ class TestStatistics:
 
 
 class TestPrecision:
-    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize('input_dtype', ['same', 'float32'])
+    @in_turn(
+        input_dtype=['same', 'float32'], dtype=[torch.float16, torch.bfloat16]
+    )
     def test_autocast(self, dtype, input_dtype, device):
         conv = make_conv(device, bits=8, padding=1)
         x = make_input(device)
@@ -299,8 +300,7 @@ class TestPrecision:
         kept = [t for t in saved if t is not conv.weight]
         assert {t.dtype for t in kept} <= {torch.uint8, torch.bfloat16}
 
-    @pytest.mark.parametrize('bits', [1, 2, 4, 8])
-    @pytest.mark.parametrize('value', ['nan', 'inf', '-inf'])
+    @in_turn(value=['nan', 'inf', '-inf'], bits=[1, 2, 4, 8])
     def test_overflow_reaches_the_gradient(self, bits, value, device):
         conv = make_conv(device, bits)
         x = make_input(device)
@@ -323,7 +323,7 @@ class TestWhatIsKept:
         assert sum(t.nbytes for t in kept) == x.numel() / 4 + 3 * 4
         assert len(saved) == len(kept) + 1
 
-    @pytest.mark.parametrize('bias', ['trainable', 'frozen', 'none'])
+    @in_turn(bias=['trainable', 'frozen', 'none'])
     def test_frozen_weight_keeps_no_input(self, bias, device, monkeypatch):
         packed = count_packs(monkeypatch)
         conv = make_conv(device, bias=bias != 'none')
@@ -385,7 +385,7 @@ class TestAutograd:
         for first, second in zip(backward(), backward()):
             assert_same_bits(first, second)
 
-    @pytest.mark.parametrize('use_reentrant', [False, True])
+    @in_turn(use_reentrant=[False, True])
     def test_checkpoint(self, use_reentrant, device):
         conv = make_conv(device, bits=8, padding=1)
         block = nn.Sequential(conv, nn.Tanh())
@@ -401,8 +401,8 @@ class TestAutograd:
 
 
 class TestModule:
-    @pytest.mark.parametrize(
-        'duplicate', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+    @in_turn(
+        duplicate=[copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
     )
     def test_duplicates(self, duplicate, device):
         conv = make_conv(device, bits=8, group_size=64)

@@ -13,6 +13,7 @@ from support.layers import (
     gradients,
     saved_tensors,
 )
+from support.pairs import in_turn
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -44,9 +45,7 @@ def through(dropout, x, grad_output=None):
 
 
 class TestForwardAndBackward:
-    @pytest.mark.parametrize('dtype', DTYPES, ids=str)
-    @pytest.mark.parametrize('shape', SHAPES, ids=str)
-    @pytest.mark.parametrize('inplace', [False, True])
+    @in_turn(inplace=[False, True], shape=SHAPES, dtype=DTYPES)
     def test_one_mask(self, inplace, shape, dtype, device):
         x = torch.ones(shape, device=device, dtype=dtype)
         output, grad = through(QDropout(0.5, inplace), x)
@@ -54,9 +53,11 @@ class TestForwardAndBackward:
         assert_same_bits(grad, output)
         assert set(output.unique().tolist()) <= {0.0, 2.0}
 
-    @pytest.mark.parametrize('inplace', [False, True])
-    @pytest.mark.parametrize('grad_layout', LAYOUTS)
-    @pytest.mark.parametrize('layout', LAYOUTS)
+    @in_turn(
+        layout=tuple(LAYOUTS),
+        grad_layout=tuple(LAYOUTS),
+        inplace=[False, True],
+    )
     def test_layouts(self, layout, grad_layout, inplace, device):
         x = LAYOUTS[layout](torch.randn(3, 5, 9, 11, device=device) + 9)
         grad_output = LAYOUTS[grad_layout](torch.randn_like(x) + 9)
@@ -86,7 +87,7 @@ class TestForwardAndBackward:
         first, second = (through(dropout, x)[0] for _ in range(2))
         assert 0.4 < float((first == second).double().mean()) < 0.6
 
-    @pytest.mark.parametrize('p', [0.0, 1.0])
+    @in_turn(p=[0.0, 1.0])
     def test_certainties(self, p, device):
         x = torch.randn(4, 7, device=device)
         expected = gradients(nn.Dropout(p), x, torch.ones_like(x))
@@ -110,7 +111,7 @@ class TestForwardAndBackward:
 
 
 class TestWhereItIsTheParent:
-    @pytest.mark.parametrize('inplace', [False, True])
+    @in_turn(inplace=[False, True])
     def test_exact_level(self, inplace, device):
         x = torch.randn(3, 5, 9, 11, device=device)
         dropout = at_level(nn.Dropout(0.3, inplace), 'L0')
@@ -142,8 +143,7 @@ class TestSeed:
         torch.manual_seed(7)
         assert torch.equal(through(QDropout(), x)[0], first)
 
-    @pytest.mark.parametrize('inplace', [False, True])
-    @pytest.mark.parametrize('use_reentrant', [False, True])
+    @in_turn(use_reentrant=[False, True], inplace=[False, True])
     def test_checkpoint(self, use_reentrant, inplace, device):
         """The recomputed mask is the one that made the output."""
         leaf = torch.ones(4, 1024, device=device, requires_grad=True)
@@ -166,7 +166,7 @@ class TestSeed:
         assert torch.equal(leaf.grad, 2 * masks[0] ** 2)
         assert leaf.grad.any() and not leaf.grad.all()
 
-    @pytest.mark.parametrize('inplace', [False, True])
+    @in_turn(inplace=[False, True])
     def test_the_same_without_grad(self, inplace, device):
         x = torch.ones(64, device=device)
         torch.manual_seed(7)
@@ -188,7 +188,7 @@ class TestSeed:
 
 
 class TestAutograd:
-    @pytest.mark.parametrize('inplace', [False, True])
+    @in_turn(inplace=[False, True])
     def test_keeps_nothing(self, inplace, device):
         x = torch.randn(4, 7, device=device, requires_grad=True) * 1
         with saved_tensors() as saved:
@@ -232,8 +232,8 @@ class TestAutograd:
 
 
 class TestModule:
-    @pytest.mark.parametrize(
-        'duplicate', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+    @in_turn(
+        duplicate=[copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
     )
     def test_duplicates(self, duplicate, device):
         twin = duplicate(QDropout(0.3, inplace=True))
@@ -252,7 +252,7 @@ class TestModule:
             'QDropout(p=0.1, inplace=False, bits=0)'
         )
 
-    @pytest.mark.parametrize('p', [-0.1, 1.1])
+    @in_turn(p=[-0.1, 1.1])
     def test_errors_of_the_constructor(self, p):
         for cls in (nn.Dropout, QDropout):
             with pytest.raises(ValueError, match='between 0 and 1'):
@@ -269,9 +269,11 @@ class TestModule:
 
 
 class TestWholeChannels:
-    @pytest.mark.parametrize('dtype', [*DTYPES, torch.float64], ids=str)
-    @pytest.mark.parametrize('layout', LAYOUTS)
-    @pytest.mark.parametrize('inplace', [False, True])
+    @in_turn(
+        inplace=[False, True],
+        layout=tuple(LAYOUTS),
+        dtype=[*DTYPES, torch.float64],
+    )
     def test_one_number_a_channel(self, inplace, layout, dtype, device):
         x = LAYOUTS[layout](torch.rand(4, 6, 9, 11, device=device) + 1)
         x = x.to(dtype)
@@ -299,7 +301,7 @@ class TestWholeChannels:
             QDropout2d()(x)
         assert saved == []
 
-    @pytest.mark.parametrize('use_reentrant', [False, True])
+    @in_turn(use_reentrant=[False, True])
     def test_checkpointed(self, use_reentrant, device):
         x = torch.ones(4, 6, 9, 11, device=device)
         leaf = x.clone().requires_grad_()

@@ -19,7 +19,7 @@ from support.layers import (
     relative_error,
     saved_tensors,
 )
-from support.pairs import in_turn, in_turn_by_group, pairs
+from support.pairs import in_turn, in_turn_by_group
 from torch import nn
 
 from mmactnn import measure_activations
@@ -248,7 +248,7 @@ class TestGradients:
                 assert error < limit
 
     @every_class
-    @in_turn(pairs(bits=[1, 2, 4, 8], value=['nan', 'inf', '-inf']))
+    @in_turn(bits=[1, 2, 4, 8], value=['nan', 'inf', '-inf'])
     def test_overflow_reaches_the_gradient(self, case, bits, value, device):
         layer = case.make(device, bits)
         x = case.make_input(device)
@@ -343,7 +343,7 @@ class TestPrecision:
         assert_near(found, reference, case, error=0.02)
 
     @every_case
-    @in_turn(pairs(dtype=HALVES, input_dtype=['float32', 'autocast']))
+    @in_turn(dtype=HALVES, input_dtype=['float32', 'autocast'])
     def test_autocast(self, case, dtype, input_dtype, device):
         layer = case.make(device)
         twin = exact_twin(layer)
@@ -389,25 +389,23 @@ class TestErrors:
 
     @every_class
     @in_turn(
-        pairs(
-            size=[
-                (),
-                (4,),
-                (3, 4),
-                (3, 5),
-                (1, 4),
-                (2, 4, 0),
-                (3, 4, 5),
-                (3, 5, 5),
-                (1, 4, 1),
-                (1, 4, 1, 1),
-                (2, 0, 4, 4),
-                (3, 5, 9, 9),
-                (1, 2, 1, 1),
-                (2, 3, 5, 5, 5),
-                (1, 2, 4, 5, 5, 5),
-            ]
-        )
+        size=[
+            (),
+            (4,),
+            (3, 4),
+            (3, 5),
+            (1, 4),
+            (2, 4, 0),
+            (3, 4, 5),
+            (3, 5, 5),
+            (1, 4, 1),
+            (1, 4, 1, 1),
+            (2, 0, 4, 4),
+            (3, 5, 9, 9),
+            (1, 2, 1, 1),
+            (2, 3, 5, 5, 5),
+            (1, 2, 4, 5, 5, 5),
+        ]
     )
     def test_wrong_input(self, case, size, device):
         layer = case.make(device)
@@ -438,18 +436,16 @@ class TestErrors:
 
     @every_class
     @in_turn(
-        pairs(
-            kwargs=[
-                dict(unknown=1),
-                dict(groups=3),
-                dict(groups=0),
-                dict(padding='some'),
-                dict(padding='same', stride=2),
-                dict(padding_mode='unknown'),
-                dict(padding_mode='reflect'),
-                dict(num_groups=4),
-            ]
-        )
+        kwargs=[
+            dict(unknown=1),
+            dict(groups=3),
+            dict(groups=0),
+            dict(padding='some'),
+            dict(padding='same', stride=2),
+            dict(padding_mode='unknown'),
+            dict(padding_mode='reflect'),
+            dict(num_groups=4),
+        ]
     )
     def test_constructor(self, case, kwargs):
         parent = case.cls.torch_class()
@@ -469,13 +465,13 @@ class TestErrors:
         assert error(case.cls) == error(case.cls.torch_class())
 
     @every_class
-    @in_turn(pairs(bits=[0, 9, 16, -1, 2.5, '2']))
+    @in_turn(bits=[0, 9, 16, -1, 2.5, '2'])
     def test_unknown_bits(self, case, bits):
         with pytest.raises(ValueError, match=f'bits.*got {bits!r}'):
             case.cls(*case.args, bits=bits)
 
     @every_class
-    @in_turn(pairs(group_size=[0, 100, 1024]))
+    @in_turn(group_size=[0, 100, 1024])
     def test_unknown_group_size(self, case, group_size):
         with pytest.raises(ValueError, match=f'group_size.*{group_size!r}'):
             case.cls(*case.args, group_size=group_size)
@@ -503,7 +499,7 @@ class TestWhatIsKept:
         assert ranges <= rest <= ranges + (0 if case.linear else 3 * 8 * 8)
 
     @every_case
-    @in_turn(pairs(level=['L0', 'L2', 'L3'], autocast=[False, True]))
+    @in_turn(level=['L0', 'L2', 'L3'], autocast=[False, True])
     def test_meter(self, case, autocast, level, device):
         def run(layer):
             context = contextlib.nullcontext()

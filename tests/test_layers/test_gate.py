@@ -13,6 +13,7 @@ from support.layers import (
     relative_error,
     saved_tensors,
 )
+from support.pairs import in_turn
 from torch import nn
 
 from mmactnn import RoundingGenerator, convert_model, measure_activations
@@ -44,7 +45,7 @@ def run(layer, x, factor, grad_output=None):
     return dict(output=output.detach(), input=x.grad, gate=factor.grad)
 
 
-@pytest.mark.parametrize('layout', LAYOUTS)
+@in_turn(layout=tuple(LAYOUTS))
 def test_against_the_product(layout, x, factor):
     x = LAYOUTS[layout](x)
     grad_output = torch.randn_like(x)
@@ -79,7 +80,7 @@ def test_gradient_of_the_gate_is_unbiased(x, factor):
     assert z.abs().max() < 5
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+@in_turn(dtype=[torch.float16, torch.bfloat16])
 def test_mixed_dtypes(dtype, x, factor):
     """As autocast leaves them: a map in half precision, or its gate."""
     for left, right in ((x.to(dtype), factor), (x, factor.to(dtype))):

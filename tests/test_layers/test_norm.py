@@ -17,6 +17,7 @@ from support.layers import (
     rounding_variance,
     saved_tensors,
 )
+from support.pairs import in_turn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -71,8 +72,7 @@ def assert_same_buffers(norm, twin):
 
 
 class TestExactLevel:
-    @pytest.mark.parametrize('training', [True, False])
-    @pytest.mark.parametrize('name', VARIANTS)
+    @in_turn(name=tuple(VARIANTS), training=[True, False])
     def test_bit_for_bit(self, name, training, device):
         source = exact_twin(make_norm(device, **VARIANTS[name]))
         norm = at_level(copy.deepcopy(source), 'L0').train(training)
@@ -88,8 +88,7 @@ class TestExactLevel:
 
 
 class TestTraining:
-    @pytest.mark.parametrize('bits', [1, 2, 4, 8])
-    @pytest.mark.parametrize('name', VARIANTS)
+    @in_turn(name=tuple(VARIANTS), bits=[1, 2, 4, 8])
     def test_forward_and_running_statistics(self, name, bits, device):
         norm = make_norm(device, bits, **VARIANTS[name])
         twin = exact_twin(norm)
@@ -98,7 +97,7 @@ class TestTraining:
             assert_same_bits(norm(x), twin(x))
             assert_same_buffers(norm, twin)
 
-    @pytest.mark.parametrize('name', VARIANTS)
+    @in_turn(name=tuple(VARIANTS))
     def test_gradients(self, name, device, monkeypatch):
         packed = count_packs(monkeypatch)
         norm = make_norm(device, bits=8, **VARIANTS[name])
@@ -115,7 +114,7 @@ class TestTraining:
                 relative_error(found['bias'], expected['bias']) < FLOAT32_ERROR
             )
 
-    @pytest.mark.parametrize('layout', ['channels_last', 'gaps'])
+    @in_turn(layout=['channels_last', 'gaps'])
     def test_layouts(self, layout, device):
         norm = make_norm(device, bits=8)
         plain = make_input(device)
@@ -135,7 +134,7 @@ class TestTraining:
         assert relative_error(found['weight'], reference['weight']) < 0.05
         assert relative_error(found['bias'], reference['bias']) < FLOAT32_ERROR
 
-    @pytest.mark.parametrize('frozen', ['weight', 'bias'])
+    @in_turn(frozen=['weight', 'bias'])
     def test_partly_frozen(self, frozen, device):
         norm = make_norm(device, bits=8)
         getattr(norm, frozen).requires_grad_(False)
@@ -169,8 +168,10 @@ class TestStatistics:
         ]
         return [torch.stack(part).double() for part in zip(*draws)]
 
-    @pytest.mark.parametrize('training', [True, False])
-    @pytest.mark.parametrize('bits', [1, 2, 4, 8])
+    @pytest.mark.parametrize(
+        ('bits', 'training'),
+        [(1, True), (2, True), (2, False), (8, True), (4, False)],
+    )
     def test_weight(self, bits, training, device):
         """Unbiased, with the variance of the closed form."""
         norm = make_norm(device, bits).train(training)
@@ -255,7 +256,7 @@ class TestRunningStatistics:
         assert relative_error(found['bias'], expected['bias']) < FLOAT32_ERROR
         assert relative_error(found['weight'], expected['weight']) < 0.05
 
-    @pytest.mark.parametrize('name', ['frozen', 'no affine', 'bias only'])
+    @in_turn(name=['frozen', 'no affine', 'bias only'])
     def test_without_trainable_weight(self, name, device, monkeypatch):
         packed = count_packs(monkeypatch)
         norm = make_norm(device, affine=name != 'no affine').eval()
@@ -317,9 +318,11 @@ class TestRunningStatistics:
 
 
 class TestPrecision:
-    @pytest.mark.parametrize('training', [True, False])
-    @pytest.mark.parametrize('layer_dtype', ['same', 'float32'])
-    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+    @in_turn(
+        dtype=[torch.float16, torch.bfloat16],
+        layer_dtype=['same', 'float32'],
+        training=[True, False],
+    )
     def test_half(self, dtype, layer_dtype, training, device):
         norm = make_norm(
             device, 8, dtype=dtype if layer_dtype == 'same' else None
@@ -337,8 +340,7 @@ class TestPrecision:
             limit = 0.05 if key == 'weight' else 0.01
             assert relative_error(value, reference[key]) < limit
 
-    @pytest.mark.parametrize('training', [True, False])
-    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+    @in_turn(dtype=[torch.float16, torch.bfloat16], training=[True, False])
     def test_autocast(self, dtype, training, device):
         norm = make_norm(device, 8).train(training)
         twin = exact_twin(norm)
@@ -358,9 +360,9 @@ class TestPrecision:
         assert [t.dtype for t in found] == [t.dtype for t in expected]
         assert relative_error(found[3], reference['bias']) < 0.01
 
-    @pytest.mark.parametrize('training', [True, False])
-    @pytest.mark.parametrize('bits', [1, 2, 4, 8])
-    @pytest.mark.parametrize('value', ['nan', 'inf', '-inf'])
+    @in_turn(
+        value=['nan', 'inf', '-inf'], bits=[1, 2, 4, 8], training=[True, False]
+    )
     def test_overflow_reaches_the_gradient(
         self, value, bits, training, device
     ):
@@ -374,8 +376,9 @@ class TestPrecision:
 
 
 class TestAutograd:
-    @pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
-    @pytest.mark.parametrize('training', [True, False])
+    @in_turn(
+        training=[True, False], mode=[torch.no_grad, torch.inference_mode]
+    )
     def test_without_grad(self, mode, training, device, monkeypatch):
         packed = count_packs(monkeypatch)
         norm = make_norm(device).train(training)
@@ -406,7 +409,7 @@ class TestAutograd:
             norm(x).backward(grad_output)
         assert relative_error(norm.weight.grad, expected) < 0.05
 
-    @pytest.mark.parametrize('training', [True, False])
+    @in_turn(training=[True, False])
     def test_one_layer_twice_in_a_graph(self, training, device):
         norm = make_norm(device, bits=8).train(training)
         twin = exact_twin(norm).double()
@@ -416,7 +419,7 @@ class TestAutograd:
         assert relative_error(norm.weight.grad, twin.weight.grad) < 0.05
         assert relative_error(norm.bias.grad, twin.bias.grad) < FLOAT32_ERROR
 
-    @pytest.mark.parametrize('training', [True, False])
+    @in_turn(training=[True, False])
     def test_retain_graph(self, training, device):
         norm = make_norm(device).train(training)
         x = make_input(device).requires_grad_()
@@ -432,7 +435,7 @@ class TestAutograd:
         for first, second in zip(backward(), backward()):
             assert_same_bits(first, second)
 
-    @pytest.mark.parametrize('use_reentrant', [False, True])
+    @in_turn(use_reentrant=[False, True])
     def test_checkpoint(self, use_reentrant, device):
         norm = make_norm(device, bits=8)
         x = make_input(device)
@@ -457,7 +460,7 @@ class TestAutograd:
         # Updated twice, here as there: recomputing is a forward pass too.
         assert_same_buffers(norm, twin)
 
-    @pytest.mark.parametrize('training', [True, False])
+    @in_turn(training=[True, False])
     def test_double_backward(self, training, device):
         norm = make_norm(device).train(training)
         x = make_input(device).requires_grad_()
@@ -479,8 +482,8 @@ class TestModule:
         expected = nn.BatchNorm2d(4).state_dict()
         assert list(norm.state_dict()) == list(expected)
 
-    @pytest.mark.parametrize(
-        'duplicate', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+    @in_turn(
+        duplicate=[copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
     )
     def test_duplicates(self, duplicate, device):
         norm = make_norm(device, bits=8)
@@ -493,7 +496,7 @@ class TestModule:
         for key, value in norm.state_dict().items():
             assert_same_bits(value, before[key])
 
-    @pytest.mark.parametrize('name', ['default', 'no affine'])
+    @in_turn(name=['default', 'no affine'])
     def test_one_value_a_channel(self, name, device):
         norm = make_norm(device, **VARIANTS[name])
         x = torch.randn(1, 4, 1, 1, device=device, requires_grad=True)
@@ -506,7 +509,7 @@ class TestModule:
         assert error(norm) == error(exact_twin(norm))
         norm.eval()(x)
 
-    @pytest.mark.parametrize('size', [(9, 4), (3, 4, 7), (2, 4, 3, 4, 5)])
+    @in_turn(size=[(9, 4), (3, 4, 7), (2, 4, 3, 4, 5)])
     def test_any_rank(self, size, device):
         norm = make_norm(device, 8, cls=QBatchNorm)
         twin = nn.SyncBatchNorm(4).to(device)

@@ -14,6 +14,7 @@ from support.layers import (
     gradients,
     saved_tensors,
 )
+from support.pairs import in_turn, in_turn_by_group, pairs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,6 +47,9 @@ class Pair:
         self.ours = functools.partial(ours, *args, **kwargs)
         self.theirs = functools.partial(theirs, *args, **kwargs)
 
+    def __repr__(self):
+        return repr(self.theirs())
+
 
 maximum = functools.partial(Pair, QMaxPool2d, nn.MaxPool2d)
 average = functools.partial(Pair, QAvgPool2d, nn.AvgPool2d)
@@ -72,9 +76,14 @@ PAIRS = {
 SMALL = ['max of a stem', 'average, padded', 'adaptive']
 
 
-@pytest.fixture(params=PAIRS)
-def pair(request):
-    return PAIRS[request.param]
+def every_pair(**axes):
+    """Decorator that runs a test with all pairs, class by class."""
+    groups = {}
+    for name, pair in PAIRS.items():
+        groups.setdefault(name.split(',')[0].split()[0], []).append(pair)
+    return in_turn_by_group(
+        {name: pairs(pair=members, **axes) for name, members in groups.items()}
+    )
 
 
 @pytest.fixture(params=SMALL)
@@ -119,19 +128,18 @@ def compare(pair, x, level=None):
 
 
 class TestAgainstTorch:
-    @pytest.mark.parametrize('dtype', DTYPES, ids=str)
-    @pytest.mark.parametrize('shape', SHAPES, ids=str)
+    @every_pair(shape=SHAPES, dtype=DTYPES)
     def test_dtypes_and_shapes(self, shape, dtype, pair, device):
         compare(pair, make_input(device, shape, dtype))
 
-    @pytest.mark.parametrize('layout', LAYOUTS)
+    @every_pair(layout=tuple(LAYOUTS))
     def test_layouts(self, layout, pair, device):
         x = LAYOUTS[layout](make_input(device))
         found, expected = compare(pair, x)
         if layout in ('contiguous', 'channels_last'):
             assert found['input'].stride() == expected['input'].stride()
 
-    @pytest.mark.parametrize('layout', ['gaps', 'channels_last'])
+    @in_turn(layout=['gaps', 'channels_last'])
     def test_layouts_of_the_gradient(self, layout, typical, device):
         x = make_input(device)
         grad_output = torch.randn_like(typical.theirs()(x))
@@ -141,8 +149,7 @@ class TestAgainstTorch:
             gradients(typical.theirs(), x, grad_output),
         )
 
-    @pytest.mark.parametrize('channels_last', [False, True])
-    @pytest.mark.parametrize('level', ['L0', 'eval'])
+    @every_pair(level=['L0', 'eval'], channels_last=[False, True])
     def test_where_it_is_the_parent(self, level, channels_last, pair, device):
         x = make_input(device)
         if channels_last:
@@ -158,7 +165,7 @@ class TestAgainstTorch:
         else:  # torch's own kernels add in any order there
             assert_same(found, expected)
 
-    @pytest.mark.parametrize('dtype', DTYPES, ids=str)
+    @in_turn(dtype=DTYPES)
     def test_max_without_overlap(self, dtype, device):
         x = make_input(device, dtype=dtype)
         grad_output = torch.randn_like(nn.MaxPool2d(2)(x))
@@ -183,7 +190,7 @@ class TestAgainstTorch:
         else:
             compare(typical, x.double())
 
-    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+    @in_turn(dtype=[torch.float16, torch.bfloat16])
     def test_autocast(self, dtype, typical, device):
         x = make_input(device)
         conv = nn.Conv2d(3, 4, 1, device=device)
@@ -203,7 +210,7 @@ class TestAgainstTorch:
 
 
 class TestWhatIsKept:
-    @pytest.mark.parametrize('shape', [(2, 3, 9, 11), (3, 9, 11)], ids=str)
+    @in_turn(shape=[(2, 3, 9, 11), (3, 9, 11)])
     def test_max(self, shape, device):
         x = make_input(device, shape).requires_grad_()
         with saved_tensors() as saved:
@@ -211,8 +218,8 @@ class TestWhatIsKept:
         assert [t.dtype for t in saved] == [torch.uint8]
         assert saved[0].nbytes == math.ceil(output.numel() / 2)
 
-    @pytest.mark.parametrize(
-        'name', ['average', 'average, padded', 'adaptive', 'adaptive, oblong']
+    @in_turn(
+        name=['average', 'average, padded', 'adaptive', 'adaptive, oblong']
     )
     def test_average(self, name, device):
         x = make_input(device).requires_grad_()
@@ -220,7 +227,7 @@ class TestWhatIsKept:
             output = PAIRS[name].ours()(x)
         assert not saved and output.requires_grad
 
-    @pytest.mark.parametrize('level', ['L0', 'eval'])
+    @in_turn(level=['L0', 'eval'])
     def test_the_parent_keeps_its_input(self, level, typical, device):
         x = make_input(device).requires_grad_()
         pool = typical.ours()
@@ -276,10 +283,8 @@ class TestParentsPath:
         ):
             assert torch.equal(found, expected)
 
-    @pytest.mark.parametrize(
-        ('size', 'taps'), [(4, 16), ((2, 8), 16), ([4], 16)]
-    )
-    def test_sixteen_taps(self, size, taps, device):
+    @in_turn(size=[4, (2, 8), [4]])
+    def test_sixteen_taps(self, size, device):
         pool = QMaxPool2d(size)
         assert 'bits=4' in repr(pool)
         compare(maximum(size), make_input(device, (2, 3, 9, 17)))
@@ -303,7 +308,7 @@ class TestAutograd:
         ]
         assert torch.equal(*grads)
 
-    @pytest.mark.parametrize('use_reentrant', [False, True])
+    @in_turn(use_reentrant=[False, True])
     def test_checkpoint(self, use_reentrant, typical, device):
         x = make_input(device)
 
@@ -325,7 +330,7 @@ class TestAutograd:
         with pytest.raises(RuntimeError, match='QMaxPool2d.*twice'):
             grad.sum().backward()
 
-    @pytest.mark.parametrize('name', SMALL[1:])
+    @in_turn(name=SMALL[1:])
     def test_double_backward_of_averages(self, name, device):
         x = make_input(device)
 
@@ -348,8 +353,8 @@ class TestAutograd:
 
 
 class TestModule:
-    @pytest.mark.parametrize(
-        'duplicate', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+    @every_pair(
+        duplicate=[copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
     )
     def test_duplicates(self, duplicate, pair, device):
         twin = duplicate(pair.ours())
@@ -358,9 +363,11 @@ class TestModule:
         expected = gradients(pair.theirs(), x, None)
         assert_same(gradients(twin, x, None), expected)
 
+    @every_pair()
     def test_state_dict(self, pair):
         assert not pair.ours().state_dict()
 
+    @every_pair()
     def test_repr(self, pair):
         ours, theirs = repr(pair.ours()), repr(pair.theirs())
         assert theirs.partition('(')[2][:-1] in ours
@@ -370,22 +377,21 @@ class TestModule:
             with pytest.raises(TypeError, match='unknown'):
                 make(unknown=1)
 
-    @pytest.mark.parametrize(
-        ('pair', 'shape'),
+    @in_turn(
         [
-            (maximum(2), (8, 8)),
-            (maximum(2, padding=2), (1, 2, 8, 8)),
-            (maximum(2, stride=0), (1, 2, 8, 8)),
-            (maximum(4), (1, 2, 3, 8)),
-            (maximum((2, 2, 2)), (1, 2, 8, 8)),
-            (maximum(2), (1, 2, 0, 8)),
-            (average(2), (8, 8)),
-            (average(2, padding=2), (1, 2, 8, 8)),
-            (average(9), (1, 2, 8, 8)),
-            (average(2, divisor_override=0), (1, 2, 8, 8)),
-            (adaptive(2), (8,)),
-            (adaptive((2, 2, 2)), (1, 2, 8, 8)),
-        ],
+            dict(pair=maximum(2), shape=(8, 8)),
+            dict(pair=maximum(2, padding=2), shape=(1, 2, 8, 8)),
+            dict(pair=maximum(2, stride=0), shape=(1, 2, 8, 8)),
+            dict(pair=maximum(4), shape=(1, 2, 3, 8)),
+            dict(pair=maximum((2, 2, 2)), shape=(1, 2, 8, 8)),
+            dict(pair=maximum(2), shape=(1, 2, 0, 8)),
+            dict(pair=average(2), shape=(8, 8)),
+            dict(pair=average(2, padding=2), shape=(1, 2, 8, 8)),
+            dict(pair=average(9), shape=(1, 2, 8, 8)),
+            dict(pair=average(2, divisor_override=0), shape=(1, 2, 8, 8)),
+            dict(pair=adaptive(2), shape=(8,)),
+            dict(pair=adaptive((2, 2, 2)), shape=(1, 2, 8, 8)),
+        ]
     )
     def test_errors_of_calls(self, pair, shape, device):
         x = torch.zeros(shape, device=device, requires_grad=True)

@@ -17,6 +17,7 @@ from support.layers import (
     rounding_variance,
     saved_tensors,
 )
+from support.pairs import in_turn
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -64,9 +65,8 @@ def through(layer, x, grad_output):
 
 
 class TestAgainstTheParent:
-    @pytest.mark.parametrize('size', SIZES, ids=str)
-    @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
     @both
+    @in_turn(dtype=[torch.float32, torch.bfloat16], size=SIZES)
     def test_dtypes_and_sizes(self, cls, dtype, size, device):
         x = make_input(device, size, dtype)
         grad_output = torch.randn_like(x)
@@ -81,8 +81,8 @@ class TestAgainstTheParent:
         )
         assert (error <= limit).all()
 
-    @pytest.mark.parametrize('layout', LAYOUTS)
     @both
+    @in_turn(layout=tuple(LAYOUTS))
     def test_layouts(self, cls, layout, device):
         x = LAYOUTS[layout](make_input(device))
         grad_output = LAYOUTS['channels_last'](torch.randn(x.shape).to(x))
@@ -108,8 +108,8 @@ class TestAgainstTheParent:
             make(QSiLU, inplace=True)(leaf)
         assert leaf.tolist() == before
 
-    @pytest.mark.parametrize('how', ['L0', 'eval', 'rule'])
     @both
+    @in_turn(how=['L0', 'eval', 'rule'])
     def test_exact(self, cls, how, device, monkeypatch):
         packed = count_packs(monkeypatch)
         layer = nn.Sequential(PARENTS[cls]())
@@ -125,8 +125,8 @@ class TestAgainstTheParent:
         for key, value in expected.items():
             assert_same_bits(found[key], value)
 
-    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
     @both
+    @in_turn(dtype=[torch.float16, torch.bfloat16])
     def test_autocast(self, cls, dtype, device):
         conv = nn.Conv2d(5, 4, 1, device=device)
         x = make_input(device)
@@ -181,8 +181,8 @@ class TestGradient:
         bias = (codes.to(device) - exact)[varies] * grad_output[varies]
         assert bias.abs().mean() > 5 * error[varies].abs().mean()
 
-    @pytest.mark.parametrize('value', [math.nan, math.inf])
     @both
+    @in_turn(value=[math.nan, math.inf])
     def test_what_is_not_finite_shows(self, cls, value, device):
         x = make_input(device, (2, 300))
         x[1, 7] = value
@@ -199,8 +199,8 @@ class TestGradient:
         with pytest.raises(RuntimeError, match=f'{cls.__name__}.*twice'):
             grad.sum().backward()
 
-    @pytest.mark.parametrize('use_reentrant', [False, True])
     @both
+    @in_turn(use_reentrant=[False, True])
     def test_checkpoint(self, cls, use_reentrant, device):
         x = make_input(device).requires_grad_()
         y = checkpoint(make(cls), x, use_reentrant=use_reentrant)
@@ -218,8 +218,8 @@ class TestGradient:
 
 
 class TestWhatIsKept:
-    @pytest.mark.parametrize('bits', [2, 4, 8])
     @both
+    @in_turn(bits=[2, 4, 8])
     def test_codes_by_closed_form(self, cls, bits, device):
         x = make_input(device, (2, 3, 5, 7)).requires_grad_()
         with saved_tensors() as saved:
@@ -280,7 +280,7 @@ class TestSettings:
         convert_model(model, dict(base='L3', rules={'0': 1}))
         assert [layer.quantizer.bits for layer in model] == [1, 6]
 
-    @pytest.mark.parametrize('bits', [0, 9, 2.5])
+    @in_turn(bits=[0, 9, 2.5])
     def test_errors(self, bits):
         with pytest.raises(ValueError, match=f'bits.*got {bits}'):
             QSiLU(bits=bits)
@@ -302,10 +302,10 @@ class TestSettings:
         layer.revert_()
         assert vars(layer).keys() == vars(plain).keys()
 
-    @pytest.mark.parametrize(
-        'duplicate', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
-    )
     @both
+    @in_turn(
+        duplicate=[copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+    )
     def test_duplicates(self, cls, duplicate):
         twin = duplicate(make(cls, bits=3))
         assert type(twin) is cls and twin.quantizer.bits == 3

@@ -10,16 +10,15 @@ from support.layers import (
     gradients,
     relative_error,
 )
+from support.pairs import in_turn
 from support.processes import run_in_processes
 from support.sync_norm_cases import (
     CASES,
     CHANNELS,
     make_data,
-    report_of_mmcv,
     run_all,
-    run_alone,
     run_case,
-    run_collectives,
+    run_in_one,
     set_state,
 )
 from torch import nn
@@ -27,9 +26,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmactnn import QSyncBatchNorm
 
-# One start of the processes serves all tests of a device.
+# One start of processes serves all tests of a device.
 start_two_processes = functools.cache(
     lambda device: run_in_processes(run_all, 2, device, device)
+)
+start_one_process = functools.cache(
+    lambda device: run_in_processes(run_in_one, 1, device, device)[0]
 )
 
 
@@ -50,8 +52,8 @@ def in_one_process(case):
     return run_case(norm, case, slice(None), torch.float64)
 
 
-@pytest.mark.parametrize('kept', ['coded', 'exact'])
 @pytest.mark.parametrize('name', CASES)
+@in_turn(kept=['coded', 'exact'])
 def test_as_one_process(name, kept, device):
     case = CASES[name]
     results = [r[kept][name] for r in in_two_processes(device.type)]
@@ -146,17 +148,14 @@ def test_from_mmengine(implementation, module, device):
 
 @pytest.mark.parametrize('level', ['L0', 'L3'])
 def test_one_process_in_a_group(level, device):
-    argument = level, device.type
-    found, expected = run_in_processes(run_alone, 1, argument, device.type)[0]
+    found, expected = start_one_process(device.type)['alone'][level]
     for key, value in found.items():
         if level == 'L0' or key in ('output', 'running_mean'):
             assert_same_bits(value, expected[key])
 
 
 def test_collectives_of_one_process(device):
-    ((found, expected),) = run_in_processes(
-        run_collectives, 1, device.type, device.type
-    )
+    found, expected = start_one_process(device.type)['collectives']
     assert found.keys() == expected.keys() and found
     for key, value in found.items():
         limit = 0.02 if key in ('input', 'weight') else FLOAT32_ERROR
@@ -165,7 +164,7 @@ def test_collectives_of_one_process(device):
 
 @pytest.mark.parametrize('mode', ['default', 'N'])
 def test_modes_of_mmcv(mode):
-    (text,) = run_in_processes(report_of_mmcv, 1, mode)
+    text = start_one_process('cpu')['reports'][mode]
     if mode == 'default':
         assert 'SyncBatchNorm -> QSyncBatchNorm' in text
     else:
@@ -198,7 +197,7 @@ def test_class():
     )
 
 
-@pytest.mark.parametrize('bits', [0, 9, 16])
+@in_turn(bits=[0, 9, 16])
 def test_unknown_bits(bits):
     with pytest.raises(ValueError, match=f'bits.*got {bits}'):
         QSyncBatchNorm(CHANNELS, bits=bits)

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from support.pairs import in_turn
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
@@ -198,8 +199,8 @@ def run(autocast_dtype, device):
     return forward
 
 
-@pytest.mark.parametrize('level', [None, 'L0', 'L2', 'L3'])
 @pytest.mark.parametrize('name', MODELS)
+@in_turn(level=[None, 'L0', 'L2', 'L3'])
 def test_saved_bytes(name, level, run, device):
     model = MODELS[name]().to(device)
     if level is not None:
@@ -211,8 +212,8 @@ def test_saved_bytes(name, level, run, device):
     assert meter.saved_mib == meter.saved_bytes / MIB
 
 
-@pytest.mark.parametrize('level', ['L0', 'L1', 'L2', 'L3'])
 @pytest.mark.parametrize('name', MODELS)
+@in_turn(level=['L0', 'L1', 'L2', 'L3'])
 def test_exact_bytes(name, level, run, device):
     """They are what the stock model keeps."""
     model = MODELS[name]().to(device)
@@ -224,7 +225,7 @@ def test_exact_bytes(name, level, run, device):
     assert meter.ratio == meter.exact_bytes / meter.saved_bytes
 
 
-@pytest.mark.parametrize('name', ['plain', 'not in place', 'shared'])
+@in_turn(name=['plain', 'not in place', 'shared'])
 def test_ratio_of_the_compressed_layers(name, run, autocast_dtype, device):
     model = MODELS[name]().to(device)
     exact = count_saved_bytes(model, run)
@@ -307,8 +308,8 @@ def test_backward_does_not_count(name, device):
         assert getattr(whole, key) == getattr(forward, key)
 
 
-@pytest.mark.parametrize('level', [None, 'L0', 'L3'])
 @pytest.mark.parametrize('name', MODELS)
+@in_turn(level=[None, 'L0', 'L3'])
 def test_places_add_up(name, level, device):
     model = MODELS[name]().to(device)
     if level is not None:

@@ -1,7 +1,7 @@
 """Names in configs, and what MMEngine and MMCV do with our layers."""
 
 import importlib.metadata
-import os
+import json
 import subprocess
 import sys
 
@@ -21,6 +21,7 @@ from mmengine.config import config as config_module
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.model import BaseModule
 from mmengine.registry import HOOKS, MODELS, DefaultScope
+from support.pairs import in_turn, parametrize_pairs
 from support.tools import ROOT
 
 from mmactnn import (
@@ -50,6 +51,7 @@ from mmactnn.hooks import ActNNHook
 from mmactnn.mmlab import registry
 
 SCOPES = [None, 'mmengine', 'mmdet', 'mmseg']
+PREFIXES = dict(plain='', dotted='mmactnn.')
 NAMES = {
     'QConv1d': QConv1d,
     'QConv2d': QConv2d,
@@ -82,24 +84,44 @@ NAMES = {
 }
 
 
-@pytest.fixture(params=SCOPES)
-def scope(request):
+def set_scope(scope):
     """A default scope, as a runner sets it."""
-    if request.param is not None:
-        DefaultScope.get_instance('test', scope_name=request.param)
+    if scope is not None:
+        DefaultScope.get_instance('test', scope_name=scope)
+
+
+# Every scope, and every prefix, with each way to build a layer.
+@pytest.fixture(
+    params=[
+        (None, ''),
+        ('mmengine', 'mmactnn.'),
+        ('mmdet', 'mmactnn.'),
+        ('mmseg', ''),
+    ],
+    ids=['no scope', 'mmengine-dotted', 'mmdet-dotted', 'mmseg'],
+)
+def scope_and_prefix(request):
+    set_scope(request.param[0])
     return request.param
 
 
-@pytest.fixture(params=['', 'mmactnn.'], ids=['plain', 'dotted'])
-def prefix(request):
-    return request.param
+@pytest.fixture
+def prefix(scope_and_prefix):
+    return scope_and_prefix[1]
+
+
+@pytest.fixture
+def scope(scope_and_prefix):
+    return scope_and_prefix[0]
 
 
 class TestNames:
-    @pytest.mark.parametrize('name', NAMES)
-    def test_layers(self, name, prefix, scope):
+    @parametrize_pairs(scope=SCOPES, prefix=PREFIXES)
+    def test_layers(self, prefix, scope):
+        set_scope(scope)
         with MODELS.switch_scope_and_registry(None) as models:
-            assert models.get(prefix + name) is NAMES[name]
+            for name, cls in NAMES.items():
+                assert models.get(prefix + name) is cls, name
 
     def test_hook(self, prefix, scope):
         hook = HOOKS.build(dict(type=prefix + 'ActNNHook', level='L2'))
@@ -118,9 +140,7 @@ class TestNames:
         assert conv.bias is None
         assert cfg == dict(type=prefix + 'QConv2d', bits=4)
 
-    @pytest.mark.parametrize(
-        'name', ['QBN', 'QBN1d', 'QBN2d', 'QBN3d', 'QSyncBN']
-    )
+    @in_turn(name=['QBN', 'QBN1d', 'QBN2d', 'QBN3d', 'QSyncBN'])
     def test_norm(self, name, prefix, scope):
         cfg = dict(type=prefix + name, requires_grad=False, eps=1e-3)
         # The attribute's name decides about the keys of checkpoints.
@@ -130,7 +150,7 @@ class TestNames:
         assert norm.eps == 1e-3
         assert not norm.weight.requires_grad
 
-    @pytest.mark.parametrize('name', ['QGN', 'QGroupNorm'])
+    @in_turn(name=['QGN', 'QGroupNorm'])
     def test_group_norm(self, name, prefix, scope):
         # MMCV knows the order of nn.GroupNorm's arguments, and no other's.
         cfg = dict(type=prefix + name, num_groups=2, bits=4, eps=1e-3)
@@ -158,7 +178,7 @@ class TestNames:
         )
         assert type(build_upsample_layer(cfg)) is QConvTranspose2d
 
-    @pytest.mark.parametrize('name', ['QReLU', 'QReLU6', 'QLeakyReLU'])
+    @in_turn(name=['QReLU', 'QReLU6', 'QLeakyReLU'])
     def test_activation(self, name, prefix, scope):
         cfg = dict(type=prefix + name, inplace=True)
         relu = build_activation_layer(cfg)
@@ -340,99 +360,143 @@ class TestExternalConfigs:
         assert MODULE2PACKAGE['mmactnn'] == 'mmactnn'
 
 
-def run_python(code, *paths):
-    """Run code in a process of its own, where nothing is imported yet."""
-    inherited = os.environ.get('PYTHONPATH', '')
-    paths = [str(path) for path in paths]
+# Runs pieces of code in processes of their own, where nothing is imported yet
+# but torch, which takes longest.
+FORKS = """
+import json
+import os
+import sys
+import traceback
+
+import torch
+
+outcomes = {}
+for name, code in json.load(sys.stdin).items():
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.dup2(write, sys.stdout.fileno())
+        status = 1
+        try:
+            exec(code, {})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)
+    os.close(write)
+    with open(read) as pipe:
+        printed = pipe.read().split()
+    status = os.waitstatus_to_exitcode(os.wait()[1])
+    outcomes[name] = printed if status == 0 else f'exit status {status}'
+json.dump(outcomes, sys.stdout)
+"""
+DOTTED = """
+from mmengine.registry import HOOKS, MODELS
+import sys
+assert 'mmactnn' not in sys.modules
+print(MODELS.get('mmactnn.QBN').__name__)
+print(HOOKS.get('mmactnn.ActNNHook').__name__)
+"""
+ALONE = """
+import sys
+for name in ('mmengine', 'mmcv', 'mmdet', 'mmseg'):
+    sys.modules[name] = None
+import mmactnn, torch
+conv = mmactnn.QModule(torch.nn.Conv2d(3, 4, 3))
+conv(torch.ones(1, 3, 5, 5)).sum().backward()
+print(type(conv).__name__, conv.weight.grad.mean().item())
+"""
+# MMEngine's optimizers import transformers if it is there, which imports
+# other packages, for which a module of the same name that imports mmactnn
+# may be taken. MMEngine is half imported then.
+MIDDLE = """
+import sys
+sys.path.insert(0, {folder!r})
+import {first}
+import mmactnn
+from mmengine.registry import HOOKS, MODELS
+print(MODELS.get('QConv2d').__name__)
+print(HOOKS.get('mmactnn.ActNNHook').__name__)
+print(type(HOOKS.build(dict(type='ActNNHook'))).__name__)
+"""
+NEEDED = """
+import mmactnn
+print('imported')
+"""
+ORDERS = (
+    'import mmactnn, mmengine',
+    'import mmengine, mmactnn',
+    'import mmactnn, importlib\n'
+    'importlib.reload(mmactnn)\n'
+    'import mmengine',
+    'import mmengine\n'
+    "mmengine.utils.import_modules_from_strings(['mmactnn'])",
+)
+ORDER = """
+import sys
+{imports}
+from mmengine.registry import HOOKS, MODELS
+print(MODELS.get('QBN').__name__)
+print(type(HOOKS.build(dict(type='ActNNHook'))).__name__)
+print([f for f in sys.meta_path if '_Waiting' in repr(f)])
+import inspect, mmengine
+print('Registry' in inspect.getsource(mmengine.registry))
+print(*vars(mmengine.registry.__loader__))
+"""
+NOTHING = """
+import sys, mmactnn
+names = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
+print([m for m in sys.modules if m.split('.')[0] in names])
+"""
+FIRSTS = ('mmengine.model', 'mmengine.optim', 'mmcv.cnn')
+
+
+@pytest.fixture(scope='module')
+def printed(tmp_path_factory):
+    """What pieces of code print, by their name."""
+    folder = tmp_path_factory.mktemp('packages')
+    (folder / 'transformers').mkdir()
+    (folder / 'transformers' / '__init__.py').write_text(
+        'import needed_by_transformers\n'
+    )
+    (folder / 'needed_by_transformers.py').write_text(NEEDED)
+    codes = dict(dotted=DOTTED, alone=ALONE, nothing=NOTHING)
+    for imports in ORDERS:
+        codes[imports] = ORDER.format(imports=imports)
+    for first in FIRSTS:
+        codes[first] = MIDDLE.format(folder=str(folder), first=first)
     done = subprocess.run(
-        [sys.executable, '-c', code],
+        [sys.executable, '-c', FORKS],
+        input=json.dumps(codes),
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ
-        | dict(PYTHONPATH=os.pathsep.join(filter(None, [*paths, inherited]))),
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    return json.loads(done.stdout) | dict(errors=done.stderr)
 
 
-def test_dotted_names_need_no_import():
-    assert run_python(
-        'from mmengine.registry import HOOKS, MODELS\n'
-        'import sys\n'
-        "assert 'mmactnn' not in sys.modules\n"
-        "print(MODELS.get('mmactnn.QBN').__name__)\n"
-        "print(HOOKS.get('mmactnn.ActNNHook').__name__)\n"
-    ) == ['QBatchNorm2d', 'ActNNHook']
+def test_dotted_names_need_no_import(printed):
+    expected = ['QBatchNorm2d', 'ActNNHook']
+    assert printed['dotted'] == expected, printed['errors']
 
 
-def test_without_mmengine_and_mmcv():
-    assert run_python(
-        'import sys\n'
-        "for name in ('mmengine', 'mmcv', 'mmdet', 'mmseg'):\n"
-        '    sys.modules[name] = None\n'
-        'import mmactnn, torch\n'
-        'conv = mmactnn.QModule(torch.nn.Conv2d(3, 4, 3))\n'
-        'conv(torch.ones(1, 3, 5, 5)).sum().backward()\n'
-        'print(type(conv).__name__, conv.weight.grad.mean().item())\n'
-    ) == ['QConv2d', '9.0']
+def test_without_mmengine_and_mmcv(printed):
+    assert printed['alone'] == ['QConv2d', '9.0'], printed['errors']
 
 
-@pytest.mark.parametrize(
-    'first', ['mmengine.model', 'mmengine.optim', 'mmcv.cnn']
-)
-def test_import_in_the_middle_of_mmengines(first, tmp_path):
-    # MMEngine's optimizers import transformers if it is there, which imports
-    # other packages, for which a module of the same name that imports mmactnn
-    # may be taken. MMEngine is half imported then.
-    package = tmp_path / 'transformers'
-    package.mkdir()
-    (package / '__init__.py').write_text('import needed_by_transformers\n')
-    (tmp_path / 'needed_by_transformers.py').write_text(
-        "import mmactnn\nprint('imported')\n"
-    )
-    assert run_python(
-        f'import {first}\n'
-        'import mmactnn\n'
-        'from mmengine.registry import HOOKS, MODELS\n'
-        "print(MODELS.get('QConv2d').__name__)\n"
-        "print(HOOKS.get('mmactnn.ActNNHook').__name__)\n"
-        "print(type(HOOKS.build(dict(type='ActNNHook'))).__name__)\n",
-        tmp_path,
-    ) == ['imported', 'QConv2d', 'ActNNHook', 'ActNNHook']
+@pytest.mark.parametrize('first', FIRSTS)
+def test_import_in_the_middle_of_mmengines(first, printed):
+    expected = ['imported', 'QConv2d', 'ActNNHook', 'ActNNHook']
+    assert printed[first] == expected, printed['errors']
 
 
-@pytest.mark.parametrize(
-    'imports',
-    [
-        'import mmactnn, mmengine',
-        'import mmengine, mmactnn',
-        'import mmactnn, importlib\n'
-        'importlib.reload(mmactnn)\n'
-        'import mmengine',
-        'import mmengine\n'
-        "mmengine.utils.import_modules_from_strings(['mmactnn'])",
-    ],
-)
-def test_registered_in_any_order(imports):
+@pytest.mark.parametrize('imports', ORDERS)
+def test_registered_in_any_order(imports, printed):
     """Names are known when both are imported; finders are those before."""
-    assert run_python(
-        'import sys, torch\n'
-        f'{imports}\n'
-        'from mmengine.registry import HOOKS, MODELS\n'
-        "print(MODELS.get('QBN').__name__)\n"
-        "print(type(HOOKS.build(dict(type='ActNNHook'))).__name__)\n"
-        "ours = [f for f in sys.meta_path if '_Waiting' in repr(f)]\n"
-        'print(ours)\n'
-        'import inspect, mmengine\n'
-        "print('Registry' in inspect.getsource(mmengine.registry))\n"
-        'print(*vars(mmengine.registry.__loader__))\n'
-    ) == ['QBatchNorm2d', 'ActNNHook', '[]', 'True', 'name', 'path']
+    expected = ['QBatchNorm2d', 'ActNNHook', '[]', 'True', 'name', 'path']
+    assert printed[imports] == expected, printed['errors']
 
 
-def test_importing_us_imports_none_of_openmmlab():
-    assert run_python(
-        'import sys, mmactnn\n'
-        "names = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')\n"
-        'print([m for m in sys.modules if m.split(".")[0] in names])\n'
-    ) == ['[]']
+def test_importing_us_imports_none_of_openmmlab(printed):
+    assert printed['nothing'] == ['[]'], printed['errors']

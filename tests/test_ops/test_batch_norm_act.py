@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.layers import assert_same_bits
-from support.pairs import parametrize_pairs
+from support.pairs import in_turn, parametrize_pairs
 
 from mmactnn import ops
 
@@ -82,7 +82,8 @@ def assert_equal(found, expected):
         assert_same_bits(actual + 0, wanted + 0)
 
 
-@parametrize_pairs(
+@in_turn(
+    by='mode',
     mode=tuple(MODES),
     shape=SHAPES,
     dtype=[torch.float32, torch.float16, torch.bfloat16],

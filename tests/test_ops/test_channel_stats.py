@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.pairs import in_turn
 
 from mmactnn import ops
 
@@ -44,8 +45,7 @@ def stats(x, eps=1e-5, momentum=0.1, running_mean=None, running_var=None):
     return ops.channel_stats(x, eps, momentum, running_mean, running_var)
 
 
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@in_turn(by='dtype', shape=SHAPES, dtype=DTYPES)
 def test_equals_float64(shape, dtype, device):
     for channels_last in layouts(shape):
         x = make(shape, dtype, device, channels_last)
@@ -63,8 +63,7 @@ def test_equals_float64(shape, dtype, device):
         )
 
 
-@pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize('mean', [1e3, -1e5])
+@in_turn(mean=[1e3, -1e5], channels_last=[False, True])
 def test_mean_far_from_zero(mean, channels_last, device):
     x = make((16, 8, 28, 28), torch.float32, device, channels_last, mean)
     expected_mean, expected_var = expect(x)
@@ -77,7 +76,7 @@ def test_mean_far_from_zero(mean, channels_last, device):
     )
 
 
-@pytest.mark.parametrize('channels_last', [False, True])
+@in_turn(channels_last=[False, True])
 def test_first_element_far_from_the_others(channels_last, device):
     x = make((16, 8, 28, 28), torch.float32, device, channels_last)
     x[0, :, 0, 0] = 1e4
@@ -121,7 +120,7 @@ def test_a_single_element_leaves_the_running_variance_undefined(device):
     assert running[1].isnan().all()
 
 
-@pytest.mark.parametrize('shape', [(0, 3, 4), (4, 3, 0), (4, 0, 3)], ids=str)
+@in_turn(shape=[(0, 3, 4), (4, 3, 0), (4, 0, 3)])
 def test_empty(shape, device):
     running = torch.rand(shape[1], device=device)
     before = running.clone()
@@ -133,8 +132,7 @@ def test_empty(shape, device):
     assert torch.equal(running, before)
 
 
-@pytest.mark.parametrize('value', [torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize('channels_last', [False, True])
+@in_turn(value=[torch.inf, -torch.inf, torch.nan], channels_last=[False, True])
 def test_only_the_channel_with_nan_or_inf_suffers(
     value, channels_last, device
 ):

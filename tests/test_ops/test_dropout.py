@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from support.layers import assert_same_bits
-from support.pairs import parametrize_pairs
+from support.pairs import in_turn
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -14,8 +14,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((), (0, 4), (1,), (7,), (8,), (3, 5, 7, 11), (2, 16, 8, 8))
 
 
-@parametrize_pairs(
-    lambda shape, channels_last, **_: len(shape) == 4 or not channels_last,
+@in_turn(
+    where=lambda shape, channels_last, **_: (
+        len(shape) == 4 or not channels_last
+    ),
+    by='shape',
     shape=SHAPES,
     dtype=DTYPES,
     inplace=[False, True],

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.pairs import case, parametrize_pairs
+from support.pairs import case, in_turn
 
 from mmactnn import ops
 
@@ -50,8 +50,8 @@ SIZES = [
 ]
 
 
-@parametrize_pairs(
-    size=SIZES, dtype=DTYPES, adds=[True, False], relu=[True, False]
+@in_turn(
+    by='size', size=SIZES, dtype=DTYPES, adds=[True, False], relu=[True, False]
 )
 def test_values(size, dtype, adds, relu, device):
     if device.type == 'cpu':

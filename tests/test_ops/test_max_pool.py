@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.layers import assert_same_bits
-from support.pairs import parametrize_pairs
+from support.pairs import in_turn
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -58,8 +58,11 @@ def assert_same(actual, expected):
     assert_same_bits(actual.nan_to_num(), expected.nan_to_num())
 
 
-@parametrize_pairs(
-    lambda shape, channels_last, **_: len(shape) == 4 or not channels_last,
+@in_turn(
+    where=lambda shape, channels_last, **_: (
+        len(shape) == 4 or not channels_last
+    ),
+    by='name',
     name=tuple(WINDOWS),
     shape=SHAPES,
     dtype=DTYPES,
@@ -102,8 +105,7 @@ def test_forward_and_backward(name, shape, dtype, channels_last, device):
     )
 
 
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('name', ['halving', 'gaps', 'one tap'])
+@in_turn(name=['halving', 'gaps', 'one tap'], dtype=DTYPES)
 def test_gradient_without_overlap(name, dtype, device):
     x = make((2, 3, 9, 11), dtype, device).requires_grad_()
     expected = F.max_pool2d(x, **WINDOWS[name])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from support.layers import assert_same_bits
-from support.pairs import case, parametrize_pairs
+from support.pairs import case, in_turn
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -97,7 +97,8 @@ def assert_as_specified(found, expected):
         assert_same_bits(actual, wanted)
 
 
-@parametrize_pairs(
+@in_turn(
+    by='mode',
     mode=tuple(MODES),
     shape=SHAPES,
     dtype=DTYPES,

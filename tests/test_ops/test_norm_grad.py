@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from support.pairs import case, pairs, parametrize_pairs
+from support.pairs import case, in_turn, pairs, parametrize_pairs
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -138,7 +138,7 @@ def layouts(shape):
     return (False, True) if len(shape) in CHANNELS_LAST else (False,)
 
 
-@parametrize_pairs(shape=SHAPES, kind=KINDS, dtype=DTYPES)
+@in_turn(by='kind', shape=SHAPES, kind=KINDS, dtype=DTYPES)
 def test_equals_reference(shape, dtype, kind, device):
     for channels_last, bits in itertools.product(layouts(shape), (2, 3, 4, 8)):
         act_bits = bits if bits < 8 else 5

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.pairs import in_turn
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -62,8 +63,7 @@ def check_against_reference(x, group_size):
     equal(y, reference.dequantize_rows(*expected, *widths, *format))
 
 
-@pytest.mark.parametrize('shape', SHAPES, ids=str)
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@in_turn(by='dtype', shape=SHAPES, dtype=DTYPES)
 def test_equals_reference_bit_for_bit(shape, dtype, device):
     for group_size in ops.GROUP_SIZES:
         check_against_reference(make(shape, dtype, device), group_size)
@@ -83,7 +83,7 @@ def test_channels_last_is_read_in_memory_order(dtype, device):
     check_against_reference(x.to(memory_format=torch.channels_last), 64)
 
 
-@pytest.mark.parametrize('shape', SHAPES[2:], ids=str)
+@in_turn(shape=SHAPES[2:])
 def test_each_row_equals_the_uniform_op(shape, device):
     x = make(shape, torch.float32, device)
     row_bits, row_starts, total = make_widths(x.shape[0], device)
@@ -140,9 +140,8 @@ def test_rows_need_not_lie_in_order(device):
         assert torch.equal(y[n], expected[n])
 
 
-@pytest.mark.parametrize(
-    'bits, start',
-    [
+@in_turn(
+    wrong=[
         (0, 0),
         (9, 0),
         (255, 0),
@@ -151,9 +150,9 @@ def test_rows_need_not_lie_in_order(device):
         (1, 16),
         (4, -1),
         (4, -(2**31)),
-    ],
+    ]
 )
-def test_rows_that_do_not_fit_are_left_out(bits, start, device):
+def test_rows_that_do_not_fit_are_left_out(wrong, device):
     x = make((3, 100), torch.float32, device)
     good_bits, good_starts = [4, 3, 2], [0, 4, 7]
     row_bits = torch.tensor(good_bits, dtype=torch.uint8, device=device)
@@ -162,7 +161,7 @@ def test_rows_that_do_not_fit_are_left_out(bits, start, device):
     format = (x.shape, x.stride(), x.dtype, 64)
     y = ops.dequantize_rows(*expected, row_bits, row_starts, *format)
 
-    row_bits[1], row_starts[1] = bits, start
+    row_bits[1], row_starts[1] = wrong
     codes, ranges = ops.quantize_rows(x, row_bits, row_starts, 16, 64, seed=4)
     row_bytes = codes.numel() // 16
     for n in (0, 2):
@@ -210,7 +209,7 @@ def test_opcheck(device):
     )
 
 
-@pytest.mark.parametrize('total_bits', [1, 17, 8.0, None])
+@in_turn(total_bits=[1, 17, 8.0, None])
 def test_unknown_total_bits(total_bits, device):
     row_bits, row_starts, _ = make_widths(2, device)
     with pytest.raises(ValueError, match=f'2 to 16 .* got {total_bits}'):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from support.layers import assert_same_bits
-from support.pairs import case, pairs, parametrize_pairs
+from support.pairs import case, in_turn, pairs
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -83,7 +83,7 @@ def assert_as_specified(x, bits, group_size, seed=-5, offset=9):
     )
 
 
-@parametrize_pairs(bits=BITS, shape=SHAPES, special=SPECIAL, dtype=DTYPES)
+@in_turn(by='shape', bits=BITS, shape=SHAPES, special=SPECIAL, dtype=DTYPES)
 def test_as_specified(bits, dtype, shape, special, device):
     x = make(shape, dtype, device, special)
     for group_size in ops.GROUP_SIZES:
@@ -91,7 +91,8 @@ def test_as_specified(bits, dtype, shape, special, device):
             assert_as_specified(x, bits, group_size)
 
 
-@parametrize_pairs(
+@in_turn(
+    by='bits',
     special=SPECIAL,
     bits=[2, 3, 5],
     dtype=DTYPES,
@@ -130,7 +131,9 @@ def test_codes_off_the_word_boundary(device):
                 assert_same_values(found, x[rows].relu())
 
 
-@parametrize_pairs(special=SPECIAL, dtype=DTYPES, channels_last=[False, True])
+@in_turn(
+    by='dtype', special=SPECIAL, dtype=DTYPES, channels_last=[False, True]
+)
 def test_forward_and_backward_are_those_of_torch(
     dtype, channels_last, special, device
 ):
@@ -147,7 +150,7 @@ def test_forward_and_backward_are_those_of_torch(
             assert_same_bits(found, twin.grad)
 
 
-@parametrize_pairs(special=SPECIAL, dtype=DTYPES)
+@in_turn(by='dtype', special=SPECIAL, dtype=DTYPES)
 def test_decodes_what_is_exact(dtype, special, device):
     x = make((3, 16, 9, 11), dtype, device, special)
     for bits in BITS:

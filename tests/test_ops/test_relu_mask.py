@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.layers import assert_same_bits
-from support.pairs import parametrize_pairs
+from support.pairs import in_turn
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -32,8 +32,11 @@ def make(shape, dtype, device):
     return x.to(device, dtype)
 
 
-@parametrize_pairs(
-    lambda shape, channels_last, **_: len(shape) == 4 or not channels_last,
+@in_turn(
+    where=lambda shape, channels_last, **_: (
+        len(shape) == 4 or not channels_last
+    ),
+    by='name',
     name=tuple(RECTIFIERS),
     shape=SHAPES,
     dtype=DTYPES,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support.pairs import case, parametrize_pairs
+from support.pairs import case, in_turn
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -28,7 +28,7 @@ def check(x, group_size):
     return spread
 
 
-@parametrize_pairs(shape=SHAPES, dtype=DTYPES)
+@in_turn(by='dtype', shape=SHAPES, dtype=DTYPES)
 def test_equals_reference(shape, dtype, device):
     for group_size in ops.GROUP_SIZES:
         with case(group_size=group_size):

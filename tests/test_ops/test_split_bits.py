@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.pairs import in_turn
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -47,8 +48,7 @@ def check(sensitivity, total_bits, device):
     return bits
 
 
-@pytest.mark.parametrize('rows', [1, 2, 7, 64, 255, 256, 257, 1000])
-@pytest.mark.parametrize('spread', [0.1, 3, 30])
+@in_turn(rows=[1, 2, 7, 64, 255, 256, 257, 1000], spread=[0.1, 3, 30])
 def test_equals_heap(rows, spread, device):
     generator = torch.Generator().manual_seed(rows)
     sensitivity = torch.exp(spread * torch.randn(rows, generator=generator))
@@ -75,7 +75,7 @@ def test_is_the_minimum(device):
             assert cost == pytest.approx(least, rel=1e-6)
 
 
-@pytest.mark.parametrize('value', [0.0, 1.0, 1e-45, 3.4e38, math.inf])
+@in_turn(value=[0.0, 1.0, 1e-45, 3.4e38, math.inf])
 def test_equal_rows_share_evenly_the_first_more(value, device):
     rows = 300
     sensitivity = torch.full((rows,), value)
@@ -125,7 +125,7 @@ def test_opcheck(device):
     )
 
 
-@pytest.mark.parametrize('total_bits', [0, 2, 25, 10.0])
+@in_turn(total_bits=[0, 2, 25, 10.0])
 def test_unknown_total_bits(total_bits, device):
     with pytest.raises(ValueError, match=f'3 to 24 .* got {total_bits}'):
         ops.split_bits(torch.rand(3, device=device), total_bits)

@@ -87,6 +87,10 @@ def test_a_failure_names_its_case():
         with case('float16', bits=2):
             raise ValueError('reason')
     assert str(raised.value.__cause__) == 'reason'
+    with pytest.raises(AssertionError, match='case a$') as raised:
+        with case('a'), pytest.raises(ValueError):
+            pass
+    assert 'DID NOT RAISE' in str(raised.value.__cause__)
 
 
 class TestInTurn:
@@ -108,6 +112,10 @@ class TestInTurn:
     )
     def test_groups(self, a, request):
         assert request.node.callspec.id == {1: 'one', 3: 'two'}[a]
+
+    @in_turn(by='a', a=[(1, 2), ()], b='xy', c='uv')
+    def test_a_test_for_each_value(self, a, b, c, request):
+        assert request.node.callspec.id == {2: '1x2', 0: 'scalar'}[len(a)]
 
     def test_a_failure_names_its_row(self):
         @in_turn([dict(a=1), dict(a=2)])
