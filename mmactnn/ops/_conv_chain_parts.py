@@ -8,8 +8,7 @@ import itertools
 
 import torch
 
-from ..extension import load_error
-from ._fake import fake
+from ._fake import fake, parts
 from .conv_chain import PARAMETERS, Follows, Kept, Link, is_input
 
 _BUFFERS = 3
@@ -111,6 +110,7 @@ def _follow(link, x, added, parameters, buffers, settings, seed, offset):
     return payload[: link.kept]
 
 
+@parts('conv_chain')
 @torch.no_grad()
 def _conv_chain(
     inputs, parameters, buffers, plan, settings, formats, seed, offset
@@ -284,8 +284,3 @@ def _fake_conv_chain_backward(
         if observed and i == 0 and grad is not None:
             first = torch.empty_like(grad)
     return [*grads.inputs, first, *grads.of_parameters]
-
-
-_library = torch.library.Library('mmactnn', 'IMPL')
-if load_error() is None:
-    _library.impl('conv_chain', _conv_chain, 'CompositeImplicitAutograd')

@@ -1,8 +1,10 @@
-"""Fake kernels: shapes without data, for torch.compile and FakeTensor."""
+"""Kernels that are Python: shapes without data, and no gradients."""
 
 import torch
 
 from ..extension import load_error
+
+_library = torch.library.Library('mmactnn', 'IMPL')
 
 
 def fake(op):
@@ -18,9 +20,41 @@ def fake(op):
     def register(function):
         if load_error() is None:
             torch.library.register_fake(f'mmactnn::{op}', function)
+            without_gradient(op)
         return function
 
     return register
+
+
+def parts(op):
+    """Make a function an op where it is traced: it calls the op's parts.
+
+    Args:
+        op (str): Name of the op.
+
+    Returns:
+        Callable: A decorator of the function, which takes what the op takes.
+    """
+
+    def register(function):
+        if load_error() is None:
+            _library.impl(op, function, 'CompositeImplicitAutograd')
+            without_gradient(op)
+        return function
+
+    return register
+
+
+def without_gradient(op):
+    """Let autograd pass an op by: what it returns requires no gradient.
+
+    The functions of :mod:`mmactnn.autograd` are what is differentiable.
+    Without this torch would give outputs a gradient function that only warns.
+
+    Args:
+        op (str): Name of the op.
+    """
+    _library.impl(op, torch.library.fallthrough_kernel, 'Autograd')
 
 
 def ceil_div(a, b):
