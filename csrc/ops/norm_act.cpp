@@ -155,13 +155,17 @@ Statistics find_statistics(const OnDevice& device, const Tensor& input,
   return {channels, mean, invstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act(
-    Tensor input, std::optional<Tensor> residual, std::optional<Tensor> weight,
-    std::optional<Tensor> bias, std::optional<Tensor> running_mean,
-    std::optional<Tensor> running_var,
-    std::optional<Tensor> num_batches_tracked, bool of_batch, double momentum,
-    double eps, bool relu, int64_t bits, int64_t act_bits, int64_t group_size,
-    int64_t seed, int64_t offset, std::optional<Tensor> count) {
+// One over the standard deviations and codes and ranges; before them the
+// output, unless the input is overwritten with it.
+template <bool kInPlace>
+auto batch_norm_act(Tensor input, std::optional<Tensor> residual,
+                    std::optional<Tensor> weight, std::optional<Tensor> bias,
+                    std::optional<Tensor> running_mean,
+                    std::optional<Tensor> running_var,
+                    std::optional<Tensor> num_batches_tracked, bool of_batch,
+                    double momentum, double eps, bool relu, int64_t bits,
+                    int64_t act_bits, int64_t group_size, int64_t seed,
+                    int64_t offset, std::optional<Tensor> count) {
   const OnDevice device(input);
   const Statistics statistics =
       find_statistics(device, input,
@@ -171,28 +175,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_act(
       normalise(device, {input, residual, weight, bias}, statistics,
                 {relu, bits, act_bits, group_size,
                  checked_stream(seed, offset, count, input)},
-                false);
-  return {output, statistics.invstd, codes, ranges, act_codes, act_ranges};
-}
-
-Results batch_norm_act_(
-    Tensor input, std::optional<Tensor> residual, std::optional<Tensor> weight,
-    std::optional<Tensor> bias, std::optional<Tensor> running_mean,
-    std::optional<Tensor> running_var,
-    std::optional<Tensor> num_batches_tracked, bool of_batch, double momentum,
-    double eps, bool relu, int64_t bits, int64_t act_bits, int64_t group_size,
-    int64_t seed, int64_t offset, std::optional<Tensor> count) {
-  const OnDevice device(input);
-  const Statistics statistics =
-      find_statistics(device, input,
-                      {running_mean, running_var, num_batches_tracked, of_batch,
-                       momentum, eps});
-  const auto [_, codes, ranges, act_codes, act_ranges] =
-      normalise(device, {input, residual, weight, bias}, statistics,
-                {relu, bits, act_bits, group_size,
-                 checked_stream(seed, offset, count, input)},
-                true);
-  return {statistics.invstd, codes, ranges, act_codes, act_ranges};
+                kInPlace);
+  const std::tuple kept(statistics.invstd, codes, ranges, act_codes,
+                        act_ranges);
+  if constexpr (kInPlace) {
+    return kept;
+  } else {
+    return std::tuple_cat(std::tuple(output), kept);
+  }
 }
 
 }  // namespace
@@ -223,6 +213,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmactnn, m) {
 
 MMACTNN_IMPL(m) {
   m.impl("norm_act", TORCH_BOX(&mmactnn::norm_act));
-  m.impl("batch_norm_act", TORCH_BOX(&mmactnn::batch_norm_act));
-  m.impl("batch_norm_act_", TORCH_BOX(&mmactnn::batch_norm_act_));
+  m.impl("batch_norm_act", TORCH_BOX(&mmactnn::batch_norm_act<false>));
+  m.impl("batch_norm_act_", TORCH_BOX(&mmactnn::batch_norm_act<true>));
 }
