@@ -29,6 +29,8 @@ from build_support.mim import BuildPyWithMim  # noqa: E402
 TORCH_TARGET_VERSION = '0x020a000000000000ULL'
 # Turing, Ampere, Hopper; anything newer compiles the last one's PTX.
 DEFAULT_CUDA_ARCHS = '7.5;8.0;9.0+PTX'
+# Folders of csrc/ that every build compiles.
+HOST_PARTS = ('', 'composite/', 'cpu/', 'ops/')
 
 
 def find_cuda_home():
@@ -67,6 +69,21 @@ def cuda_release(cuda_home):
     return re.search(r'release (\d+\.\d+)', text).group(1)
 
 
+def compression_flag(release):
+    """The flag of nvcc that makes kernels take the least room in the binary.
+
+    The driver unpacks a kernel's module when it is first launched.
+
+    Args:
+        release (str): Version of the toolkit.
+    """
+    # What this mode makes is for drivers of CUDA 13, which the toolkit's
+    # runtime needs anyway.
+    if int(release.split('.')[0]) >= 13:
+        return '--compress-mode=size'
+    return '-Xfatbin=-compress-all'
+
+
 def extension():
     """The extension module, its sources and flags."""
     from torch.utils import cpp_extension
@@ -79,31 +96,41 @@ def extension():
             for path in ROOT.glob(pattern)
         )
 
-    common = [f'-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}', '-O3']
-    # Codes must not depend on the compiler's taste for fused multiply-adds.
-    host = ['-std=c++20', '-ffp-contract=off', '-fvisibility=hidden']
+    common = [f'-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}', '-std=c++20']
+    host = [
+        '-O3',
+        # Codes must not depend on the compiler's taste for fused
+        # multiply-adds.
+        '-ffp-contract=off',
+        '-fvisibility=hidden',
+        # Python's own flags ask for debug symbols, which the linker strips.
+        '-g0',
+    ]
     flags = dict(cxx=[*common, *host], nvcc=[])
     arguments = dict(
-        sources=find('csrc/*.cpp', 'csrc/composite/*.cpp', 'csrc/cpu/*.cpp'),
+        sources=find(*(f'csrc/{part}*.cpp' for part in HOST_PARTS)),
         extra_link_args=['-s'],
     )
     cuda_home = find_cuda_home()
     if cuda_home is not None:
         # torch looks for a toolkit only if it was itself built with CUDA.
         cpp_extension.CUDA_HOME = cuda_home
+        release = cuda_release(cuda_home)
         archs = os.environ.setdefault(
             'TORCH_CUDA_ARCH_LIST', DEFAULT_CUDA_ARCHS
         )
         flags['cxx'] += [
-            f'-DMMACTNN_CUDA_VERSION={cuda_release(cuda_home)}',
+            f'-DMMACTNN_CUDA_VERSION={release}',
             f'-DMMACTNN_CUDA_ARCHS={re.sub("[; ]+", "_", archs)}',
         ]
         flags['nvcc'] = [
             *common,
-            '-std=c++20',
+            # Of the code that launches kernels; theirs is always -O3.
+            '-O1',
             '-Xcompiler',
             '-fvisibility=hidden',
             '--threads=2',
+            compression_flag(release),
         ]
         arguments.update(
             sources=[

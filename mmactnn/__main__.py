@@ -10,26 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, extension
+from .ops.self_check import self_check
 
 _STACK = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
-_OPS = (
-    'quantize',
-    'dequantize',
-    'quantize_rows',
-    'dequantize_rows',
-    'row_spread',
-    'split_bits',
-    'relu_mask',
-    'relu_mask_',
-    'relu_mask_backward',
-    'relu_codes',
-    'relu_codes_',
-    'relu_codes_backward',
-    'max_pool2d',
-    'max_pool2d_backward',
-    'dropout',
-    'dropout_',
-)
 
 
 def module_version(name):
@@ -51,33 +34,6 @@ def module_version(name):
     owners = importlib.metadata.packages_distributions().get(name, ['?'])
     version = getattr(module, '__version__', 'no version')
     return f'{version} ({", ".join(sorted(set(owners)))})'
-
-
-def self_check(device):
-    """Quantise and dequantise on a device and compare with the reference.
-
-    Args:
-        device (str): ``'cpu'`` or ``'cuda'``.
-
-    Returns:
-        str: ``'ok'``, or what went wrong.
-    """
-    from . import ops
-    from .ops import reference
-
-    try:
-        x = torch.linspace(-1, 1, 3 * 1000).view(3, 1000)
-        codes, ranges = ops.quantize(x.to(device), 2, seed=1)
-        y = ops.dequantize(codes, ranges, x.shape, x.stride(), x.dtype, 2)
-        expected = reference.quantize(x, 2, 256, 1, 0)
-        expected = reference.dequantize(
-            *expected, x.shape, x.stride(), x.dtype, 2, 256
-        )
-    except RuntimeError as error:
-        return str(error)
-    if not torch.equal(y.cpu(), expected):
-        return 'the codes differ from the reference'
-    return 'ok'
 
 
 def collect():
@@ -110,17 +66,20 @@ def collect():
         f'{extension.find_library().name}, built with torch '
         f'{built["torch"]}, {built["compiler"]}, {cuda}'
     )
+    for op in extension.op_names():
+        facts[f'mmactnn::{op}'] = ', '.join(extension.kernels_of(op))
     devices = [d for d in ('cpu', 'cuda') if extension.has_kernels(d)]
-    for op in _OPS:
-        facts[f'mmactnn::{op}'] = ', '.join(
-            d for d in devices if extension.has_kernels(d, op)
-        )
     checked = [d for d in devices if d == 'cpu' or torch.cuda.is_available()]
     for device in checked:
-        result = self_check(device)
-        facts[f'self-check on {device}'] = result
-        if result != 'ok':
-            problems.append(f'self-check on {device}: {result}')
+        results = self_check(device)
+        facts[f'self-check on {device}'] = ', '.join(
+            f'{kind}: {result}' for kind, result in results.items()
+        )
+        problems += [
+            f'self-check of {kind} on {device}: {result}'
+            for kind, result in results.items()
+            if result != 'ok'
+        ]
     if torch.cuda.is_available() and 'cuda' not in devices:
         problems.append(
             'there is a GPU, but the extension was built without '
@@ -138,7 +97,7 @@ def main():
     """Print the report.
 
     Returns:
-        int: Exit status, 1 if the kernels do not work.
+        int: Exit status, 1 if kernels are missing or a check of them fails.
     """
     facts, problems = collect()
     table = Table(show_header=False)

@@ -88,6 +88,43 @@ def has_kernels(device_type, op='quantize'):
     )
 
 
+def op_names():
+    """Names of all ops of the package.
+
+    Returns:
+        list[str]: From the dispatcher, without the namespace, sorted.
+
+    Raises:
+        RuntimeError: If the library is missing or cannot be loaded.
+    """
+    require_extension()
+    # Each has a single overload, whose name is empty.
+    return sorted(
+        name.removeprefix('mmactnn::')
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith('mmactnn::')
+    )
+
+
+def kernels_of(op):
+    """Kinds of kernels that an op has.
+
+    Args:
+        op (str): Name of the op.
+
+    Returns:
+        list[str]: Of ``'CPU'``, ``'CUDA'`` and ``'Meta'`` (shapes alone) those
+        that there are.
+    """
+    kinds = [key for key in ('CPU', 'CUDA') if has_kernels(key.lower(), op)]
+    # An op that consists of others has no such kernel of its own.
+    if torch._C._dispatch_has_computed_kernel_for_dispatch_key(
+        f'mmactnn::{op}', 'Meta'
+    ):
+        kinds.append('Meta')
+    return kinds
+
+
 def require_kernels(device):
     """Make sure that there are kernels for a device.
 

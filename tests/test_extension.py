@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import mmactnn
-from mmactnn import extension
+from mmactnn import __main__, extension
+from mmactnn.ops import self_check as checks
+from mmactnn.ops.self_check import self_check
 
 PACKAGE = Path(mmactnn.__file__).parent
 
@@ -100,11 +102,37 @@ def test_report():
     for expected in (
         mmactnn.__version__,
         torch.__version__,
-        'mmactnn::relu_mask_backward',
+        *(f'mmactnn::{op}' for op in extension.op_names()),
         'self-check on cpu',
         mmengine.__version__,
     ):
         assert expected in result.stdout
+    for kind in self_check('cpu'):
+        assert f'{kind}: ok' in result.stdout
+
+
+def test_report_of_a_check_that_fails(monkeypatch, capsys):
+    def broken(device):
+        return dict(quantize='ok', pool='the result differs')
+
+    monkeypatch.setattr(__main__, 'self_check', broken)
+    assert __main__.main() == 1
+    text = ' '.join(capsys.readouterr().out.split())
+    assert 'problem: self-check of pool on cpu: the result differs' in text
+
+
+def test_self_check_catches_wrong_results(monkeypatch):
+    assert set(self_check('cpu').values()) == {'ok'}
+    dropout = checks.dropout
+    monkeypatch.setattr(checks, 'dropout', lambda *a: dropout(*a) + 1)
+    results = self_check('cpu')
+    assert results.pop('dropout') == 'the result differs from the reference'
+    assert set(results.values()) == {'ok'}
+
+
+def test_kernels_of_an_op():
+    built = ['CPU', 'CUDA'] if extension.has_kernels('cuda') else ['CPU']
+    assert extension.kernels_of('quantize') == [*built, 'Meta']
 
 
 def test_report_names_a_missing_library(copy_of_package):

@@ -1,11 +1,10 @@
 // From runtime dtypes and bit widths to template arguments.
 #pragma once
 
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <cstdint>
 #include <type_traits>
 
+#include "memory.h"
 #include "portability.h"
 
 namespace mmactnn {
@@ -21,11 +20,10 @@ using Constant = std::integral_constant<int, kValue>;
 // Calls `body` with a TypeTag of the C++ type that stands for a dtype on the
 // device at hand; dtypes have been checked by check_dtype().
 template <typename Float, typename Half, typename BFloat16, typename Body>
-void dispatch_types(torch::headeronly::ScalarType dtype, const Body& body) {
-  using torch::headeronly::ScalarType;
-  if (dtype == ScalarType::Float) {
+void dispatch_types(Dtype dtype, const Body& body) {
+  if (dtype == Dtype::kFloat) {
     body(TypeTag<Float>{});
-  } else if (dtype == ScalarType::Half) {
+  } else if (dtype == Dtype::kHalf) {
     body(TypeTag<Half>{});
   } else {
     body(TypeTag<BFloat16>{});

@@ -2,16 +2,11 @@
 // element; nothing is kept of it.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <cmath>
-#include <optional>
+#include <cstdint>
 
-#include "channels.h"
 #include "codec.h"
 #include "norm_act.h"
-#include "norm_act_checks.h"
 #include "portability.h"
 
 namespace mmactnn {
@@ -32,23 +27,24 @@ struct FrozenChannel {
   }
 };
 
+// Those of all channels, where kernels read them.
+struct FrozenParameters {
+  const float* mean;
+  const float* var;
+  const float* weight;  // null: none
+  const float* bias;    // null: none
+  float eps;
+
+  MMACTNN_HOST_DEVICE FrozenChannel channel(int64_t c) const {
+    return FrozenChannel::of(mean[c], var[c], eps,
+                             weight == nullptr ? kNoWeight : weight[c],
+                             bias == nullptr ? kNoBias : bias[c]);
+  }
+};
+
 // NaN stays.
 MMACTNN_HOST_DEVICE float rectify(float value) {
   return value <= 0.0f ? 0.0f : value;
-}
-
-inline Channels check_frozen_norm(const Tensor& input,
-                                  const std::optional<Tensor>& residual,
-                                  const Tensor& mean, const Tensor& var,
-                                  const std::optional<Tensor>& weight,
-                                  const std::optional<Tensor>& bias) {
-  const Channels channels = channels_of("input", input);
-  if (residual) check_residual(*residual, input);
-  check_per_channel("mean", mean, channels, input);
-  check_per_channel("var", var, channels, input);
-  if (weight) check_per_channel("weight", *weight, channels, input);
-  if (bias) check_per_channel("bias", *bias, channels, input);
-  return channels;
 }
 
 }  // namespace mmactnn

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "codec.h"
 #include "portability.h"
@@ -15,6 +16,19 @@ enum class NormCodes {
   kSplit,  // split codes, whose kinds are the mask of the rectifier
   kMask,   // plain codes, and the zeroed ones of the rectifier's output
 };
+
+// Calls `body` with them as a constant.
+template <typename Body>
+void dispatch_codes(NormCodes codes, const Body& body) {
+  switch (codes) {
+    case NormCodes::kPlain:
+      return body(std::integral_constant<NormCodes, NormCodes::kPlain>{});
+    case NormCodes::kSplit:
+      return body(std::integral_constant<NormCodes, NormCodes::kSplit>{});
+    case NormCodes::kMask:
+      return body(std::integral_constant<NormCodes, NormCodes::kMask>{});
+  }
+}
 
 // The gradient of a normalisation's input from that of its output, the
 // normalised input, and the means over the channel of the first and of the

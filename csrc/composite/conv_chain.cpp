@@ -15,8 +15,9 @@
 #include <utility>
 #include <vector>
 
-#include "../common/allocate.h"
-#include "../common/call.h"
+#include "../ops/allocate.h"
+#include "../ops/call.h"
+#include "../ops/registration.h"
 #include "kept_input.h"
 #include "plan.h"
 
@@ -54,6 +55,21 @@ Tensor with_strides(const Tensor& tensor, Sizes strides) {
   return copy;
 }
 
+// While it lives, the calls within an op record nothing: its gradients are
+// those of an op of their own.
+class NoGrad {
+ public:
+  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) {
+    aoti_torch_grad_mode_set_enabled(false);
+  }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
+
+ private:
+  bool before_;
+};
+
 // How many layers the parameters are of.
 size_t count_layers(const OptionalTensors& parameters) {
   const size_t layers = parameters.size() / kParameters;
@@ -70,9 +86,9 @@ size_t count_layers(const OptionalTensors& parameters) {
 class Forward {
  public:
   Forward(const std::vector<Tensor>& inputs, const OptionalTensors& parameters,
-          const OptionalTensors& buffers, const Tensor& plan,
-          const Tensor& settings, const Integers& formats, int64_t seed,
-          int64_t offset)
+          const OptionalTensors& buffers, const Integers& plan,
+          const std::vector<double>& settings, const Integers& formats,
+          int64_t seed, int64_t offset)
       : inputs_(inputs),
         parameters_(parameters),
         buffers_(buffers),
@@ -168,12 +184,14 @@ class Forward {
     const auto [momentum, eps] = settings_[link.layer];
     std::optional<Tensor> added;
     if (link.added) added = with_strides(read(*link.added), x.strides());
-    const auto [codes] = call<std::vector<Tensor>>(
-        "mmactnn::batch_norm_act_", x, added, parameter[2], parameter[3],
-        buffer[0], buffer[1], buffer[2], link.of_batch, momentum, eps,
-        link.follows == Follows::kNormReLU, link.bits, link.act_bits,
-        link.group_size, seed_, draw_++, kNone);
-    kept_.insert(kept_.end(), codes.begin(), codes.end());
+    const auto [invstd, codes, ranges, act_codes, act_ranges] =
+        call<Tensor, Tensor, Tensor, Tensor, Tensor>(
+            "mmactnn::batch_norm_act_", x, added, parameter[2], parameter[3],
+            buffer[0], buffer[1], buffer[2], link.of_batch, momentum, eps,
+            link.follows == Follows::kNormReLU, link.bits, link.act_bits,
+            link.group_size, seed_, draw_++, kNone);
+    kept_.insert(kept_.end(), {invstd, codes, ranges});
+    if (link.added) kept_.insert(kept_.end(), {act_codes, act_ranges});
   }
 
   inline static const std::optional<Tensor> kNone;
@@ -192,25 +210,17 @@ class Forward {
   Integers layouts_;
 };
 
-// A vector on the host.
-Tensor make_vector(const Tensor& on_host, const Integers& values) {
-  Tensor vector =
-      empty(on_host, {static_cast<int64_t>(values.size())}, ScalarType::Long);
-  std::copy(values.begin(), values.end(),
-            static_cast<int64_t*>(vector.mutable_data_ptr()));
-  return vector;
-}
-
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
            Tensor>
 conv_chain(std::vector<Tensor> inputs, OptionalTensors parameters,
-           OptionalTensors buffers, Tensor plan, Tensor settings,
+           OptionalTensors buffers, Integers plan, std::vector<double> settings,
            Integers formats, int64_t seed, int64_t offset) {
+  const NoGrad no_grad;
   Forward forward(inputs, parameters, buffers, plan, settings, formats, seed,
                   offset);
   forward.run();
   return {forward.outputs(), forward.codes(), forward.kept(),
-          make_vector(plan, forward.layouts())};
+          on_host(forward.layouts())};
 }
 
 // Adds to a sum that may be empty yet; `wide` ones are of float32 from the
@@ -230,7 +240,7 @@ class Backward {
  public:
   Backward(const OptionalTensors& codes, const Integers& formats,
            const OptionalTensors& parameters, const std::vector<Tensor>& kept,
-           const Tensor& layouts, const Tensor& plan, const Integers& needs,
+           const Integers& layouts, const Integers& plan, const Integers& needs,
            const Integers& needs_inputs, bool wide, bool observed,
            ScalarType dtype)
       : grad_inputs(needs_inputs.size()),
@@ -291,7 +301,11 @@ class Backward {
       const bool needs_conv = needs_x || need[0] != 0 || need[1] != 0;
       undo_follower(i, grad, needs_conv);
       if (!needs_conv) continue;
-      if (observed_ && i == 0) first = grad;
+      if (observed_ && i == 0) {
+        // What the op returns must not be what it got.
+        first = link.follows == Follows::kNothing ? torch::stable::clone(grad)
+                                                  : grad;
+      }
       const std::optional<Tensor> grad_x = undo_conv(link, grad, needs_x);
       if (grad_x) add_grad(link.source, *grad_x);
     }
@@ -453,10 +467,11 @@ class Backward {
 OptionalTensors conv_chain_backward(OptionalTensors grad_outputs,
                                     OptionalTensors codes, Integers formats,
                                     OptionalTensors parameters,
-                                    std::vector<Tensor> kept, Tensor layouts,
-                                    Tensor plan, Integers needs,
+                                    std::vector<Tensor> kept, Integers layouts,
+                                    Integers plan, Integers needs,
                                     Integers needs_inputs, bool wide,
                                     bool observed, ScalarType dtype) {
+  const NoGrad no_grad;
   Backward backward(codes, formats, parameters, kept, layouts, plan, needs,
                     needs_inputs, wide, observed, dtype);
   backward.run(grad_outputs);
@@ -469,7 +484,20 @@ OptionalTensors conv_chain_backward(OptionalTensors grad_outputs,
 }  // namespace
 }  // namespace mmactnn
 
-STABLE_TORCH_LIBRARY_IMPL(mmactnn, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(mmactnn, m) {
+  m.def(
+      "conv_chain(Tensor[] inputs, Tensor?[] parameters, "
+      "Tensor(a!)?[] buffers, int[] plan, float[] settings, int[] formats, "
+      "int seed, int offset) -> (Tensor[] outputs, Tensor[] codes, "
+      "Tensor[] kept, Tensor layouts)");
+  m.def(
+      "conv_chain_backward(Tensor?[] grad_outputs, Tensor?[] codes, "
+      "int[] formats, Tensor?[] parameters, Tensor[] kept, int[] layouts, "
+      "int[] plan, int[] needs, int[] needs_inputs, bool wide, bool observed, "
+      "ScalarType dtype) -> Tensor?[]");
+}
+
+MMACTNN_IMPL(m) {
   m.impl("conv_chain", TORCH_BOX(&mmactnn::conv_chain));
   m.impl("conv_chain_backward", TORCH_BOX(&mmactnn::conv_chain_backward));
 }

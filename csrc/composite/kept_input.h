@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/call.h"
+#include "../ops/call.h"
 #include "plan.h"
 
 namespace mmactnn {

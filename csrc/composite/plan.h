@@ -1,20 +1,16 @@
-// What a chain is made of, as the ops get it: numbers in tensors of the host,
-// which cost a call less than lists of them.
+// What a chain is made of, as the ops get it: lists of numbers.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <optional>
-#include <type_traits>
 #include <vector>
 
-#include "../common/allocate.h"
-#include "../common/tensor_checks.h"
+#include "../ops/allocate.h"
+#include "../ops/tensor_checks.h"
 
 namespace mmactnn {
 
@@ -43,39 +39,31 @@ class Source {
   int64_t reference_;
 };
 
-// Values of a tensor of int64 or double on the host, one by one.
+// The numbers of a list, one by one.
 template <typename Value>
 class Reader {
  public:
-  Reader(const char* name, const Tensor& tensor) : name_(name) {
-    constexpr bool kWhole = std::is_same_v<Value, int64_t>;
-    constexpr auto kType = kWhole ? ScalarType::Long : ScalarType::Double;
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == kType &&
-                        tensor.dim() == 1 && tensor.is_contiguous(),
-                    name, " must be a contiguous vector of ",
-                    kWhole ? "int64" : "float64", " on the CPU");
-    values_ = static_cast<const Value*>(tensor.data_ptr());
-    left_ = tensor.numel();
-  }
+  using Values = torch::headeronly::HeaderOnlyArrayRef<Value>;
 
-  bool at_end() const { return left_ == 0; }
+  Reader(const char* name, const std::vector<Value>& list)
+      : name_(name), left_(list) {}
+
+  bool at_end() const { return left_.empty(); }
 
   Value next() { return *next(1).begin(); }
 
-  // Where they lie: as long as the tensor lives.
-  torch::headeronly::HeaderOnlyArrayRef<Value> next(int64_t count) {
-    STD_TORCH_CHECK(count >= 0 && count <= left_, name_,
-                    " is shorter than what it describes");
-    const Value* begin = values_;
-    values_ += count;
-    left_ -= count;
-    return {begin, static_cast<size_t>(count)};
+  // Where they lie: as long as the list lives.
+  Values next(int64_t count) {
+    STD_TORCH_CHECK(count >= 0 && static_cast<size_t>(count) <= left_.size(),
+                    name_, " is shorter than what it describes");
+    const Values values(left_.data(), static_cast<size_t>(count));
+    left_ = Values(left_.data() + count, left_.size() - values.size());
+    return values;
   }
 
  private:
   const char* name_;
-  const Value* values_;
-  int64_t left_;
+  Values left_;
 };
 
 // One convolution and what follows it.
@@ -112,7 +100,7 @@ struct Link {
 class Plan {
  public:
   // For so many inputs and layers.
-  Plan(const Tensor& plan, size_t inputs, size_t layers)
+  Plan(const std::vector<int64_t>& plan, size_t inputs, size_t layers)
       : inputs_(inputs), layers_(layers) {
     Reader<int64_t> reader("plan", plan);
     while (!reader.at_end()) links_.push_back(read(reader));
@@ -180,8 +168,8 @@ inline void append_layout(std::vector<int64_t>& layouts, const Tensor& tensor) {
   layouts.insert(layouts.end(), strides.begin(), strides.end());
 }
 
-// The layouts, which point into a tensor.
-inline std::vector<Layout> read_layouts(const Tensor& layouts) {
+// The layouts, which point into the list.
+inline std::vector<Layout> read_layouts(const std::vector<int64_t>& layouts) {
   Reader<int64_t> reader("layouts", layouts);
   std::vector<Layout> result;
   while (!reader.at_end()) {

@@ -1,12 +1,11 @@
 // Elementwise kernels that go by blocks of 8 elements in memory order.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstdint>
 
 #include "../common/codec.h"
+#include "parallel.h"
 
 namespace mmactnn {
 
@@ -18,14 +17,13 @@ template <typename T, typename Body>
 void for_each_block(const T* source, T* target, int64_t numel,
                     const Body& body) {
   const int64_t blocks = (numel + kBlock - 1) / kBlock;
-  torch::stable::parallel_for(
-      0, blocks, kGrainBlocks, [&](int64_t begin, int64_t end) {
-        for (int64_t block = begin; block < end; ++block) {
-          const int64_t start = block * kBlock;
-          const int64_t count = std::min<int64_t>(kBlock, numel - start);
-          body(block, source + start, target + start, count);
-        }
-      });
+  parallel_for(blocks, kGrainBlocks, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t start = block * kBlock;
+      const int64_t count = std::min<int64_t>(kBlock, numel - start);
+      body(block, source + start, target + start, count);
+    }
+  });
 }
 
 }  // namespace mmactnn

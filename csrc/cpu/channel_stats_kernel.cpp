@@ -1,17 +1,14 @@
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
-#include <tuple>
 #include <vector>
 
+#include "../common/channel_stats.h"
 #include "../common/channels.h"
 #include "../common/norm.h"
-#include "../common/stats_checks.h"
 #include "group.h"
 #include "number.h"
+#include "parallel.h"
 
 namespace mmactnn {
 namespace {
@@ -60,12 +57,12 @@ void sum_channels(const T* input, const Channels& channels, int64_t begin,
   }
 }
 
-void update(const std::optional<Tensor>& running, int64_t channel, double batch,
+void update(const Memory& running, int64_t channel, double batch,
             double momentum) {
-  if (!running.has_value()) return;
-  dispatch_dtype(running->scalar_type(), [&](auto type) {
+  if (!running) return;
+  dispatch_dtype(running.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
-    T& value = static_cast<T*>(running->mutable_data_ptr())[channel];
+    T& value = static_cast<T*>(running.mutable_data_ptr())[channel];
     value = static_cast<T>(static_cast<float>(
         update_running(static_cast<float>(value), batch, momentum)));
   });
@@ -75,28 +72,28 @@ void update(const std::optional<Tensor>& running, int64_t channel, double batch,
 
 namespace cpu {
 
-void batch_stats(const Tensor& input, const Channels& channels, double eps,
+void batch_stats(const Memory& input, const Channels& channels, double eps,
                  const RunningStats& running, const StatsOutputs& outputs) {
   if (running.batches) {
-    ++*static_cast<int64_t*>(running.batches->mutable_data_ptr());
+    ++*static_cast<int64_t*>(running.batches.mutable_data_ptr());
   }
   const double count = static_cast<double>(channels.channel_numel());
   ShiftedSums sums(channels.count);
   if (input.numel() != 0) {
-    dispatch_dtype(input.scalar_type(), [&](auto type) {
+    dispatch_dtype(input.dtype(), [&](auto type) {
       using T = typename decltype(type)::type;
       const T* source = static_cast<const T*>(input.const_data_ptr());
-      torch::stable::parallel_for(
-          0, channels.count,
+      parallel_for(
+          channels.count,
           std::max<int64_t>(kGrainElements / channels.channel_numel(), 1),
           [&](int64_t begin, int64_t end) {
             sum_channels(source, channels, begin, end, sums);
           });
     });
   }
-  auto* mean = static_cast<float*>(mutable_data_or_null(outputs.mean));
+  auto* mean = static_cast<float*>(outputs.mean.mutable_data_ptr());
   auto* invstd = static_cast<float*>(outputs.invstd.mutable_data_ptr());
-  auto* var = static_cast<float*>(mutable_data_or_null(outputs.var));
+  auto* var = static_cast<float*>(outputs.var.mutable_data_ptr());
   for (int64_t c = 0; c < channels.count; ++c) {
     double centre = 0.0, squares = 0.0;
     if (input.numel() != 0) {
@@ -115,13 +112,13 @@ void batch_stats(const Tensor& input, const Channels& channels, double eps,
 
 void running_stats(const RunningStats& running, double eps,
                    const StatsOutputs& outputs) {
-  dispatch_dtype(running.mean->scalar_type(), [&](auto type) {
+  dispatch_dtype(running.mean.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
-    const T* mean = static_cast<const T*>(running.mean->const_data_ptr());
-    const T* var = static_cast<const T*>(running.var->const_data_ptr());
-    auto* copy = static_cast<float*>(mutable_data_or_null(outputs.mean));
+    const T* mean = static_cast<const T*>(running.mean.const_data_ptr());
+    const T* var = static_cast<const T*>(running.var.const_data_ptr());
+    auto* copy = static_cast<float*>(outputs.mean.mutable_data_ptr());
     auto* invstd = static_cast<float*>(outputs.invstd.mutable_data_ptr());
-    const int64_t channels = running.mean->numel();
+    const int64_t channels = running.mean.numel();
     for (int64_t c = 0; c < channels; ++c) {
       if (copy != nullptr) copy[c] = static_cast<float>(mean[c]);
       invstd[c] = invstd_of(static_cast<float>(var[c]), eps);
@@ -130,23 +127,4 @@ void running_stats(const RunningStats& running, double eps,
 }
 
 }  // namespace cpu
-
-namespace {
-
-std::tuple<Tensor, Tensor, Tensor> channel_stats(
-    Tensor input, double eps, double momentum,
-    std::optional<Tensor> running_mean, std::optional<Tensor> running_var) {
-  const RunningStats running{running_mean, running_var, std::nullopt, momentum};
-  const Channels channels = check_stats(input, running);
-  const auto make = [&] { return empty_stats(input, channels); };
-  const StatsOutputs outputs{make(), make(), make()};
-  cpu::batch_stats(input, channels, eps, running, outputs);
-  return {*outputs.mean, *outputs.var, outputs.invstd};
-}
-
-}  // namespace
 }  // namespace mmactnn
-
-STABLE_TORCH_LIBRARY_IMPL(mmactnn, CPU, m) {
-  m.impl("channel_stats", TORCH_BOX(&mmactnn::channel_stats));
-}

@@ -1,17 +1,15 @@
 // Random bits and packed codes of consecutive blocks.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstdint>
 
 #include "../common/codec.h"
-#include "../common/dispatch.h"
 #include "../common/geometry.h"
 #include "../common/philox.h"
 #include "../common/rounding.h"
 #include "group.h"
+#include "parallel.h"
 
 namespace mmactnn {
 
@@ -33,32 +31,11 @@ inline void random_bits(PhiloxStream stream, uint64_t first_block,
   }
 }
 
-template <int kBits>
-void pack_codes(const uint8_t* codes, int64_t blocks, uint8_t* packed) {
-  for (int64_t block = 0; block < blocks; ++block) {
-    uint64_t word = 0;
-    for (int i = 0; i < kBlock; ++i) {
-      word |= static_cast<uint64_t>(codes[block * kBlock + i]) << (i * kBits);
-    }
-    for (int byte = 0; byte < kBits; ++byte) {
-      packed[block * kBits + byte] = static_cast<uint8_t>(word >> (8 * byte));
-    }
-  }
-}
-
-template <int kBits>
-void unpack_codes(const uint8_t* packed, int64_t blocks, uint8_t* codes) {
-  for (int64_t block = 0; block < blocks; ++block) {
-    uint64_t word = 0;
-    for (int byte = 0; byte < kBits; ++byte) {
-      word |= static_cast<uint64_t>(packed[block * kBits + byte]) << (8 * byte);
-    }
-    for (int i = 0; i < kBlock; ++i) {
-      codes[block * kBlock + i] =
-          static_cast<uint8_t>((word >> (i * kBits)) & max_code_of(kBits));
-    }
-  }
-}
+// The codes of `blocks` blocks, a byte each, as `bits` bits each; and back.
+void pack_codes(const uint8_t* codes, int64_t blocks, int bits,
+                uint8_t* packed);
+void unpack_codes(const uint8_t* packed, int64_t blocks, int bits,
+                  uint8_t* codes);
 
 // The first block of a group, of all that have codes.
 inline int64_t first_block(const Geometry& geometry, const Group& group) {
@@ -71,29 +48,24 @@ inline void store_group(uint8_t* unpacked, const Geometry& geometry,
   const int64_t blocks = (group.count + kBlock - 1) / kBlock;
   std::fill(unpacked + group.count, unpacked + blocks * kBlock, uint8_t{0});
   const int64_t block = first_block(geometry, group);
-  dispatch_bits(bits, [&](auto width) {
-    pack_codes<decltype(width)::value>(unpacked, blocks, codes + block * bits);
-  });
+  pack_codes(unpacked, blocks, bits, codes + block * bits);
 }
 
 // Calls `body(index, group, codes)` with the codes of every group.
 template <typename Body>
 void for_each_group(const uint8_t* packed, const Geometry& geometry, int bits,
                     const Body& body) {
-  torch::stable::parallel_for(
-      0, geometry.groups(), kGrainElements / geometry.group_size,
-      [&](int64_t begin, int64_t end) {
-        uint8_t codes[kMaxGroup];
-        for (int64_t index = begin; index < end; ++index) {
-          const Group group = locate(geometry, index);
-          dispatch_bits(bits, [&](auto width) {
-            unpack_codes<decltype(width)::value>(
-                packed + first_block(geometry, group) * bits,
-                (group.count + kBlock - 1) / kBlock, codes);
-          });
-          body(index, group, codes);
-        }
-      });
+  parallel_for(geometry.groups(), kGrainElements / geometry.group_size,
+               [&](int64_t begin, int64_t end) {
+                 uint8_t codes[kMaxGroup];
+                 for (int64_t index = begin; index < end; ++index) {
+                   const Group group = locate(geometry, index);
+                   unpack_codes(packed + first_block(geometry, group) * bits,
+                                (group.count + kBlock - 1) / kBlock, bits,
+                                codes);
+                   body(index, group, codes);
+                 }
+               });
 }
 
 }  // namespace mmactnn

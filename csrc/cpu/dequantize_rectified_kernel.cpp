@@ -1,20 +1,13 @@
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <optional>
-#include <vector>
 
-#include "../common/allocate.h"
 #include "../common/channels.h"
 #include "../common/codec.h"
 #include "../common/geometry.h"
 #include "../common/norm_act.h"
-#include "../common/norm_act_checks.h"
 #include "../common/rectified_codec.h"
-#include "../common/tensor_checks.h"
 #include "codes.h"
 #include "group.h"
 #include "number.h"
@@ -25,7 +18,7 @@ namespace {
 // Calls `decoder(group, place, code)` for every element, by its place in its
 // row, and writes what it returns.
 template <typename T, typename Decoder>
-void decode_elements(const Tensor& codes, const Geometry& geometry, int bits,
+void decode_elements(const Memory& codes, const Geometry& geometry, int bits,
                      T* output, const Decoder& decoder) {
   for_each_group(
       static_cast<const uint8_t*>(codes.const_data_ptr()), geometry, bits,
@@ -38,31 +31,26 @@ void decode_elements(const Tensor& codes, const Geometry& geometry, int bits,
       });
 }
 
-Tensor dequantize_split(Tensor codes, Tensor ranges,
-                        std::optional<Tensor> weight,
-                        std::optional<Tensor> bias, std::vector<int64_t> size,
-                        std::vector<int64_t> stride, ScalarType dtype,
-                        int64_t bits, int64_t group_size) {
-  const Geometry geometry =
-      checked_rectified(codes, ranges, size, bits, group_size, true);
-  Tensor output = empty_strided(codes, size, stride, dtype);
-  const Channels channels = channels_of("the output", output);
-  if (weight) check_per_channel("weight", *weight, channels, codes);
-  if (bias) check_per_channel("bias", *bias, channels, codes);
-  if (output.numel() == 0) return output;
-  const auto* weights = static_cast<const float*>(data_or_null(weight));
-  const auto* biases = static_cast<const float*>(data_or_null(bias));
+}  // namespace
+
+namespace cpu {
+
+void dequantize_split(const Memory& codes, const Memory& ranges,
+                      const Memory& weight, const Memory& bias,
+                      const Memory& output, const Geometry& geometry,
+                      const Channels& channels, int bits) {
+  const auto* weights = static_cast<const float*>(weight.const_data_ptr());
+  const auto* biases = static_cast<const float*>(bias.const_data_ptr());
   const auto* words = static_cast<const uint32_t*>(ranges.const_data_ptr());
-  const int width = static_cast<int>(bits);
-  const uint32_t max_code = max_split_code(width);
-  dispatch_dtype(dtype, [&](auto type) {
+  const uint32_t max_code = max_split_code(bits);
+  dispatch_dtype(output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     decode_elements(
-        codes, geometry, width, static_cast<T*>(output.mutable_data_ptr()),
+        codes, geometry, bits, static_cast<T*>(output.mutable_data_ptr()),
         [&](int64_t group, int64_t place, uint32_t code) {
-          if (!split_positive(code, width)) return 0.0f;
+          if (!split_positive(code, bits)) return 0.0f;
           const Range range = Range::unpack(words[2 * group + 1]);
-          const uint32_t value_code = split_value_code(code, width);
+          const uint32_t value_code = split_value_code(code, bits);
           const float normal = range.special()
                                    ? decode_special(value_code, range, max_code)
                                    : decode(value_code, range);
@@ -76,39 +64,25 @@ Tensor dequantize_split(Tensor codes, Tensor ranges,
                                   : value;
         });
   });
-  return output;
 }
 
-Tensor dequantize_zeroed(Tensor codes, Tensor ranges, std::vector<int64_t> size,
-                         std::vector<int64_t> stride, ScalarType dtype,
-                         int64_t bits, int64_t group_size) {
-  const Geometry geometry =
-      checked_rectified(codes, ranges, size, bits, group_size, false);
-  Tensor output = empty_strided(codes, size, stride, dtype);
-  check_dtype("dtype", output);
-  check_dense("the output", output);
-  if (output.numel() == 0) return output;
+void dequantize_zeroed(const Memory& codes, const Memory& ranges,
+                       const Memory& output, const Geometry& geometry,
+                       int bits) {
   const auto* words = static_cast<const uint32_t*>(ranges.const_data_ptr());
-  dispatch_dtype(dtype, [&](auto type) {
+  dispatch_dtype(output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
-    decode_elements(codes, geometry, static_cast<int>(bits),
-                    static_cast<T*>(output.mutable_data_ptr()),
-                    [&](int64_t group, int64_t, uint32_t code) {
-                      if (code == 0u) return 0.0f;
-                      const Range range = Range::unpack(words[group]);
-                      return range.special()
-                                 ? decode_zeroed_special(code - 1u, range)
+    decode_elements(
+        codes, geometry, bits, static_cast<T*>(output.mutable_data_ptr()),
+        [&](int64_t group, int64_t, uint32_t code) {
+          if (code == 0u) return 0.0f;
+          const Range range = Range::unpack(words[group]);
+          return range.special() ? decode_zeroed_special(code - 1u, range)
                                  : clamp_finite(decode(code - 1u, range),
                                                 Largest<T>::value);
-                    });
+        });
   });
-  return output;
 }
 
-}  // namespace
+}  // namespace cpu
 }  // namespace mmactnn
-
-STABLE_TORCH_LIBRARY_IMPL(mmactnn, CPU, m) {
-  m.impl("dequantize_split", TORCH_BOX(&mmactnn::dequantize_split));
-  m.impl("dequantize_zeroed", TORCH_BOX(&mmactnn::dequantize_zeroed));
-}

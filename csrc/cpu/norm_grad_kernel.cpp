@@ -1,21 +1,17 @@
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
-#include <tuple>
 #include <vector>
 
-#include "../common/allocate.h"
 #include "../common/channels.h"
 #include "../common/codec.h"
 #include "../common/geometry.h"
 #include "../common/norm.h"
-#include "../common/norm_checks.h"
+#include "../common/norm_codes.h"
 #include "../common/rectified_codec.h"
 #include "group.h"
 #include "number.h"
+#include "parallel.h"
 
 namespace mmactnn {
 namespace {
@@ -30,9 +26,8 @@ void for_each_element(const T* grad_output, const NormArguments& arguments,
   const Channels& channels = arguments.channels;
   const int bits = static_cast<int>(arguments.bits);
   const int act_bits = static_cast<int>(arguments.act_bits);
-  const auto row_codes = [&](const Tensor* codes, int64_t width) {
-    return static_cast<const uint8_t*>(codes->const_data_ptr()) +
-           row * geometry.blocks_per_row() * width;
+  const auto row_codes = [&](const uint8_t* codes, int64_t width) {
+    return codes + row * geometry.blocks_per_row() * width;
   };
   const uint8_t* codes = row_codes(arguments.codes, bits);
   const uint8_t* act_codes = nullptr;
@@ -40,9 +35,8 @@ void for_each_element(const T* grad_output, const NormArguments& arguments,
     act_codes = row_codes(arguments.act_codes, act_bits);
   }
   constexpr int kRanges = kSplit ? 2 : 1;
-  const auto* ranges =
-      static_cast<const uint32_t*>(arguments.ranges->const_data_ptr()) +
-      row * geometry.groups_per_row() * kRanges;
+  const uint32_t* ranges =
+      arguments.ranges + row * geometry.groups_per_row() * kRanges;
   const uint32_t max_code = kSplit ? max_split_code(bits) : max_code_of(bits);
   const T* source = grad_output + row * geometry.row_numel;
   const int64_t channel_step = channels.last ? 1 : channels.plane;
@@ -83,29 +77,27 @@ int64_t row_grain(const Geometry& geometry) {
       kGrainElements / std::max<int64_t>(geometry.row_numel, 1), 1);
 }
 
-// `grad`, of NormCodes::kMask only, takes the gradients that pass.
 template <NormCodes kCodes>
-Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
-                 Tensor* grad) {
+void sum_gradients(const Memory& grad_output, const NormArguments& arguments,
+                   const NormSums& sums) {
   const int64_t channels = arguments.channels.count;
   const Geometry& geometry = arguments.geometry;
   // Sums by row, so that their order depends on nothing else.
   std::vector<double> row_sums(geometry.rows * 2 * channels);
-  dispatch_dtype(grad_output.scalar_type(), [&](auto type) {
+  dispatch_dtype(grad_output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(grad_output.const_data_ptr());
-    T* target =
-        grad == nullptr ? nullptr : static_cast<T*>(grad->mutable_data_ptr());
-    torch::stable::parallel_for(
-        0, geometry.rows, row_grain(geometry), [&](int64_t begin, int64_t end) {
+    T* target = static_cast<T*>(sums.grad.mutable_data_ptr());
+    parallel_for(
+        geometry.rows, row_grain(geometry), [&](int64_t begin, int64_t end) {
           for (int64_t row = begin; row < end; ++row) {
-            double* sums = row_sums.data() + row * 2 * channels;
-            double* products = sums + channels;
+            double* totals = row_sums.data() + row * 2 * channels;
+            double* products = totals + channels;
             for_each_element<kCodes>(
                 source, arguments, row,
                 [&](int64_t i, int64_t channel, bool passed, float value,
                     float normal) {
-                  sums[channel] += value;
+                  totals[channel] += value;
                   products[channel] += static_cast<double>(value) * normal;
                   if constexpr (kCodes == NormCodes::kMask) {
                     const int64_t index = row * geometry.row_numel + i;
@@ -115,8 +107,7 @@ Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
           }
         });
   });
-  Tensor sums = empty(grad_output, {2, channels}, ScalarType::Float);
-  auto* result = static_cast<float*>(sums.mutable_data_ptr());
+  auto* result = static_cast<float*>(sums.sums.mutable_data_ptr());
   for (int64_t c = 0; c < 2 * channels; ++c) {
     double sum = 0.0;
     for (int64_t row = 0; row < geometry.rows; ++row) {
@@ -124,20 +115,21 @@ Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
     }
     result[c] = static_cast<float>(sum);
   }
-  return sums;
 }
 
 template <NormCodes kCodes>
-void grad_input(const Tensor& grad_output, const NormArguments& arguments,
-                const float* scale, const float* means, Tensor& output) {
+void gradients(const Memory& grad_output, const NormArguments& arguments,
+               const NormFactors& factors, const Memory& output) {
   const Geometry& geometry = arguments.geometry;
+  const float* scale = factors.scale;
+  const float* means = factors.means;
   const float* product_means = means + arguments.channels.count;
-  dispatch_dtype(grad_output.scalar_type(), [&](auto type) {
+  dispatch_dtype(grad_output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(grad_output.const_data_ptr());
     T* target = static_cast<T*>(output.mutable_data_ptr());
-    torch::stable::parallel_for(
-        0, geometry.rows, row_grain(geometry), [&](int64_t begin, int64_t end) {
+    parallel_for(
+        geometry.rows, row_grain(geometry), [&](int64_t begin, int64_t end) {
           for (int64_t row = begin; row < end; ++row) {
             for_each_element<kCodes>(
                 source, arguments, row,
@@ -152,118 +144,40 @@ void grad_input(const Tensor& grad_output, const NormArguments& arguments,
   });
 }
 
-Tensor norm_grad_sums(Tensor grad_output, Tensor codes, Tensor ranges,
-                      int64_t bits, int64_t group_size, bool relu) {
-  const NormArguments arguments =
-      check_norm_codes(grad_output, codes, ranges, bits, group_size, relu);
-  return relu ? grad_sums<NormCodes::kSplit>(grad_output, arguments, nullptr)
-              : grad_sums<NormCodes::kPlain>(grad_output, arguments, nullptr);
-}
-
-std::tuple<Tensor, Tensor> norm_add_grad_sums(Tensor grad_output, Tensor codes,
-                                              Tensor ranges, Tensor act_codes,
-                                              int64_t bits, int64_t act_bits,
-                                              int64_t group_size) {
-  NormArguments arguments =
-      check_norm_codes(grad_output, codes, ranges, bits, group_size, false);
-  check_act_codes(grad_output, act_codes, act_bits, group_size, arguments);
-  Tensor grad = empty_dense_like(grad_output);
-  Tensor sums = grad_sums<NormCodes::kMask>(grad_output, arguments, &grad);
-  return {grad, sums};
-}
-
-Tensor norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges,
-                       Tensor scale, Tensor means, int64_t bits,
-                       int64_t group_size, bool relu) {
-  const NormArguments arguments =
-      check_norm_codes(grad_output, codes, ranges, bits, group_size, relu);
-  check_per_channel("scale", scale, arguments.channels, grad_output);
-  check_per_channel("means", means, arguments.channels, grad_output, true);
-  Tensor output = empty_dense_like(grad_output);
-  const auto* scales = static_cast<const float*>(scale.const_data_ptr());
-  const auto* mean_values = static_cast<const float*>(means.const_data_ptr());
-  if (relu) {
-    grad_input<NormCodes::kSplit>(grad_output, arguments, scales, mean_values,
-                                  output);
-  } else {
-    grad_input<NormCodes::kPlain>(grad_output, arguments, scales, mean_values,
-                                  output);
-  }
-  return output;
-}
-
-// What grad_input() multiplies with and subtracts, [3, C]: scale, then means.
-Tensor coefficients(const Tensor& sums, const std::optional<Tensor>& weight,
-                    const Tensor& invstd, bool of_batch, float count) {
-  const int64_t channels = sums.size(1);
-  Tensor result = empty(sums, {3, channels}, ScalarType::Float);
-  auto* values = static_cast<float*>(result.mutable_data_ptr());
-  const auto* totals = static_cast<const float*>(sums.const_data_ptr());
-  const auto* scales = static_cast<const float*>(invstd.const_data_ptr());
+void write_factors(const NormArguments& arguments, const NormSums& sums) {
+  const int64_t channels = arguments.channels.count;
+  const auto count = static_cast<float>(arguments.channels.channel_numel());
+  const auto* totals = static_cast<const float*>(sums.sums.const_data_ptr());
+  auto* factors = static_cast<float*>(sums.factors.mutable_data_ptr());
   for (int64_t c = 0; c < channels; ++c) {
-    const float factor =
-        weight ? static_cast<const float*>(weight->const_data_ptr())[c] : 1.0f;
-    values[c] = multiply(scales[c], factor);
-    values[channels + c] = of_batch ? totals[c] / count : 0.0f;
-    values[2 * channels + c] = of_batch ? totals[channels + c] / count : 0.0f;
-  }
-  return result;
-}
-
-std::vector<Tensor> batch_norm_act_backward(
-    Tensor grad_output, Tensor codes, Tensor ranges,
-    std::optional<Tensor> act_codes, std::optional<Tensor> weight,
-    Tensor invstd, bool relu, bool of_batch, bool needs_input, int64_t bits,
-    int64_t act_bits, int64_t group_size) {
-  const bool masks = relu && !act_codes;
-  const NormArguments plain =
-      check_norm_codes(grad_output, codes, ranges, bits, group_size, masks);
-  const int64_t channels = plain.channels.count;
-  check_per_channel("invstd", invstd, plain.channels, grad_output);
-  if (weight) {
-    check_per_channel("weight", *weight, plain.channels, grad_output);
-  }
-  Tensor grad = grad_output;
-  const auto sum = [&] {
-    if (act_codes) {
-      NormArguments arguments = plain;
-      check_act_codes(grad_output, *act_codes, act_bits, group_size, arguments);
-      grad = empty_dense_like(grad_output);
-      return grad_sums<NormCodes::kMask>(grad_output, arguments, &grad);
-    }
-    return masks ? grad_sums<NormCodes::kSplit>(grad_output, plain, nullptr)
-                 : grad_sums<NormCodes::kPlain>(grad_output, plain, nullptr);
-  };
-  const Tensor sums = sum();
-  std::vector<Tensor> results{sums};
-  if (needs_input) {
-    results.push_back(empty_dense_like(grad_output));
-  }
-  if (needs_input && grad_output.numel() != 0) {
-    Tensor& output = results.back();
-    const Tensor factors =
-        coefficients(sums, weight, invstd, of_batch,
-                     static_cast<float>(plain.channels.channel_numel()));
-    const auto* values = static_cast<const float*>(factors.const_data_ptr());
-    if (masks) {
-      grad_input<NormCodes::kSplit>(grad, plain, values, values + channels,
-                                    output);
-    } else {
-      grad_input<NormCodes::kPlain>(grad, plain, values, values + channels,
-                                    output);
+    const float factor = sums.weight == nullptr ? 1.0f : sums.weight[c];
+    factors[c] = multiply(sums.invstd[c], factor);
+    for (const int64_t i : {c, channels + c}) {
+      factors[channels + i] = sums.of_batch ? totals[i] / count : 0.0f;
     }
   }
-  if (act_codes) results.push_back(grad);
-  return results;
 }
 
 }  // namespace
-}  // namespace mmactnn
 
-STABLE_TORCH_LIBRARY_IMPL(mmactnn, CPU, m) {
-  m.impl("norm_grad_sums", TORCH_BOX(&mmactnn::norm_grad_sums));
-  m.impl("norm_add_grad_sums", TORCH_BOX(&mmactnn::norm_add_grad_sums));
-  m.impl("norm_grad_input", TORCH_BOX(&mmactnn::norm_grad_input));
-  m.impl("batch_norm_act_backward",
-         TORCH_BOX(&mmactnn::batch_norm_act_backward));
+namespace cpu {
+
+void norm_grad_sums(const Memory& grad_output, const NormArguments& arguments,
+                    const NormSums& sums) {
+  dispatch_codes(arguments.kind, [&](auto codes) {
+    sum_gradients<decltype(codes)::value>(grad_output, arguments, sums);
+  });
+  if (sums.factors) write_factors(arguments, sums);
 }
+
+void norm_grad_input(const Memory& grad_output, const NormArguments& arguments,
+                     const NormFactors& factors, const Memory& grad_input) {
+  if (arguments.kind == NormCodes::kSplit) {
+    gradients<NormCodes::kSplit>(grad_output, arguments, factors, grad_input);
+  } else {
+    gradients<NormCodes::kPlain>(grad_output, arguments, factors, grad_input);
+  }
+}
+
+}  // namespace cpu
+}  // namespace mmactnn

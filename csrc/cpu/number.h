@@ -1,7 +1,6 @@
 // The dtypes as C++ types of the host.
 #pragma once
 
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -35,7 +34,7 @@ struct HostNumber {
 };
 
 template <typename Body>
-void dispatch_dtype(torch::headeronly::ScalarType dtype, const Body& body) {
+void dispatch_dtype(Dtype dtype, const Body& body) {
   dispatch_types<float, c10::Half, c10::BFloat16>(dtype, body);
 }
 

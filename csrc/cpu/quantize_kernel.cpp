@@ -1,20 +1,13 @@
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
-#include <tuple>
-#include <vector>
 
-#include "../common/allocate.h"
 #include "../common/codec.h"
 #include "../common/geometry.h"
-#include "../common/tensor_checks.h"
 #include "codes.h"
 #include "group.h"
 #include "number.h"
+#include "parallel.h"
 
 namespace mmactnn {
 namespace {
@@ -57,10 +50,8 @@ void quantize_groups(const T* input, uint8_t* codes, uint32_t* ranges,
       }
     }
     std::fill(unpacked + count, unpacked + stored * kBlock, uint8_t{0});
-    dispatch_bits(row.bits, [&](auto width) {
-      pack_codes<decltype(width)::value>(
-          unpacked, stored, codes + row.begin + row_block * row.bits);
-    });
+    pack_codes(unpacked, stored, row.bits,
+               codes + row.begin + row_block * row.bits);
   }
 }
 
@@ -76,11 +67,8 @@ void dequantize_groups(const uint8_t* codes, const uint32_t* ranges, T* output,
     if (row.bits == 0) continue;
     const uint32_t max_code = max_code_of(row.bits);
     const int64_t blocks = (group.count + kBlock - 1) / kBlock;
-    dispatch_bits(row.bits, [&](auto width) {
-      unpack_codes<decltype(width)::value>(
-          codes + row.begin + group.start / kBlock * row.bits, blocks,
-          unpacked);
-    });
+    unpack_codes(codes + row.begin + group.start / kBlock * row.bits, blocks,
+                 row.bits, unpacked);
     T* target = output + group.row * geometry.row_numel + group.start;
     const Range range = Range::unpack(ranges[index]);
     for (int64_t i = 0; i < group.count; ++i) {
@@ -92,101 +80,42 @@ void dequantize_groups(const uint8_t* codes, const uint32_t* ranges, T* output,
   }
 }
 
-Tensor quantize_into(const Tensor& input, Tensor& codes,
-                     const Geometry& geometry, const CodeLayout& layout,
-                     const CountedStream& random) {
-  Tensor ranges = empty_ranges(input, geometry);
+}  // namespace
+
+namespace cpu {
+
+void quantize(const Memory& input, const Memory& codes, const Memory& ranges,
+              const Geometry& geometry, const CodeLayout& layout,
+              const CountedStream& random) {
   const PhiloxStream stream = random.current();
   auto* code_bytes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   auto* range_words = static_cast<uint32_t*>(ranges.mutable_data_ptr());
-  dispatch_dtype(input.scalar_type(), [&](auto type) {
+  dispatch_dtype(input.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(input.const_data_ptr());
-    torch::stable::parallel_for(
-        0, geometry.groups(), kGrainElements / geometry.group_size,
-        [&](int64_t begin, int64_t end) {
-          quantize_groups(source, code_bytes, range_words, geometry, layout,
-                          stream, begin, end);
-        });
+    parallel_for(geometry.groups(), kGrainElements / geometry.group_size,
+                 [&](int64_t begin, int64_t end) {
+                   quantize_groups(source, code_bytes, range_words, geometry,
+                                   layout, stream, begin, end);
+                 });
   });
-  return ranges;
 }
 
-Tensor dequantize_from(const Tensor& codes, const Tensor& ranges,
-                       const std::vector<int64_t>& size,
-                       const std::vector<int64_t>& stride, ScalarType dtype,
-                       const Geometry& geometry, const CodeLayout& layout) {
-  Tensor output = empty_strided(codes, size, stride, dtype);
-  check_dtype("dtype", output);
-  check_dense("the output", output);
+void dequantize(const Memory& codes, const Memory& ranges, const Memory& output,
+                const Geometry& geometry, const CodeLayout& layout) {
   const auto* code_bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
   const auto* range_words =
       static_cast<const uint32_t*>(ranges.const_data_ptr());
-  dispatch_dtype(dtype, [&](auto type) {
+  dispatch_dtype(output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     T* target = static_cast<T*>(output.mutable_data_ptr());
-    torch::stable::parallel_for(
-        0, geometry.groups(), kGrainElements / geometry.group_size,
-        [&](int64_t begin, int64_t end) {
-          dequantize_groups(code_bytes, range_words, target, geometry, layout,
-                            begin, end);
-        });
+    parallel_for(geometry.groups(), kGrainElements / geometry.group_size,
+                 [&](int64_t begin, int64_t end) {
+                   dequantize_groups(code_bytes, range_words, target, geometry,
+                                     layout, begin, end);
+                 });
   });
-  return output;
 }
 
-std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t bits,
-                                    int64_t group_size, int64_t seed,
-                                    int64_t offset,
-                                    std::optional<Tensor> count) {
-  const Geometry geometry = input_geometry(input, group_size);
-  check_bits(bits);
-  const CountedStream random = checked_stream(seed, offset, count, input);
-  Tensor codes = empty_codes(input, geometry, bits);
-  Tensor ranges = quantize_into(input, codes, geometry,
-                                uniform_layout(geometry, bits), random);
-  return {codes, ranges};
-}
-
-std::tuple<Tensor, Tensor> quantize_rows(Tensor input, Tensor row_bits,
-                                         Tensor row_starts, int64_t total_bits,
-                                         int64_t group_size, int64_t seed,
-                                         int64_t offset,
-                                         std::optional<Tensor> count) {
-  const Geometry geometry = input_geometry(input, group_size);
-  check_total_bits(total_bits, geometry.rows);
-  const CodeLayout layout =
-      checked_row_layout(input, geometry, row_bits, row_starts, total_bits);
-  const CountedStream random = checked_stream(seed, offset, count, input);
-  Tensor codes = empty_row_codes(input, geometry, total_bits);
-  Tensor ranges = quantize_into(input, codes, geometry, layout, random);
-  return {codes, ranges};
-}
-
-Tensor dequantize(Tensor codes, Tensor ranges, std::vector<int64_t> size,
-                  std::vector<int64_t> stride, ScalarType dtype, int64_t bits,
-                  int64_t group_size) {
-  const Geometry geometry = output_geometry(ranges, size, group_size);
-  return dequantize_from(codes, ranges, size, stride, dtype, geometry,
-                         checked_layout(codes, geometry, bits));
-}
-
-Tensor dequantize_rows(Tensor codes, Tensor ranges, Tensor row_bits,
-                       Tensor row_starts, std::vector<int64_t> size,
-                       std::vector<int64_t> stride, ScalarType dtype,
-                       int64_t group_size) {
-  const Geometry geometry = output_geometry(ranges, size, group_size);
-  return dequantize_from(
-      codes, ranges, size, stride, dtype, geometry,
-      checked_row_layout_of(codes, geometry, row_bits, row_starts));
-}
-
-}  // namespace
+}  // namespace cpu
 }  // namespace mmactnn
-
-STABLE_TORCH_LIBRARY_IMPL(mmactnn, CPU, m) {
-  m.impl("quantize", TORCH_BOX(&mmactnn::quantize));
-  m.impl("quantize_rows", TORCH_BOX(&mmactnn::quantize_rows));
-  m.impl("dequantize", TORCH_BOX(&mmactnn::dequantize));
-  m.impl("dequantize_rows", TORCH_BOX(&mmactnn::dequantize_rows));
-}

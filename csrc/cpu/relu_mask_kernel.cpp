@@ -1,27 +1,17 @@
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <optional>
-#include <tuple>
 
-#include "../common/allocate.h"
 #include "../common/rectifier.h"
-#include "../common/tensor_checks.h"
 #include "blocks.h"
 #include "number.h"
 
 namespace mmactnn {
-namespace {
+namespace cpu {
 
-Tensor forward(const Tensor& input, Tensor& output,
+void relu_mask(const Memory& input, const Memory& output, const Memory& mask,
                const Rectifier& rectifier) {
-  check_dtype("input", input);
-  check_dense("input", input);
-  Tensor mask = empty_mask(input);
   auto* mask_bytes = static_cast<uint8_t*>(mask.mutable_data_ptr());
-  dispatch_dtype(input.scalar_type(), [&](auto type) {
+  dispatch_dtype(input.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     for_each_block(
         static_cast<const T*>(input.const_data_ptr()),
@@ -37,30 +27,12 @@ Tensor forward(const Tensor& input, Tensor& output,
           mask_bytes[block] = static_cast<uint8_t>(bits);
         });
   });
-  return mask;
 }
 
-std::tuple<Tensor, Tensor> relu_mask(Tensor input, std::optional<double> max,
-                                     std::optional<double> slope) {
-  Tensor output = empty_dense_like(input);
-  Tensor mask = forward(input, output, make_rectifier(max, slope));
-  return {output, mask};
-}
-
-Tensor relu_mask_(Tensor input, std::optional<double> max,
-                  std::optional<double> slope) {
-  return forward(input, input, make_rectifier(max, slope));
-}
-
-Tensor relu_mask_backward(Tensor grad_output, Tensor mask,
-                          std::optional<double> slope) {
-  check_dtype("grad_output", grad_output);
-  check_dense("grad_output", grad_output);
-  check_mask(mask, grad_output.numel());
-  const Rectifier rectifier = make_rectifier(std::nullopt, slope);
-  Tensor grad_input = empty_dense_like(grad_output);
+void relu_mask_backward(const Memory& grad_output, const Memory& mask,
+                        const Memory& grad_input, const Rectifier& rectifier) {
   const auto* mask_bytes = static_cast<const uint8_t*>(mask.const_data_ptr());
-  dispatch_dtype(grad_output.scalar_type(), [&](auto type) {
+  dispatch_dtype(grad_output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     for_each_block(
         static_cast<const T*>(grad_output.const_data_ptr()),
@@ -75,14 +47,7 @@ Tensor relu_mask_backward(Tensor grad_output, Tensor mask,
           }
         });
   });
-  return grad_input;
 }
 
-}  // namespace
+}  // namespace cpu
 }  // namespace mmactnn
-
-STABLE_TORCH_LIBRARY_IMPL(mmactnn, CPU, m) {
-  m.impl("relu_mask", TORCH_BOX(&mmactnn::relu_mask));
-  m.impl("relu_mask_", TORCH_BOX(&mmactnn::relu_mask_));
-  m.impl("relu_mask_backward", TORCH_BOX(&mmactnn::relu_mask_backward));
-}

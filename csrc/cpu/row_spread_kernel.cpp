@@ -1,17 +1,13 @@
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cfloat>
 #include <cstdint>
 
-#include "../common/allocate.h"
 #include "../common/codec.h"
 #include "../common/geometry.h"
-#include "../common/tensor_checks.h"
 #include "group.h"
 #include "number.h"
+#include "parallel.h"
 
 namespace mmactnn {
 namespace {
@@ -29,28 +25,26 @@ float spread_of_row(const T* input, const Geometry& geometry, int64_t row) {
   return static_cast<float>(std::min<double>(sum, FLT_MAX));
 }
 
-Tensor row_spread(Tensor input, int64_t group_size) {
-  const Geometry geometry = input_geometry(input, group_size);
-  Tensor spread = empty(input, {geometry.rows}, ScalarType::Float);
+}  // namespace
+
+namespace cpu {
+
+void row_spread(const Memory& input, const Memory& spread,
+                const Geometry& geometry) {
   auto* target = static_cast<float*>(spread.mutable_data_ptr());
-  dispatch_dtype(input.scalar_type(), [&](auto type) {
+  dispatch_dtype(input.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(input.const_data_ptr());
     const int64_t row_numel = std::max<int64_t>(geometry.row_numel, 1);
-    torch::stable::parallel_for(
-        0, geometry.rows, std::max<int64_t>(kGrainElements / row_numel, 1),
-        [&](int64_t begin, int64_t end) {
-          for (int64_t row = begin; row < end; ++row) {
-            target[row] = spread_of_row(source, geometry, row);
-          }
-        });
+    parallel_for(geometry.rows,
+                 std::max<int64_t>(kGrainElements / row_numel, 1),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t row = begin; row < end; ++row) {
+                     target[row] = spread_of_row(source, geometry, row);
+                   }
+                 });
   });
-  return spread;
 }
 
-}  // namespace
+}  // namespace cpu
 }  // namespace mmactnn
-
-STABLE_TORCH_LIBRARY_IMPL(mmactnn, CPU, m) {
-  m.impl("row_spread", TORCH_BOX(&mmactnn::row_spread));
-}

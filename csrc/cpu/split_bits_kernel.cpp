@@ -1,6 +1,3 @@
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -8,10 +5,9 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/allocate.h"
 #include "../common/bit_gain.h"
 #include "../common/codec.h"
-#include "../common/tensor_checks.h"
+#include "../common/memory.h"
 
 namespace mmactnn {
 namespace {
@@ -30,10 +26,13 @@ struct NextBit {
   }
 };
 
-std::tuple<Tensor, Tensor> split_bits(Tensor sensitivity, int64_t total_bits) {
-  check_sensitivity(sensitivity, total_bits);
-  const int64_t rows = sensitivity.size(0);
-  auto [row_bits, row_starts] = empty_row_widths(sensitivity);
+}  // namespace
+
+namespace cpu {
+
+void split_bits(const Memory& sensitivity, const Memory& row_bits,
+                const Memory& row_starts, int64_t total_bits) {
+  const int64_t rows = sensitivity.numel();
   const auto* values = static_cast<const float*>(sensitivity.const_data_ptr());
   auto* bits = static_cast<uint8_t*>(row_bits.mutable_data_ptr());
   auto* starts = static_cast<int32_t*>(row_starts.mutable_data_ptr());
@@ -60,12 +59,7 @@ std::tuple<Tensor, Tensor> split_bits(Tensor sensitivity, int64_t total_bits) {
     starts[row] = start;
     start += bits[row];
   }
-  return {row_bits, row_starts};
 }
 
-}  // namespace
+}  // namespace cpu
 }  // namespace mmactnn
-
-STABLE_TORCH_LIBRARY_IMPL(mmactnn, CPU, m) {
-  m.impl("split_bits", TORCH_BOX(&mmactnn::split_bits));
-}

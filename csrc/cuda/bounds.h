@@ -85,16 +85,15 @@ struct PackedBounds {
       high = __hmax2(high, as_pair<T>(block.word[w]));
     }
   }
-  // Of `kLanes` threads: the smallest, and the largest with its sign changed,
+  // Of `lanes` threads: the smallest, and the largest with its sign changed,
   // are the halves of one register.
-  template <int kLanes>
-  __device__ __forceinline__ Bounds of_lanes() const {
+  __device__ __forceinline__ Bounds of_lanes(int lanes) const {
     const uint32_t lows = pair_bits(low);
     const uint32_t highs = pair_bits(high) ^ 0x80008000u;
     Pair both = __hmin2_nan(as_pair<T>(__byte_perm(lows, highs, 0x5410)),
                             as_pair<T>(__byte_perm(lows, highs, 0x7632)));
 #pragma unroll
-    for (int step = 1; step < kLanes; step *= 2) {
+    for (int step = 1; step < lanes; step *= 2) {
       const uint32_t word = pair_bits(both);
       both = __hmin2_nan(both,
                          as_pair<T>(__shfl_xor_sync(0xFFFFFFFFu, word, step)));
@@ -113,9 +112,8 @@ struct PackedBounds<float> {
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) bounds.include(block.get(i));
   }
-  template <int kLanes>
-  __device__ __forceinline__ Bounds of_lanes() const {
-    return bounds.of_lanes(kLanes);
+  __device__ __forceinline__ Bounds of_lanes(int lanes) const {
+    return bounds.of_lanes(lanes);
   }
 };
 

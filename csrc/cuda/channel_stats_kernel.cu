@@ -1,19 +1,14 @@
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <cstdint>
-#include <optional>
-#include <tuple>
 
-#include "../common/allocate.h"
+#include "../common/channel_stats.h"
 #include "../common/channels.h"
 #include "../common/dispatch.h"
 #include "../common/norm.h"
-#include "../common/stats_checks.h"
 #include "block.h"
 #include "channel_walk.h"
 #include "launch.h"
 #include "packed.h"
+#include "workspace.h"
 
 namespace mmactnn {
 namespace {
@@ -78,7 +73,7 @@ struct Outputs {
 struct Running {
   void* mean;  // null if there are none
   void* var;
-  ScalarType dtype;
+  Dtype dtype;
   int64_t* batches;  // null if nobody counts them
   double momentum;
 
@@ -91,9 +86,9 @@ struct Running {
   }
   __device__ __forceinline__ void update(void* data, int64_t channel,
                                          double batch) const {
-    if (dtype == ScalarType::Float) {
+    if (dtype == Dtype::kFloat) {
       update<float>(data, channel, batch);
-    } else if (dtype == ScalarType::Half) {
+    } else if (dtype == Dtype::kHalf) {
       update<__half>(data, channel, batch);
     } else {
       update<__nv_bfloat16>(data, channel, batch);
@@ -304,8 +299,8 @@ void launch_finish(const Partials& partials, uint32_t splits,
 }
 
 template <typename T>
-void reduce(const Tensor& input, const Channels& channels, const Finish& finish,
-            int device, cudaStream_t stream) {
+void reduce(const Memory& input, const Channels& channels, const Finish& finish,
+            cudaStream_t stream) {
   const T* source = static_cast<const T*>(input.const_data_ptr());
   const bool blocks = channels.row_numel() % kBlock == 0 &&
                       is_aligned(source, 16) &&
@@ -317,9 +312,8 @@ void reduce(const Tensor& input, const Channels& channels, const Finish& finish,
       check_launch();
       return;
     }
-    const Tensor workspace = empty(
-        input, {int64_t{splits.count}, 3, channels.count}, ScalarType::Float);
-    partials.data = static_cast<float*>(workspace.mutable_data_ptr());
+    const Workspace workspace(int64_t{splits.count} * 3 * channels.count);
+    partials.data = workspace.data();
     kernel(partials);
     check_launch();
     launch_finish(partials, splits.count, finish, stream);
@@ -328,13 +322,13 @@ void reduce(const Tensor& input, const Channels& channels, const Finish& finish,
     constexpr int kItems = decltype(items)::value;
     if (channels.last) {
       const Columns columns =
-          make_columns<kItems>(channels, true, kColumnBlocks, device);
+          make_columns<kItems>(channels, true, kColumnBlocks);
       launch(columns.splits, [&](const Partials& partials) {
         column_stats_kernel<T, kItems><<<columns.grid(), kThreads, 0, stream>>>(
             source, partials, finish, columns);
       });
     } else {
-      const Planes planes = make_planes<kItems>(channels, device);
+      const Planes planes = make_planes<kItems>(channels);
       launch(planes.splits, [&](const Partials& partials) {
         plane_stats_kernel<T, kItems>
             <<<planes.grid(channels.count), kThreads, 0, stream>>>(
@@ -361,8 +355,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 Outputs pointers(const StatsOutputs& outputs) {
-  return {static_cast<float*>(mutable_data_or_null(outputs.mean)),
-          static_cast<float*>(mutable_data_or_null(outputs.var)),
+  return {static_cast<float*>(outputs.mean.mutable_data_ptr()),
+          static_cast<float*>(outputs.var.mutable_data_ptr()),
           static_cast<float*>(outputs.invstd.mutable_data_ptr())};
 }
 
@@ -370,17 +364,15 @@ Outputs pointers(const StatsOutputs& outputs) {
 
 namespace cuda {
 
-void batch_stats(const Tensor& input, const Channels& channels, double eps,
+void batch_stats(const Memory& input, const Channels& channels, double eps,
                  const RunningStats& running, const StatsOutputs& outputs) {
   if (channels.count == 0) return;
-  const int device = input.get_device_index();
-  const cudaStream_t stream = current_stream(device);
-  const ScalarType dtype =
-      running.mean ? running.mean->scalar_type() : ScalarType::Float;
+  const cudaStream_t stream = current_stream();
   const Finish finish{
       pointers(outputs),
-      {mutable_data_or_null(running.mean), mutable_data_or_null(running.var),
-       dtype, static_cast<int64_t*>(mutable_data_or_null(running.batches)),
+      {running.mean.mutable_data_ptr(), running.var.mutable_data_ptr(),
+       running.mean.dtype(),
+       static_cast<int64_t*>(running.batches.mutable_data_ptr()),
        running.momentum},
       eps};
   if (channels.numel() == 0) {
@@ -388,47 +380,27 @@ void batch_stats(const Tensor& input, const Channels& channels, double eps,
     launch_finish({nullptr, channels.count}, 0, finish, stream);
     return;
   }
-  dispatch_dtype(input.scalar_type(), [&](auto type) {
+  dispatch_dtype(input.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
-    reduce<T>(input, channels, finish, device, stream);
+    reduce<T>(input, channels, finish, stream);
   });
 }
 
 void running_stats(const RunningStats& running, double eps,
                    const StatsOutputs& outputs) {
-  const int64_t channels = running.mean->numel();
+  const int64_t channels = running.mean.numel();
   if (channels == 0) return;
-  dispatch_dtype(running.mean->scalar_type(), [&](auto type) {
+  dispatch_dtype(running.mean.dtype(), [&](auto type) {
     using R = typename decltype(type)::type;
     running_stats_kernel<R>
         <<<static_cast<unsigned int>((channels + kThreads - 1) / kThreads),
-           kThreads, 0, current_stream(outputs.invstd.get_device_index())>>>(
-            static_cast<const R*>(running.mean->const_data_ptr()),
-            static_cast<const R*>(running.var->const_data_ptr()), channels, eps,
+           kThreads, 0, current_stream()>>>(
+            static_cast<const R*>(running.mean.const_data_ptr()),
+            static_cast<const R*>(running.var.const_data_ptr()), channels, eps,
             pointers(outputs));
     check_launch();
   });
 }
 
 }  // namespace cuda
-
-namespace {
-
-std::tuple<Tensor, Tensor, Tensor> channel_stats(
-    Tensor input, double eps, double momentum,
-    std::optional<Tensor> running_mean, std::optional<Tensor> running_var) {
-  const RunningStats running{running_mean, running_var, std::nullopt, momentum};
-  const Channels channels = check_stats(input, running);
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const auto make = [&] { return empty_stats(input, channels); };
-  const StatsOutputs outputs{make(), make(), make()};
-  cuda::batch_stats(input, channels, eps, running, outputs);
-  return {*outputs.mean, *outputs.var, outputs.invstd};
-}
-
-}  // namespace
 }  // namespace mmactnn
-
-STABLE_TORCH_LIBRARY_IMPL(mmactnn, CUDA, m) {
-  m.impl("channel_stats", TORCH_BOX(&mmactnn::channel_stats));
-}

@@ -45,10 +45,10 @@ struct Splits {
 // the number of thread blocks side by side, `blocks` that for each
 // multiprocessor in all.
 inline Splits make_splits(int64_t total, int64_t step, int64_t across,
-                          int blocks, int device) {
+                          int blocks) {
   const int64_t steps = (total + step - 1) / step;
   const int64_t wanted =
-      std::max(int64_t{blocks} * processor_count(device) / across, INT64_C(1));
+      std::max(int64_t{blocks} * processor_count() / across, INT64_C(1));
   const int64_t per_split =
       std::min((steps + wanted - 1) / wanted, kMaxPieces / step);
   const int64_t size = per_split * step;
@@ -95,7 +95,7 @@ struct Planes {
 };
 
 template <int kItems>
-Planes make_planes(const Channels& channels, int device) {
+Planes make_planes(const Channels& channels) {
   // Twice what is resident: the channels may be just more than that.
   constexpr int kBlocks = 8;
   check_indexable(channels);
@@ -105,10 +105,10 @@ Planes make_planes(const Channels& channels, int device) {
                              : (plane + 2 * (kItems - 1)) / kItems;
   STD_TORCH_CHECK(pieces <= kMaxPieces, "a channel may have at most ",
                   kMaxPieces, " elements a sample, got ", plane);
-  return {static_cast<uint32_t>(plane),
-          make_splits(channels.rows * pieces, kThreads, channels.count, kBlocks,
-                      device),
-          Divider(static_cast<uint32_t>(pieces))};
+  return {
+      static_cast<uint32_t>(plane),
+      make_splits(channels.rows * pieces, kThreads, channels.count, kBlocks),
+      Divider(static_cast<uint32_t>(pieces))};
 }
 
 // One piece of a channel. It can be read even where it has no elements of it.
@@ -176,8 +176,7 @@ struct Columns {
 // `blocks` thread blocks for each multiprocessor, as many as are resident: all
 // end at about the same time. `one_row` is of blocks only.
 template <int kItems>
-Columns make_columns(const Channels& channels, bool one_row, int blocks,
-                     int device) {
+Columns make_columns(const Channels& channels, bool one_row, int blocks) {
   check_indexable(channels);
   const int64_t total = channels.count / kItems;
   const int64_t across = (total + kWarp - 1) / kWarp;
@@ -189,7 +188,7 @@ Columns make_columns(const Channels& channels, bool one_row, int blocks,
           static_cast<uint32_t>(columns),
           static_cast<uint32_t>(pixels),
           make_splits(channels.channel_numel(), pixels,
-                      (total + columns - 1) / columns, blocks, device),
+                      (total + columns - 1) / columns, blocks),
           kItems == kBlock && one_row,
           Divider(static_cast<uint32_t>(columns)),
           Divider(static_cast<uint32_t>(channels.plane))};

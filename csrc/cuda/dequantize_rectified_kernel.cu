@@ -1,25 +1,17 @@
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
-#include <optional>
 #include <type_traits>
-#include <vector>
 
-#include "../common/allocate.h"
 #include "../common/channels.h"
 #include "../common/codec.h"
 #include "../common/dispatch.h"
 #include "../common/divider.h"
 #include "../common/geometry.h"
 #include "../common/norm_act.h"
-#include "../common/norm_act_checks.h"
 #include "../common/portability.h"
 #include "../common/rectified_codec.h"
-#include "../common/tensor_checks.h"
 #include "bounds.h"
 #include "channel_index.h"
 #include "code_floats.h"
@@ -215,7 +207,7 @@ template <typename T>
 __device__ __forceinline__ bool any_infinite(const PackedBlock<T>& block) {
   PackedBounds<T> bounds(block);
   bounds.include(block);
-  return !bounds.template of_lanes<1>().all_finite();
+  return !bounds.of_lanes(1).all_finite();
 }
 
 // Elements that need neither special codes nor a clamp; returns false for
@@ -442,7 +434,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Calls `body` with a width that whole groups have a kernel of, or kAnyBits.
 template <typename Body>
-void dispatch_widths(bool whole, int64_t bits, const Body& body) {
+void dispatch_widths(bool whole, int bits, const Body& body) {
   if (whole && bits == 2) {
     body(Constant<2>{});
   } else if (whole && bits == 3) {
@@ -458,8 +450,8 @@ void dispatch_widths(bool whole, int64_t bits, const Body& body) {
 
 // Decodes everything.
 template <template <typename, int, int> typename DecoderOf, typename Parameters>
-void decode_into(const Tensor& codes, const Tensor& ranges, Tensor& output,
-                 const Geometry& geometry, int64_t bits,
+void decode_into(const Memory& codes, const Memory& ranges,
+                 const Memory& output, const Geometry& geometry, int bits,
                  const Parameters& parameters) {
   const int64_t row_blocks = geometry.blocks_per_row();
   STD_TORCH_CHECK(geometry.row_numel <= kMaxIndex, "a sample may have at most ",
@@ -468,13 +460,13 @@ void decode_into(const Tensor& codes, const Tensor& ranges, Tensor& output,
   // blocks, too.
   constexpr int64_t kPerGridBlock = int64_t{kThreads} * kDecodedPieces;
   const int64_t max_rows = (kMaxIndex - kPerGridBlock) / (2 * row_blocks);
-  const cudaStream_t stream = current_stream(codes.get_device_index());
+  const cudaStream_t stream = current_stream();
   const auto* code_bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
   const auto* range_words =
       static_cast<const uint32_t*>(ranges.const_data_ptr());
   int group_shift = 0;
   while ((int64_t{kBlock} << group_shift) < geometry.group_size) ++group_shift;
-  dispatch_dtype(output.scalar_type(), [&](auto type) {
+  dispatch_dtype(output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     T* target = static_cast<T*>(output.mutable_data_ptr());
     const bool vectorized =
@@ -497,7 +489,7 @@ void decode_into(const Tensor& codes, const Tensor& ranges, Tensor& output,
             static_cast<uint32_t>(geometry.groups_per_row()),
             Divider(static_cast<uint32_t>(row_blocks)),
             group_shift,
-            static_cast<int>(bits),
+            bits,
             vectorized};
         const int64_t pieces = blocks * (kBlock / kItems);
         const auto grid = static_cast<unsigned int>(
@@ -523,21 +515,16 @@ void decode_into(const Tensor& codes, const Tensor& ranges, Tensor& output,
   });
 }
 
-Tensor dequantize_split(Tensor codes, Tensor ranges,
-                        std::optional<Tensor> weight,
-                        std::optional<Tensor> bias, std::vector<int64_t> size,
-                        std::vector<int64_t> stride, ScalarType dtype,
-                        int64_t bits, int64_t group_size) {
-  const Geometry geometry =
-      checked_rectified(codes, ranges, size, bits, group_size, true);
-  const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
-  Tensor output = empty_strided(codes, size, stride, dtype);
-  const Channels channels = channels_of("the output", output);
-  if (weight) check_per_channel("weight", *weight, channels, codes);
-  if (bias) check_per_channel("bias", *bias, channels, codes);
-  if (output.numel() == 0) return output;
-  const auto* weights = static_cast<const float*>(data_or_null(weight));
-  const auto* biases = static_cast<const float*>(data_or_null(bias));
+}  // namespace
+
+namespace cuda {
+
+void dequantize_split(const Memory& codes, const Memory& ranges,
+                      const Memory& weight, const Memory& bias,
+                      const Memory& output, const Geometry& geometry,
+                      const Channels& channels, int bits) {
+  const auto* weights = static_cast<const float*>(weight.const_data_ptr());
+  const auto* biases = static_cast<const float*>(bias.const_data_ptr());
   const ChannelIndex index = index_channels(channels, {weights, biases});
   // A thread's next piece is kThreads pieces, here whole pixels, further on.
   const bool repeats =
@@ -546,28 +533,14 @@ Tensor dequantize_split(Tensor codes, Tensor ranges,
   const bool planes = !channels.last && channels.plane >= kBlock;
   decode_into<SplitDecoder>(codes, ranges, output, geometry, bits,
                             Affine{weights, biases, index, repeats, planes});
-  return output;
 }
 
-Tensor dequantize_zeroed(Tensor codes, Tensor ranges, std::vector<int64_t> size,
-                         std::vector<int64_t> stride, ScalarType dtype,
-                         int64_t bits, int64_t group_size) {
-  const Geometry geometry =
-      checked_rectified(codes, ranges, size, bits, group_size, false);
-  const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
-  Tensor output = empty_strided(codes, size, stride, dtype);
-  check_dtype("dtype", output);
-  check_dense("the output", output);
-  if (output.numel() == 0) return output;
+void dequantize_zeroed(const Memory& codes, const Memory& ranges,
+                       const Memory& output, const Geometry& geometry,
+                       int bits) {
   decode_into<ZeroedDecoder>(codes, ranges, output, geometry, bits,
                              NoParameters{});
-  return output;
 }
 
-}  // namespace
+}  // namespace cuda
 }  // namespace mmactnn
-
-STABLE_TORCH_LIBRARY_IMPL(mmactnn, CUDA, m) {
-  m.impl("dequantize_split", TORCH_BOX(&mmactnn::dequantize_split));
-  m.impl("dequantize_zeroed", TORCH_BOX(&mmactnn::dequantize_zeroed));
-}

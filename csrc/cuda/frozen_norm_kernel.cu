@@ -1,14 +1,9 @@
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstdint>
-#include <optional>
 
 #include "../common/channels.h"
 #include "../common/codec.h"
 #include "../common/frozen_norm.h"
-#include "../common/tensor_checks.h"
 #include "blocks.h"
 #include "channel_index.h"
 #include "launch.h"
@@ -26,22 +21,12 @@ template <typename T>
 struct FrozenNorm {
   T* values;
   const T* residual;
-  const float* mean;
-  const float* var;
-  const float* weight;
-  const float* bias;
-  float eps;
+  FrozenParameters parameters;
   bool relu;
   ChannelIndex channels;
   int64_t rows;
   int64_t row_numel;
   bool vectorized;
-
-  __device__ __forceinline__ FrozenChannel channel(uint32_t c) const {
-    return FrozenChannel::of(mean[c], var[c], eps,
-                             load_channel(weight, c, kNoWeight),
-                             load_channel(bias, c, kNoBias));
-  }
 
   // `constant(i)` is that of element `i` of the block.
   template <bool kFull, typename Constant>
@@ -84,17 +69,18 @@ __global__ void __launch_bounds__(kThreads)
   if constexpr (kChannels == kBlock) {
     // kAcross is a multiple of the channels.
     const uint32_t first = op.channels.of(threadIdx.x * kBlock).channel;
-    const ChannelWords<> mean(op.mean + first);
-    const ChannelWords<> var(op.var + first);
-    const ChannelWords<> weight(op.weight + first);
-    const ChannelWords<> bias(op.bias + first);
+    const ChannelWords<> mean(op.parameters.mean + first);
+    const ChannelWords<> var(op.parameters.var + first);
+    const ChannelWords<> weight(op.parameters.weight + first);
+    const ChannelWords<> bias(op.parameters.bias + first);
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
-      own[i] = FrozenChannel::of(mean.item[i], var.item[i], op.eps,
+      own[i] = FrozenChannel::of(mean.item[i], var.item[i], op.parameters.eps,
                                  weight.item[i], bias.item[i]);
     }
   } else {
-    own[0] = op.channel(op.channels.of(static_cast<uint32_t>(start)).channel);
+    own[0] = op.parameters.channel(
+        op.channels.of(static_cast<uint32_t>(start)).channel);
   }
   for (int64_t base = blockIdx.y * walk.width + start; base < walk.end;
        base += walk.stride) {
@@ -109,7 +95,7 @@ __global__ void __launch_bounds__(kThreads)
     frozen_norm_kernel(const FrozenNorm<T> op) {
   extern __shared__ FrozenChannel constants[];
   for (uint32_t c = threadIdx.x; c < op.channels.channels; c += kThreads) {
-    constants[c] = op.channel(c);
+    constants[c] = op.parameters.channel(c);
   }
   __syncthreads();
   for (int64_t row = blockIdx.y; row < op.rows; row += gridDim.y) {
@@ -137,17 +123,17 @@ int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // As many thread blocks as there are `steps` for a thread block that takes
 // kSteps, but so many of them that all multiprocessors are busy.
-int64_t count_blocks(int64_t steps, int64_t across, int device) {
+int64_t count_blocks(int64_t steps, int64_t across) {
   // Few enough for the constants to cost little, and for the last thread
   // blocks not to run alone.
   constexpr int64_t kSteps = 8;
   constexpr int64_t kBlocks = 16;  // for each multiprocessor
-  const int64_t busy = ceil_divide(kBlocks * processor_count(device), across);
+  const int64_t busy = ceil_divide(kBlocks * processor_count(), across);
   return std::min(std::max(ceil_divide(steps, kSteps), busy), steps);
 }
 
 template <typename T>
-void launch(const FrozenNorm<T>& op, const Channels& channels, int device,
+void launch(const FrozenNorm<T>& op, const Channels& channels,
             cudaStream_t stream) {
   const int64_t across = ceil_divide(op.row_numel, kAcross);
   const int64_t numel = op.rows * op.row_numel;
@@ -156,18 +142,17 @@ void launch(const FrozenNorm<T>& op, const Channels& channels, int device,
                 static_cast<unsigned int>(std::min<int64_t>(y, 65535)));
   };
   if (op.vectorized && !channels.last && channels.plane % kBlock == 0) {
-    const dim3 blocks = grid(across, count_blocks(op.rows, across, device));
+    const dim3 blocks = grid(across, count_blocks(op.rows, across));
     frozen_walk_kernel<T, 1><<<blocks, kThreads, 0, stream>>>(
         op, {op.row_numel, blocks.y * op.row_numel, numel});
   } else if (op.vectorized && op.channels.vectorized &&
              kAcross % channels.count == 0) {
     // Rows do not matter: all begin with the same channel.
-    const dim3 blocks =
-        grid(count_blocks(ceil_divide(numel, kAcross), 1, device), 1);
+    const dim3 blocks = grid(count_blocks(ceil_divide(numel, kAcross), 1), 1);
     frozen_walk_kernel<T, kBlock><<<blocks, kThreads, 0, stream>>>(
         op, {numel, blocks.x * kAcross, numel});
   } else {
-    const dim3 blocks = grid(across, count_blocks(op.rows, across, device));
+    const dim3 blocks = grid(across, count_blocks(op.rows, across));
     frozen_norm_kernel<T>
         <<<blocks, kThreads, channels.count * sizeof(FrozenChannel), stream>>>(
             op);
@@ -175,47 +160,35 @@ void launch(const FrozenNorm<T>& op, const Channels& channels, int device,
   check_launch();
 }
 
-void frozen_norm_act_(Tensor input, std::optional<Tensor> residual, Tensor mean,
-                      Tensor var, std::optional<Tensor> weight,
-                      std::optional<Tensor> bias, double eps, bool relu) {
-  const Channels channels =
-      check_frozen_norm(input, residual, mean, var, weight, bias);
-  if (channels.numel() == 0) return;
+}  // namespace
+
+namespace cuda {
+
+void frozen_norm_act(const Memory& input, const Channels& channels,
+                     const Memory& residual, const FrozenParameters& parameters,
+                     bool relu) {
   STD_TORCH_CHECK(channels.count <= kMaxChannels, "there may be at most ",
                   kMaxChannels, " channels, got ", channels.count);
-  const int device = input.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  dispatch_dtype(input.scalar_type(), [&](auto type) {
+  dispatch_dtype(input.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     T* values = static_cast<T*>(input.mutable_data_ptr());
-    const T* others = static_cast<const T*>(data_or_null(residual));
+    const T* others = static_cast<const T*>(residual.const_data_ptr());
     const bool vectorized = is_aligned(values, 16) &&
                             channels.row_numel() % kBlock == 0 &&
                             (others == nullptr || is_aligned(others, 16));
-    const auto* means = static_cast<const float*>(mean.const_data_ptr());
-    const auto* vars = static_cast<const float*>(var.const_data_ptr());
-    const auto* weights = static_cast<const float*>(data_or_null(weight));
-    const auto* biases = static_cast<const float*>(data_or_null(bias));
     const FrozenNorm<T> op{
         values,
         others,
-        means,
-        vars,
-        weights,
-        biases,
-        static_cast<float>(eps),
+        parameters,
         relu,
-        index_channels(channels, {means, vars, weights, biases}),
+        index_channels(channels, {parameters.mean, parameters.var,
+                                  parameters.weight, parameters.bias}),
         channels.rows,
         channels.row_numel(),
         vectorized};
-    launch(op, channels, device, current_stream(device));
+    launch(op, channels, current_stream());
   });
 }
 
-}  // namespace
+}  // namespace cuda
 }  // namespace mmactnn
-
-STABLE_TORCH_LIBRARY_IMPL(mmactnn, CUDA, m) {
-  m.impl("frozen_norm_act_", TORCH_BOX(&mmactnn::frozen_norm_act_));
-}

@@ -22,7 +22,36 @@ struct Launch {
   uint32_t groups;
   uint32_t groups_per_row;
   Divider by_groups_per_row;
+  int group_shift;  // binary logarithm of the elements of a group
   bool vectorized;  // every full block starts on a 16-byte boundary
+};
+
+// A group size that is known at run time only.
+constexpr int kAnyGroup = 0;
+
+// The elements of a group: kGroup, or 2^shift with kAnyGroup.
+template <int kGroup>
+class GroupSize {
+ public:
+  explicit __device__ __forceinline__ GroupSize(const Launch& launch)
+      : shift_(launch.group_shift) {}
+
+  __device__ __forceinline__ int elements() const {
+    return kGroup == kAnyGroup ? 1 << shift_ : kGroup;
+  }
+  // Threads that share a group, kItems elements each.
+  template <int kItems>
+  __device__ __forceinline__ int lanes() const {
+    return elements() / kItems;
+  }
+  template <int kItems>
+  __device__ __forceinline__ uint32_t group_of(uint32_t thread) const {
+    if constexpr (kGroup != kAnyGroup) return thread / (kGroup / kItems);
+    return thread >> (shift_ - (31 - __builtin_clz(kItems)));
+  }
+
+ private:
+  int shift_;
 };
 
 struct Group {
@@ -31,56 +60,54 @@ struct Group {
   int count;      // its elements: group_size, or fewer at the end of a row
 };
 
-template <int kGroup>
-__device__ __forceinline__ Group locate(const Launch& launch, uint32_t index) {
+__device__ __forceinline__ Group locate(const Launch& launch, uint32_t index,
+                                        int elements) {
   const uint32_t row = launch.by_groups_per_row.quotient(index);
   const int64_t start =
-      static_cast<int64_t>(index - row * launch.groups_per_row) * kGroup;
+      static_cast<int64_t>(index - row * launch.groups_per_row) * elements;
   const int64_t left = launch.row_numel - start;
-  return {row, start, left < kGroup ? static_cast<int>(left) : kGroup};
+  return {row, start, left < elements ? static_cast<int>(left) : elements};
 }
 
 // The blocks of a group that one thread holds: the more, the less the work
 // that is done once a group and thread costs each element.
 constexpr int kBlocksPerThread = 4;
+constexpr int kSharedItems = kBlock * kBlocksPerThread;
 
-template <int kGroup>
-constexpr int kLanesPerGroup = kGroup / kBlock / kBlocksPerThread;
-
-// What one thread holds of a group: blocks `lane`, `lane` + kLanesPerGroup and
-// so on. What lies past the end of the group repeats its first element, so that
-// it cannot widen the range.
+// What one thread holds of a group: blocks `lane`, `lane` + `lanes` and so on.
+// What lies past the end of the group repeats its first element, so that it
+// cannot widen the range.
 template <typename T>
 struct Share {
   PackedBlock<T> blocks[kBlocksPerThread];
 };
 
 // Begins to read a group; nothing waits for it here.
-template <int kGroup, typename T>
+template <typename T>
 __device__ __forceinline__ void load_group(const T* source, int count, int lane,
-                                           bool vectorized, Share<T>& share) {
-  constexpr int kLanes = kLanesPerGroup<kGroup>;
-  if (vectorized && count == kGroup) {
+                                           int lanes, bool vectorized,
+                                           Share<T>& share) {
+  if (vectorized && count == lanes * kSharedItems) {
 #pragma unroll
     for (int b = 0; b < kBlocksPerThread; ++b) {
-      share.blocks[b].load(source + (b * kLanes + lane) * kBlock);
+      share.blocks[b].load(source + (b * lanes + lane) * kBlock);
     }
   } else {
 #pragma unroll
     for (int b = 0; b < kBlocksPerThread; ++b) {
-      share.blocks[b].load(source, (b * kLanes + lane) * kBlock, count);
+      share.blocks[b].load(source, (b * lanes + lane) * kBlock, count);
     }
   }
 }
 
 // The extent of a group. All threads of a warp call it together.
-template <int kGroup, typename T>
-__device__ __forceinline__ Extent find_extent(const Share<T>& share) {
-  constexpr int kLanes = kLanesPerGroup<kGroup>;
+template <typename T>
+__device__ __forceinline__ Extent find_extent(const Share<T>& share,
+                                              int lanes) {
   PackedBounds<T> packed(share.blocks[0]);
 #pragma unroll
   for (int b = 0; b < kBlocksPerThread; ++b) packed.include(share.blocks[b]);
-  Bounds bounds = packed.template of_lanes<kLanes>();
+  Bounds bounds = packed.of_lanes(lanes);
   const bool all_finite = bounds.all_finite();
   // Warps with several groups take the slow path together when one of their
   // groups needs it.
@@ -95,24 +122,29 @@ __device__ __forceinline__ Extent find_extent(const Share<T>& share) {
         if (is_finite(value)) bounds.include(value);
       }
     }
-    bounds = bounds.of_lanes(kLanes);
+    bounds = bounds.of_lanes(lanes);
   }
   return {bounds.low, bounds.high, all_finite};
 }
 
-// Calls `body` with the group size as a Constant; checked by
-// check_group_size().
+// Calls `body` with the group size as a Constant: that of all levels has
+// kernels of its own, and one kernel serves the others.
 template <typename Body>
 void dispatch_group_size(int64_t group_size, const Body& body) {
-  if (group_size == 64) {
-    body(Constant<64>{});
-  } else if (group_size == 128) {
-    body(Constant<128>{});
-  } else if (group_size == 256) {
-    body(Constant<256>{});
+  constexpr int kDefault = 256;
+  if (group_size == kDefault) {
+    body(Constant<kDefault>{});
   } else {
-    body(Constant<512>{});
+    body(Constant<kAnyGroup>{});
   }
+}
+
+// The threads of a launch, kItems elements of a group each.
+template <int kItems>
+unsigned int grid_size(const Launch& launch) {
+  const int64_t lanes = (int64_t{1} << launch.group_shift) / kItems;
+  return static_cast<unsigned int>((launch.groups * lanes + kThreads - 1) /
+                                   kThreads);
 }
 
 // Calls `body(launch, first_row)` for as many rows at a time as 32-bit
@@ -126,6 +158,8 @@ void for_each_launch(const Geometry& geometry, const T* data,
   STD_TORCH_CHECK(groups_per_row <= max_groups, "a sample may have at most ",
                   max_groups, " groups of elements, got ", groups_per_row);
   const int64_t max_rows = max_groups / groups_per_row;
+  int group_shift = 0;
+  while ((int64_t{1} << group_shift) < geometry.group_size) ++group_shift;
   for (int64_t row = 0; row < geometry.rows; row += max_rows) {
     const int64_t rows = std::min(max_rows, geometry.rows - row);
     const bool vectorized =
@@ -133,14 +167,10 @@ void for_each_launch(const Geometry& geometry, const T* data,
     body(Launch{geometry.row_numel, geometry.blocks_per_row(),
                 static_cast<uint32_t>(rows * groups_per_row),
                 static_cast<uint32_t>(groups_per_row),
-                Divider(static_cast<uint32_t>(groups_per_row)), vectorized},
+                Divider(static_cast<uint32_t>(groups_per_row)), group_shift,
+                vectorized},
          row);
   }
-}
-
-inline unsigned int grid_size(uint32_t groups, int lanes) {
-  return static_cast<unsigned int>(
-      (static_cast<int64_t>(groups) * lanes + kThreads - 1) / kThreads);
 }
 
 }  // namespace mmactnn

@@ -19,14 +19,15 @@ constexpr bool kMeet = (kBits & (kBits - 1)) != 0;
 
 // Writes all blocks of such a group, `words` being those of one thread and
 // `codes` where the group's are.
-template <int kBits, int kLanes>
+template <int kBits>
 __device__ __forceinline__ void store_whole_group(const CodeWord<kBits>* words,
-                                                  int lane, uint8_t* codes) {
+                                                  int lane, int lanes,
+                                                  uint8_t* codes) {
   if (!is_aligned(codes, sizeof(uint32_t))) {
 #pragma unroll
     for (int b = 0; b < kBlocksPerThread; ++b) {
       store_word<kBits>(words[b], kBits, kBlock,
-                        codes + (b * kLanes + lane) * kBits);
+                        codes + (b * lanes + lane) * kBits);
     }
     return;
   }
@@ -38,13 +39,13 @@ __device__ __forceinline__ void store_whole_group(const CodeWord<kBits>* words,
   for (int b = 0; b < kBlocksPerThread; ++b) {
     store_word<kBits>(words[b], kBits, kBlock,
                       reinterpret_cast<uint8_t*>(staged + first) +
-                          (b * kLanes + lane) * kBits);
+                          (b * lanes + lane) * kBits);
   }
-  __syncwarp(((1u << kLanes) - 1u) << (threadIdx.x % kWarp - lane));
+  __syncwarp(((1u << lanes) - 1u) << (threadIdx.x % kWarp - lane));
   auto* target = reinterpret_cast<uint32_t*>(codes);
 #pragma unroll
   for (int w = 0; w < kBits; ++w) {
-    target[w * kLanes + lane] = staged[first + w * kLanes + lane];
+    target[w * lanes + lane] = staged[first + w * lanes + lane];
   }
 }
 

@@ -1,13 +1,10 @@
-// What every launcher needs: the current stream, a device guard, launch
-// limits and the dtypes as C++ types of the device.
+// What every launcher needs: the current stream, launch limits and the dtypes
+// as C++ types of the device. The device of the tensors is the current one.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cfloat>
@@ -35,11 +32,11 @@ inline void check_launch() {
                   cudaGetErrorString(error));
 }
 
-// Multiprocessors of a device.
-inline int processor_count(int device) {
+// Multiprocessors of the device.
+inline int processor_count() {
   int processors = 0;
   const cudaError_t error = cudaDeviceGetAttribute(
-      &processors, cudaDevAttrMultiProcessorCount, device);
+      &processors, cudaDevAttrMultiProcessorCount, current_device());
   STD_TORCH_CHECK(error == cudaSuccess, "mmactnn: ", cudaGetErrorString(error));
   return processors;
 }
@@ -81,7 +78,7 @@ struct alignas(sizeof(T) * kCount) Vector {
 };
 
 template <typename Body>
-void dispatch_dtype(torch::headeronly::ScalarType dtype, const Body& body) {
+void dispatch_dtype(Dtype dtype, const Body& body) {
   dispatch_types<float, __half, __nv_bfloat16>(dtype, body);
 }
 

@@ -1,16 +1,9 @@
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <tuple>
-#include <vector>
 
 #include "../common/divider.h"
 #include "../common/pool.h"
-#include "../common/pool_checks.h"
-#include "../common/tensor_checks.h"
 #include "launch.h"
 #include "packed_block.h"
 #include "words.h"
@@ -482,21 +475,15 @@ unsigned int grid_size(uint32_t count) {
   return (count + kThreads - 1) / kThreads;
 }
 
-std::tuple<Tensor, Tensor> max_pool2d(
-    Tensor input, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
-    std::vector<int64_t> padding, std::vector<int64_t> dilation,
-    std::vector<int64_t> output_size, bool channels_last) {
-  const PoolWindow window{kernel_size, stride, padding, dilation};
-  check_pooled("input", input, window, output_size, channels_last);
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  Tensor output = empty_pooled(input, output_size, channels_last);
-  Tensor indices = empty_indices(output);
-  if (output.numel() == 0) return {output, indices};
-  const Pool pool =
-      make_pool(input, window, plane_size(input), output_size, channels_last);
-  const cudaStream_t stream = current_stream(input.get_device_index());
+}  // namespace
+
+namespace cuda {
+
+void max_pool2d(const Memory& input, const Memory& output,
+                const Memory& indices, const Pool& pool) {
+  const cudaStream_t stream = current_stream();
   auto* index_bytes = static_cast<uint8_t*>(indices.mutable_data_ptr());
-  dispatch_dtype(input.scalar_type(), [&](auto type) {
+  dispatch_dtype(input.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(input.const_data_ptr());
     T* target = static_cast<T*>(output.mutable_data_ptr());
@@ -523,29 +510,14 @@ std::tuple<Tensor, Tensor> max_pool2d(
              fixed_pool_kernel<T, StemWindow, decltype(items)::value>);
     });
   });
-  return {output, indices};
 }
 
-Tensor max_pool2d_backward(Tensor grad_output, Tensor indices,
-                           std::vector<int64_t> kernel_size,
-                           std::vector<int64_t> stride,
-                           std::vector<int64_t> padding,
-                           std::vector<int64_t> dilation,
-                           std::vector<int64_t> input_size,
-                           bool channels_last) {
-  const PoolWindow window{kernel_size, stride, padding, dilation};
-  check_pooled("grad_output", grad_output, window, input_size, channels_last);
-  check_indices(indices, grad_output);
-  const torch::stable::accelerator::DeviceGuard guard(
-      grad_output.get_device_index());
-  Tensor grad_input = empty_pooled(grad_output, input_size, channels_last);
-  if (grad_input.numel() == 0) return grad_input;
-  const Pool pool = make_pool(grad_output, window, input_size,
-                              plane_size(grad_output), channels_last);
-  const cudaStream_t stream = current_stream(grad_output.get_device_index());
+void max_pool2d_backward(const Memory& grad_output, const Memory& indices,
+                         const Memory& grad_input, const Pool& pool) {
+  const cudaStream_t stream = current_stream();
   const auto* index_bytes =
       static_cast<const uint8_t*>(indices.const_data_ptr());
-  dispatch_dtype(grad_output.scalar_type(), [&](auto type) {
+  dispatch_dtype(grad_output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(grad_output.const_data_ptr());
     T* target = static_cast<T*>(grad_input.mutable_data_ptr());
@@ -579,13 +551,7 @@ Tensor max_pool2d_backward(Tensor grad_output, Tensor indices,
              fixed_gather_kernel<T, StemWindow, decltype(items)::value>);
     });
   });
-  return grad_input;
 }
 
-}  // namespace
+}  // namespace cuda
 }  // namespace mmactnn
-
-STABLE_TORCH_LIBRARY_IMPL(mmactnn, CUDA, m) {
-  m.impl("max_pool2d", TORCH_BOX(&mmactnn::max_pool2d));
-  m.impl("max_pool2d_backward", TORCH_BOX(&mmactnn::max_pool2d_backward));
-}

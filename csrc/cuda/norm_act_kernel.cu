@@ -1,24 +1,15 @@
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <cstdint>
-#include <optional>
-#include <tuple>
 #include <type_traits>
-#include <vector>
 
-#include "../common/allocate.h"
 #include "../common/channels.h"
 #include "../common/codec.h"
 #include "../common/dispatch.h"
 #include "../common/geometry.h"
 #include "../common/norm_act.h"
-#include "../common/norm_act_checks.h"
+#include "../common/norm_act_arguments.h"
 #include "../common/philox.h"
 #include "../common/rectified_codec.h"
 #include "../common/rounding.h"
-#include "../common/stats_checks.h"
-#include "../common/tensor_checks.h"
 #include "bounds.h"
 #include "channel_index.h"
 #include "code_floats.h"
@@ -477,38 +468,36 @@ void launch_payload(const NormActArguments& arguments, const Geometry& geometry,
       });
 }
 
-// The input, mean and invstd have been checked, and the device is the current
-// one.
-NormActCodes run(const NormActArguments& arguments, const Channels& channels,
-                 Tensor& output, bool in_place) {
-  check_norm_act(arguments, channels, in_place);
-  const Tensor& input = arguments.input;
-  const Geometry geometry = geometry_of(channels, arguments.group_size);
-  NormActCodes result = empty_norm_act_codes(arguments, geometry);
-  if (channels.numel() == 0) return result;
+}  // namespace
+
+namespace cuda {
+
+void norm_act(const NormActArguments& arguments, const Channels& channels,
+              const Geometry& geometry, const NormActOutputs& outputs) {
+  const Memory& input = arguments.input;
   const auto* mean = static_cast<const float*>(arguments.mean.const_data_ptr());
   const auto* invstd =
       static_cast<const float*>(arguments.invstd.const_data_ptr());
   const auto* weight =
-      static_cast<const float*>(data_or_null(arguments.weight));
-  const auto* bias = static_cast<const float*>(data_or_null(arguments.bias));
+      static_cast<const float*>(arguments.weight.const_data_ptr());
+  const auto* bias = static_cast<const float*>(arguments.bias.const_data_ptr());
   const ChannelIndex index =
       index_channels(channels, {mean, invstd, weight, bias});
-  const cudaStream_t stream = current_stream(input.get_device_index());
-  dispatch_dtype(input.scalar_type(), [&](auto type) {
+  const cudaStream_t stream = current_stream();
+  dispatch_dtype(input.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     const NormAct<T> op{
         static_cast<const T*>(input.const_data_ptr()),
-        static_cast<const T*>(data_or_null(arguments.residual)),
-        static_cast<T*>(output.mutable_data_ptr()),
+        static_cast<const T*>(arguments.residual.const_data_ptr()),
+        static_cast<T*>(outputs.output.mutable_data_ptr()),
         mean,
         invstd,
         weight,
         bias,
-        static_cast<uint8_t*>(result.codes.mutable_data_ptr()),
-        static_cast<uint32_t*>(result.ranges.mutable_data_ptr()),
-        static_cast<uint8_t*>(mutable_data_or_null(result.act_codes)),
-        static_cast<uint32_t*>(mutable_data_or_null(result.act_ranges)),
+        static_cast<uint8_t*>(outputs.codes.mutable_data_ptr()),
+        static_cast<uint32_t*>(outputs.ranges.mutable_data_ptr()),
+        static_cast<uint8_t*>(outputs.act_codes.mutable_data_ptr()),
+        static_cast<uint32_t*>(outputs.act_ranges.mutable_data_ptr()),
         0,
         arguments.random,
         index,
@@ -529,93 +518,7 @@ NormActCodes run(const NormActArguments& arguments, const Channels& channels,
             arguments, geometry, op, stream);
     }
   });
-  return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act(
-    Tensor input, std::optional<Tensor> residual, Tensor mean, Tensor invstd,
-    std::optional<Tensor> weight, std::optional<Tensor> bias, bool relu,
-    int64_t bits, int64_t act_bits, int64_t group_size, int64_t seed,
-    int64_t offset, std::optional<Tensor> count) {
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const Channels channels = channels_of("input", input);
-  check_per_channel("mean", mean, channels, input);
-  check_per_channel("invstd", invstd, channels, input);
-  Tensor output = empty_dense_like(input);
-  const NormActCodes codes =
-      run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
-           group_size, checked_stream(seed, offset, count, input)},
-          channels, output, false);
-  return norm_act_results(output, codes);
-}
-
-struct Statistics {
-  Channels channels;
-  Tensor mean;
-  Tensor invstd;
-};
-
-Statistics statistics(const Tensor& input, const BatchNorm& norm) {
-  const Channels channels = check_stats(input, norm.running);
-  check_batch_norm(norm);
-  const std::optional<Tensor>& running = norm.running.mean;
-  StatsOutputs stats{std::nullopt, std::nullopt, empty_stats(input, channels)};
-  // A running mean is normalised with where it is, if its dtype allows.
-  const bool copies =
-      norm.of_batch || running->scalar_type() != ScalarType::Float;
-  if (copies) stats.mean = empty_stats(input, channels);
-  if (norm.of_batch) {
-    cuda::batch_stats(input, channels, norm.eps, norm.running, stats);
-  } else {
-    cuda::running_stats(norm.running, norm.eps, stats);
-  }
-  return {channels, copies ? *stats.mean : *running, stats.invstd};
-}
-
-std::vector<Tensor> batch_norm_act(
-    Tensor input, std::optional<Tensor> residual, std::optional<Tensor> weight,
-    std::optional<Tensor> bias, std::optional<Tensor> running_mean,
-    std::optional<Tensor> running_var,
-    std::optional<Tensor> num_batches_tracked, bool of_batch, double momentum,
-    double eps, bool relu, int64_t bits, int64_t act_bits, int64_t group_size,
-    int64_t seed, int64_t offset, std::optional<Tensor> count) {
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const auto [channels, mean, invstd] = statistics(
-      input, {{running_mean, running_var, num_batches_tracked, momentum},
-              of_batch,
-              eps});
-  Tensor output = empty_dense_like(input);
-  const NormActCodes codes =
-      run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
-           group_size, checked_stream(seed, offset, count, input)},
-          channels, output, false);
-  return codes.after({output, invstd});
-}
-
-std::vector<Tensor> batch_norm_act_(
-    Tensor input, std::optional<Tensor> residual, std::optional<Tensor> weight,
-    std::optional<Tensor> bias, std::optional<Tensor> running_mean,
-    std::optional<Tensor> running_var,
-    std::optional<Tensor> num_batches_tracked, bool of_batch, double momentum,
-    double eps, bool relu, int64_t bits, int64_t act_bits, int64_t group_size,
-    int64_t seed, int64_t offset, std::optional<Tensor> count) {
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const auto [channels, mean, invstd] = statistics(
-      input, {{running_mean, running_var, num_batches_tracked, momentum},
-              of_batch,
-              eps});
-  const NormActCodes codes =
-      run({input, residual, mean, invstd, weight, bias, relu, bits, act_bits,
-           group_size, checked_stream(seed, offset, count, input)},
-          channels, input, true);
-  return codes.after({invstd});
-}
-
-}  // namespace
+}  // namespace cuda
 }  // namespace mmactnn
-
-STABLE_TORCH_LIBRARY_IMPL(mmactnn, CUDA, m) {
-  m.impl("norm_act", TORCH_BOX(&mmactnn::norm_act));
-  m.impl("batch_norm_act", TORCH_BOX(&mmactnn::batch_norm_act));
-  m.impl("batch_norm_act_", TORCH_BOX(&mmactnn::batch_norm_act_));
-}

@@ -1,22 +1,16 @@
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <cstdint>
-#include <optional>
-#include <tuple>
-#include <vector>
 
-#include "../common/allocate.h"
 #include "../common/channels.h"
 #include "../common/codec.h"
 #include "../common/dispatch.h"
 #include "../common/geometry.h"
 #include "../common/norm.h"
-#include "../common/norm_checks.h"
+#include "../common/norm_codes.h"
 #include "block.h"
 #include "channel_walk.h"
 #include "launch.h"
 #include "norm_codes.h"
+#include "workspace.h"
 
 namespace mmactnn {
 namespace {
@@ -310,43 +304,34 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 3>)
 struct Call {
   Channels channels;
   NormPayload payload;
-  int device;
   cudaStream_t stream;
   bool blocks;  // all blocks of codes are aligned, and so are the gradients'
   bool whole_groups;  // no row ends within one
 };
 
-Call make_call(const Tensor& grad_output, const NormArguments& arguments) {
+Call make_call(const Memory& grad_output, const NormArguments& arguments) {
   const Channels& channels = arguments.channels;
   const Geometry& geometry = arguments.geometry;
   check_indexable(channels);
-  const auto* codes =
-      static_cast<const uint8_t*>(arguments.codes->const_data_ptr());
-  const auto* act_codes =
-      arguments.act_codes == nullptr
-          ? nullptr
-          : static_cast<const uint8_t*>(arguments.act_codes->const_data_ptr());
   int group_shift = 0;
   while (kBlock << group_shift < geometry.group_size) ++group_shift;
-  const NormPayload payload{
-      codes,
-      act_codes,
-      static_cast<const uint8_t*>(arguments.ranges->const_data_ptr()),
-      channels.row_numel(),
-      static_cast<uint32_t>(geometry.blocks_per_row()),
-      static_cast<uint32_t>(geometry.groups_per_row()),
-      group_shift,
-      static_cast<int>(arguments.bits),
-      static_cast<int>(arguments.act_bits)};
+  const NormPayload payload{arguments.codes,
+                            arguments.act_codes,
+                            reinterpret_cast<const uint8_t*>(arguments.ranges),
+                            channels.row_numel(),
+                            static_cast<uint32_t>(geometry.blocks_per_row()),
+                            static_cast<uint32_t>(geometry.groups_per_row()),
+                            group_shift,
+                            static_cast<int>(arguments.bits),
+                            static_cast<int>(arguments.act_bits)};
   const bool blocks = channels.row_numel() % kBlock == 0 &&
                       (channels.last ? channels.count % kBlock == 0
                                      : channels.plane >= kBlock) &&
                       is_aligned(grad_output.const_data_ptr(), 16) &&
-                      is_aligned(codes, 4) && is_aligned(act_codes, 4);
-  const int device = grad_output.get_device_index();
+                      is_aligned(arguments.codes, 4) &&
+                      is_aligned(arguments.act_codes, 4);
   const bool whole_groups = channels.row_numel() % geometry.group_size == 0;
-  return {channels, payload,     device, current_stream(device),
-          blocks,   whole_groups};
+  return {channels, payload, current_stream(), blocks, whole_groups};
 }
 
 // Calls `body` with the width of the codes and the elements of a piece as
@@ -368,24 +353,23 @@ void dispatch_pieces(const Call& call, const Body& body) {
   }
 }
 
-// `grad` is of NormCodes::kMask only; `outputs` lacks the sums.
 template <NormCodes kCodes>
-Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
-                 Tensor* grad, SumsOutputs outputs) {
+void sum_gradients(const Memory& grad_output, const NormArguments& arguments,
+                   const NormSums& sums) {
   const int64_t channels = arguments.channels.count;
-  if (grad_output.numel() == 0) {
-    return torch::stable::new_zeros(grad_output, {2, channels},
-                                    ScalarType::Float);
-  }
-  Tensor sums = empty(grad_output, {2, channels}, ScalarType::Float);
-  outputs.sums = static_cast<float*>(sums.mutable_data_ptr());
-  outputs.channels = channels;
+  const SumsOutputs outputs{
+      static_cast<float*>(sums.sums.mutable_data_ptr()),
+      static_cast<float*>(sums.factors.mutable_data_ptr()),
+      sums.weight,
+      sums.invstd,
+      static_cast<float>(arguments.channels.channel_numel()),
+      sums.of_batch,
+      channels};
   const Call call = make_call(grad_output, arguments);
-  dispatch_dtype(grad_output.scalar_type(), [&](auto type) {
+  dispatch_dtype(grad_output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(grad_output.const_data_ptr());
-    T* passed =
-        grad == nullptr ? nullptr : static_cast<T*>(grad->mutable_data_ptr());
+    T* passed = static_cast<T*>(sums.grad.mutable_data_ptr());
     dispatch_pieces(call, [&](auto width, auto items) {
       constexpr int kBits = decltype(width)::value;
       constexpr int kItems = decltype(items)::value;
@@ -395,9 +379,8 @@ Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
           check_launch();
           return;
         }
-        const Tensor partial = empty(sums, {int64_t{splits.count}, 2, channels},
-                                     ScalarType::Float);
-        auto* target = static_cast<float*>(partial.mutable_data_ptr());
+        const Workspace partial(int64_t{splits.count} * 2 * channels);
+        float* target = partial.data();
         kernel(target);
         check_launch();
         finish_sums_kernel<<<finish_grid(2 * channels), kFinishThreads, 0,
@@ -406,14 +389,14 @@ Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
       };
       if (call.channels.last) {
         const Columns columns = make_columns<kItems>(
-            call.channels, call.whole_groups, kResident<kBits, 4>, call.device);
+            call.channels, call.whole_groups, kResident<kBits, 4>);
         launch(columns.splits, [&](float* target) {
           column_sums_kernel<T, kBits, kCodes, kItems>
               <<<columns.grid(), kThreads, 0, call.stream>>>(
                   source, passed, target, outputs, call.payload, columns);
         });
       } else {
-        const Planes planes = make_planes<kItems>(call.channels, call.device);
+        const Planes planes = make_planes<kItems>(call.channels);
         launch(planes.splits, [&](float* target) {
           plane_sums_kernel<T, kBits, kCodes, kItems>
               <<<planes.grid(channels), kThreads, 0, call.stream>>>(
@@ -422,14 +405,15 @@ Tensor grad_sums(const Tensor& grad_output, const NormArguments& arguments,
       }
     });
   });
-  return sums;
 }
 
 template <NormCodes kCodes>
-void grad_input(const Tensor& grad_output, const NormArguments& arguments,
-                const NormVectors& vectors, const Tensor& output) {
+void gradients(const Memory& grad_output, const NormArguments& arguments,
+               const NormFactors& factors, const Memory& output) {
+  const NormVectors vectors{factors.scale, factors.means,
+                            arguments.channels.count};
   const Call call = make_call(grad_output, arguments);
-  dispatch_dtype(grad_output.scalar_type(), [&](auto type) {
+  dispatch_dtype(grad_output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(grad_output.const_data_ptr());
     T* target = static_cast<T*>(output.mutable_data_ptr());
@@ -438,7 +422,7 @@ void grad_input(const Tensor& grad_output, const NormArguments& arguments,
       constexpr int kItems = decltype(items)::value;
       if (call.channels.last) {
         const Columns columns = make_columns<kItems>(
-            call.channels, call.whole_groups, kResident<kBits, 3>, call.device);
+            call.channels, call.whole_groups, kResident<kBits, 3>);
         column_grad_kernel<T, kBits, kCodes, kItems>
             <<<columns.grid(), kThreads, 0, call.stream>>>(
                 source, target, call.payload, vectors, columns);
@@ -471,120 +455,25 @@ void grad_input(const Tensor& grad_output, const NormArguments& arguments,
   });
 }
 
-Tensor norm_grad_sums(Tensor grad_output, Tensor codes, Tensor ranges,
-                      int64_t bits, int64_t group_size, bool relu) {
-  const NormArguments arguments =
-      check_norm_codes(grad_output, codes, ranges, bits, group_size, relu);
-  const torch::stable::accelerator::DeviceGuard guard(
-      grad_output.get_device_index());
-  return relu
-             ? grad_sums<NormCodes::kSplit>(grad_output, arguments, nullptr, {})
-             : grad_sums<NormCodes::kPlain>(grad_output, arguments, nullptr,
-                                            {});
-}
-
-std::tuple<Tensor, Tensor> norm_add_grad_sums(Tensor grad_output, Tensor codes,
-                                              Tensor ranges, Tensor act_codes,
-                                              int64_t bits, int64_t act_bits,
-                                              int64_t group_size) {
-  NormArguments arguments =
-      check_norm_codes(grad_output, codes, ranges, bits, group_size, false);
-  check_act_codes(grad_output, act_codes, act_bits, group_size, arguments);
-  const torch::stable::accelerator::DeviceGuard guard(
-      grad_output.get_device_index());
-  Tensor grad = empty_dense_like(grad_output);
-  Tensor sums = grad_sums<NormCodes::kMask>(grad_output, arguments, &grad, {});
-  return {grad, sums};
-}
-
-Tensor norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges,
-                       Tensor scale, Tensor means, int64_t bits,
-                       int64_t group_size, bool relu) {
-  const NormArguments arguments =
-      check_norm_codes(grad_output, codes, ranges, bits, group_size, relu);
-  check_per_channel("scale", scale, arguments.channels, grad_output);
-  check_per_channel("means", means, arguments.channels, grad_output, true);
-  const torch::stable::accelerator::DeviceGuard guard(
-      grad_output.get_device_index());
-  Tensor output = empty_dense_like(grad_output);
-  if (output.numel() == 0) return output;
-  const NormVectors vectors{static_cast<const float*>(scale.const_data_ptr()),
-                            static_cast<const float*>(means.const_data_ptr()),
-                            arguments.channels.count};
-  if (relu) {
-    grad_input<NormCodes::kSplit>(grad_output, arguments, vectors, output);
-  } else {
-    grad_input<NormCodes::kPlain>(grad_output, arguments, vectors, output);
-  }
-  return output;
-}
-
-std::vector<Tensor> batch_norm_act_backward(
-    Tensor grad_output, Tensor codes, Tensor ranges,
-    std::optional<Tensor> act_codes, std::optional<Tensor> weight,
-    Tensor invstd, bool relu, bool of_batch, bool needs_input, int64_t bits,
-    int64_t act_bits, int64_t group_size) {
-  const bool masks = relu && !act_codes;
-  const NormArguments plain =
-      check_norm_codes(grad_output, codes, ranges, bits, group_size, masks);
-  const int64_t channels = plain.channels.count;
-  check_per_channel("invstd", invstd, plain.channels, grad_output);
-  if (weight) {
-    check_per_channel("weight", *weight, plain.channels, grad_output);
-  }
-  const torch::stable::accelerator::DeviceGuard guard(
-      grad_output.get_device_index());
-  const bool any = needs_input && grad_output.numel() != 0;
-  std::optional<Tensor> factors;
-  SumsOutputs outputs{};
-  if (any) {
-    factors = empty(grad_output, {3, channels}, ScalarType::Float);
-    outputs.factors = static_cast<float*>(factors->mutable_data_ptr());
-    outputs.weight = static_cast<const float*>(data_or_null(weight));
-    outputs.invstd = static_cast<const float*>(invstd.const_data_ptr());
-    outputs.count = static_cast<float>(plain.channels.channel_numel());
-    outputs.of_batch = of_batch;
-  }
-  Tensor grad = grad_output;
-  const auto sum = [&] {
-    if (act_codes) {
-      NormArguments arguments = plain;
-      check_act_codes(grad_output, *act_codes, act_bits, group_size, arguments);
-      grad = empty_dense_like(grad_output);
-      return grad_sums<NormCodes::kMask>(grad_output, arguments, &grad,
-                                         outputs);
-    }
-    return masks ? grad_sums<NormCodes::kSplit>(grad_output, plain, nullptr,
-                                                outputs)
-                 : grad_sums<NormCodes::kPlain>(grad_output, plain, nullptr,
-                                                outputs);
-  };
-  const Tensor sums = sum();
-  std::vector<Tensor> results{sums};
-  if (needs_input) {
-    results.push_back(empty_dense_like(grad_output));
-  }
-  if (any) {
-    Tensor& output = results.back();
-    const NormVectors vectors{outputs.factors, outputs.factors + channels,
-                              channels};
-    if (masks) {
-      grad_input<NormCodes::kSplit>(grad, plain, vectors, output);
-    } else {
-      grad_input<NormCodes::kPlain>(grad, plain, vectors, output);
-    }
-  }
-  if (act_codes) results.push_back(grad);
-  return results;
-}
-
 }  // namespace
-}  // namespace mmactnn
 
-STABLE_TORCH_LIBRARY_IMPL(mmactnn, CUDA, m) {
-  m.impl("norm_grad_sums", TORCH_BOX(&mmactnn::norm_grad_sums));
-  m.impl("norm_add_grad_sums", TORCH_BOX(&mmactnn::norm_add_grad_sums));
-  m.impl("norm_grad_input", TORCH_BOX(&mmactnn::norm_grad_input));
-  m.impl("batch_norm_act_backward",
-         TORCH_BOX(&mmactnn::batch_norm_act_backward));
+namespace cuda {
+
+void norm_grad_sums(const Memory& grad_output, const NormArguments& arguments,
+                    const NormSums& sums) {
+  dispatch_codes(arguments.kind, [&](auto codes) {
+    sum_gradients<decltype(codes)::value>(grad_output, arguments, sums);
+  });
 }
+
+void norm_grad_input(const Memory& grad_output, const NormArguments& arguments,
+                     const NormFactors& factors, const Memory& grad_input) {
+  if (arguments.kind == NormCodes::kSplit) {
+    gradients<NormCodes::kSplit>(grad_output, arguments, factors, grad_input);
+  } else {
+    gradients<NormCodes::kPlain>(grad_output, arguments, factors, grad_input);
+  }
+}
+
+}  // namespace cuda
+}  // namespace mmactnn

@@ -1,20 +1,12 @@
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
-#include <optional>
-#include <tuple>
 #include <type_traits>
-#include <vector>
 
-#include "../common/allocate.h"
 #include "../common/codec.h"
 #include "../common/dispatch.h"
 #include "../common/divider.h"
 #include "../common/geometry.h"
 #include "../common/philox.h"
 #include "../common/rounding.h"
-#include "../common/tensor_checks.h"
 #include "code_floats.h"
 #include "group.h"
 #include "group_words.h"
@@ -50,27 +42,26 @@ __device__ __forceinline__ void with_encoder(int bits, const Body& body) {
 }
 
 // What a thread of quantize_kernel() holds and where its codes go.
-template <typename T, int kGroup>
+template <typename T>
 struct GroupCodes {
-  static constexpr int kLanes = kLanesPerGroup<kGroup>;
-
   Share<T> share;
   Extent extent;
   int count;    // elements of the group
   int padding;  // elements that may follow the end of the row
   int lane;
+  int lanes;
   int bits;
   uint64_t first_block;  // that random bits count from
   uint8_t* codes;
 
   // Elements from the start of a block to the end of the group.
   __device__ __forceinline__ int left(int b) const {
-    return count - (b * kLanes + lane) * kBlock;
+    return count - (b * lanes + lane) * kBlock;
   }
   template <int kBits>
   __device__ __forceinline__ void store(int b, CodeWord<kBits> word,
                                         int left) const {
-    store_word<kBits>(word, kBits, left, codes + (b * kLanes + lane) * kBits);
+    store_word<kBits>(word, kBits, left, codes + (b * lanes + lane) * kBits);
   }
 };
 
@@ -97,8 +88,8 @@ struct Width {
 };
 
 // kWhole: there is no end of a row in the group.
-template <int kBits, bool kWhole, typename T, int kGroup>
-__device__ __forceinline__ void store_group(const GroupCodes<T, kGroup>& group,
+template <int kBits, bool kWhole, typename T>
+__device__ __forceinline__ void store_group(const GroupCodes<T>& group,
                                             const CodeWord<kBits>* words) {
   with_width<kBits>(group.bits, [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
@@ -108,8 +99,7 @@ __device__ __forceinline__ void store_group(const GroupCodes<T, kGroup>& group,
       own[b] = static_cast<CodeWord<kWidth>>(words[b]);
     }
     if constexpr (kWhole && kMeet<kWidth>) {
-      store_whole_group<kWidth, kLanesPerGroup<kGroup>>(own, group.lane,
-                                                        group.codes);
+      store_whole_group<kWidth>(own, group.lane, group.lanes, group.codes);
     } else {
 #pragma unroll
       for (int b = 0; b < kBlocksPerThread; ++b) {
@@ -121,12 +111,10 @@ __device__ __forceinline__ void store_group(const GroupCodes<T, kGroup>& group,
   });
 }
 
-template <int kBits, bool kWhole, typename T, int kGroup>
-__device__ __forceinline__ void encode_group(const GroupCodes<T, kGroup>& group,
+template <int kBits, bool kWhole, typename T>
+__device__ __forceinline__ void encode_group(const GroupCodes<T>& group,
                                              Range range, PhiloxStream stream) {
-  constexpr int kLanes = kLanesPerGroup<kGroup>;
   constexpr int kHalf = kBlocksPerThread / 2;
-  static_assert(half_blocks(kGroup) == kHalf * kLanes);
   const Width<kBits> width(group.bits);
   const float scale = encode_scale(range, width.max_code());
   const uint32_t largest = largest_sum(width.max_code());
@@ -135,7 +123,7 @@ __device__ __forceinline__ void encode_group(const GroupCodes<T, kGroup>& group,
 #pragma unroll
   for (int p = 0; p < kHalf; ++p) {
     const PhiloxBlock random =
-        philox(stream, group.first_block + p * kLanes + group.lane);
+        philox(stream, group.first_block + p * group.lanes + group.lane);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int b = p + half * kHalf;
@@ -153,9 +141,9 @@ __device__ __forceinline__ void encode_group(const GroupCodes<T, kGroup>& group,
   store_group<kBits, kWhole>(group, words);
 }
 
-template <int kBits, typename T, int kGroup>
-__device__ __forceinline__ void encode_special_group(
-    const GroupCodes<T, kGroup>& group, Range range) {
+template <int kBits, typename T>
+__device__ __forceinline__ void encode_special_group(const GroupCodes<T>& group,
+                                                     Range range) {
   const Width<kBits> width(group.bits);
   CodeWord<kBits> words[kBlocksPerThread];
 #pragma unroll
@@ -184,19 +172,19 @@ __global__ void __launch_bounds__(kThreads, kQuantizeResident<T>)
                     uint32_t* __restrict__ ranges, Launch launch,
                     CodeLayout layout, CountedStream random,
                     uint64_t first_block) {
-  constexpr int kLanes = kLanesPerGroup<kGroup>;
-
+  const GroupSize<kGroup> size(launch);
+  const int lanes = size.template lanes<kSharedItems>();
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
-  const uint32_t index = thread / kLanes;
-  const int lane = threadIdx.x % kLanes;
+  const uint32_t index = size.template group_of<kSharedItems>(thread);
+  const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   // Whole warps stay: find_extent() names every lane of the warp.
   const bool inside = index < launch.groups;
-  const Group group = locate<kGroup>(launch, inside ? index : 0);
-  GroupCodes<T, kGroup> held;
-  load_group<kGroup>(input + group.row * launch.row_numel + group.start,
-                     group.count, lane, launch.vectorized, held.share);
+  const Group group = locate(launch, inside ? index : 0, size.elements());
+  GroupCodes<T> held;
+  load_group(input + group.row * launch.row_numel + group.start, group.count,
+             lane, lanes, launch.vectorized, held.share);
   const RowCodes row = layout.row<kBits>(group.row);
-  held.extent = find_extent<kGroup>(held.share);
+  held.extent = find_extent(held.share, lanes);
   if (!inside || row.bits == 0) return;
   const PhiloxStream stream = random.current();
 
@@ -208,6 +196,7 @@ __global__ void __launch_bounds__(kThreads, kQuantizeResident<T>)
           ? 0
           : static_cast<int>(layout.row_blocks - launch.row_blocks) * kBlock;
   held.lane = lane;
+  held.lanes = lanes;
   held.bits = row.bits;
   held.first_block =
       first_block +
@@ -220,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, kQuantizeResident<T>)
     if (lane == 0) ranges[index] = range.pack();
     if (range.special()) {
       encode_special_group<kWidth>(held, range);
-    } else if (group.count == kGroup) {
+    } else if (group.count == size.elements()) {
       encode_group<kWidth, true>(held, range, stream);
     } else {
       encode_group<kWidth, false>(held, range, stream);
@@ -236,8 +225,8 @@ constexpr int kItemsPerStep = 16 / sizeof(T);
 
 constexpr int kSteps = 4;
 
-template <typename T, int kGroup>
-constexpr int kLanesPerStep = kGroup / kItemsPerStep<T> / kSteps;
+template <typename T>
+constexpr int kDecodedItems = kItemsPerStep<T> * kSteps;
 
 // Reads the codes of one step, of elements from `begin` on.
 template <int kBits, int kItems>
@@ -261,14 +250,13 @@ __device__ __forceinline__ auto load_step(const uint8_t* source, int begin) {
 // Decodes what one thread holds of a whole group, each step's elements written
 // as one word of 16 bytes; returns false and does not if the group does not
 // decode plainly.
-template <typename T, int kBits, int kGroup>
+template <typename T, int kBits>
 __device__ __forceinline__ bool decode_plain_group(const uint8_t* source,
                                                    Range range,
                                                    uint32_t integer, int lane,
-                                                   T* target) {
+                                                   int lanes, T* target) {
   constexpr int kItems = kItemsPerStep<T>;
-  constexpr int kLanes = kLanesPerStep<T, kGroup>;
-  const auto begin = [&](int s) { return (s * kLanes + lane) * kItems; };
+  const auto begin = [&](int s) { return (s * lanes + lane) * kItems; };
   // All reads first, before that of the range is needed.
   decltype(load_step<kBits, kItems>(source, 0)) words[kSteps];
 #pragma unroll
@@ -293,15 +281,15 @@ __device__ __forceinline__ bool decode_plain_group(const uint8_t* source,
 }
 
 // The same of any group.
-template <typename T, int kBits, int kGroup>
+template <typename T, int kBits>
 __device__ __forceinline__ void decode_group(const uint8_t* source, Range range,
-                                             int count, int lane, T* target) {
+                                             int count, int lane, int lanes,
+                                             T* target) {
   constexpr int kItems = kItemsPerStep<T>;
-  constexpr int kLanes = kLanesPerStep<T, kGroup>;
   constexpr uint32_t kMaxCode = max_code_of(kBits);
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
-    const int begin = (s * kLanes + lane) * kItems;
+    const int begin = (s * lanes + lane) * kItems;
     // A word ends inside of its block, and blocks are always whole.
     if (begin >= count) continue;
     const auto word = load_step<kBits, kItems>(source, begin);
@@ -325,12 +313,13 @@ __global__ void __launch_bounds__(kThreads)
                       const uint32_t* __restrict__ ranges,
                       T* __restrict__ output, Launch launch,
                       CodeLayout layout) {
-  constexpr int kLanes = kLanesPerStep<T, kGroup>;
+  const GroupSize<kGroup> size(launch);
+  const int lanes = size.template lanes<kDecodedItems<T>>();
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
-  const uint32_t index = thread / kLanes;
+  const uint32_t index = size.template group_of<kDecodedItems<T>>(thread);
   if (index >= launch.groups) return;
-  const int lane = threadIdx.x % kLanes;
-  const Group group = locate<kGroup>(launch, index);
+  const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
+  const Group group = locate(launch, index, size.elements());
   const RowCodes row = layout.row<kBits>(group.row);
   if (row.bits == 0) return;
   const Range range = Range::unpack(ranges[index]);
@@ -338,10 +327,10 @@ __global__ void __launch_bounds__(kThreads)
   T* target = output + group.row * launch.row_numel + group.start;
   with_width<kBits>(row.bits, [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
-    if (!launch.vectorized || group.count != kGroup ||
-        !decode_plain_group<T, kWidth, kGroup>(
-            source, range, opaque_integer_float(index), lane, target)) {
-      decode_group<T, kWidth, kGroup>(source, range, group.count, lane, target);
+    if (!launch.vectorized || group.count != size.elements() ||
+        !decode_plain_group<T, kWidth>(
+            source, range, opaque_integer_float(index), lane, lanes, target)) {
+      decode_group<T, kWidth>(source, range, group.count, lane, lanes, target);
     }
   });
 }
@@ -366,15 +355,18 @@ void dispatch_format(const Geometry& geometry, const CodeLayout& layout,
   });
 }
 
-Tensor quantize_into(const Tensor& input, Tensor& codes,
-                     const Geometry& geometry, CodeLayout layout,
-                     const CountedStream& random) {
-  Tensor ranges = empty_ranges(input, geometry);
-  if (input.numel() == 0) return ranges;
-  const cudaStream_t stream = current_stream(input.get_device_index());
+}  // namespace
+
+namespace cuda {
+
+void quantize(const Memory& input, const Memory& codes, const Memory& ranges,
+              const Geometry& geometry, const CodeLayout& whole,
+              const CountedStream& random) {
+  CodeLayout layout = whole;
+  const cudaStream_t stream = current_stream();
   auto* code_bytes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   auto* range_words = static_cast<uint32_t*>(ranges.mutable_data_ptr());
-  dispatch_dtype(input.scalar_type(), [&](auto type) {
+  dispatch_dtype(input.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(input.const_data_ptr());
     dispatch_format(geometry, layout, [&](auto width, auto group) {
@@ -383,32 +375,24 @@ Tensor quantize_into(const Tensor& input, Tensor& codes,
       for_each_launch(geometry, source, [&](const Launch& launch, int64_t row) {
         layout.first_row = row;
         quantize_kernel<T, kBits, kGroup>
-            <<<grid_size(launch.groups, kLanesPerGroup<kGroup>), kThreads, 0,
-               stream>>>(source + row * geometry.row_numel, code_bytes,
-                         range_words + row * geometry.groups_per_row(), launch,
-                         layout, random,
-                         static_cast<uint64_t>(row * launch.row_blocks));
+            <<<grid_size<kSharedItems>(launch), kThreads, 0, stream>>>(
+                source + row * geometry.row_numel, code_bytes,
+                range_words + row * geometry.groups_per_row(), launch, layout,
+                random, static_cast<uint64_t>(row * launch.row_blocks));
         check_launch();
       });
     });
   });
-  return ranges;
 }
 
-Tensor dequantize_from(const Tensor& codes, const Tensor& ranges,
-                       const std::vector<int64_t>& size,
-                       const std::vector<int64_t>& stride, ScalarType dtype,
-                       const Geometry& geometry, CodeLayout layout) {
-  const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
-  Tensor output = empty_strided(codes, size, stride, dtype);
-  check_dtype("dtype", output);
-  check_dense("the output", output);
-  if (output.numel() == 0) return output;
-  const cudaStream_t stream = current_stream(codes.get_device_index());
+void dequantize(const Memory& codes, const Memory& ranges, const Memory& output,
+                const Geometry& geometry, const CodeLayout& whole) {
+  CodeLayout layout = whole;
+  const cudaStream_t stream = current_stream();
   const auto* code_bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
   const auto* range_words =
       static_cast<const uint32_t*>(ranges.const_data_ptr());
-  dispatch_dtype(dtype, [&](auto type) {
+  dispatch_dtype(output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     T* target = static_cast<T*>(output.mutable_data_ptr());
     dispatch_format(geometry, layout, [&](auto width, auto group) {
@@ -417,71 +401,14 @@ Tensor dequantize_from(const Tensor& codes, const Tensor& ranges,
       for_each_launch(geometry, target, [&](const Launch& launch, int64_t row) {
         layout.first_row = row;
         dequantize_kernel<T, kBits, kGroup>
-            <<<grid_size(launch.groups, kLanesPerStep<T, kGroup>), kThreads, 0,
-               stream>>>(code_bytes,
-                         range_words + row * geometry.groups_per_row(),
-                         target + row * geometry.row_numel, launch, layout);
+            <<<grid_size<kDecodedItems<T>>(launch), kThreads, 0, stream>>>(
+                code_bytes, range_words + row * geometry.groups_per_row(),
+                target + row * geometry.row_numel, launch, layout);
         check_launch();
       });
     });
   });
-  return output;
 }
 
-std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t bits,
-                                    int64_t group_size, int64_t seed,
-                                    int64_t offset,
-                                    std::optional<Tensor> count) {
-  const Geometry geometry = input_geometry(input, group_size);
-  check_bits(bits);
-  const CountedStream random = checked_stream(seed, offset, count, input);
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  Tensor codes = empty_codes(input, geometry, bits);
-  Tensor ranges = quantize_into(input, codes, geometry,
-                                uniform_layout(geometry, bits), random);
-  return {codes, ranges};
-}
-
-std::tuple<Tensor, Tensor> quantize_rows(Tensor input, Tensor row_bits,
-                                         Tensor row_starts, int64_t total_bits,
-                                         int64_t group_size, int64_t seed,
-                                         int64_t offset,
-                                         std::optional<Tensor> count) {
-  const Geometry geometry = input_geometry(input, group_size);
-  check_total_bits(total_bits, geometry.rows);
-  const CodeLayout layout =
-      checked_row_layout(input, geometry, row_bits, row_starts, total_bits);
-  const CountedStream random = checked_stream(seed, offset, count, input);
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  Tensor codes = empty_row_codes(input, geometry, total_bits);
-  Tensor ranges = quantize_into(input, codes, geometry, layout, random);
-  return {codes, ranges};
-}
-
-Tensor dequantize(Tensor codes, Tensor ranges, std::vector<int64_t> size,
-                  std::vector<int64_t> stride, ScalarType dtype, int64_t bits,
-                  int64_t group_size) {
-  const Geometry geometry = output_geometry(ranges, size, group_size);
-  return dequantize_from(codes, ranges, size, stride, dtype, geometry,
-                         checked_layout(codes, geometry, bits));
-}
-
-Tensor dequantize_rows(Tensor codes, Tensor ranges, Tensor row_bits,
-                       Tensor row_starts, std::vector<int64_t> size,
-                       std::vector<int64_t> stride, ScalarType dtype,
-                       int64_t group_size) {
-  const Geometry geometry = output_geometry(ranges, size, group_size);
-  return dequantize_from(
-      codes, ranges, size, stride, dtype, geometry,
-      checked_row_layout_of(codes, geometry, row_bits, row_starts));
-}
-
-}  // namespace
+}  // namespace cuda
 }  // namespace mmactnn
-
-STABLE_TORCH_LIBRARY_IMPL(mmactnn, CUDA, m) {
-  m.impl("quantize", TORCH_BOX(&mmactnn::quantize));
-  m.impl("quantize_rows", TORCH_BOX(&mmactnn::quantize_rows));
-  m.impl("dequantize", TORCH_BOX(&mmactnn::dequantize));
-  m.impl("dequantize_rows", TORCH_BOX(&mmactnn::dequantize_rows));
-}

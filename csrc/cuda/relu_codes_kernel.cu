@@ -1,21 +1,13 @@
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstdint>
-#include <optional>
-#include <tuple>
 
-#include "../common/allocate.h"
 #include "../common/codec.h"
 #include "../common/dispatch.h"
 #include "../common/divider.h"
 #include "../common/geometry.h"
 #include "../common/philox.h"
-#include "../common/rectified_checks.h"
 #include "../common/rectified_codec.h"
 #include "../common/rounding.h"
-#include "../common/tensor_checks.h"
 #include "bounds.h"
 #include "code_floats.h"
 #include "group.h"
@@ -66,21 +58,21 @@ __global__ void __launch_bounds__(kThreads, kReluResident)
                       uint32_t* __restrict__ ranges, Launch launch,
                       int any_bits, CountedStream random,
                       uint64_t first_block) {
-  constexpr int kLanes = kLanesPerGroup<kGroup>;
   constexpr int kHalf = kBlocksPerThread / 2;
-  static_assert(half_blocks(kGroup) == kHalf * kLanes);
 
+  const GroupSize<kGroup> size(launch);
+  const int lanes = size.template lanes<kSharedItems>();
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
-  const uint32_t index = thread / kLanes;
-  const int lane = threadIdx.x % kLanes;
+  const uint32_t index = size.template group_of<kSharedItems>(thread);
+  const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   // Whole warps stay: shuffles name every lane of the warp. Groups past the
   // end have no elements.
   const bool inside = index < launch.groups;
-  const Group group = locate<kGroup>(launch, inside ? index : 0);
+  const Group group = locate(launch, inside ? index : 0, size.elements());
   const int count = inside ? group.count : 0;
-  const bool whole = count == kGroup;
+  const bool whole = count == size.elements();
   const int64_t base = group.row * launch.row_numel + group.start;
-  const auto begin_of = [&](int b) { return (b * kLanes + lane) * kBlock; };
+  const auto begin_of = [&](int b) { return (b * lanes + lane) * kBlock; };
   // Elements from the start of a block to the end of the group.
   const auto left_of = [&](int b) { return count - begin_of(b); };
 
@@ -118,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, kReluResident)
     }
   }
 
-  Bounds bounds = outputs.finish().of_lanes(kLanes);
+  Bounds bounds = outputs.finish().of_lanes(lanes);
   const bool all_finite = bounds.all_finite();
   // Warps with several groups take the slow path together when one of their
   // groups needs it.
@@ -133,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, kReluResident)
         if (is_positive(value) && is_finite(value)) bounds.include(value);
       }
     }
-    bounds = bounds.of_lanes(kLanes);
+    bounds = bounds.of_lanes(lanes);
   }
   if (!inside) return;
 
@@ -154,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, kReluResident)
   for (int p = 0; p < kHalf; ++p) {
     const PhiloxBlock call = philox(
         random.current(),
-        first_block + static_cast<uint64_t>(group_block) + p * kLanes + lane);
+        first_block + static_cast<uint64_t>(group_block) + p * lanes + lane);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int b = p + half * kHalf;
@@ -167,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, kReluResident)
   }
   if constexpr (kMeet<kBits>) {
     if (whole) {
-      store_whole_group<kBits, kLanes>(words, lane, target);
+      store_whole_group<kBits>(words, lane, lanes, target);
       return;
     }
   }
@@ -175,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, kReluResident)
   for (int b = 0; b < kBlocksPerThread; ++b) {
     if (left_of(b) <= 0) continue;
     store_word<kBits>(words[b], bits, left_of(b),
-                      target + (b * kLanes + lane) * bits);
+                      target + (b * lanes + lane) * bits);
   }
 }
 
@@ -240,7 +232,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Calls `body` with the width, kAnyBits for those of the one kernel.
 template <typename Body>
-void dispatch_width(int64_t bits, const Body& body) {
+void dispatch_width(int bits, const Body& body) {
   if (bits == 2) {
     body(Constant<2>{});
   } else if (bits == 3) {
@@ -254,76 +246,16 @@ void dispatch_width(int64_t bits, const Body& body) {
   }
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& input, Tensor& output,
-                                   int64_t bits, int64_t group_size,
-                                   const CountedStream& random) {
-  const Geometry geometry = input_geometry(input, group_size);
-  check_rectified_bits("bits", bits);
-  Tensor codes = empty_codes(input, geometry, bits);
-  Tensor ranges = empty_ranges(input, geometry);
-  if (input.numel() == 0) return {codes, ranges};
-  const cudaStream_t stream = current_stream(input.get_device_index());
-  auto* code_bytes = static_cast<uint8_t*>(codes.mutable_data_ptr());
-  auto* range_words = static_cast<uint32_t*>(ranges.mutable_data_ptr());
-  dispatch_dtype(input.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    const T* source = static_cast<const T*>(input.const_data_ptr());
-    T* target = static_cast<T*>(output.mutable_data_ptr());
-    const auto launch_kernel = [&](auto width, auto group) {
-      constexpr int kBits = decltype(width)::value;
-      constexpr int kGroup = decltype(group)::value;
-      for_each_launch(geometry, source, [&](Launch launch, int64_t row) {
-        launch.vectorized = launch.vectorized && is_aligned(target, 16);
-        const int64_t element = row * geometry.row_numel;
-        const int64_t block = row * launch.row_blocks;
-        relu_codes_kernel<T, kBits, kGroup>
-            <<<grid_size(launch.groups, kLanesPerGroup<kGroup>), kThreads, 0,
-               stream>>>(
-                source + element, target + element, code_bytes + block * bits,
-                range_words + row * geometry.groups_per_row(), launch,
-                static_cast<int>(bits), random, static_cast<uint64_t>(block));
-        check_launch();
-      });
-    };
-    dispatch_width(bits, [&](auto width) {
-      dispatch_group_size(group_size,
-                          [&](auto group) { launch_kernel(width, group); });
-    });
-  });
-  return {codes, ranges};
-}
-
-std::tuple<Tensor, Tensor, Tensor> relu_codes(Tensor input, int64_t bits,
-                                              int64_t group_size, int64_t seed,
-                                              int64_t offset,
-                                              std::optional<Tensor> count) {
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  Tensor output = empty_dense_like(input);
-  const auto [codes, ranges] =
-      forward(input, output, bits, group_size,
-              checked_stream(seed, offset, count, input));
-  return {output, codes, ranges};
-}
-
-std::tuple<Tensor, Tensor> relu_codes_(Tensor input, int64_t bits,
-                                       int64_t group_size, int64_t seed,
-                                       int64_t offset,
-                                       std::optional<Tensor> count) {
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  return forward(input, input, bits, group_size,
-                 checked_stream(seed, offset, count, input));
-}
-
 template <typename T>
 void backward(const T* source, const uint8_t* codes, T* target,
-              const Geometry& geometry, int64_t bits, cudaStream_t stream) {
+              const Geometry& geometry, int bits, cudaStream_t stream) {
   const int64_t row_blocks = geometry.blocks_per_row();
   STD_TORCH_CHECK(row_blocks <= kMaxIndex, "a sample may have at most ",
                   kMaxIndex, " blocks of elements, got ", row_blocks);
   const bool vectorized = is_aligned(source, 16) && is_aligned(target, 16) &&
                           geometry.row_numel * sizeof(T) % 16 == 0;
   // The codes may be a slice of others.
-  const int64_t width = is_aligned(codes, 8) ? bits : int64_t{kAnyBits};
+  const int width = is_aligned(codes, 8) ? bits : kAnyBits;
   const int64_t max_rows = kMaxIndex / row_blocks;
   constexpr int64_t kStep = int64_t{kThreads} * kBlocksAtOnce<T>;
   for (int64_t row = 0; row < geometry.rows; row += max_rows) {
@@ -336,33 +268,59 @@ void backward(const T* source, const uint8_t* codes, T* target,
       relu_codes_backward_kernel<T, decltype(constant)::value>
           <<<static_cast<unsigned int>((blocks + kStep - 1) / kStep), kThreads,
              0, stream>>>(source + element, codes + row * row_blocks * bits,
-                          target + element, rows, static_cast<int>(bits));
+                          target + element, rows, bits);
       check_launch();
     });
   }
 }
 
-Tensor relu_codes_backward(Tensor grad_output, Tensor codes, int64_t bits) {
-  const Geometry geometry = check_zeroed_codes(grad_output, codes, bits);
-  const torch::stable::accelerator::DeviceGuard guard(
-      grad_output.get_device_index());
-  Tensor grad_input = empty_dense_like(grad_output);
-  if (grad_output.numel() == 0) return grad_input;
-  dispatch_dtype(grad_output.scalar_type(), [&](auto type) {
+}  // namespace
+
+namespace cuda {
+
+void relu_codes(const Memory& input, const Memory& output, const Memory& codes,
+                const Memory& ranges, const Geometry& geometry, int bits,
+                const CountedStream& random) {
+  const cudaStream_t stream = current_stream();
+  auto* code_bytes = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  auto* range_words = static_cast<uint32_t*>(ranges.mutable_data_ptr());
+  dispatch_dtype(input.dtype(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T* source = static_cast<const T*>(input.const_data_ptr());
+    T* target = static_cast<T*>(output.mutable_data_ptr());
+    const auto launch_kernel = [&](auto width, auto group) {
+      constexpr int kBits = decltype(width)::value;
+      constexpr int kGroup = decltype(group)::value;
+      for_each_launch(geometry, source, [&](Launch launch, int64_t row) {
+        launch.vectorized = launch.vectorized && is_aligned(target, 16);
+        const int64_t element = row * geometry.row_numel;
+        const int64_t block = row * launch.row_blocks;
+        relu_codes_kernel<T, kBits, kGroup>
+            <<<grid_size<kSharedItems>(launch), kThreads, 0, stream>>>(
+                source + element, target + element, code_bytes + block * bits,
+                range_words + row * geometry.groups_per_row(), launch, bits,
+                random, static_cast<uint64_t>(block));
+        check_launch();
+      });
+    };
+    dispatch_width(bits, [&](auto width) {
+      dispatch_group_size(geometry.group_size,
+                          [&](auto group) { launch_kernel(width, group); });
+    });
+  });
+}
+
+void relu_codes_backward(const Memory& grad_output, const Memory& codes,
+                         const Memory& grad_input, const Geometry& geometry,
+                         int bits) {
+  dispatch_dtype(grad_output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     backward(static_cast<const T*>(grad_output.const_data_ptr()),
              static_cast<const uint8_t*>(codes.const_data_ptr()),
              static_cast<T*>(grad_input.mutable_data_ptr()), geometry, bits,
-             current_stream(grad_output.get_device_index()));
+             current_stream());
   });
-  return grad_input;
 }
 
-}  // namespace
+}  // namespace cuda
 }  // namespace mmactnn
-
-STABLE_TORCH_LIBRARY_IMPL(mmactnn, CUDA, m) {
-  m.impl("relu_codes", TORCH_BOX(&mmactnn::relu_codes));
-  m.impl("relu_codes_", TORCH_BOX(&mmactnn::relu_codes_));
-  m.impl("relu_codes_backward", TORCH_BOX(&mmactnn::relu_codes_backward));
-}

@@ -1,17 +1,13 @@
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cfloat>
 #include <cstdint>
 
-#include "../common/allocate.h"
 #include "../common/codec.h"
 #include "../common/geometry.h"
-#include "../common/tensor_checks.h"
 #include "block.h"
 #include "group.h"
 #include "launch.h"
+#include "workspace.h"
 
 namespace mmactnn {
 namespace {
@@ -20,16 +16,17 @@ template <typename T, int kGroup>
 __global__ void __launch_bounds__(kThreads)
     group_spread_kernel(const T* __restrict__ input, float* __restrict__ spread,
                         Launch launch) {
-  constexpr int kLanes = kLanesPerGroup<kGroup>;
+  const GroupSize<kGroup> size(launch);
+  const int lanes = size.template lanes<kSharedItems>();
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
-  const uint32_t index = thread / kLanes;
-  const int lane = threadIdx.x % kLanes;
+  const uint32_t index = size.template group_of<kSharedItems>(thread);
+  const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const bool active = index < launch.groups;
-  const Group group = locate<kGroup>(launch, active ? index : 0);
+  const Group group = locate(launch, active ? index : 0, size.elements());
   Share<T> share;
-  load_group<kGroup>(input + group.row * launch.row_numel + group.start,
-                     group.count, lane, launch.vectorized, share);
-  const Extent extent = find_extent<kGroup>(share);
+  load_group(input + group.row * launch.row_numel + group.start, group.count,
+             lane, lanes, launch.vectorized, share);
+  const Extent extent = find_extent(share, lanes);
   if (active && lane == 0) spread[index] = group_spread(extent, group.count);
 }
 
@@ -58,16 +55,17 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-Tensor row_spread(Tensor input, int64_t group_size) {
-  const Geometry geometry = input_geometry(input, group_size);
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  Tensor sums = empty(input, {geometry.rows}, ScalarType::Float);
-  if (geometry.rows == 0) return sums;
-  Tensor groups = empty(input, {geometry.groups()}, ScalarType::Float);
-  const cudaStream_t stream = current_stream(input.get_device_index());
-  auto* spread = static_cast<float*>(groups.mutable_data_ptr());
+}  // namespace
+
+namespace cuda {
+
+void row_spread(const Memory& input, const Memory& sums,
+                const Geometry& geometry) {
+  const Workspace groups(geometry.groups());
+  const cudaStream_t stream = current_stream();
+  float* spread = groups.data();
   if (input.numel() != 0) {
-    dispatch_dtype(input.scalar_type(), [&](auto type) {
+    dispatch_dtype(input.dtype(), [&](auto type) {
       using T = typename decltype(type)::type;
       const T* source = static_cast<const T*>(input.const_data_ptr());
       dispatch_group_size(geometry.group_size, [&](auto group) {
@@ -75,10 +73,9 @@ Tensor row_spread(Tensor input, int64_t group_size) {
         for_each_launch(
             geometry, source, [&](const Launch& launch, int64_t row) {
               group_spread_kernel<T, kGroup>
-                  <<<grid_size(launch.groups, kLanesPerGroup<kGroup>), kThreads,
-                     0, stream>>>(source + row * geometry.row_numel,
-                                  spread + row * geometry.groups_per_row(),
-                                  launch);
+                  <<<grid_size<kSharedItems>(launch), kThreads, 0, stream>>>(
+                      source + row * geometry.row_numel,
+                      spread + row * geometry.groups_per_row(), launch);
               check_launch();
             });
       });
@@ -90,12 +87,7 @@ Tensor row_spread(Tensor input, int64_t group_size) {
       spread, static_cast<float*>(sums.mutable_data_ptr()), geometry.rows,
       geometry.groups_per_row());
   check_launch();
-  return sums;
 }
 
-}  // namespace
+}  // namespace cuda
 }  // namespace mmactnn
-
-STABLE_TORCH_LIBRARY_IMPL(mmactnn, CUDA, m) {
-  m.impl("row_spread", TORCH_BOX(&mmactnn::row_spread));
-}

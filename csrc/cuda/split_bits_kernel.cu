@@ -1,13 +1,7 @@
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <cstdint>
-#include <tuple>
 
-#include "../common/allocate.h"
 #include "../common/bit_gain.h"
 #include "../common/codec.h"
-#include "../common/tensor_checks.h"
 #include "block.h"
 #include "launch.h"
 
@@ -98,26 +92,20 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-std::tuple<Tensor, Tensor> split_bits(Tensor sensitivity, int64_t total_bits) {
-  check_sensitivity(sensitivity, total_bits);
-  const torch::stable::accelerator::DeviceGuard guard(
-      sensitivity.get_device_index());
-  auto [row_bits, row_starts] = empty_row_widths(sensitivity);
-  const int64_t rows = sensitivity.size(0);
-  if (rows == 0) return {row_bits, row_starts};
-  const cudaStream_t stream = current_stream(sensitivity.get_device_index());
-  split_bits_kernel<<<1, kThreads, 0, stream>>>(
+}  // namespace
+
+namespace cuda {
+
+void split_bits(const Memory& sensitivity, const Memory& row_bits,
+                const Memory& row_starts, int64_t total_bits) {
+  const int64_t rows = sensitivity.numel();
+  split_bits_kernel<<<1, kThreads, 0, current_stream()>>>(
       static_cast<const float*>(sensitivity.const_data_ptr()),
       static_cast<uint8_t*>(row_bits.mutable_data_ptr()),
       static_cast<int32_t*>(row_starts.mutable_data_ptr()),
       static_cast<int>(rows), static_cast<int>(total_bits - rows));
   check_launch();
-  return {row_bits, row_starts};
 }
 
-}  // namespace
+}  // namespace cuda
 }  // namespace mmactnn
-
-STABLE_TORCH_LIBRARY_IMPL(mmactnn, CUDA, m) {
-  m.impl("split_bits", TORCH_BOX(&mmactnn::split_bits));
-}

@@ -28,10 +28,17 @@ StreamGetter find_stream_getter() {
 
 }  // namespace
 
-cudaStream_t current_stream(int32_t device_index) {
+int32_t current_device() {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  STD_TORCH_CHECK(error == cudaSuccess, "mmactnn: ", cudaGetErrorString(error));
+  return device;
+}
+
+cudaStream_t current_stream() {
   static const StreamGetter getter = find_stream_getter();
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(getter(device_index, &stream));
+  TORCH_ERROR_CODE_CHECK(getter(current_device(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -6,7 +6,9 @@
 
 namespace mmactnn {
 
-// torch's current stream on `device_index`.
-cudaStream_t current_stream(int32_t device_index);
+int32_t current_device();
+
+// torch's current stream on the current device.
+cudaStream_t current_stream();
 
 }  // namespace mmactnn

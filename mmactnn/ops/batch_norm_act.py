@@ -11,8 +11,17 @@ from typing import NamedTuple
 import torch
 
 from ..extension import require_kernels
+from ._fake import empty_sums, fake
 from .layout import dense_channels, with_strides
+from .norm_act import fake_norm_act
 from .quantize import DEFAULT_GROUP_SIZE, as_int64
+
+__all__ = [
+    'NormSettings',
+    'batch_norm_act',
+    'batch_norm_act_',
+    'batch_norm_act_backward',
+]
 
 
 class NormSettings(NamedTuple):
@@ -82,7 +91,7 @@ def batch_norm_act(
     input = dense_channels(input)
     if residual is not None:
         residual = with_strides(residual, input.stride())
-    output, invstd, *codes = torch.ops.mmactnn.batch_norm_act.default(
+    output, invstd, *payload = torch.ops.mmactnn.batch_norm_act.default(
         input,
         residual,
         weight,
@@ -96,7 +105,7 @@ def batch_norm_act(
         as_int64(offset),
         count,
     )
-    return output, invstd, codes
+    return output, invstd, payload[: 2 if residual is None else 4]
 
 
 def batch_norm_act_(
@@ -142,7 +151,7 @@ def batch_norm_act_(
     require_kernels(input.device)
     if residual is not None:
         residual = with_strides(residual, input.stride())
-    invstd, *codes = torch.ops.mmactnn.batch_norm_act_.default(
+    invstd, *payload = torch.ops.mmactnn.batch_norm_act_.default(
         input,
         residual,
         weight,
@@ -156,7 +165,7 @@ def batch_norm_act_(
         as_int64(offset),
         count,
     )
-    return invstd, codes
+    return invstd, payload[: 2 if residual is None else 4]
 
 
 def batch_norm_act_backward(
@@ -218,3 +227,49 @@ def batch_norm_act_backward(
         group_size,
     )
     return sums, grads
+
+
+@fake('batch_norm_act')
+def _fake_batch_norm_act(
+    input,
+    residual,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    num_batches_tracked,
+    of_batch,
+    momentum,
+    eps,
+    *format,
+):
+    invstd = input.new_empty((input.shape[1],), dtype=torch.float32)
+    output, *payload = fake_norm_act(
+        input, residual, invstd, invstd, weight, bias, *format
+    )
+    return output, invstd, *payload
+
+
+@fake('batch_norm_act_')
+def _fake_batch_norm_act_(*args):
+    return _fake_batch_norm_act(*args)[1:]
+
+
+@fake('batch_norm_act_backward')
+def _fake_batch_norm_act_backward(
+    grad_output,
+    codes,
+    ranges,
+    act_codes,
+    weight,
+    invstd,
+    relu,
+    of_batch,
+    needs_input,
+    bits,
+    act_bits,
+    group_size,
+):
+    sums = empty_sums(grad_output)
+    count = needs_input + (act_codes is not None)
+    return [sums, *(torch.empty_like(grad_output) for _ in range(count))]

@@ -2,8 +2,11 @@
 
 import torch
 
+from ._fake import fake
 from .layout import dense_channels
 from .quantize import check_input
+
+__all__ = ['channel_stats']
 
 
 def check_channels(tensor, name='input'):
@@ -81,3 +84,11 @@ def channel_stats(input, eps, momentum, running_mean, running_var):
     return torch.ops.mmactnn.channel_stats.default(
         dense_channels(input), eps, momentum, running_mean, running_var
     )
+
+
+@fake('channel_stats')
+def _fake_channel_stats(input, eps, momentum, running_mean, running_var):
+    def empty():
+        return input.new_empty((input.shape[1],), dtype=torch.float32)
+
+    return empty(), empty(), empty()

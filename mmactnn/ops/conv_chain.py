@@ -12,6 +12,20 @@ import torch
 from ..extension import require_kernels
 from .quantize import as_int64
 
+__all__ = [
+    'ChainPlan',
+    'Encoding',
+    'Follows',
+    'Kept',
+    'Link',
+    'NOT_ENCODED',
+    'PARAMETERS',
+    'conv_chain',
+    'conv_chain_backward',
+    'is_input',
+    'source_of_input',
+]
+
 # Tensors that belong to each convolution.
 PARAMETERS = 4
 
@@ -102,14 +116,14 @@ class ChainPlan(NamedTuple):
     """The links of a chain, as the ops take them.
 
     Attributes:
-        numbers (Tensor[*]): int64, on the CPU.
-        settings (Tensor[2 * L]): float64, on the CPU: momentum and eps of
-            each layer's normalisation.
+        numbers (list[int]): The links, one after the other.
+        settings (list[float]): Momentum and eps of each layer's
+            normalisation.
         draws (int): How many tensors are rounded, but for the inputs.
     """
 
-    numbers: torch.Tensor
-    settings: torch.Tensor
+    numbers: list
+    settings: list
     draws: int
 
     @classmethod
@@ -134,8 +148,8 @@ class ChainPlan(NamedTuple):
             numbers += link.groups, int(link.follows), int(link.of_batch)
             numbers += link.bits, link.act_bits, link.group_size
         return cls(
-            torch.tensor(numbers, device='cpu'),
-            torch.tensor(settings, dtype=torch.float64, device='cpu'),
+            numbers,
+            list(settings),
             sum(link.follows != Follows.NOTHING for link in links),
         )
 
@@ -270,7 +284,7 @@ def conv_chain_backward(
             formats,
             parameters,
             kept,
-            layouts,
+            layouts.tolist(),
             plan.numbers,
             needs,
             needs_inputs,

@@ -2,8 +2,11 @@
 
 import torch
 
+from ._fake import fake
 from .layout import dense
 from .quantize import check_input
+
+__all__ = ['dropout', 'dropout_']
 
 
 def dropout(input, p, seed, offset=0, count=None):
@@ -62,3 +65,13 @@ def dropout_(input, p, seed, offset=0, count=None):
     check_input(input)
     torch.ops.mmactnn.dropout_.default(input, p, seed, offset, count)
     return input
+
+
+@fake('dropout')
+def _fake_dropout(input, p, seed, offset, count=None):
+    return torch.empty_like(input)
+
+
+@fake('dropout_')
+def _fake_dropout_(input, p, seed, offset, count=None):
+    pass

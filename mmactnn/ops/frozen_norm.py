@@ -2,7 +2,10 @@
 
 import torch
 
+from ._fake import fake
 from .channel_stats import check_channels, check_vector
+
+__all__ = ['MAX_FROZEN_CHANNELS', 'frozen_norm_act_']
 
 # Their constants lie in shared memory of the GPU.
 MAX_FROZEN_CHANNELS = 4096
@@ -44,3 +47,10 @@ def frozen_norm_act_(input, residual, mean, var, weight, bias, eps, relu):
     torch.ops.mmactnn.frozen_norm_act_.default(
         input, residual, mean, var, weight, bias, eps, relu
     )
+
+
+@fake('frozen_norm_act_')
+def _fake_frozen_norm_act_(
+    input, residual, mean, var, weight, bias, eps, relu
+):
+    pass

@@ -2,6 +2,7 @@
 
 import torch
 
+from ._fake import empty_payload, fake
 from .layout import dense_channels, with_strides
 from .quantize import (
     DEFAULT_GROUP_SIZE,
@@ -10,6 +11,8 @@ from .quantize import (
     check_input,
 )
 from .rectified import check_rectified_format
+
+__all__ = ['norm_act']
 
 
 def _check(input, residual, vectors, relu, bits, act_bits, group_size):
@@ -142,3 +145,30 @@ def norm_act(
         as_int64(offset),
         count,
     )
+
+
+@fake('norm_act')
+def fake_norm_act(
+    input,
+    residual,
+    mean,
+    invstd,
+    weight,
+    bias,
+    relu,
+    bits,
+    act_bits,
+    group_size,
+    seed,
+    offset,
+    count=None,
+):
+    """The fake kernel, for ops that are more than this one."""
+    output = torch.empty_like(input)
+    codes, ranges = empty_payload(input, bits, group_size)
+    if relu and residual is None:
+        ranges = ranges.new_empty((*ranges.shape[:2], 4))
+    if residual is None:
+        return output, codes, ranges, codes.new_empty(0), ranges.new_empty(0)
+    act = empty_payload(input, act_bits, group_size)
+    return output, codes, ranges, *act

@@ -2,9 +2,12 @@
 
 import torch
 
+from ._fake import empty_sums, fake
 from .channel_stats import check_channels, check_vector
 from .quantize import check_format
 from .rectified import check_rectified_format
+
+__all__ = ['norm_add_grad_sums', 'norm_grad_input', 'norm_grad_sums']
 
 
 def _check(grad_output, bits, group_size, relu):
@@ -126,3 +129,22 @@ def norm_grad_input(
     return torch.ops.mmactnn.norm_grad_input.default(
         grad_output, codes, ranges, scale, means, bits, group_size, relu
     )
+
+
+@fake('norm_grad_sums')
+def _fake_norm_grad_sums(grad_output, codes, ranges, bits, group_size, relu):
+    return empty_sums(grad_output)
+
+
+@fake('norm_add_grad_sums')
+def _fake_norm_add_grad_sums(
+    grad_output, codes, ranges, act_codes, bits, act_bits, group_size
+):
+    return torch.empty_like(grad_output), empty_sums(grad_output)
+
+
+@fake('norm_grad_input')
+def _fake_norm_grad_input(
+    grad_output, codes, ranges, scale, means, bits, group_size, relu
+):
+    return torch.empty_like(grad_output)

@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules.utils import _pair
 
+from ._fake import ceil_div, fake
 from .layout import suggests_channels_last
 from .quantize import check_input
+
+__all__ = ['MAX_TAPS', 'as_pair', 'max_pool2d', 'max_pool2d_backward']
 
 # Positions that 4 bits can tell apart.
 MAX_TAPS = 16
@@ -164,3 +167,35 @@ def _output_size(input, format, ceil_mode):
             return None
         output_size.append(count)
     return output_size
+
+
+def _empty_pooled(like, size, channels_last):
+    output = like.new_empty((*like.shape[:-2], *size))
+    if channels_last:
+        output = output.contiguous(memory_format=torch.channels_last)
+    return output
+
+
+@fake('max_pool2d')
+def _fake_max_pool2d(
+    input, kernel_size, stride, padding, dilation, output_size, channels_last
+):
+    output = _empty_pooled(input, output_size, channels_last)
+    indices = input.new_empty(
+        (ceil_div(output.numel(), 2),), dtype=torch.uint8
+    )
+    return output, indices
+
+
+@fake('max_pool2d_backward')
+def _fake_max_pool2d_backward(
+    grad_output,
+    indices,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    input_size,
+    channels_last,
+):
+    return _empty_pooled(grad_output, input_size, channels_last)

@@ -3,7 +3,17 @@
 import torch
 
 from ..extension import require_kernels
+from ._fake import empty_payload, fake
 from .layout import dense_rows
+
+__all__ = [
+    'DEFAULT_GROUP_SIZE',
+    'GROUP_SIZES',
+    'VALID_BITS',
+    'check_format',
+    'dequantize',
+    'quantize',
+]
 
 VALID_BITS = tuple(range(1, 9))
 GROUP_SIZES = (64, 128, 256, 512)
@@ -175,3 +185,13 @@ def as_int64(value):
     """The 64 lowest bits of an integer as the op's signed argument."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
+
+
+@fake('quantize')
+def _fake_quantize(input, bits, group_size, seed, offset, count=None):
+    return empty_payload(input, bits, group_size)
+
+
+@fake('dequantize')
+def _fake_dequantize(codes, ranges, size, stride, dtype, bits, group_size):
+    return codes.new_empty_strided(size, stride, dtype=dtype)

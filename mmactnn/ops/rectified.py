@@ -3,7 +3,10 @@
 import torch
 
 from ..extension import require_kernels
+from ._fake import fake
 from .quantize import DEFAULT_GROUP_SIZE, check_dtype, check_group_size
+
+__all__ = ['dequantize_split', 'dequantize_zeroed']
 
 
 def check_rectified_bits(bits, name='bits'):
@@ -124,3 +127,17 @@ def dequantize_zeroed(
     return torch.ops.mmactnn.dequantize_zeroed.default(
         codes, ranges, size, stride, dtype, bits, group_size
     )
+
+
+@fake('dequantize_split')
+def _fake_dequantize_split(
+    codes, ranges, weight, bias, size, stride, dtype, bits, group_size
+):
+    return codes.new_empty_strided(size, stride, dtype=dtype)
+
+
+@fake('dequantize_zeroed')
+def _fake_dequantize_zeroed(
+    codes, ranges, size, stride, dtype, bits, group_size
+):
+    return codes.new_empty_strided(size, stride, dtype=dtype)

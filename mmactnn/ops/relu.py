@@ -2,8 +2,11 @@
 
 import torch
 
+from ._fake import ceil_div, fake
 from .layout import dense
 from .quantize import check_input
+
+__all__ = ['relu_mask', 'relu_mask_', 'relu_mask_backward']
 
 
 def relu_mask(input, max=None, slope=None):
@@ -72,3 +75,18 @@ def relu_mask_backward(grad_output, mask, slope=None):
     return torch.ops.mmactnn.relu_mask_backward.default(
         grad_output, mask, slope
     )
+
+
+@fake('relu_mask')
+def _fake_relu_mask(input, max=None, slope=None):
+    return torch.empty_like(input), _fake_relu_mask_(input)
+
+
+@fake('relu_mask_')
+def _fake_relu_mask_(input, max=None, slope=None):
+    return input.new_empty((ceil_div(input.numel(), 8),), dtype=torch.uint8)
+
+
+@fake('relu_mask_backward')
+def _fake_relu_mask_backward(grad_output, mask, slope=None):
+    return torch.empty_like(grad_output)

@@ -2,6 +2,7 @@
 
 import torch
 
+from ._fake import empty_payload, fake
 from .layout import dense_rows
 from .quantize import (
     DEFAULT_GROUP_SIZE,
@@ -9,6 +10,8 @@ from .quantize import (
     check_rows,
 )
 from .rectified import check_rectified_bits, check_rectified_format
+
+__all__ = ['relu_codes', 'relu_codes_', 'relu_codes_backward']
 
 
 def relu_codes(
@@ -118,3 +121,19 @@ def relu_codes_backward(grad_output, codes, bits):
     return torch.ops.mmactnn.relu_codes_backward.default(
         grad_output, codes, bits
     )
+
+
+@fake('relu_codes')
+def _fake_relu_codes(input, bits, group_size, seed, offset, count=None):
+    payload = empty_payload(input, bits, group_size)
+    return torch.empty_like(input), *payload
+
+
+@fake('relu_codes_')
+def _fake_relu_codes_(input, bits, group_size, seed, offset, count=None):
+    return empty_payload(input, bits, group_size)
+
+
+@fake('relu_codes_backward')
+def _fake_relu_codes_backward(grad_output, codes, bits):
+    return torch.empty_like(grad_output)

@@ -3,6 +3,7 @@
 import torch
 
 from ..extension import require_kernels
+from ._fake import ceil_div, empty_ranges, fake, row_numel
 from .layout import dense_rows
 from .quantize import (
     DEFAULT_GROUP_SIZE,
@@ -12,6 +13,8 @@ from .quantize import (
     check_group_size,
     check_rows,
 )
+
+__all__ = ['dequantize_rows', 'quantize_rows', 'row_spread', 'split_bits']
 
 
 def check_total_bits(total_bits, rows):
@@ -205,3 +208,38 @@ def split_bits(sensitivity, total_bits):
     return torch.ops.mmactnn.split_bits.default(
         sensitivity.contiguous(), total_bits
     )
+
+
+@fake('quantize_rows')
+def _fake_quantize_rows(
+    input,
+    row_bits,
+    row_starts,
+    total_bits,
+    group_size,
+    seed,
+    offset,
+    count=None,
+):
+    # Rows are padded to 8 blocks of 8 elements.
+    row_blocks = ceil_div(row_numel(input), 64) * 8
+    codes = input.new_empty((total_bits * row_blocks,), dtype=torch.uint8)
+    return codes, empty_ranges(input, group_size)
+
+
+@fake('dequantize_rows')
+def _fake_dequantize_rows(
+    codes, ranges, row_bits, row_starts, size, stride, dtype, group_size
+):
+    return codes.new_empty_strided(size, stride, dtype=dtype)
+
+
+@fake('row_spread')
+def _fake_row_spread(input, group_size):
+    return input.new_empty((input.shape[0],), dtype=torch.float32)
+
+
+@fake('split_bits')
+def _fake_split_bits(sensitivity, total_bits):
+    row_bits = torch.empty_like(sensitivity, dtype=torch.uint8)
+    return row_bits, torch.empty_like(sensitivity, dtype=torch.int32)

@@ -426,11 +426,8 @@ print('imported')
 ORDERS = (
     'import mmactnn, mmengine',
     'import mmengine, mmactnn',
-    'import mmactnn, importlib\n'
-    'importlib.reload(mmactnn)\n'
-    'import mmengine',
-    'import mmengine\n'
-    "mmengine.utils.import_modules_from_strings(['mmactnn'])",
+    'import mmactnn, importlib\nimportlib.reload(mmactnn)\nimport mmengine',
+    "import mmengine\nmmengine.utils.import_modules_from_strings(['mmactnn'])",
 )
 ORDER = """
 import sys

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.layers import assert_same_bits
+from support.opcheck import opcheck
 from support.pairs import in_turn, parametrize_pairs
 
 from mmactnn import ops
@@ -207,20 +208,15 @@ def test_wrong_arguments(device):
 def test_opcheck(mode, device):
     relu, adds, bits, act_bits = MODES[mode]
     x, residual, bias, mean, weight, var = make((2, 4, 8, 8), device=device)
-    checks = ('test_schema', 'test_faketensor')
     added = residual if adds else None
     tracked = torch.tensor(0, device=device)
     statistics = (mean, var, tracked, True, 0.1, 1e-5)
     format = (relu, bits, act_bits, 64, 1, 2)
     arguments = (x, added, weight, bias, *statistics, *format)
     for op in ('batch_norm_act', 'batch_norm_act_'):
-        torch.library.opcheck(
-            getattr(torch.ops.mmactnn, op).default,
-            arguments,
-            test_utils=checks,
-        )
+        opcheck(getattr(torch.ops.mmactnn, op).default, arguments)
     _, invstd, *codes = torch.ops.mmactnn.batch_norm_act.default(*arguments)
-    torch.library.opcheck(
+    opcheck(
         torch.ops.mmactnn.batch_norm_act_backward.default,
         (
             residual,
@@ -235,5 +231,4 @@ def test_opcheck(mode, device):
             act_bits,
             64,
         ),
-        test_utils=checks,
     )

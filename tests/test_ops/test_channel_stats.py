@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.opcheck import opcheck
 from support.pairs import in_turn
 
 from mmactnn import ops
@@ -210,8 +211,8 @@ def test_opcheck(device):
     x = make((3, 8, 5, 5), torch.float32, device)
     running = torch.zeros(8, device=device), torch.ones(8, device=device)
     op = torch.ops.mmactnn.channel_stats.default
-    torch.library.opcheck(op, (x, 1e-5, 0.1, *running))
-    torch.library.opcheck(op, (x, 1e-5, 0.1, None, None))
+    opcheck(op, (x, 1e-5, 0.1, *running))
+    opcheck(op, (x, 1e-5, 0.1, None, None))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.layers import assert_same_bits, exact_numerics
+from support.opcheck import opcheck
 
 from mmactnn import ops
 
@@ -558,8 +559,6 @@ def test_errors():
         run(plan=plan._replace(numbers=plan.numbers[:-1]))
     with pytest.raises(RuntimeError, match='settings is shorter'):
         run(plan=plan._replace(settings=plan.settings[:-1]))
-    with pytest.raises(RuntimeError, match='plan must be a contiguous vector'):
-        run(plan=plan._replace(numbers=plan.numbers.float()))
     with pytest.raises(RuntimeError, match='plan must have a convolution'):
         run(plan=plan._replace(numbers=plan.numbers[:0]))
     with pytest.raises(RuntimeError, match='parameters must be 4 for each'):
@@ -625,6 +624,61 @@ def test_errors_of_the_backward_pass():
         run(layouts=layouts[:-1])
     with pytest.raises(RuntimeError, match='needs must have an entry'):
         run(needs=[True])
+
+
+@pytest.mark.parametrize('kind', [ops.Kept.PLAIN, ops.Kept.ROWS])
+@pytest.mark.parametrize('follows', ops.Follows)
+def test_opcheck(follows, kind, device):
+    x = torch.randn(2, 4, 6, 6, device=device)
+    layers = [
+        make_layer(4, (1, 1), each, x.dtype, device)
+        for each in (ops.Follows.NORM_RELU, follows)
+    ]
+    added = INPUT if follows is ops.Follows.NORM_RELU else None
+    links = [
+        make_link(ops.Follows.NORM_RELU),
+        make_link(follows, 0, 1, added),
+    ]
+    parameters, buffers = flatten(layers)
+    plan = make_plan(links, len(layers))
+    format = [int(kind), 3 if kind is ops.Kept.PLAIN else 7, GROUP_SIZE]
+    namespace = torch.ops.mmactnn
+    arguments = [x], parameters, buffers, *plan[:2], format, SEED, 7
+    opcheck(namespace.conv_chain.default, arguments)
+    outputs, codes, kept, layouts = namespace.conv_chain.default(*arguments)
+    needs = [int(parameter is not None) for parameter in parameters]
+    opcheck(
+        namespace.conv_chain_backward.default,
+        (
+            [torch.randn_like(output) for output in outputs],
+            codes,
+            format,
+            parameters,
+            kept,
+            layouts.tolist(),
+            plan.numbers,
+            needs,
+            [1],
+            False,
+            True,
+            x.dtype,
+        ),
+    )
+
+
+def test_observed_gradient_is_a_tensor_of_its_own(device):
+    x = torch.randn(2, 4, 6, 6, device=device)
+    follows = ops.Follows.NOTHING
+    layer = make_layer(4, (1, 1), follows, x.dtype, device)
+    format = ops.Encoding(ops.Kept.PLAIN, 2, GROUP_SIZE)
+    links = [make_link(follows)]
+    (output,), codes, kept, layouts = run_chain([x], links, [layer], format)
+    grad = torch.randn_like(output)
+    grads = run_backward(
+        [grad], (codes, format, kept, layouts), links, [layer], observed=True
+    )
+    assert torch.equal(grads[1], grad)
+    assert grads[1].data_ptr() != grad.data_ptr()
 
 
 def test_out_of_memory_has_its_class():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.cuda_graph import capture, warm_up
 from support.layers import assert_same_bits
+from support.opcheck import opcheck
 from support.pairs import case, pairs
 
 from mmactnn import ops
@@ -161,8 +162,7 @@ def test_opcheck(device):
         dropout_=(0.4,),
     )
     for name, format in arguments.items():
-        torch.library.opcheck(
+        opcheck(
             getattr(torch.ops.mmactnn, name).default,
             (x.clone(), *format, 1, 2, number(3, device)),
-            test_utils=('test_schema', 'test_faketensor'),
         )

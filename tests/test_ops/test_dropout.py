@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from support.layers import assert_same_bits
+from support.opcheck import opcheck
 from support.pairs import in_turn
 
 from mmactnn import ops
@@ -98,8 +99,8 @@ def test_probability_that_is_none(p, device):
 def test_opcheck(device):
     x = torch.randn(3, 5, 7, device=device)
     arguments = (x, 0.5, 1, 2)
-    torch.library.opcheck(torch.ops.mmactnn.dropout.default, arguments)
-    torch.library.opcheck(torch.ops.mmactnn.dropout_.default, arguments)
+    opcheck(torch.ops.mmactnn.dropout.default, arguments)
+    opcheck(torch.ops.mmactnn.dropout_.default, arguments)
 
 
 def test_gaps_in_memory_are_refused_in_place(device):

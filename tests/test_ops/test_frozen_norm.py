@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.opcheck import opcheck
 from support.pairs import case, in_turn
 
 from mmactnn import ops
@@ -140,10 +141,9 @@ def test_errors(device):
 def test_opcheck(device):
     x, parameters = make((2, 4, 3, 3), torch.float32, device)
     for residual in (None, torch.randn_like(x)):
-        torch.library.opcheck(
+        opcheck(
             torch.ops.mmactnn.frozen_norm_act_.default,
             (x, residual, *parameters, 1e-5, True),
-            test_utils=('test_schema', 'test_faketensor'),
         )
 
 

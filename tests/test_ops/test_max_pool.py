@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.layers import assert_same_bits
+from support.opcheck import opcheck
 from support.pairs import in_turn
 
 from mmactnn import ops
@@ -150,9 +151,9 @@ def test_opcheck(channels_last, device):
     window = ([3, 3], [2, 2], [1, 1], [1, 1])
     arguments = (x.nan_to_num(), *window, [5, 6], channels_last)
     op = torch.ops.mmactnn.max_pool2d.default
-    torch.library.opcheck(op, arguments)
+    opcheck(op, arguments)
     output, indices = op(*arguments)
-    torch.library.opcheck(
+    opcheck(
         torch.ops.mmactnn.max_pool2d_backward.default,
         (output, indices, *window, [9, 11], channels_last),
     )

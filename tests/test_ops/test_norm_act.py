@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from support.layers import assert_same_bits
+from support.opcheck import opcheck
 from support.pairs import case, in_turn
 
 from mmactnn import ops
@@ -279,21 +280,16 @@ def test_opcheck(mode, device):
         1,
         2,
     )
-    checks = ('test_schema', 'test_faketensor')
-    torch.library.opcheck(
-        torch.ops.mmactnn.norm_act.default, (x, *arguments), test_utils=checks
-    )
+    opcheck(torch.ops.mmactnn.norm_act.default, (x, *arguments))
     _, *payload = torch.ops.mmactnn.norm_act.default(x, *arguments)
     layout = x.shape, x.stride(), x.dtype
     if mode == 'relu':
-        torch.library.opcheck(
+        opcheck(
             torch.ops.mmactnn.dequantize_split.default,
             (*payload[:2], weight, bias, *layout, bits, 64),
-            test_utils=checks,
         )
     elif mode == 'add':
-        torch.library.opcheck(
+        opcheck(
             torch.ops.mmactnn.dequantize_zeroed.default,
             (*payload[2:], *layout, act_bits, 64),
-            test_utils=checks,
         )

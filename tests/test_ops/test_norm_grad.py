@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from support.opcheck import opcheck
 from support.pairs import case, in_turn, pairs, parametrize_pairs
 
 from mmactnn import ops
@@ -335,16 +336,14 @@ def test_opcheck(kind, device):
         )
         payload = case.grad, case.codes, case.ranges
         if kind == MASK:
-            torch.library.opcheck(
+            opcheck(
                 namespace.norm_add_grad_sums.default,
                 (*payload, case.act_codes, 2, 2, 64),
             )
             continue
         format = 2, 64, kind == SPLIT
-        torch.library.opcheck(
-            namespace.norm_grad_sums.default, (*payload, *format)
-        )
-        torch.library.opcheck(
+        opcheck(namespace.norm_grad_sums.default, (*payload, *format))
+        opcheck(
             namespace.norm_grad_input.default,
             (*payload, case.scale, case.means, *format),
         )

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.opcheck import opcheck
 from support.pairs import case, pairs
 
 from mmactnn import ops
@@ -280,11 +281,9 @@ def test_more_rows_than_a_grid_has(device):
 @pytest.mark.parametrize('bits', [1, 3, 8])
 def test_opcheck(bits, device):
     x = make((3, 5, 30), torch.float32, device)
-    torch.library.opcheck(
-        torch.ops.mmactnn.quantize.default, (x, bits, 64, 1, 2)
-    )
+    opcheck(torch.ops.mmactnn.quantize.default, (x, bits, 64, 1, 2))
     codes, ranges = ops.quantize(x, bits, 64, seed=1)
-    torch.library.opcheck(
+    opcheck(
         torch.ops.mmactnn.dequantize.default,
         (codes, ranges, x.shape, x.stride(), x.dtype, bits, 64),
     )

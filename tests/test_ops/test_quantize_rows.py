@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.opcheck import opcheck
 from support.pairs import in_turn
 
 from mmactnn import ops
@@ -195,14 +196,14 @@ def test_more_rows_than_a_grid_has(device):
 def test_opcheck(device):
     x = make((9, 5, 30), torch.float32, device)
     row_bits, row_starts, total = make_widths(9, device)
-    torch.library.opcheck(
+    opcheck(
         torch.ops.mmactnn.quantize_rows.default,
         (x, row_bits, row_starts, total, 64, 1, 2),
     )
     codes, ranges = ops.quantize_rows(
         x, row_bits, row_starts, total, 64, seed=1
     )
-    torch.library.opcheck(
+    opcheck(
         torch.ops.mmactnn.dequantize_rows.default,
         (codes, ranges, row_bits, row_starts)
         + (x.shape, x.stride(), x.dtype, 64),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from support.layers import assert_same_bits
+from support.opcheck import opcheck
 from support.pairs import case, in_turn, pairs
 
 from mmactnn import ops
@@ -349,12 +350,10 @@ def test_opcheck(bits, device):
     x = make((3, 5, 30), torch.float32, device)
     kernels = torch.ops.mmactnn
     arguments = (bits, 64, 1, 2)
-    torch.library.opcheck(kernels.relu_codes.default, (x, *arguments))
-    torch.library.opcheck(kernels.relu_codes_.default, (x.clone(), *arguments))
+    opcheck(kernels.relu_codes.default, (x, *arguments))
+    opcheck(kernels.relu_codes_.default, (x.clone(), *arguments))
     codes = ops.relu_codes(x, bits, 64, seed=1)[1]
-    torch.library.opcheck(
-        kernels.relu_codes_backward.default, (x, codes, bits)
-    )
+    opcheck(kernels.relu_codes_backward.default, (x, codes, bits))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')

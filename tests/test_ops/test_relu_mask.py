@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.layers import assert_same_bits
+from support.opcheck import opcheck
 from support.pairs import in_turn
 
 from mmactnn import ops
@@ -92,12 +93,10 @@ def test_pointers_off_the_vector_boundary(device):
 
 def test_opcheck(device):
     x = torch.randn(3, 5, 7, device=device)
-    torch.library.opcheck(torch.ops.mmactnn.relu_mask.default, (x,))
-    torch.library.opcheck(torch.ops.mmactnn.relu_mask_.default, (x.clone(),))
+    opcheck(torch.ops.mmactnn.relu_mask.default, (x,))
+    opcheck(torch.ops.mmactnn.relu_mask_.default, (x.clone(),))
     mask = ops.relu_mask(x)[1]
-    torch.library.opcheck(
-        torch.ops.mmactnn.relu_mask_backward.default, (x, mask)
-    )
+    opcheck(torch.ops.mmactnn.relu_mask_backward.default, (x, mask))
 
 
 def test_mask_that_does_not_fit(device):

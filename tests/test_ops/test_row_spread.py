@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.opcheck import opcheck
 from support.pairs import case, in_turn
 
 from mmactnn import ops
@@ -80,7 +81,7 @@ def test_many_rows(device):
 
 
 def test_opcheck(device):
-    torch.library.opcheck(
+    opcheck(
         torch.ops.mmactnn.row_spread.default,
         (make((3, 5, 30), torch.float32, device), 64),
     )

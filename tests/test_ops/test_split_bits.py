@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.opcheck import opcheck
 from support.pairs import in_turn
 
 from mmactnn import ops
@@ -119,7 +120,7 @@ def test_not_contiguous(device):
 
 
 def test_opcheck(device):
-    torch.library.opcheck(
+    opcheck(
         torch.ops.mmactnn.split_bits.default,
         (torch.rand(9, device=device), 20),
     )

@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
-#include "geometry.h"
-#include "rectified_codec.h"
+#include "../common/geometry.h"
+#include "../common/rectified_codec.h"
 #include "tensor_checks.h"
 
 namespace mmactnn {

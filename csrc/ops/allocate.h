@@ -1,8 +1,7 @@
 // Output tensors.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
@@ -11,35 +10,55 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
-#include <tuple>
+#include <vector>
 
+#include "../common/geometry.h"
 #include "errors.h"
-#include "geometry.h"
 
 namespace mmactnn {
 
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-// Uninitialised, of `sizes` and `strides`, on the device of `like`. What goes
-// through the stable dispatcher costs the host several times as much.
-inline torch::stable::Tensor empty_strided(
-    const torch::stable::Tensor& like, Sizes sizes, Sizes strides,
-    torch::headeronly::ScalarType dtype) {
+// Uninitialised, of `sizes` and `strides`. What goes through the stable
+// dispatcher costs the host several times as much.
+inline torch::stable::Tensor allocate(Sizes sizes, Sizes strides,
+                                      torch::headeronly::ScalarType dtype,
+                                      int32_t device_type,
+                                      int32_t device_index) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   STD_TORCH_CHECK(sizes.size() == strides.size(),
                   "size and stride must be of one length, got ", sizes.size(),
                   " and ", strides.size());
+  AtenTensorHandle tensor = nullptr;
+  STD_TORCH_CHECK(aoti_torch_empty_strided(
+                      static_cast<int64_t>(sizes.size()), sizes.data(),
+                      strides.data(), to<int32_t>(from(dtype)), device_type,
+                      device_index, &tensor) == TORCH_SUCCESS,
+                  "a tensor cannot be allocated: ", last_error());
+  return torch::stable::Tensor(tensor);
+}
+
+// The same on the device of `like`.
+inline torch::stable::Tensor empty_strided(
+    const torch::stable::Tensor& like, Sizes sizes, Sizes strides,
+    torch::headeronly::ScalarType dtype) {
   int32_t type = 0, index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-  AtenTensorHandle tensor = nullptr;
-  STD_TORCH_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                               strides.data(), to<int32_t>(from(dtype)), type,
-                               index, &tensor) == TORCH_SUCCESS,
-      "a tensor cannot be allocated: ", last_error());
-  return torch::stable::Tensor(tensor);
+  return allocate(sizes, strides, dtype, type, index);
+}
+
+// The numbers as a tensor of the host.
+inline torch::stable::Tensor on_host(const std::vector<int64_t>& numbers) {
+  const auto count = static_cast<int64_t>(numbers.size());
+  const int64_t stride = 1;
+  const torch::stable::Tensor tensor =
+      allocate({&count, 1}, {&stride, 1}, torch::headeronly::ScalarType::Long,
+               aoti_torch_device_type_cpu(), 0);
+  std::copy(numbers.begin(), numbers.end(),
+            static_cast<int64_t*>(tensor.mutable_data_ptr()));
+  return tensor;
 }
 
 // The same, contiguous, of up to four dimensions.
@@ -76,18 +95,12 @@ inline torch::stable::Tensor empty_row_codes(const torch::stable::Tensor& like,
                torch::headeronly::ScalarType::Byte);
 }
 
+// Of `width` numbers a group: a pair for each range.
 inline torch::stable::Tensor empty_ranges(const torch::stable::Tensor& like,
-                                          const Geometry& geometry) {
-  return empty(like, {geometry.rows, geometry.groups_per_row(), 2},
+                                          const Geometry& geometry,
+                                          int64_t width = 2) {
+  return empty(like, {geometry.rows, geometry.groups_per_row(), width},
                torch::headeronly::ScalarType::BFloat16);
-}
-
-// Bits and starts of each row, as quantize_rows() takes them.
-inline std::tuple<torch::stable::Tensor, torch::stable::Tensor>
-empty_row_widths(const torch::stable::Tensor& like) {
-  using torch::headeronly::ScalarType;
-  return {empty(like, {like.size(0)}, ScalarType::Byte),
-          empty(like, {like.size(0)}, ScalarType::Int)};
 }
 
 inline torch::stable::Tensor empty_mask(const torch::stable::Tensor& like) {

@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "../common/pool.h"
 #include "allocate.h"
-#include "pool.h"
 #include "tensor_checks.h"
 
 namespace mmactnn {
@@ -122,10 +122,6 @@ inline std::vector<int64_t> plane_size(const Tensor& tensor) {
 }
 
 inline int64_t index_bytes(int64_t numel) { return (numel + 1) / 2; }
-
-inline Tensor empty_indices(const Tensor& output) {
-  return empty(output, {index_bytes(output.numel())}, ScalarType::Byte);
-}
 
 inline void check_indices(const Tensor& indices, const Tensor& grad_output) {
   const int64_t bytes = index_bytes(grad_output.numel());

@@ -1,4 +1,4 @@
-// Argument checks that the CPU and the CUDA side of every op share.
+// Argument checks that several ops share.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,8 +11,8 @@
 #include <optional>
 #include <vector>
 
-#include "geometry.h"
-#include "philox.h"
+#include "../common/geometry.h"
+#include "../common/philox.h"
 
 namespace mmactnn {
 
@@ -26,14 +26,6 @@ inline void check_dtype(const char* name, const Tensor& tensor) {
                   name,
                   " must be float32, float16 or bfloat16, got scalar type ",
                   static_cast<int>(dtype));
-}
-
-inline const void* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr() : nullptr;
-}
-
-inline void* mutable_data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->mutable_data_ptr() : nullptr;
 }
 
 inline void check_same_device(const char* name, const Tensor& tensor,
@@ -87,16 +79,6 @@ inline void check_bits(int64_t bits) {
                   "bits must be an integer from 1 to 8, got ", bits);
 }
 
-// `total_bits` is the sum of one width for each row; every such sum fits into
-// 32 bits.
-inline void check_total_bits(int64_t total_bits, int64_t rows) {
-  STD_TORCH_CHECK(total_bits >= rows && total_bits <= rows * kMaxBits,
-                  "total_bits must be from ", rows, " to ", rows * kMaxBits,
-                  " for ", rows, " rows, got ", total_bits);
-  STD_TORCH_CHECK(rows <= INT32_MAX / kMaxBits, "there may be at most ",
-                  INT32_MAX / kMaxBits, " rows, got ", rows);
-}
-
 inline void check_group_size(int64_t group_size) {
   STD_TORCH_CHECK(group_size == 64 || group_size == 128 || group_size == 256 ||
                       group_size == 512,
@@ -127,15 +109,21 @@ inline Geometry input_geometry(const Tensor& input, int64_t group_size) {
   return make_geometry(input.size(0), input.numel(), group_size);
 }
 
-// The geometry of an output of `sizes` with these ranges.
-inline Geometry output_geometry(const Tensor& ranges,
-                                const std::vector<int64_t>& sizes,
-                                int64_t group_size) {
+// The geometry of a tensor of `sizes`.
+inline Geometry geometry_of_size(const std::vector<int64_t>& sizes,
+                                 int64_t group_size) {
   STD_TORCH_CHECK(!sizes.empty(),
                   "size must have at least one dimension, got 0");
   const int64_t numel = std::accumulate(sizes.begin(), sizes.end(), int64_t{1},
                                         std::multiplies<>());
-  const Geometry geometry = make_geometry(sizes[0], numel, group_size);
+  return make_geometry(sizes[0], numel, group_size);
+}
+
+// The same of an output that has these ranges.
+inline Geometry output_geometry(const Tensor& ranges,
+                                const std::vector<int64_t>& sizes,
+                                int64_t group_size) {
+  const Geometry geometry = geometry_of_size(sizes, group_size);
   STD_TORCH_CHECK(ranges.scalar_type() == ScalarType::BFloat16,
                   "ranges must be bfloat16, got scalar type ",
                   static_cast<int>(ranges.scalar_type()));
@@ -166,69 +154,6 @@ inline CodeLayout checked_layout(const Tensor& codes, const Geometry& geometry,
                   "codes must be of shape [", geometry.rows, ", ", row_bytes,
                   "] for this size and bits");
   return uniform_layout(geometry, bits);
-}
-
-inline void check_row_integers(const char* name, const Tensor& tensor,
-                               ScalarType dtype, const char* dtype_name,
-                               const Tensor& like, int64_t rows) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.dim() == 1 &&
-                      tensor.is_contiguous() && tensor.size(0) == rows,
-                  name, " must be a contiguous ", dtype_name, " tensor of ",
-                  rows, " numbers, one a sample");
-  check_same_device(name, tensor, like);
-}
-
-// The layout of codes of a width for each row, on the device of `like`.
-inline CodeLayout checked_row_layout(const Tensor& like,
-                                     const Geometry& geometry,
-                                     const Tensor& row_bits,
-                                     const Tensor& row_starts,
-                                     int64_t total_bits) {
-  check_row_integers("row_bits", row_bits, ScalarType::Byte, "uint8", like,
-                     geometry.rows);
-  check_row_integers("row_starts", row_starts, ScalarType::Int, "int32", like,
-                     geometry.rows);
-  return {geometry.padded_blocks_per_row(),
-          0,
-          kAnyBits,
-          static_cast<const uint8_t*>(row_bits.const_data_ptr()),
-          static_cast<const int32_t*>(row_starts.const_data_ptr()),
-          total_bits};
-}
-
-// The same for codes that are to be decoded, of these or more rows.
-inline CodeLayout checked_row_layout_of(const Tensor& codes,
-                                        const Geometry& geometry,
-                                        const Tensor& row_bits,
-                                        const Tensor& row_starts) {
-  check_code_bytes(codes);
-  const int64_t row_blocks = geometry.padded_blocks_per_row();
-  STD_TORCH_CHECK(codes.dim() == 1, "codes must have one dimension, got ",
-                  codes.dim());
-  STD_TORCH_CHECK(
-      row_blocks == 0 ? codes.size(0) == 0 : codes.size(0) % row_blocks == 0,
-      "codes must be of a multiple of ", row_blocks, " bytes for this size, ",
-      "got ", codes.size(0));
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(codes.const_data_ptr()) % 8 == 0,
-                  "codes must start on an 8-byte boundary");
-  return checked_row_layout(codes, geometry, row_bits, row_starts,
-                            row_blocks == 0 ? 0 : codes.size(0) / row_blocks);
-}
-
-inline void check_sensitivity(const Tensor& sensitivity, int64_t total_bits) {
-  STD_TORCH_CHECK(sensitivity.scalar_type() == ScalarType::Float &&
-                      sensitivity.dim() == 1 && sensitivity.is_contiguous(),
-                  "sensitivity must be a contiguous float32 tensor of one "
-                  "dimension");
-  check_total_bits(total_bits, sensitivity.size(0));
-}
-
-inline void check_mask(const Tensor& mask, int64_t numel) {
-  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Byte && mask.dim() == 1 &&
-                      mask.is_contiguous() &&
-                      mask.size(0) == (numel + kBlock - 1) / kBlock,
-                  "mask must be a contiguous uint8 tensor of ",
-                  (numel + kBlock - 1) / kBlock, " bytes");
 }
 
 }  // namespace mmactnn

@@ -1,17 +1,23 @@
-// The arguments of channel_stats, checked.
+// Statistics of channels, for the ops that need them.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 
+#include "../common/channel_stats.h"
 #include "allocate.h"
-#include "channel_stats.h"
-#include "channels.h"
+#include "channel_checks.h"
+#include "registration.h"
 
 namespace mmactnn {
+
+// Of the batch, which are averaged in the running ones, too.
+MMACTNN_KERNEL(batch_stats, const Memory&, const Channels&, double,
+               const RunningStats&, const StatsOutputs&);
+// The running ones in place of the batch's.
+MMACTNN_KERNEL(running_stats, const RunningStats&, double, const StatsOutputs&);
 
 inline void check_running(const char* name, const Tensor& tensor,
                           const Channels& channels, const Tensor& like) {
@@ -23,8 +29,16 @@ inline void check_running(const char* name, const Tensor& tensor,
   check_same_device(name, tensor, like);
 }
 
+// The tensors of RunningStats.
+struct RunningTensors {
+  const std::optional<Tensor>& mean;
+  const std::optional<Tensor>& var;
+  const std::optional<Tensor>& batches;
+};
+
 // Both or none; of one dtype.
-inline Channels check_stats(const Tensor& input, const RunningStats& running) {
+inline Channels check_stats(const Tensor& input,
+                            const RunningTensors& running) {
   const Channels channels = channels_of("input", input);
   STD_TORCH_CHECK(running.mean.has_value() == running.var.has_value(),
                   "running_mean and running_var must both be given or both be "

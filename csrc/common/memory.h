@@ -1,0 +1,40 @@
+// The memory of a tensor, which is all that kernels see of it. They need no
+// header of torch for it, of which each takes the compilers seconds.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+namespace torch::stable {
+class Tensor;
+}
+
+namespace mmactnn {
+
+// Of tensors that have none of the others nobody asks.
+enum class Dtype { kFloat, kHalf, kBFloat16, kOther };
+
+class Memory {
+ public:
+  // Where there is no tensor.
+  Memory() = default;
+  // Implicit, as kernels get what the ops have. The tensor keeps it alive.
+  Memory(const torch::stable::Tensor& tensor);
+  Memory(const std::optional<torch::stable::Tensor>& tensor);
+
+  explicit operator bool() const { return exists_; }
+  const void* const_data_ptr() const { return data_; }
+  void* mutable_data_ptr() const { return data_; }
+  int64_t numel() const { return numel_; }
+  Dtype dtype() const { return dtype_; }
+  // Of the first three.
+  int element_size() const { return dtype_ == Dtype::kFloat ? 4 : 2; }
+
+ private:
+  bool exists_ = false;
+  void* data_ = nullptr;
+  int64_t numel_ = 0;
+  Dtype dtype_ = Dtype::kOther;
+};
+
+}  // namespace mmactnn

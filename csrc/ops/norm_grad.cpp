@@ -1,0 +1,179 @@
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../common/norm_codes.h"
+#include "allocate.h"
+#include "channel_checks.h"
+#include "registration.h"
+
+namespace mmactnn {
+
+// Of a gradient of the output with elements.
+MMACTNN_KERNEL(norm_grad_sums, const Memory&, const NormArguments&,
+               const NormSums&);
+// Gradients of output and input. Of NormCodes::kMask the former are those that
+// pass, and the mask is not looked at.
+MMACTNN_KERNEL(norm_grad_input, const Memory&, const NormArguments&,
+               const NormFactors&, const Memory&);
+
+namespace {
+
+NormArguments check_norm_codes(const Tensor& grad_output, const Tensor& codes,
+                               const Tensor& ranges, int64_t bits,
+                               int64_t group_size, bool split) {
+  const Channels channels = channels_of("grad_output", grad_output);
+  const Geometry geometry = code_geometry("codes", codes, channels, group_size,
+                                          bits, split, grad_output);
+  check_code_ranges(ranges, geometry, split, grad_output);
+  return {split ? NormCodes::kSplit : NormCodes::kPlain,
+          channels,
+          geometry,
+          static_cast<const uint8_t*>(codes.const_data_ptr()),
+          static_cast<const uint32_t*>(ranges.const_data_ptr()),
+          nullptr,
+          bits,
+          bits};
+}
+
+void add_act_codes(const Tensor& grad_output, const Tensor& act_codes,
+                   int64_t act_bits, int64_t group_size,
+                   NormArguments& arguments) {
+  code_geometry("act_codes", act_codes, arguments.channels, group_size,
+                act_bits, true, grad_output);
+  arguments.kind = NormCodes::kMask;
+  arguments.act_codes = static_cast<const uint8_t*>(act_codes.const_data_ptr());
+  arguments.act_bits = act_bits;
+}
+
+struct Sums {
+  std::optional<Tensor> grad;  // that pass, if they are no others
+  Tensor sums;
+};
+
+// `request` lacks where they go.
+Sums sum(const OnDevice& device, const Tensor& grad_output,
+         const NormArguments& arguments, NormSums request = {}) {
+  Sums results{std::nullopt, empty(grad_output, {2, arguments.channels.count},
+                                   ScalarType::Float)};
+  if (arguments.kind == NormCodes::kMask) {
+    results.grad = empty_dense_like(grad_output);
+  }
+  if (grad_output.numel() == 0) {
+    torch::stable::zero_(results.sums);
+    return results;
+  }
+  request.grad = results.grad;
+  request.sums = results.sums;
+  device.run(norm_grad_sums_kernel, grad_output, arguments, request);
+  return results;
+}
+
+Tensor norm_grad_sums(Tensor grad_output, Tensor codes, Tensor ranges,
+                      int64_t bits, int64_t group_size, bool relu) {
+  const NormArguments arguments =
+      check_norm_codes(grad_output, codes, ranges, bits, group_size, relu);
+  return sum(OnDevice(grad_output), grad_output, arguments).sums;
+}
+
+std::tuple<Tensor, Tensor> norm_add_grad_sums(Tensor grad_output, Tensor codes,
+                                              Tensor ranges, Tensor act_codes,
+                                              int64_t bits, int64_t act_bits,
+                                              int64_t group_size) {
+  NormArguments arguments =
+      check_norm_codes(grad_output, codes, ranges, bits, group_size, false);
+  add_act_codes(grad_output, act_codes, act_bits, group_size, arguments);
+  const Sums results = sum(OnDevice(grad_output), grad_output, arguments);
+  return {*results.grad, results.sums};
+}
+
+Tensor norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges,
+                       Tensor scale, Tensor means, int64_t bits,
+                       int64_t group_size, bool relu) {
+  const NormArguments arguments =
+      check_norm_codes(grad_output, codes, ranges, bits, group_size, relu);
+  check_per_channel("scale", scale, arguments.channels, grad_output);
+  check_per_channel("means", means, arguments.channels, grad_output, true);
+  const Tensor grad_input = empty_dense_like(grad_output);
+  if (grad_output.numel() != 0) {
+    const NormFactors factors{
+        static_cast<const float*>(scale.const_data_ptr()),
+        static_cast<const float*>(means.const_data_ptr())};
+    OnDevice(grad_output)
+        .run(norm_grad_input_kernel, grad_output, arguments, factors,
+             grad_input);
+  }
+  return grad_input;
+}
+
+std::vector<Tensor> batch_norm_act_backward(
+    Tensor grad_output, Tensor codes, Tensor ranges,
+    std::optional<Tensor> act_codes, std::optional<Tensor> weight,
+    Tensor invstd, bool relu, bool of_batch, bool needs_input, int64_t bits,
+    int64_t act_bits, int64_t group_size) {
+  NormArguments arguments = check_norm_codes(grad_output, codes, ranges, bits,
+                                             group_size, relu && !act_codes);
+  const Channels channels = arguments.channels;
+  check_per_channel("invstd", invstd, channels, grad_output);
+  if (weight) check_per_channel("weight", *weight, channels, grad_output);
+  if (act_codes) {
+    add_act_codes(grad_output, *act_codes, act_bits, group_size, arguments);
+  }
+  const OnDevice device(grad_output);
+  const bool any = needs_input && grad_output.numel() != 0;
+  std::optional<Tensor> factors;
+  if (any) factors = empty(grad_output, {3, channels.count}, ScalarType::Float);
+  NormSums request{};
+  if (any) {
+    request.factors = factors;
+    if (weight) {
+      request.weight = static_cast<const float*>(weight->const_data_ptr());
+    }
+    request.invstd = static_cast<const float*>(invstd.const_data_ptr());
+    request.of_batch = of_batch;
+  }
+  const Sums sums = sum(device, grad_output, arguments, request);
+  std::vector<Tensor> results{sums.sums};
+  if (needs_input) results.push_back(empty_dense_like(grad_output));
+  if (any) {
+    const auto* scale = static_cast<const float*>(factors->const_data_ptr());
+    device.run(norm_grad_input_kernel, sums.grad.value_or(grad_output),
+               arguments, NormFactors{scale, scale + channels.count},
+               results.back());
+  }
+  if (sums.grad) results.push_back(*sums.grad);
+  return results;
+}
+
+}  // namespace
+}  // namespace mmactnn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mmactnn, m) {
+  m.def(
+      "norm_grad_sums(Tensor grad_output, Tensor codes, Tensor ranges, "
+      "int bits, int group_size, bool relu) -> Tensor sums");
+  m.def(
+      "norm_add_grad_sums(Tensor grad_output, Tensor codes, Tensor ranges, "
+      "Tensor act_codes, int bits, int act_bits, int group_size) -> "
+      "(Tensor grad, Tensor sums)");
+  m.def(
+      "norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges, "
+      "Tensor scale, Tensor means, int bits, int group_size, bool relu) -> "
+      "Tensor");
+  m.def(
+      "batch_norm_act_backward(Tensor grad_output, Tensor codes, "
+      "Tensor ranges, Tensor? act_codes, Tensor? weight, Tensor invstd, "
+      "bool relu, bool of_batch, bool needs_input, int bits, int act_bits, "
+      "int group_size) -> Tensor[]");
+}
+
+MMACTNN_IMPL(m) {
+  m.impl("norm_grad_sums", TORCH_BOX(&mmactnn::norm_grad_sums));
+  m.impl("norm_add_grad_sums", TORCH_BOX(&mmactnn::norm_add_grad_sums));
+  m.impl("norm_grad_input", TORCH_BOX(&mmactnn::norm_grad_input));
+  m.impl("batch_norm_act_backward",
+         TORCH_BOX(&mmactnn::batch_norm_act_backward));
+}

@@ -1,0 +1,71 @@
+// How an op is registered once for both devices, and finds its kernels.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <utility>
+
+#include "../common/memory.h"
+#include "tensor_checks.h"
+
+// Whether there are kernels for the GPU: setup.py names the toolkit then.
+#ifdef MMACTNN_CUDA_VERSION
+#define MMACTNN_WITH_CUDA(...) __VA_ARGS__
+#else
+#define MMACTNN_WITH_CUDA(...)
+#endif
+
+namespace mmactnn {
+
+// One kernel for each device, with arguments of these types.
+template <typename... Arguments>
+struct Kernel {
+  using Launcher = void(Arguments...);
+
+  Launcher* cpu;
+  Launcher* cuda;  // null in a build without kernels for the GPU
+};
+
+// While it lives, the device of a tensor is the current one.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& tensor) : on_gpu_(!tensor.is_cpu()) {
+    if (on_gpu_) guard_.emplace(tensor.get_device_index());
+  }
+
+  template <typename... Types, typename... Arguments>
+  void run(const Kernel<Types...>& kernel, Arguments&&... arguments) const {
+    (on_gpu_ ? kernel.cuda : kernel.cpu)(std::forward<Arguments>(arguments)...);
+  }
+
+ private:
+  bool on_gpu_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
+}  // namespace mmactnn
+
+// Declares cpu::name and cuda::name, which cpu/ and cuda/ define, and the
+// Kernel name_kernel of both. What follows the name are the arguments' types.
+#define MMACTNN_KERNEL(name, ...)                               \
+  namespace cpu {                                               \
+  void name(__VA_ARGS__);                                       \
+  }                                                             \
+  MMACTNN_WITH_CUDA(namespace cuda { void name(__VA_ARGS__); }) \
+  inline constexpr Kernel<__VA_ARGS__> name##_kernel {          \
+    &cpu::name, MMACTNN_WITH_CUDA(&cuda::name)                  \
+  }
+
+// Begins a body of `m.impl(...)`, which is run for every device with kernels.
+#define MMACTNN_IMPL(m)                                                 \
+  static void mmactnn_implement(torch::stable::detail::StableLibrary&); \
+  STABLE_TORCH_LIBRARY_IMPL(mmactnn, CPU, library) {                    \
+    mmactnn_implement(library);                                         \
+  }                                                                     \
+  MMACTNN_WITH_CUDA(STABLE_TORCH_LIBRARY_IMPL(mmactnn, CUDA, library) { \
+    mmactnn_implement(library);                                         \
+  })                                                                    \
+  static void mmactnn_implement(torch::stable::detail::StableLibrary& m)

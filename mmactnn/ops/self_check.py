@@ -1,0 +1,188 @@
+"""One op of each kind on a device, against what it should return there."""
+
+import torch
+
+from . import reference
+from .batch_norm_act import NormSettings, batch_norm_act_
+from .channel_stats import channel_stats
+from .conv_chain import (
+    NOT_ENCODED,
+    ChainPlan,
+    Follows,
+    Link,
+    conv_chain,
+    source_of_input,
+)
+from .dropout import dropout
+from .frozen_norm import frozen_norm_act_
+from .norm_act import norm_act
+from .norm_grad import norm_grad_sums
+from .pool import max_pool2d, max_pool2d_backward
+from .quantize import dequantize, quantize
+from .rectified import dequantize_zeroed
+from .relu import relu_mask, relu_mask_backward
+from .relu_codes import relu_codes
+from .rows import quantize_rows, row_spread, split_bits
+
+_GROUP_SIZE = 64
+
+
+def _make_input(device):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 8, 6, 10, generator=generator)
+    return x.to(device)
+
+
+def _vectors(x):
+    # A number for each channel: scale, shift, mean and variance.
+    steps = torch.arange(1.0, x.shape[1] + 1, device=x.device)
+    return steps / 4, 1 - steps / 8, steps / 16, 1 + steps / 4
+
+
+def _require_equal(found, expected):
+    pairs = zip(found, expected, strict=True)
+    if not all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs):
+        raise AssertionError('the result differs from the reference')
+
+
+def _require_close(found, expected):
+    if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
+        raise AssertionError('the result is too far from the reference')
+
+
+def _check_quantize(x):
+    layout = x.shape, x.stride(), x.dtype
+    payload = quantize(x, 2, _GROUP_SIZE, seed=1)
+    expected = reference.quantize(x.cpu(), 2, _GROUP_SIZE, 1, 0)
+    _require_equal(payload, expected)
+    y = dequantize(*payload, *layout, 2, _GROUP_SIZE)
+    decoded = reference.dequantize(*expected, *layout, 2, _GROUP_SIZE)
+    _require_equal([y], [decoded])
+
+
+def _check_rows(x):
+    spread = row_spread(x, _GROUP_SIZE)
+    widths = split_bits(spread, 7)
+    _require_equal(widths, reference.split_bits(spread.cpu(), 7))
+    format = 7, _GROUP_SIZE
+    codes = quantize_rows(x, *widths, *format, seed=1)
+    cpu = [tensor.cpu() for tensor in (x, *widths)]
+    _require_equal(codes, reference.quantize_rows(*cpu, *format, 1, 0))
+
+
+def _check_mask(x):
+    found = relu_mask(x)
+    _require_equal(found, reference.relu_mask(x.cpu()))
+    _require_equal([relu_mask_backward(x, found[1])], [x.relu()])
+
+
+def _check_rectified(x):
+    output, codes, ranges = relu_codes(x, 3, _GROUP_SIZE, seed=1)
+    expected = reference.relu_codes(x.cpu(), 3, _GROUP_SIZE, 1, 0)
+    _require_equal([output, codes, ranges], expected)
+    format = x.shape, x.stride(), x.dtype, 3, _GROUP_SIZE
+    y = dequantize_zeroed(codes, ranges, *format)
+    decoded = reference.dequantize_zeroed(*expected[1:], *format)
+    _require_equal([y], [decoded])
+
+
+def _check_pool(x):
+    output, indices, format = max_pool2d(x, 3, 2, 1)
+    _require_equal([output], [torch.nn.functional.max_pool2d(x, 3, 2, 1)])
+    grad = max_pool2d_backward(output, indices, format)
+    expected = reference.max_pool2d_backward(
+        output.cpu(), indices.cpu(), format
+    )
+    _require_equal([grad], [expected])
+
+
+def _check_norm(x):
+    scale, shift, mean, _ = _vectors(x)
+    arguments = [x, None, mean, scale, scale, shift]
+    format = True, 2, 0, _GROUP_SIZE
+    output, *payload = norm_act(*arguments, *format, seed=1)
+    cpu = [a if a is None else a.cpu() for a in arguments]
+    expected = reference.norm_act(*cpu, *format, 1, 0)
+    _require_equal([output, *payload[:2]], expected[:3])
+    sums = norm_grad_sums(x, *payload[:2], 2, _GROUP_SIZE, True)
+    grads = [x.cpu(), *expected[1:3]]
+    expected = reference.norm_grad_sums(*grads, 2, _GROUP_SIZE, True)
+    _require_close(sums.cpu(), expected.to(sums.dtype))
+
+
+def _check_statistics(x):
+    found = channel_stats(x, 1e-5, 0.1, None, None)
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    _require_close(found[0], mean)
+    _require_close(found[1], var)
+
+
+def _check_frozen_norm(x):
+    scale, shift, mean, var = _vectors(x)
+    y = x.clone()
+    frozen_norm_act_(y, None, mean, var, scale, shift, 1e-5, True)
+    expected = torch.nn.functional.batch_norm(x, mean, var, scale, shift)
+    _require_close(y, expected.relu())
+
+
+def _check_dropout(x):
+    _require_equal([dropout(x, 0.5, 1)], [reference.dropout(x.cpu(), 0.5, 1)])
+
+
+def _check_chain(x):
+    scale, shift, mean, var = _vectors(x)
+    weight = torch.eye(x.shape[1], device=x.device)[..., None, None]
+    window = (1, 1), (0, 0), (1, 1)
+    format = False, 2, 0, _GROUP_SIZE
+    link = Link(
+        source_of_input(0), None, 0, *window, 1, Follows.NORM_RELU, *format
+    )
+    (output,), _, kept, _ = conv_chain(
+        [x],
+        [weight, None, scale, shift],
+        [mean, var, None],
+        ChainPlan.of([link], [0.1, 1e-5]),
+        NOT_ENCODED,
+        seed=1,
+    )
+    y = x.clone()
+    settings = NormSettings(mean, var, None, False, 0.1, 1e-5)
+    format = True, 2, 0, _GROUP_SIZE
+    invstd, codes = batch_norm_act_(
+        y, None, scale, shift, settings, *format, seed=1
+    )
+    _require_equal([output, *kept], [y, invstd, *codes])
+
+
+_CHECKS = dict(
+    quantize=_check_quantize,
+    rows=_check_rows,
+    mask=_check_mask,
+    rectified=_check_rectified,
+    pool=_check_pool,
+    norm=_check_norm,
+    statistics=_check_statistics,
+    frozen_norm=_check_frozen_norm,
+    dropout=_check_dropout,
+    chain=_check_chain,
+)
+
+
+def self_check(device):
+    """Call one op of each kind, and compare with what it should return.
+
+    Args:
+        device (str): ``'cpu'`` or ``'cuda'``.
+
+    Returns:
+        dict[str, str]: Of each kind ``'ok'``, or what went wrong.
+    """
+    results = {}
+    for kind, check in _CHECKS.items():
+        try:
+            check(_make_input(device))
+        except Exception as error:  # whatever a broken kernel raises
+            results[kind] = str(error) or type(error).__name__
+        else:
+            results[kind] = 'ok'
+    return results

@@ -1,0 +1,41 @@
+"""What holds for all ops."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import mmactnn
+from mmactnn import extension, ops
+
+
+def test_every_op_is_checked():
+    sources = [
+        ast.unparse(node)
+        for path in Path(__file__).parent.glob('test_*.py')
+        for node in ast.parse(path.read_text()).body
+        if getattr(node, 'name', None) == 'test_opcheck'
+    ]
+    text = ' '.join(sources).replace('.', ' ').replace("'", ' ')
+    words = set(text.replace('(', ' ').replace(',', ' ').split())
+    assert set(extension.op_names()) <= words
+
+
+@pytest.mark.parametrize('op', extension.op_names())
+def test_every_op_has_all_kernels(op):
+    built = ['CPU', 'CUDA'] if extension.has_kernels('cuda') else ['CPU']
+    assert extension.kernels_of(op) == [*built, 'Meta']
+
+
+@pytest.mark.parametrize('op', extension.op_names())
+def test_every_op_is_a_function_of_the_package(op):
+    assert op in ops.__all__
+    assert getattr(ops, op).__doc__
+
+
+def test_results_require_no_gradient():
+    x = torch.randn(2, 8, requires_grad=True)
+    results = torch.ops.mmactnn.quantize.default(x, 2, 64, 1, 0)
+    assert not any(result.requires_grad for result in results)
+    assert mmactnn.ops.quantize is ops.quantize
