@@ -6,6 +6,7 @@ import pkgutil
 from torch import nn
 
 from ..adapters import LayeredModule, find_layered
+from ..codes.cache import PayloadCache
 from ..codes.quantizer import LayerQuantizer, OwnSettings
 from ..codes.units import MIB
 from ..config import DEFAULT_LEVEL, get_level
@@ -207,6 +208,7 @@ def convert_model(
             else (*fusion.norms, *fusion.relus)
         )
     }
+    cache = PayloadCache()
     quantizers = []
     for name, module, target in chosen:
         own = OwnSettings()
@@ -223,6 +225,7 @@ def convert_model(
                 precision,
                 rectified.get(module),
                 bool(rectified) and _reads_images(module),
+                cache,
             )
         )
     # Nothing is left to fail: a call that raises has changed no layer.

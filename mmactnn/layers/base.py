@@ -26,6 +26,8 @@ class QuantizedLayer:
     kind = None
     # Whether adaptive levels share out the bits of this kind of layer.
     shares_bits = True
+    # Whether it keeps codes in eval mode, too, while the model is trained.
+    keeps_codes_frozen = False
 
     def _init_quantizer(self, bits, group_size):
         """Set up ``quantizer`` at the end of a constructor.

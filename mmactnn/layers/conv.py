@@ -5,8 +5,10 @@ from torch import nn
 
 from ..autograd import convolution
 from ..autograd.autocast import lower_dtype
+from ..modules.execution import is_leaf_of_trace, record_leaf
 from ..registry import register_layer
 from .base import CodedLayer
+from .gateway import run
 
 
 class _QConv(CodedLayer):
@@ -29,37 +31,34 @@ class _QConv(CodedLayer):
             self.groups,
         )
 
-    def _keeps_codes(self, input, weight, bias):
-        # What torch's function checks before any other, it shall refuse.
-        fits = input.dim() - len(self.kernel_size) in (1, 2) and (
+    def _fits(self, input, weight):
+        """Whether torch takes an input, as far as it checks that first."""
+        return input.dim() - len(self.kernel_size) in (1, 2) and (
             input.dtype == weight.dtype or lower_dtype(input) is not None
         )
-        return self.training and fits and self.compresses(input, weight, bias)
 
     def _convolve(self, input, weight, bias, padding, output_padding):
-        # As torch: a sample alone is a batch of one.
-        single = input.dim() == len(self.kernel_size) + 1
-        output = convolution(
-            input.unsqueeze(0) if single else input,
-            weight,
-            bias,
-            (
-                self.stride,
-                padding,
-                self.dilation,
-                self.transposed,
-                output_padding,
-                self.groups,
-            ),
-            self.quantizer,
+        geometry = (
+            self.stride,
+            padding,
+            self.dilation,
+            self.transposed,
+            output_padding,
+            self.groups,
         )
-        return output.squeeze(0) if single else output
+        quantizer = self.quantizer
+        if input.dim() == len(self.kernel_size) + 2:
+            return convolution(input, weight, bias, geometry, quantizer)
+        # As torch: a sample alone is a batch of one.
+        single = input.unsqueeze(0)
+        output = convolution(single, weight, bias, geometry, quantizer)
+        return output.squeeze(0)
 
 
 class _QForwardConv(_QConv):
-    def _conv_forward(self, input, weight, bias):
-        if not self._keeps_codes(input, weight, bias):
-            return super()._conv_forward(input, weight, bias)
+    def _compress(self, input, weight, bias):
+        if not self._fits(input, weight):
+            return self.torch_class()._conv_forward(self, input, weight, bias)
         padding = self.padding
         if self.padding_mode != 'zeros':
             input = F.pad(
@@ -102,6 +101,21 @@ class QConv1d(_QForwardConv, nn.Conv1d):
         >>> conv(torch.rand(2, 3, 16)).sum().backward()
     """
 
+    def forward(self, input):
+        """See ``nn.Conv1d``."""
+        if is_leaf_of_trace(self, input):
+            return record_leaf(self, (input,))
+        return nn.Conv1d.forward(self, input)
+
+    def _conv_forward(self, input, weight, bias):
+        return run(
+            self,
+            nn.Conv1d._conv_forward,
+            QConv1d._compress,
+            (input, weight, bias),
+            (weight, bias),
+        )
+
 
 @register_layer(
     nn.Conv2d,
@@ -131,6 +145,21 @@ class QConv2d(_QForwardConv, nn.Conv2d):
         >>> conv(torch.rand(2, 3, 16, 16)).sum().backward()
     """
 
+    def forward(self, input):
+        """See ``nn.Conv2d``."""
+        if is_leaf_of_trace(self, input):
+            return record_leaf(self, (input,))
+        return nn.Conv2d.forward(self, input)
+
+    def _conv_forward(self, input, weight, bias):
+        return run(
+            self,
+            nn.Conv2d._conv_forward,
+            QConv2d._compress,
+            (input, weight, bias),
+            (weight, bias),
+        )
+
 
 @register_layer(
     nn.Conv3d,
@@ -147,26 +176,27 @@ class QConv3d(_QForwardConv, nn.Conv3d):
         >>> conv(torch.rand(2, 3, 4, 8, 8)).sum().backward()
     """
 
+    def forward(self, input):
+        """See ``nn.Conv3d``."""
+        if is_leaf_of_trace(self, input):
+            return record_leaf(self, (input,))
+        return nn.Conv3d.forward(self, input)
+
+    def _conv_forward(self, input, weight, bias):
+        return run(
+            self,
+            nn.Conv3d._conv_forward,
+            QConv3d._compress,
+            (input, weight, bias),
+            (weight, bias),
+        )
+
 
 class _QTransposedConv(_QConv):
-    def forward(self, input, output_size=None):
-        """See ``nn.ConvTranspose2d``.
-
-        Args:
-            input (Tensor[N, C, *]): Or Tensor[C, *], a sample alone.
-            output_size (Sequence[int], optional): Size of the output where
-                the stride leaves a choice, with or without N and C. Defaults
-                to what ``output_padding`` says.
-
-        Returns:
-            Tensor[N, O, *]: The output.
-
-        Raises:
-            ValueError: If there is no output of that size.
-            RuntimeError: As torch's layer, which sees wrong inputs first.
-        """
-        if not self._keeps_codes(input, self.weight, self.bias):
-            return super().forward(input, output_size)
+    def _compress(self, input, output_size=None):
+        weight, bias = self.weight, self.bias
+        if not self._fits(input, weight):
+            return self.torch_class().forward(self, input, output_size)
         output_padding = self._output_padding(
             input,
             output_size,
@@ -177,7 +207,7 @@ class _QTransposedConv(_QConv):
             self.dilation,
         )
         return self._convolve(
-            input, self.weight, self.bias, self.padding, output_padding
+            input, weight, bias, self.padding, output_padding
         )
 
 
@@ -195,6 +225,30 @@ class QConvTranspose1d(_QTransposedConv, nn.ConvTranspose1d):
         >>> conv(torch.rand(2, 8, 16)).sum().backward()
     """
 
+    def forward(self, input, output_size=None):
+        """See ``nn.ConvTranspose1d``.
+
+        Args:
+            input (Tensor[N, C, *]): Or Tensor[C, *], a sample alone.
+            output_size (Sequence[int], optional): Size of the output where
+                the stride leaves a choice, with or without N and C. Defaults
+                to what ``output_padding`` says.
+
+        Returns:
+            Tensor[N, O, *]: The output.
+
+        Raises:
+            ValueError: If there is no output of that size.
+            RuntimeError: As torch's layer, which sees wrong inputs first.
+        """
+        return run(
+            self,
+            nn.ConvTranspose1d.forward,
+            QConvTranspose1d._compress,
+            (input, output_size),
+            (self.weight, self.bias),
+        )
+
 
 @register_layer(
     nn.ConvTranspose2d,
@@ -211,6 +265,30 @@ class QConvTranspose2d(_QTransposedConv, nn.ConvTranspose2d):
         >>> conv(torch.rand(2, 8, 16, 16)).sum().backward()
     """
 
+    def forward(self, input, output_size=None):
+        """See ``nn.ConvTranspose2d``.
+
+        Args:
+            input (Tensor[N, C, *]): Or Tensor[C, *], a sample alone.
+            output_size (Sequence[int], optional): Size of the output where
+                the stride leaves a choice, with or without N and C. Defaults
+                to what ``output_padding`` says.
+
+        Returns:
+            Tensor[N, O, *]: The output.
+
+        Raises:
+            ValueError: If there is no output of that size.
+            RuntimeError: As torch's layer, which sees wrong inputs first.
+        """
+        return run(
+            self,
+            nn.ConvTranspose2d.forward,
+            QConvTranspose2d._compress,
+            (input, output_size),
+            (self.weight, self.bias),
+        )
+
 
 @register_layer(
     nn.ConvTranspose3d,
@@ -226,3 +304,27 @@ class QConvTranspose3d(_QTransposedConv, nn.ConvTranspose3d):
         >>> conv = QConvTranspose3d(8, 3, 2, stride=2)
         >>> conv(torch.rand(2, 8, 4, 8, 8)).sum().backward()
     """
+
+    def forward(self, input, output_size=None):
+        """See ``nn.ConvTranspose3d``.
+
+        Args:
+            input (Tensor[N, C, *]): Or Tensor[C, *], a sample alone.
+            output_size (Sequence[int], optional): Size of the output where
+                the stride leaves a choice, with or without N and C. Defaults
+                to what ``output_padding`` says.
+
+        Returns:
+            Tensor[N, O, *]: The output.
+
+        Raises:
+            ValueError: If there is no output of that size.
+            RuntimeError: As torch's layer, which sees wrong inputs first.
+        """
+        return run(
+            self,
+            nn.ConvTranspose3d.forward,
+            QConvTranspose3d._compress,
+            (input, output_size),
+            (self.weight, self.bias),
+        )

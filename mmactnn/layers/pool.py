@@ -8,6 +8,7 @@ from ..autograd import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from ..ops import MAX_TAPS, as_pair
 from ..registry import register_layer
 from .base import ExactLayer
+from .gateway import run
 
 
 @register_layer(
@@ -50,10 +51,11 @@ class QMaxPool2d(ExactLayer, nn.MaxPool2d):
 
     def forward(self, input):
         """See ``nn.MaxPool2d``."""
-        if not (self.training and self.compresses(input)) or (
-            self.why_exact(self) is not None
-        ):
-            return super().forward(input)
+        return run(self, nn.MaxPool2d.forward, QMaxPool2d._compress, (input,))
+
+    def _compress(self, input):
+        if self.why_exact(self) is not None:
+            return nn.MaxPool2d.forward(self, input)
         return max_pool2d(
             input,
             self.kernel_size,
@@ -86,8 +88,9 @@ class QAvgPool2d(ExactLayer, nn.AvgPool2d):
 
     def forward(self, input):
         """See ``nn.AvgPool2d``."""
-        if not (self.training and self.compresses(input)):
-            return super().forward(input)
+        return run(self, nn.AvgPool2d.forward, QAvgPool2d._compress, (input,))
+
+    def _compress(self, input):
         return avg_pool2d(
             input,
             self.kernel_size,
@@ -129,8 +132,14 @@ class QAdaptiveAvgPool2d(ExactLayer, nn.AdaptiveAvgPool2d):
 
     def forward(self, input):
         """See ``nn.AdaptiveAvgPool2d``."""
-        if not (self.training and self.compresses(input)) or (
-            self.why_exact(self) is not None
-        ):
-            return super().forward(input)
+        return run(
+            self,
+            nn.AdaptiveAvgPool2d.forward,
+            QAdaptiveAvgPool2d._compress,
+            (input,),
+        )
+
+    def _compress(self, input):
+        if self.why_exact(self) is not None:
+            return nn.AdaptiveAvgPool2d.forward(self, input)
         return adaptive_avg_pool2d(input, self.output_size, self.quantizer)
