@@ -6,11 +6,13 @@ have no rules for ``vmap``.
 """
 
 import functools
+import itertools
 
 import torch
 from torch.autograd import Function
 
 _functorch = torch._C._functorch
+_BATCHED = torch._C._parse_dispatch_key('Batched')
 
 
 class _Refuse(Function):
@@ -62,7 +64,7 @@ def linear_map(function, adjoint, tensor):
     Returns:
         Tensor[*]: The value.
     """
-    if _functorch.peek_interpreter_stack() is not None:
+    if _is_batched(tensor):
         return _for_each(
             lambda part: (linear_map(function, adjoint, part),), (tensor,)
         )[0]
@@ -109,9 +111,9 @@ def first_order_only(name, unless=None):
 
         @functools.wraps(backward)
         def wrapper(ctx, *grad_outputs):
-            if _functorch.peek_interpreter_stack() is None:
-                return one(ctx, *grad_outputs)
-            return _for_each(functools.partial(one, ctx), grad_outputs)
+            if any(map(_is_batched, grad_outputs)):
+                return _for_each(functools.partial(one, ctx), grad_outputs)
+            return one(ctx, *grad_outputs)
 
         return wrapper
 
@@ -141,6 +143,25 @@ def _sources(ctx):
     return [] if source is None else [source]
 
 
+def _is_batched(tensor):
+    """Whether ``vmap`` has made a tensor; gradients have one of their own."""
+    return tensor is not None and (
+        torch._C._dispatch_keys(tensor).has(_BATCHED)
+        or _functorch.is_batchedtensor(tensor)
+    )
+
+
+def _take_apart(tensor):
+    """Members of a batch, and what makes a batch of them again."""
+    if torch._C._dispatch_keys(tensor).has(_BATCHED):
+        members = torch._remove_batch_dim(tensor, 1, 1, 0).unbind()
+        return members, lambda whole: torch._add_batch_dim(whole, 0, 1)
+    level = _functorch.maybe_get_level(tensor)
+    whole = _functorch.get_unwrapped(tensor)
+    members = whole.unbind(_functorch.maybe_get_bdim(tensor))
+    return members, lambda whole: _functorch._add_batch_dim(whole, 0, level)
+
+
 def _for_each(function, tensors):
     """Call a function for each member of a batch of ``vmap``.
 
@@ -153,52 +174,23 @@ def _for_each(function, tensors):
         tuple[Tensor | None]: The values, batched by the same level.
 
     Raises:
-        RuntimeError: Under any other transform.
+        RuntimeError: If they are batched by several.
     """
-    batched = [
-        tensor is not None and _functorch.is_batchedtensor(tensor)
-        for tensor in tensors
-    ]
-    if not any(batched):
-        return function(*tensors)
-    levels = {
-        _functorch.maybe_get_level(tensor)
-        for tensor, is_batched in zip(tensors, batched)
-        if is_batched
-    }
-    parts = [
-        _functorch.get_unwrapped(tensor).unbind(
-            _functorch.maybe_get_bdim(tensor)
-        )
-        if is_batched
-        else None
-        for tensor, is_batched in zip(tensors, batched)
-    ]
-    nested = any(
-        _functorch.is_functorch_wrapped_tensor(part[0])
-        for part in parts
-        if part
-    )
-    if len(levels) > 1 or nested:
-        raise RuntimeError(
-            'gradients of compressed layers take one level of vmap at most '
-            f'(is_grads_batched=True), got levels {sorted(levels)} and more; '
-            'use level L0'
-        )
-    (level,) = levels
-    count = next(len(part) for part in parts if part is not None)
-    results = [
-        function(
-            *(
-                tensor if part is None else part[i]
-                for tensor, part in zip(tensors, parts)
-            )
-        )
-        for i in range(count)
-    ]
+    columns, count = [], 0
+    for tensor in tensors:
+        column = itertools.repeat(tensor)
+        if _is_batched(tensor):
+            column, as_batch = _take_apart(tensor)
+            count = len(column)
+            if any(map(_is_batched, column)):
+                raise RuntimeError(
+                    'gradients of compressed layers can be batched once '
+                    '(is_grads_batched=True), got a batch of batches; use '
+                    'level L0'
+                )
+        columns.append(column)
+    results = [function(*row) for row, _ in zip(zip(*columns), range(count))]
     return tuple(
-        None
-        if values[0] is None
-        else _functorch._add_batch_dim(torch.stack(values), 0, level)
+        None if values[0] is None else as_batch(torch.stack(values))
         for values in zip(*results)
     )
