@@ -139,6 +139,27 @@ def _sums_of_pieces(record, weight, w, payload, grad_output, needs_bias):
 
 
 class _Convolution(Function):
+    """Convolution, transposed or not, with the weight's gradient from codes.
+
+    The forward pass and the gradient of the input are exact. The gradient of
+    the weight is linear in the input, hence unbiased (ActNN,
+    arXiv:2104.14129, Sec. 3.1).
+
+    Args:
+        input (Tensor[N, C, *]): float32, float16 or bfloat16; under autocast
+            it is cast to autocast's dtype.
+        weight (Tensor[O, C / groups, *]): Weight; Tensor[C, O / groups, *]
+            if transposed.
+        bias (Tensor[O], optional): Bias.
+        geometry (tuple): Stride, padding, dilation (tuples of int),
+            transposed (bool), output padding (tuple of int) and groups (int),
+            as ``torch.ops.aten.convolution`` takes them.
+        quantizer (LayerQuantizer): Settings of the layer.
+
+    Returns:
+        Tensor[N, O, *]: The output.
+    """
+
     @staticmethod
     def forward(ctx, input, weight, bias, geometry, quantizer):
         # Functions are called only where they are needed: small convolutions
@@ -254,25 +275,6 @@ def _fan(input_size, output_size, weight, geometry):
     return weight.numel() * positions / output_size[1]
 
 
-def convolution(input, weight, bias, geometry, quantizer):
-    """Convolution, transposed or not, with the weight's gradient from codes.
-
-    The forward pass and the gradient of the input are exact. The gradient of
-    the weight is linear in the input, hence unbiased (ActNN,
-    arXiv:2104.14129, Sec. 3.1).
-
-    Args:
-        input (Tensor[N, C, *]): float32, float16 or bfloat16; under autocast
-            it is cast to autocast's dtype.
-        weight (Tensor[O, C / groups, *]): Weight; Tensor[C, O / groups, *]
-            if transposed.
-        bias (Tensor[O], optional): Bias.
-        geometry (tuple): Stride, padding, dilation (tuples of int),
-            transposed (bool), output padding (tuple of int) and groups (int),
-            as ``torch.ops.aten.convolution`` takes them.
-        quantizer (LayerQuantizer): Settings of the layer.
-
-    Returns:
-        Tensor[N, O, *]: The output.
-    """
-    return _Convolution.apply(input, weight, bias, geometry, quantizer)
+# A call less than a function of it would be: small convolutions wait for the
+# host.
+convolution = _Convolution.apply

@@ -12,11 +12,14 @@ import torch
 from ..ops.capture import is_capturing
 from ..ops.layout import dense
 
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
 
 class _Entry(NamedTuple):
     reference: weakref.ref
     payload: object
     version: int
+    # What tensors that were saved then went through, and whether into a graph.
     context: tuple
     checksum: int | None
 
@@ -64,7 +67,7 @@ class PayloadCache:
             weakref.ref(tensor, functools.partial(entries.pop, key)),
             payload,
             tensor._version,
-            _context(tensor),
+            (_saved_tensors_hooks(True), tensor.is_cuda and is_capturing()),
             checksum(tensor) if checked and tensor.is_cpu else None,
         )
 
@@ -81,11 +84,16 @@ class PayloadCache:
             CUDA graph: its replays read other values from the same tensor.
         """
         entry = self._entries.get(id(tensor))
+        if entry is None:
+            return None
+        context = (
+            _saved_tensors_hooks(True),
+            tensor.is_cuda and is_capturing(),
+        )
         if (
-            entry is None
-            or entry.reference() is not tensor
+            entry.reference() is not tensor
             or entry.version != tensor._version
-            or entry.context != _context(tensor)
+            or entry.context != context
             or (
                 entry.checksum is not None
                 and entry.checksum != checksum(tensor)
@@ -147,9 +155,3 @@ def checksum(tensor):
         return 0
     memory = (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
     return zlib.crc32(memory)
-
-
-def _context(tensor):
-    """What tensors that are saved now go through, and whether into a graph."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks, tensor.is_cuda and is_capturing()

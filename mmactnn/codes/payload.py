@@ -149,13 +149,9 @@ class QuantizedTensor(Payload):
         self.ranges = ranges
         self.row_bits = row_bits
         self.row_starts = row_starts
-
-    @property
-    def tensors(self):
-        """tuple[Tensor]: What to save for backward."""
-        if self.row_bits is None:
-            return self.codes, self.ranges
-        return self.codes, self.ranges, self.row_bits, self.row_starts
+        self.tensors = (codes, ranges)
+        if row_bits is not None:
+            self.tensors = (codes, ranges, row_bits, row_starts)
 
     def unpack(self, start=None, stop=None):
         """See the base class."""

@@ -297,7 +297,15 @@ class LayerQuantizer:
             bits, samples = slot.bits, rows.shape[0]
             if samples > 1 and MIN_BITS < bits < MAX_BITS:
                 total = round(bits * samples)
-                row_bits, row_starts = self._split_bits(rows, total)
+                if slot.precision.num_samples is None:
+                    spread = torch.ops.mmactnn.row_spread.default(
+                        rows, group_size
+                    )
+                    row_bits, row_starts = (
+                        torch.ops.mmactnn.split_bits.default(spread, total)
+                    )
+                else:
+                    row_bits, row_starts, _ = slot.row_bits(rows, group_size)
                 bits = total / samples
         seed, offset, count = self.generator.next(rows.device)
         # As signed integers of 64 bits.
@@ -323,17 +331,6 @@ class LayerQuantizer:
             rows.shape, rows.stride(), rows.dtype, bits, group_size
         )
         return QuantizedTensor(format, codes, ranges, row_bits, row_starts)
-
-    def _split_bits(self, rows, total):
-        """Bits and first bit of each sample, of so many for all."""
-        slot = self.slot
-        if slot.precision.num_samples is None:
-            spread = torch.ops.mmactnn.row_spread.default(
-                rows, self.group_size
-            )
-            return torch.ops.mmactnn.split_bits.default(spread, total)
-        row_bits, row_starts, _ = slot.row_bits(rows, self.group_size)
-        return row_bits, row_starts
 
     def encoding(self, samples):
         """How an op is to round what :meth:`pack` would.
@@ -411,9 +408,13 @@ class LayerQuantizer:
             payload.slot = self.slot
             if tensor is input:
                 self.cache.put(input, payload)
-        watch = None
-        if payload.slot is not None:
-            watch = self.watch_kept(payload, first)
+        watch, slot = None, payload.slot
+        if slot is not None:
+            precision = slot.precision
+            if precision.num_samples is not None or tensor.is_cuda:
+                watch = self.watch_kept(payload, first)
+            elif precision.collecting:
+                watch = Watch(slot, None, True, first)
         return payload.format, payload.tensors, watch
 
     def find_shared(self, input, tensor):

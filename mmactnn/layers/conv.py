@@ -5,7 +5,7 @@ from torch import nn
 
 from ..autograd import convolution
 from ..autograd.autocast import lower_dtype
-from ..modules.execution import is_leaf_of_trace, record_leaf
+from ..modules.execution import ORDINARY, is_leaf_of_trace, record_leaf
 from ..registry import register_layer
 from .base import CodedLayer
 from .gateway import run
@@ -31,33 +31,18 @@ class _QConv(CodedLayer):
             self.groups,
         )
 
-    def _fits(self, input, weight):
-        """Whether torch takes an input, as far as it checks that first."""
-        return input.dim() - len(self.kernel_size) in (1, 2) and (
-            input.dtype == weight.dtype or lower_dtype(input) is not None
-        )
-
-    def _convolve(self, input, weight, bias, padding, output_padding):
-        geometry = (
-            self.stride,
-            padding,
-            self.dilation,
-            self.transposed,
-            output_padding,
-            self.groups,
-        )
-        quantizer = self.quantizer
-        if input.dim() == len(self.kernel_size) + 2:
-            return convolution(input, weight, bias, geometry, quantizer)
-        # As torch: a sample alone is a batch of one.
-        single = input.unsqueeze(0)
-        output = convolution(single, weight, bias, geometry, quantizer)
-        return output.squeeze(0)
-
 
 class _QForwardConv(_QConv):
     def _compress(self, input, weight, bias):
-        if not self._fits(input, weight):
+        rank = input.dim() - len(self.kernel_size)
+        if rank == 1:
+            # As torch: a sample alone is a batch of one.
+            batch = input.unsqueeze(0)
+            return self._compress(batch, weight, bias).squeeze(0)
+        if rank != 2 or (
+            input.dtype != weight.dtype and lower_dtype(input) is None
+        ):
+            # What torch's function checks before any other, it shall refuse.
             return self.torch_class()._conv_forward(self, input, weight, bias)
         padding = self.padding
         if self.padding_mode != 'zeros':
@@ -69,9 +54,15 @@ class _QForwardConv(_QConv):
             padding = (0,) * len(self.kernel_size)
         elif isinstance(padding, str):
             input, padding = self._resolve_padding(input)
-        return self._convolve(
-            input, weight, bias, padding, self.output_padding
+        geometry = (
+            self.stride,
+            padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
         )
+        return convolution(input, weight, bias, geometry, self.quantizer)
 
     def _resolve_padding(self, input):
         """Padding 'same' or 'valid' as numbers, one odd side padded here."""
@@ -103,7 +94,7 @@ class QConv1d(_QForwardConv, nn.Conv1d):
 
     def forward(self, input):
         """See ``nn.Conv1d``."""
-        if is_leaf_of_trace(self, input):
+        if type(input) not in ORDINARY and is_leaf_of_trace(self, input):
             return record_leaf(self, (input,))
         return nn.Conv1d.forward(self, input)
 
@@ -147,7 +138,7 @@ class QConv2d(_QForwardConv, nn.Conv2d):
 
     def forward(self, input):
         """See ``nn.Conv2d``."""
-        if is_leaf_of_trace(self, input):
+        if type(input) not in ORDINARY and is_leaf_of_trace(self, input):
             return record_leaf(self, (input,))
         return nn.Conv2d.forward(self, input)
 
@@ -178,7 +169,7 @@ class QConv3d(_QForwardConv, nn.Conv3d):
 
     def forward(self, input):
         """See ``nn.Conv3d``."""
-        if is_leaf_of_trace(self, input):
+        if type(input) not in ORDINARY and is_leaf_of_trace(self, input):
             return record_leaf(self, (input,))
         return nn.Conv3d.forward(self, input)
 
@@ -195,7 +186,10 @@ class QConv3d(_QForwardConv, nn.Conv3d):
 class _QTransposedConv(_QConv):
     def _compress(self, input, output_size=None):
         weight, bias = self.weight, self.bias
-        if not self._fits(input, weight):
+        rank = input.dim() - len(self.kernel_size)
+        if rank not in (1, 2) or (
+            input.dtype != weight.dtype and lower_dtype(input) is None
+        ):
             return self.torch_class().forward(self, input, output_size)
         output_padding = self._output_padding(
             input,
@@ -206,9 +200,17 @@ class _QTransposedConv(_QConv):
             len(self.kernel_size),
             self.dilation,
         )
-        return self._convolve(
-            input, weight, bias, self.padding, output_padding
+        geometry = (
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            output_padding,
+            self.groups,
         )
+        batch = input.unsqueeze(0) if rank == 1 else input
+        output = convolution(batch, weight, bias, geometry, self.quantizer)
+        return output.squeeze(0) if rank == 1 else output
 
 
 @register_layer(

@@ -27,13 +27,11 @@ from torch.compiler import is_dynamo_compiling
 from ..modules.execution import (
     ORDINARY,
     call_outside_graph,
-    has_values,
     is_leaf_of_trace,
-    is_transformed,
+    is_plain,
     overrides_dispatch,
     overrides_functions,
     record_leaf,
-    runs_other_functions,
 )
 from ..registry import default_registry
 
@@ -99,26 +97,11 @@ def keeps_codes(layer, input, parameters=(), without_grad=False):
             if type(tensor) not in ORDINARY or tensor.is_meta:
                 return False
             needed = needed or tensor.requires_grad
-    return (
-        needed
-        and not is_transformed()
-        and has_values(input)
-        and not runs_other_functions()
-        and has_intact_parent(type(layer))
-    )
-
-
-def has_intact_parent(cls):
-    """Whether the functions that a layer stands for are still in place.
-
-    Args:
-        cls (type): Class of the layer.
-
-    Returns:
-        bool: False if one of its parent's was replaced, for all layers.
-    """
-    parent, functions = _parent_functions(cls)
+    if not needed or not is_plain(input):
+        return False
+    parent, functions = _parent_functions(type(layer))
     for name, function in functions:
+        # Somebody may have replaced it for all layers.
         if getattr(parent, name, None) is not function:
             return False
     return True

@@ -25,24 +25,13 @@ def is_ordinary(tensor):
         storage (meta, fake), sparse, nested and quantised ones, and wrappers
         of functorch's transforms.
     """
-    return type(tensor) in ORDINARY and has_values(tensor)
-
-
-def has_values(tensor):
-    """Whether kernels can read the memory of a tensor, whatever its class.
-
-    Args:
-        tensor (Tensor[*]): The tensor.
-
-    Returns:
-        bool: See :func:`is_ordinary`.
-    """
-    return not (
-        tensor.is_meta
-        or tensor.layout is not torch.strided
-        or tensor.is_nested
-        or tensor.is_quantized
-        or _functorch.is_functorch_wrapped_tensor(tensor)
+    return (
+        type(tensor) in ORDINARY
+        and not tensor.is_meta
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and not tensor.is_quantized
+        and not _functorch.is_functorch_wrapped_tensor(tensor)
     )
 
 
@@ -64,13 +53,39 @@ def is_transformed():
     )
 
 
-def runs_other_functions():
-    """Whether a function mode may replace functions of torch.
+def is_plain(input):
+    """Whether a call computes what it says and nobody follows it.
+
+    All of :func:`is_transformed`, of function modes and, but for the class,
+    of :func:`is_ordinary` at once: every layer asks at every call.
+
+    Args:
+        input (Tensor[*]): First argument of the call.
 
     Returns:
-        bool: True under function modes other than ``torch.device`` as a
-        context.
+        bool: True under dispatch modes that only look on.
     """
+    return (
+        _functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and not (
+            torch._C._len_torch_dispatch_stack() > 0
+            and torch._C._get_dispatch_mode(_PROXY) is not None
+        )
+        and not input.is_meta
+        and input.layout is torch.strided
+        and not input.is_nested
+        and not input.is_quantized
+        and not _functorch.is_functorch_wrapped_tensor(input)
+        and (
+            torch._C._len_torch_function_stack() == 0
+            or not _has_function_mode()
+        )
+    )
+
+
+def _has_function_mode():
     count = torch._C._len_torch_function_stack()
     return count > 0 and any(
         type(torch._C._get_function_stack_at(i)) is not DeviceContext
@@ -151,7 +166,7 @@ def is_observed():
     return (
         module_hooks._has_any_global_hook()
         or torch._C._len_torch_dispatch_stack() > 0
-        or runs_other_functions()
+        or _has_function_mode()
     )
 
 

@@ -174,6 +174,8 @@ class TestStatistics:
     def test_weight(self, bits, training, device):
         """Unbiased, with the variance of the closed form."""
         norm = make_norm(device, bits).train(training)
+        trained = trained_beside(norm)
+        assert trained.training
         # 4 groups of 256 elements a sample, one for each channel.
         x = make_input(device, size=(3, 4, 16, 16))
         grad_output = torch.randn_like(x)
@@ -477,6 +479,8 @@ class TestAutograd:
     @pytest.mark.parametrize('training', [True, False])
     def test_double_backward(self, training, device):
         norm = make_norm(device).train(training)
+        trained = trained_beside(norm)
+        assert trained.training
         x = make_input(device).requires_grad_()
         grads = torch.autograd.grad(
             norm(x).square().sum(), (x, *norm.parameters()), create_graph=True
