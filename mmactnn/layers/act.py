@@ -32,6 +32,10 @@ def _is_refused(layer, input):
 @register_layer(
     nn.ReLU,
     saved_by_torch=lambda call: (call.output,),
+    examples=lambda: {
+        'plain': (lambda: QReLU(), (3, 4, 7, 5)),
+        'in place': (lambda: QReLU(inplace=True), (3, 4, 7, 5)),
+    },
 )
 class QReLU(_Rectifier, nn.ReLU):
     """``nn.ReLU`` that keeps a mask of one bit an element. Exact.
@@ -74,6 +78,9 @@ class QReLU(_Rectifier, nn.ReLU):
 @register_layer(
     nn.ReLU6,
     saved_by_torch=lambda call: (call.input,),
+    examples=lambda: {
+        'plain': (lambda: QReLU6(), (3, 4, 7, 5)),
+    },
 )
 class QReLU6(_Rectifier, nn.ReLU6):
     """``nn.ReLU6`` that keeps a mask of one bit an element. Exact.
@@ -106,6 +113,9 @@ class QReLU6(_Rectifier, nn.ReLU6):
 @register_layer(
     nn.LeakyReLU,
     saved_by_torch=lambda call: (call.input,),
+    examples=lambda: {
+        'plain': (lambda: QLeakyReLU(0.2), (3, 4, 7, 5)),
+    },
 )
 class QLeakyReLU(_Rectifier, nn.LeakyReLU):
     """``nn.LeakyReLU`` that keeps a mask of one bit an element. Exact.
@@ -163,6 +173,9 @@ class SmoothLayer(CodedLayer):
 @register_layer(
     nn.SiLU,
     saved_by_torch=lambda call: (call.input,),
+    examples=lambda: {
+        'plain': (lambda: QSiLU(), (3, 4, 7, 5)),
+    },
 )
 class QSiLU(SmoothLayer, nn.SiLU):
     """``nn.SiLU`` that keeps its derivative as codes of a few bits.

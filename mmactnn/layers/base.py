@@ -1,9 +1,11 @@
 """What every compressed layer has in common."""
 
 import copy
+import functools
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..codes.quantizer import LayerQuantizer, OwnSettings
 from ..config import DEFAULT_LEVEL
@@ -82,13 +84,22 @@ class QuantizedLayer:
         """Turn an instance of the torch parent into this class, in place.
 
         Parameters, buffers, hooks and references to the module stay valid.
+        What a subclass of the parent adds stays, too: the layer is then of a
+        class that has both as bases.
 
         Args:
             module (nn.Module): The layer to convert.
             quantizer (LayerQuantizer): Its settings.
         """
-        module.__dict__['_converted_from'] = type(module)
-        module.__class__ = cls
+        wrapped = type(module)
+        source = wrapped
+        if is_parametrized(module):
+            source = wrapped.__bases__[0]
+        parent, target = cls.torch_class(), cls
+        if source is not parent and issubclass(source, parent):
+            target = _with_additions_of(cls, source)
+        module.__dict__['_converted_from'] = source
+        module.__class__ = _with_properties_of(module, wrapped, target)
         module.quantizer = quantizer
 
     def revert_(self):
@@ -101,7 +112,7 @@ class QuantizedLayer:
         original = self.plain_class
         self.__dict__.pop('_converted_from', None)
         del self.quantizer
-        self.__class__ = original
+        self.__class__ = _with_properties_of(self, type(self), original)
         return original
 
     @classmethod
@@ -256,6 +267,58 @@ class ExactLayer(QuantizedLayer):
     def rule_bits(cls, rule):
         """See the base class."""
         return None if rule.bits is None else cls.kept_bits
+
+
+@functools.cache
+def _with_additions_of(cls, source):
+    """A compressed class with the methods that a plain subclass adds.
+
+    Args:
+        cls (type): The compressed class.
+        source (type): Subclass of its torch parent that computes as that.
+
+    Returns:
+        type: Derived from both.
+    """
+
+    def reduce(self, protocol):
+        return _new_with_additions, (cls, source), self.__dict__.copy()
+
+    namespace = dict(
+        __module__=cls.__module__,
+        __doc__=source.__doc__,
+        # No module has the class by its name.
+        __reduce_ex__=reduce,
+    )
+    return type(cls.__name__, (cls, source), namespace)
+
+
+def _new_with_additions(cls, source):
+    derived = _with_additions_of(cls, source)
+    return derived.__new__(derived)
+
+
+def _with_properties_of(module, wrapped, cls):
+    """A class, with the properties that parametrisations are read through.
+
+    Torch derives a class of its own for each module with parametrisations.
+
+    Args:
+        module (nn.Module): The module.
+        wrapped (type): Its class so far.
+        cls (type): The class that it gets.
+
+    Returns:
+        type: ``cls``; for a parametrised module a class derived from it.
+    """
+    if not is_parametrized(module):
+        return cls
+    namespace = {
+        name: value
+        for name, value in vars(wrapped).items()
+        if name not in ('__dict__', '__weakref__')
+    }
+    return type(f'Parametrized{cls.__name__}', (cls,), namespace)
 
 
 def _shallow_copy(layer):

@@ -81,6 +81,21 @@ class _QForwardConv(_QConv):
 @register_layer(
     nn.Conv1d,
     saved_by_torch=lambda call: (call.input, call.weight),
+    examples=lambda: {
+        'plain': (lambda: QConv1d(4, 8, 3), (3, 4, 7)),
+        'same': (
+            lambda: QConv1d(4, 8, 3, padding='same', dilation=2),
+            (3, 4, 7),
+        ),
+        'circular': (
+            lambda: QConv1d(4, 8, 3, padding=1, padding_mode='circular'),
+            (3, 4, 7),
+        ),
+        'groups': (
+            lambda: QConv1d(4, 8, 3, padding=1, groups=2, bias=False),
+            (3, 4, 7),
+        ),
+    },
 )
 class QConv1d(_QForwardConv, nn.Conv1d):
     """``nn.Conv1d`` that keeps its input as codes of a few bits.
@@ -113,6 +128,21 @@ class QConv1d(_QForwardConv, nn.Conv1d):
     saved_by_torch=lambda call: (call.input, call.weight),
     names=('QConv',),
     aliases=('mmcv.cnn.bricks.wrappers.Conv2d',),
+    examples=lambda: {
+        'plain': (lambda: QConv2d(4, 8, 3), (3, 4, 7, 5)),
+        'same': (
+            lambda: QConv2d(4, 8, 3, padding='same', dilation=2),
+            (3, 4, 7, 5),
+        ),
+        'circular': (
+            lambda: QConv2d(4, 8, 3, padding=1, padding_mode='circular'),
+            (3, 4, 7, 5),
+        ),
+        'groups': (
+            lambda: QConv2d(4, 8, 3, padding=1, groups=2, bias=False),
+            (3, 4, 7, 5),
+        ),
+    },
 )
 class QConv2d(_QForwardConv, nn.Conv2d):
     """``nn.Conv2d`` that keeps its input as codes of a few bits.
@@ -156,6 +186,21 @@ class QConv2d(_QForwardConv, nn.Conv2d):
     nn.Conv3d,
     saved_by_torch=lambda call: (call.input, call.weight),
     aliases=('mmcv.cnn.bricks.wrappers.Conv3d',),
+    examples=lambda: {
+        'plain': (lambda: QConv3d(4, 8, 3), (3, 4, 7, 5, 6)),
+        'same': (
+            lambda: QConv3d(4, 8, 3, padding='same', dilation=2),
+            (3, 4, 7, 5, 6),
+        ),
+        'circular': (
+            lambda: QConv3d(4, 8, 3, padding=1, padding_mode='circular'),
+            (3, 4, 7, 5, 6),
+        ),
+        'groups': (
+            lambda: QConv3d(4, 8, 3, padding=1, groups=2, bias=False),
+            (3, 4, 7, 5, 6),
+        ),
+    },
 )
 class QConv3d(_QForwardConv, nn.Conv3d):
     """``nn.Conv3d`` that keeps its input as codes of a few bits.
@@ -216,6 +261,13 @@ class _QTransposedConv(_QConv):
 @register_layer(
     nn.ConvTranspose1d,
     saved_by_torch=lambda call: (call.input, call.weight),
+    examples=lambda: {
+        'plain': (lambda: QConvTranspose1d(4, 8, 3), (3, 4, 7)),
+        'output padding': (
+            lambda: QConvTranspose1d(4, 8, 3, stride=2, output_padding=1),
+            (3, 4, 7),
+        ),
+    },
 )
 class QConvTranspose1d(_QTransposedConv, nn.ConvTranspose1d):
     """``nn.ConvTranspose1d`` that keeps its input as codes of a few bits.
@@ -256,6 +308,13 @@ class QConvTranspose1d(_QTransposedConv, nn.ConvTranspose1d):
     nn.ConvTranspose2d,
     saved_by_torch=lambda call: (call.input, call.weight),
     aliases=('mmcv.cnn.bricks.wrappers.ConvTranspose2d',),
+    examples=lambda: {
+        'plain': (lambda: QConvTranspose2d(4, 8, 3), (3, 4, 7, 5)),
+        'output padding': (
+            lambda: QConvTranspose2d(4, 8, 3, stride=2, output_padding=1),
+            (3, 4, 7, 5),
+        ),
+    },
 )
 class QConvTranspose2d(_QTransposedConv, nn.ConvTranspose2d):
     """``nn.ConvTranspose2d`` that keeps its input as codes of a few bits.
@@ -296,6 +355,13 @@ class QConvTranspose2d(_QTransposedConv, nn.ConvTranspose2d):
     nn.ConvTranspose3d,
     saved_by_torch=lambda call: (call.input, call.weight),
     aliases=('mmcv.cnn.bricks.wrappers.ConvTranspose3d',),
+    examples=lambda: {
+        'plain': (lambda: QConvTranspose3d(4, 8, 3), (3, 4, 7, 5, 6)),
+        'output padding': (
+            lambda: QConvTranspose3d(4, 8, 3, stride=2, output_padding=1),
+            (3, 4, 7, 5, 6),
+        ),
+    },
 )
 class QConvTranspose3d(_QTransposedConv, nn.ConvTranspose3d):
     """``nn.ConvTranspose3d`` that keeps its input as codes of a few bits.

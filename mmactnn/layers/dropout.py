@@ -24,6 +24,9 @@ class _Dropout(ExactLayer):
     nn.Dropout,
     saved_by_torch=lambda call: (call.mask,),
     aliases=('mmcv.cnn.bricks.drop.Dropout',),
+    examples=lambda: {
+        'plain': (lambda: QDropout(0.3), (3, 4, 7, 5)),
+    },
 )
 class QDropout(_Dropout, nn.Dropout):
     """``nn.Dropout`` that keeps a seed instead of a mask.
@@ -68,6 +71,9 @@ class QDropout(_Dropout, nn.Dropout):
 @register_layer(
     nn.Dropout2d,
     saved_by_torch=lambda call: (call.mask,),
+    examples=lambda: {
+        'plain': (lambda: QDropout2d(0.3), (3, 4, 7, 5)),
+    },
 )
 class QDropout2d(_Dropout, nn.Dropout2d):
     """``nn.Dropout2d`` that keeps a seed instead of a mask.

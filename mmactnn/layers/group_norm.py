@@ -12,6 +12,10 @@ from .gateway import run
     nn.GroupNorm,
     saved_by_torch=lambda call: (call.input, *call.statistics),
     names=('QGN',),
+    examples=lambda: {
+        'plain': (lambda: QGroupNorm(2, 6), (3, 6, 9, 5)),
+        '3-d': (lambda: QGroupNorm(3, 6), (3, 6, 17)),
+    },
 )
 class QGroupNorm(CodedLayer, nn.GroupNorm):
     """``nn.GroupNorm`` that keeps its input as codes of a few bits.

@@ -15,6 +15,10 @@ from .gateway import run
         call.weight if call.needs_input else None,
     ),
     aliases=('mmcv.cnn.bricks.wrappers.Linear',),
+    examples=lambda: {
+        'plain': (lambda: QLinear(9, 5), (7, 9)),
+        '3-d': (lambda: QLinear(9, 5), (3, 5, 9)),
+    },
 )
 class QLinear(CodedLayer, nn.Linear):
     """``nn.Linear`` that keeps its input as codes of a few bits.

@@ -262,6 +262,9 @@ def _has_one_value(input):
     _BatchNorm,
     saved_by_torch=lambda call: (call.input, *call.statistics),
     aliases=('mmengine.model.utils._BatchNormXd',),
+    examples=lambda: {
+        'plain': (lambda: QBatchNorm(4), (3, 4, 9, 5)),
+    },
 )
 class QBatchNorm(_QBatchNorm, _BatchNorm):
     """Batch normalisation of any rank that keeps its input as codes.
@@ -297,6 +300,10 @@ class QBatchNorm(_QBatchNorm, _BatchNorm):
     nn.BatchNorm1d,
     saved_by_torch=lambda call: (call.input, *call.statistics),
     names=('QBN1d',),
+    examples=lambda: {
+        'plain': (lambda: QBatchNorm1d(5), (33, 5)),
+        '3-d': (lambda: QBatchNorm1d(5), (3, 5, 17)),
+    },
 )
 class QBatchNorm1d(_QBatchNorm, nn.BatchNorm1d):
     """``nn.BatchNorm1d`` that keeps its input as codes of a few bits.
@@ -322,6 +329,9 @@ class QBatchNorm1d(_QBatchNorm, nn.BatchNorm1d):
         'QBN2d',
         'QBN',
     ),
+    examples=lambda: {
+        'plain': (lambda: QBatchNorm2d(4), (3, 4, 9, 5)),
+    },
 )
 class QBatchNorm2d(_QBatchNorm, nn.BatchNorm2d):
     """``nn.BatchNorm2d`` that keeps its input as codes of a few bits.
@@ -344,6 +354,9 @@ class QBatchNorm2d(_QBatchNorm, nn.BatchNorm2d):
     nn.BatchNorm3d,
     saved_by_torch=lambda call: (call.input, *call.statistics),
     names=('QBN3d',),
+    examples=lambda: {
+        'plain': (lambda: QBatchNorm3d(4), (3, 4, 3, 5, 4)),
+    },
 )
 class QBatchNorm3d(_QBatchNorm, nn.BatchNorm3d):
     """``nn.BatchNorm3d`` that keeps its input as codes of a few bits.

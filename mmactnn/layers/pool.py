@@ -15,6 +15,9 @@ from .gateway import run
     nn.MaxPool2d,
     saved_by_torch=lambda call: (call.input, call.indices),
     aliases=('mmcv.cnn.bricks.wrappers.MaxPool2d',),
+    examples=lambda: {
+        'plain': (lambda: QMaxPool2d(3, 2, 1), (3, 4, 7, 5)),
+    },
 )
 class QMaxPool2d(ExactLayer, nn.MaxPool2d):
     """``nn.MaxPool2d`` that keeps 4 bits an output. Exact.
@@ -70,6 +73,9 @@ class QMaxPool2d(ExactLayer, nn.MaxPool2d):
 @register_layer(
     nn.AvgPool2d,
     saved_by_torch=lambda call: (call.input,),
+    examples=lambda: {
+        'plain': (lambda: QAvgPool2d(2), (3, 4, 7, 5)),
+    },
 )
 class QAvgPool2d(ExactLayer, nn.AvgPool2d):
     """``nn.AvgPool2d`` that keeps no tensor. Exact.
@@ -106,6 +112,9 @@ class QAvgPool2d(ExactLayer, nn.AvgPool2d):
 @register_layer(
     nn.AdaptiveAvgPool2d,
     saved_by_torch=lambda call: (call.input,),
+    examples=lambda: {
+        'plain': (lambda: QAdaptiveAvgPool2d(2), (3, 4, 7, 5)),
+    },
 )
 class QAdaptiveAvgPool2d(ExactLayer, nn.AdaptiveAvgPool2d):
     """``nn.AdaptiveAvgPool2d`` that keeps no tensor. Exact.

@@ -18,6 +18,9 @@ from .norm import _QBatchNorm, run_norm
         'mmengine.utils.dl_utils.parrots_wrapper.SyncBatchNorm',
         'mmcv.ops.sync_bn.SyncBatchNorm',
     ),
+    examples=lambda: {
+        'plain': (lambda: QSyncBatchNorm(4), (3, 4, 9, 5)),
+    },
 )
 class QSyncBatchNorm(_QBatchNorm, nn.SyncBatchNorm):
     """``nn.SyncBatchNorm`` that keeps its input as codes of a few bits.

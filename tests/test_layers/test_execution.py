@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmactnn
-from mmactnn import QReLU, convert_model, revert_model
+from mmactnn import QConv2d, QLinear, QReLU, convert_model, revert_model
 from mmactnn.codes.cache import PayloadCache
+from mmactnn.registry import default_registry
 
 ALONE = dict(base='L3', fuse=False)
 
@@ -294,6 +295,61 @@ class TestParameters:
         torch.testing.assert_close(*outputs)
         outputs[1].sum().backward()
         assert all(p.grad is not None for p in ours.parameters())
+        revert_model(ours)
+        torch.testing.assert_close(ours(x), plain(x))
+
+    def test_parametrised_before_conversion(self):
+        plain = parametrizations.weight_norm(nn.Linear(8, 8))
+        layer, x = copy.deepcopy(plain), images().requires_grad_()
+        quantizer = QLinear._make_quantizer(None, None)
+        QLinear.convert_(layer, quantizer)
+        assert isinstance(layer, QLinear)
+        torch.testing.assert_close(layer(x), plain(x))
+        torch.testing.assert_close(copy.deepcopy(layer)(x), plain(x))
+        assert layer.revert_() is nn.Linear
+        torch.testing.assert_close(layer(x), plain(x))
+        torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')
+        assert type(layer) is nn.Linear
+
+    def test_additions_of_a_subclass(self):
+        layer = Named(3, 3, 1)
+        QConv2d.convert_(layer, QConv2d._make_quantizer(None, None))
+        for twin in (layer, pickle.loads(pickle.dumps(layer))):
+            assert isinstance(twin, QConv2d) and twin.name() == 'named'
+            assert twin(images()).requires_grad
+            assert twin.revert_() is type(twin) is Named
+
+
+class Named(nn.Conv2d):
+    def name(self):
+        return 'named'
+
+
+EXAMPLES = {
+    f'{layer.__name__}, {name}': example
+    for layer, entry in default_registry.layers.items()
+    if entry.examples is not None
+    for name, example in entry.examples().items()
+}
+
+
+@pytest.mark.parametrize('name', EXAMPLES)
+def test_every_example(name):
+    """The output is the parent's, and so is the gradient in evaluation."""
+    make, size = EXAMPLES[name]
+    layer = make()
+    plain = copy.deepcopy(layer)
+    plain.revert_()
+    x = torch.randn(size)
+    # Of these torch has none, or none on a CPU.
+    if not name.startswith(('QSync', 'QBatchNorm,')):
+        found = [m.eval()(x.requires_grad_() * 1) for m in (layer, plain)]
+        assert torch.equal(*found)
+        assert type(found[0].grad_fn) is type(found[1].grad_fn)
+    x = x.requires_grad_() * 1
+    with mmactnn.measure_activations(layer.train()) as meter:
+        layer(x).sum().backward()
+    assert meter.layers_exact_bytes > 2 * meter.layers_saved_bytes
 
 
 class TestPayloads:
