@@ -128,7 +128,8 @@ class RoundingGenerator:
             RuntimeError: If a CUDA graph is being captured, and nothing was
                 drawn for the device before.
         """
-        self._follow()
+        if self._seed is None and self._followed != torch.initial_seed():
+            self._follow()
         offset = self._offset
         self._offset = (offset + tensors) & _MASK64
         if device.type == 'cuda':

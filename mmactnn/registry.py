@@ -310,16 +310,20 @@ def register_layer(
             decorated class. Its subclasses are converted, too, as long as
             they leave the functions of its forward pass alone.
         saved_by_torch (Callable): Rule for what the parent would keep: maps
-            a :class:`mmactnn.codes.calls.Call` to the tensors that torch
-            saves for the backward pass. Counted by
-            :func:`mmactnn.measure_activations`.
+            a :class:`mmactnn.codes.calls.Call` to a tuple of the tensors
+            that torch saves for the backward pass, None among them for
+            those that a call has no need of. The layer reports its calls by
+            ``quantizer.note``, and only while
+            :func:`mmactnn.measure_activations` counts. Parameters may be
+            among the tensors: they are not counted.
         names (Sequence[str], optional): Names in configs besides that of the
             class.
         aliases (Sequence[str], optional): Full names of classes of other
             packages that compute as the parent does; they are not imported.
         examples (Callable, optional): Returns examples for generic tests:
             a dict from names to pairs of a function that makes a layer of
-            this class and the shape of an input.
+            this class and the shape of an input, samples first. The layer
+            takes that input alone and is made in training mode.
 
     Returns:
         Callable: The decorator; it returns the class.

@@ -417,12 +417,17 @@ class Backward {
                                 {true, false, false});
   }
 
-  // What a convolution read, for ops that use nothing of it but its shape. Its
-  // memory is that of the weight: a tensor must have some.
+  // What a convolution read, for ops that use nothing of it but its shape. On
+  // CUDA its memory is that of the weight: a tensor must have some. On the CPU
+  // it is as large as it says, and not written to, which costs nothing: ops may
+  // convert the layout of all their arguments there, and so read them.
   Tensor hollow_source(const Link& link) const {
     const size_t i = link.source.index();
     const Layout& layout = link.source.is_input() ? layouts_[i] : layout_of(i);
     const Tensor& weight = *parameters_[link.layer * kParameters];
+    if (weight.is_cpu()) {
+      return empty_strided(weight, layout.sizes, layout.strides, dtype_);
+    }
     return torch::stable::from_blob(const_cast<void*>(weight.const_data_ptr()),
                                     layout.sizes, layout.strides,
                                     weight.device(), dtype_);

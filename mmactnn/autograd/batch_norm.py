@@ -1,8 +1,11 @@
 """Batch normalisation that keeps its input as codes."""
 
+import weakref
+
 import torch
 from torch.autograd import Function
 
+from ..codes.calls import Call
 from .channels import channel_shape, dims_but_channels, memory_format
 from .double_backward import first_order_only
 
@@ -51,11 +54,13 @@ class _BatchNorm(Function):
         ctx.save_for_backward(
             weight, running_mean, running_var, *statistics, *kept
         )
-        quantizer.note(kept=kept, exact=(input, *statistics))
+        ctx.source = weakref.ref(input)
+        if quantizer.meter is not None:
+            quantizer.note(kept, Call(input, output, statistics=statistics))
         return output
 
     @staticmethod
-    @first_order_only('QBatchNorm')
+    @first_order_only('QBatchNorm', unless=lambda ctx: ctx.format is None)
     def backward(ctx, grad_output):
         (
             weight,

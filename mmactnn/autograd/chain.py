@@ -11,7 +11,7 @@ import torch
 from torch.autograd import Function
 
 from .. import ops
-from ..codes.payload import PayloadFormat, QuantizedTensor, share
+from ..codes.payload import PayloadFormat, QuantizedTensor
 from ..ops.layout import dense_rows
 from .double_backward import first_order_only
 
@@ -279,7 +279,8 @@ def run_chain(chain, inputs, parameters, buffers, dtype):
     outputs = _Chain.apply(call, *inputs, *parameters)
     if not isinstance(outputs, tuple):
         outputs = (outputs,)
+    cache = next(r for r in chain.readers if r is not None).cache
     for output, payload in zip(outputs, call.made):
         if payload is not None:
-            share(output, payload)
+            cache.put(output, payload)
     return outputs

@@ -1,11 +1,13 @@
 """Convolution that keeps its input as codes."""
 
 import math
+import weakref
 from typing import NamedTuple
 
 import torch
 from torch.autograd import Function
 
+from ..codes.calls import Call
 from ..codes.payload import WHOLE, pieces
 from ..codes.units import MIB
 from .autocast import cast, lower_dtype
@@ -20,6 +22,8 @@ _SMALL_BYTES = 32 * MIB
 # smaller: it costs a copy of the output, and where tensors are smaller the
 # backward pass needs more memory than the forward pass anyway.
 _LARGE_BYTES = 256 * MIB
+
+_CONTIGUOUS = torch.contiguous_format
 
 
 class _Record(NamedTuple):
@@ -57,7 +61,7 @@ def _convolve(x, w, b, geometry, limit):
     Where cuDNN computes in another layout, its workspace has room for both.
     """
     transposed = geometry[3]
-    if limit is None or transposed or x.nbytes <= _LARGE_BYTES:
+    if transposed:
         return torch.convolution(x, w, b, *geometry)
     limit = max(limit, _LARGE_BYTES)
     # But for what the edges add or take.
@@ -135,10 +139,40 @@ def _sums_of_pieces(record, weight, w, payload, grad_output, needs_bias):
 
 
 class _Convolution(Function):
+    """Convolution, transposed or not, with the weight's gradient from codes.
+
+    The forward pass and the gradient of the input are exact. The gradient of
+    the weight is linear in the input, hence unbiased (ActNN,
+    arXiv:2104.14129, Sec. 3.1).
+
+    Args:
+        input (Tensor[N, C, *]): float32, float16 or bfloat16; under autocast
+            it is cast to autocast's dtype.
+        weight (Tensor[O, C / groups, *]): Weight; Tensor[C, O / groups, *]
+            if transposed.
+        bias (Tensor[O], optional): Bias.
+        geometry (tuple): Stride, padding, dilation (tuples of int),
+            transposed (bool), output padding (tuple of int) and groups (int),
+            as ``torch.ops.aten.convolution`` takes them.
+        quantizer (LayerQuantizer): Settings of the layer.
+
+    Returns:
+        Tensor[N, O, *]: The output.
+    """
+
     @staticmethod
-    def forward(ctx, input, weight, bias, dtype, geometry, quantizer):
-        x, w, b = cast(dtype, input, weight, bias)
-        output = _convolve(x, w, b, geometry, quantizer.chunk_bytes)
+    def forward(ctx, input, weight, bias, geometry, quantizer):
+        # Functions are called only where they are needed: small convolutions
+        # take as long on the host as calls do.
+        dtype, x, w, b = None, input, weight, bias
+        if torch.is_autocast_enabled(input.device.type):
+            dtype = lower_dtype(input)
+            x, w, b = cast(dtype, input, weight, bias)
+        limit = quantizer.chunk_bytes
+        if limit is None or x.nbytes <= _LARGE_BYTES:
+            output = torch.convolution(x, w, b, *geometry)
+        else:
+            output = _convolve(x, w, b, geometry, limit)
         format, kept, watch = quantizer.keep_shared(
             input, x, ctx.needs_input_grad[1]
         )
@@ -148,26 +182,28 @@ class _Convolution(Function):
             x.shape,
             input.dtype,
             x.nbytes,
-            memory_format(x),
+            _CONTIGUOUS if x.is_contiguous() else memory_format(x),
             None if bias is None else bias.dtype,
-            quantizer.chunk_bytes,
+            limit,
             format,
             watch,
         )
-        quantizer.note(kept=kept, exact=(x, w))
+        ctx.source = weakref.ref(input)
+        if quantizer.meter is not None:
+            quantizer.note(kept, Call(x, output, w))
         # Read by the layer that takes the output, from the graph.
         ctx.slot = ctx.adaptive = quantizer.slot
         ctx.save_for_backward(weight, *kept)
         return output
 
     @staticmethod
-    @first_order_only('QConv')
+    @first_order_only('QConv', unless=lambda ctx: ctx.record.format is None)
     def backward(ctx, grad_output):
         weight, *kept = ctx.saved_tensors
         grads = _all_gradients(
             ctx.record, weight, kept, grad_output, ctx.needs_input_grad[:3]
         )
-        return *grads, None, None, None
+        return *grads, None, None
 
 
 def _gradients(record, grad_output, x, w, wanted):
@@ -239,26 +275,6 @@ def _fan(input_size, output_size, weight, geometry):
     return weight.numel() * positions / output_size[1]
 
 
-def convolution(input, weight, bias, geometry, quantizer):
-    """Convolution, transposed or not, with the weight's gradient from codes.
-
-    The forward pass and the gradient of the input are exact. The gradient of
-    the weight is linear in the input, hence unbiased (ActNN,
-    arXiv:2104.14129, Sec. 3.1).
-
-    Args:
-        input (Tensor[N, C, *]): float32, float16 or bfloat16; under autocast
-            it is cast to autocast's dtype.
-        weight (Tensor[O, C / groups, *]): Weight; Tensor[C, O / groups, *]
-            if transposed.
-        bias (Tensor[O], optional): Bias.
-        geometry (tuple): Stride, padding, dilation (tuples of int),
-            transposed (bool), output padding (tuple of int) and groups (int),
-            as ``torch.ops.aten.convolution`` takes them.
-        quantizer (LayerQuantizer): Settings of the layer.
-
-    Returns:
-        Tensor[N, O, *]: The output.
-    """
-    dtype = lower_dtype(input)
-    return _Convolution.apply(input, weight, bias, dtype, geometry, quantizer)
+# A call less than a function of it would be: small convolutions wait for the
+# host.
+convolution = _Convolution.apply

@@ -4,7 +4,9 @@ import torch
 from torch.autograd import Function
 
 from .. import ops
+from ..codes.calls import Call
 from ..ops.capture import is_capturing
+from .double_backward import linear_map
 from .in_place import finish, may_overwrite
 from .stand_in import counted
 
@@ -22,17 +24,20 @@ class _Dropout(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        grad = ops.layout.with_strides(grad_output, ctx.stride)
         (count,) = ctx.saved_tensors
-        grad_input = _Dropout.apply(grad, False, ctx.p, ctx.seed, count)
-        return grad_input, *[None] * 4
+        p, seed, stride = ctx.p, ctx.seed, ctx.stride
+
+        def drop(grad):
+            grad = ops.layout.with_strides(grad, stride)
+            return ops.dropout(grad, p, seed, count=count)
+
+        return linear_map(drop, drop, grad_output), *[None] * 4
 
 
 class _FeatureDropout(Function):
     @staticmethod
     def forward(ctx, input, inplace, p, seed, count):
-        ones = torch.ones(_features(input), device=input.device)
-        noise = ops.dropout(ones, p, seed, count=count).to(input.dtype)
+        noise = _noise(input, p, seed, count)
         ctx.p, ctx.seed = p, seed
         ctx.save_for_backward(count)
         if not inplace:
@@ -43,10 +48,18 @@ class _FeatureDropout(Function):
     @staticmethod
     def backward(ctx, grad_output):
         (count,) = ctx.saved_tensors
-        grad_input = _FeatureDropout.apply(
-            grad_output, False, ctx.p, ctx.seed, count
-        )
-        return grad_input, *[None] * 4
+        p, seed = ctx.p, ctx.seed
+
+        def drop(grad):
+            return grad * _noise(grad, p, seed, count)
+
+        return linear_map(drop, drop, grad_output), *[None] * 4
+
+
+def _noise(input, p, seed, count):
+    """A factor for each channel of each sample."""
+    ones = torch.ones(_features(input), device=input.device)
+    return ops.dropout(ones, p, seed, count=count).to(input.dtype)
 
 
 def _features(input):
@@ -100,8 +113,12 @@ def feature_dropout(input, p, inplace, quantizer):
 
 def _note(quantizer, input, size, dtype):
     """Report what torch keeps, if it keeps anything."""
-    if torch.is_grad_enabled() and input.requires_grad:
-        quantizer.note(kept=(), exact=(counted(size, dtype),))
+    if (
+        quantizer.meter is not None
+        and torch.is_grad_enabled()
+        and input.requires_grad
+    ):
+        quantizer.note((), Call(input, mask=counted(size, dtype)))
 
 
 def _draw(input):

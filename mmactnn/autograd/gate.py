@@ -1,7 +1,10 @@
 """Product with a gate that keeps the gated tensor as codes."""
 
+import weakref
+
 from torch.autograd import Function
 
+from ..codes.calls import Call
 from .double_backward import first_order_only
 
 
@@ -15,11 +18,21 @@ class _Gate(Function):
         ctx.adaptive = quantizer.slot
         ctx.save_for_backward(gate, *kept)
         ctx.input_dtype = input.dtype
-        quantizer.note(kept=kept, exact=(input,) * needs_gate)
-        return input * gate
+        ctx.source = weakref.ref(input)
+        output = input * gate
+        if quantizer.meter is not None:
+            call = Call(
+                input,
+                output,
+                gate,
+                needs_input=needs_input,
+                needs_weight=needs_gate,
+            )
+            quantizer.note(kept, call)
+        return output
 
     @staticmethod
-    @first_order_only('QGate')
+    @first_order_only('QGate', unless=lambda ctx: ctx.format is None)
     def backward(ctx, grad_output):
         gate, *kept = ctx.saved_tensors
         grad_input = grad_gate = None

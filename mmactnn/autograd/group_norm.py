@@ -1,10 +1,12 @@
 """Group normalisation that keeps its input as codes."""
 
 import math
+import weakref
 
 import torch
 from torch.autograd import Function
 
+from ..codes.calls import Call
 from .autocast import cast, full_dtype
 from .channels import dims_but_channels, memory_format
 from .double_backward import first_order_only
@@ -35,11 +37,13 @@ class _GroupNorm(Function):
         ctx.watch = quantizer.watch(input)
         ctx.adaptive = quantizer.slot
         ctx.save_for_backward(weight, mean, rstd, *kept)
-        quantizer.note(kept=kept, exact=(x, mean, rstd))
+        ctx.source = weakref.ref(input)
+        if quantizer.meter is not None:
+            quantizer.note(kept, Call(x, output, statistics=(mean, rstd)))
         return output
 
     @staticmethod
-    @first_order_only('QGroupNorm')
+    @first_order_only('QGroupNorm', unless=lambda ctx: ctx.format is None)
     def backward(ctx, grad_output):
         weight, mean, rstd, *kept = ctx.saved_tensors
         nothing = [None] * 4

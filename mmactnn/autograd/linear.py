@@ -1,9 +1,12 @@
 """Fully connected layer that keeps its input as codes."""
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
+from ..codes.calls import Call
 from .autocast import cast, lower_dtype
 from .double_backward import first_order_only
 
@@ -28,14 +31,20 @@ class _Linear(Function):
         ctx.adaptive = quantizer.slot
         # The parameter itself, not its copy in the dtype of autocast.
         ctx.save_for_backward(weight, *kept)
-        quantizer.note(
-            kept=kept,
-            exact=(x,) * needs_weight + (w,) * needs_input,
-        )
+        ctx.source = weakref.ref(input)
+        if quantizer.meter is not None:
+            call = Call(
+                x,
+                output,
+                w,
+                needs_input=needs_input,
+                needs_weight=needs_weight,
+            )
+            quantizer.note(kept, call)
         return output
 
     @staticmethod
-    @first_order_only('QLinear')
+    @first_order_only('QLinear', unless=lambda ctx: ctx.format is None)
     def backward(ctx, grad_output):
         weight, *kept = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]

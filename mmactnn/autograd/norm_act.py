@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch.autograd import Function
 
 from .. import ops
-from ..codes.payload import PayloadFormat, share
+from ..codes.calls import Call
+from ..codes.payload import PayloadFormat
 from .double_backward import first_order_only
 from .stand_in import counted
 from .sync_batch_norm import global_statistics, update_running
@@ -56,10 +57,10 @@ class _NormAct(Function):
             x, getattr(bits, kind), quantizer.group_size, kind
         )
         inplace = inplace and group is None and x is input
-        exact = None
+        read = None
         if quantizer.meter is not None:
-            # As torch: the input, mean and invstd, and what ReLU keeps.
-            exact = [counted(x.shape, x.dtype) if inplace else input]
+            # What is written over here, torch keeps.
+            read = counted(x.shape, x.dtype) if inplace else input
         random = quantizer.generator.next(x.device)._asdict()
         tensors = x, residual, _float(weight), _float(bias)
         arguments = (
@@ -88,10 +89,11 @@ class _NormAct(Function):
             payload = act.payload(*codes[2:])
         elif relu:
             payload = norm.payload(*codes, *tensors[2:])
-        if exact is not None:
-            exact += [invstd, counted(invstd.shape, invstd.dtype)]
-            exact += [output] * relu
-            quantizer.note(kept=tuple(codes), exact=tuple(exact))
+        if quantizer.meter is not None:
+            mean = counted(invstd.shape, invstd.dtype)
+            call = Call(read, output, statistics=(invstd, mean))
+            # ReLU keeps its output.
+            quantizer.note(tuple(codes), call, also=(output,) * relu)
         ctx.record = _Record(norm, act, relu, group, count, settings.of_batch)
         if output is input:
             ctx.mark_dirty(input)
@@ -249,5 +251,5 @@ def norm_act(
         made,
     )
     for payload in made:
-        share(output, payload)
+        quantizer.cache.put(output, payload)
     return output

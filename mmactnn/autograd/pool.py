@@ -8,7 +8,8 @@ from torch.autograd import Function
 from torch.nn.modules.utils import _pair
 
 from .. import ops
-from .double_backward import first_order_only
+from ..codes.calls import Call
+from .double_backward import linear_map
 from .stand_in import counted, hollow
 
 
@@ -18,32 +19,78 @@ class _MaxPool(Function):
         output, indices, ctx.format = ops.max_pool2d(input, *window)
         ctx.save_for_backward(indices)
         ctx.stride = output.stride()
-        exact = (input, counted(output.shape, torch.int64))
-        quantizer.note(kept=(indices,), exact=exact)
+        if quantizer.meter is not None:
+            positions = counted(output.shape, torch.int64)
+            quantizer.note((indices,), Call(input, output, indices=positions))
         return output
 
     @staticmethod
-    @first_order_only('QMaxPool2d')
     def backward(ctx, grad_output):
         (indices,) = ctx.saved_tensors
-        grad = ops.layout.with_strides(grad_output, ctx.stride)
-        grad_input = ops.max_pool2d_backward(grad, indices, ctx.format)
-        return grad_input, None, None
+        stride, format, size = ctx.stride, ctx.format, grad_output.shape
+
+        def spread(grad):
+            grad = ops.layout.with_strides(grad, stride)
+            return ops.max_pool2d_backward(grad, indices, format)
+
+        def collect(values):
+            return _values_at_maxima(values, indices, format, size)
+
+        return linear_map(spread, collect, grad_output), None, None
 
 
 class _AveragePool(Function):
     @staticmethod
     def forward(ctx, input, pool, pool_backward, quantizer):
         output = pool(input)
-        ctx.pool_backward, ctx.shape = pool_backward, input.shape
+        ctx.pool, ctx.pool_backward = pool, pool_backward
+        ctx.shape = input.shape
         ctx.channels_last = ops.layout.suggests_channels_last(input)
-        quantizer.note(kept=(), exact=(input,))
+        if quantizer.meter is not None:
+            quantizer.note((), Call(input, output))
         return output
 
     @staticmethod
     def backward(ctx, grad_output):
-        stand_in = hollow(ctx.shape, grad_output, ctx.channels_last)
-        return ctx.pool_backward(grad_output, stand_in), None, None, None
+        shape, channels_last = ctx.shape, ctx.channels_last
+        pool_backward = ctx.pool_backward
+
+        def spread(grad):
+            return pool_backward(grad, hollow(shape, grad, channels_last))
+
+        grad_input = linear_map(spread, ctx.pool, grad_output)
+        return grad_input, None, None, None
+
+
+def _values_at_maxima(values, indices, format, size):
+    """What is where the maxima were: the adjoint of max pooling's gradient.
+
+    Args:
+        values (Tensor[N, C, H, W] | Tensor[C, H, W]): Of the input's shape.
+        indices (Tensor[ceil(numel / 2)]): uint8, see
+            :func:`mmactnn.ops.max_pool2d`.
+        format (PoolFormat): See there.
+        size (torch.Size): Shape of the output.
+
+    Returns:
+        Tensor: Of the output's shape.
+    """
+    taps = torch.stack([indices & 15, indices >> 4], dim=1).flatten()
+    taps = taps[: size.numel()].long()
+    if format.channels_last:
+        taps = taps.view(*size[:-3], *size[-2:], size[-3]).movedim(-1, -3)
+    else:
+        taps = taps.view(size)
+    width = format.kernel_size[1]
+    places = []
+    for d, tap in enumerate((taps // width, taps % width)):
+        start = torch.arange(size[d - 2], device=taps.device)
+        start = start * format.stride[d] - format.padding[d]
+        place = tap * format.dilation[d]
+        places.append(place + (start[:, None] if d == 0 else start))
+    flat = places[0] * format.input_size[1] + places[1]
+    found = values.flatten(-2).gather(-1, flat.flatten(-2))
+    return found.view(size)
 
 
 def max_pool2d(

@@ -3,8 +3,9 @@
 from torch.autograd import Function
 
 from .. import ops
-from ..codes.payload import PayloadFormat, share
-from .double_backward import first_order_only
+from ..codes.calls import Call
+from ..codes.payload import PayloadFormat
+from .double_backward import linear_map
 from .in_place import finish, may_overwrite
 from .stand_in import counted
 
@@ -19,21 +20,24 @@ class _Rectifier(Function):
         output = finish(ctx, input, seen, inplace)
         ctx.save_for_backward(mask)
         ctx.stride, ctx.slope = seen.stride(), slope
-        if max is not None and inplace:
-            exact = counted(input.shape, input.dtype)  # torch keeps a copy
-        elif max is None and slope is None:
-            exact = output
-        else:
-            exact = input
-        quantizer.note(kept=(mask,), exact=(exact,))
+        if quantizer.meter is not None:
+            read = input
+            if max is not None and inplace:
+                # Torch keeps a copy.
+                read = counted(input.shape, input.dtype)
+            quantizer.note((mask,), Call(read, output, inplace=inplace))
         return output
 
     @staticmethod
-    @first_order_only('A rectifier (QReLU, QReLU6, QLeakyReLU)')
     def backward(ctx, grad_output):
         (mask,) = ctx.saved_tensors
-        grad = ops.layout.with_strides(grad_output, ctx.stride)
-        grad_input = ops.relu_mask_backward(grad, mask, ctx.slope)
+        stride, slope = ctx.stride, ctx.slope
+
+        def apply_mask(grad):
+            grad = ops.layout.with_strides(grad, stride)
+            return ops.relu_mask_backward(grad, mask, slope)
+
+        grad_input = linear_map(apply_mask, apply_mask, grad_output)
         return grad_input, None, None, None, None
 
 
@@ -73,15 +77,21 @@ class _CodedReLU(Function):
         made.append(format.payload(codes, ranges))
         ctx.save_for_backward(codes)
         ctx.stride, ctx.bits = format.stride, bits
-        quantizer.note(kept=(codes, ranges), exact=(output,))
+        if quantizer.meter is not None:
+            call = Call(input, output, inplace=inplace)
+            quantizer.note((codes, ranges), call)
         return output
 
     @staticmethod
-    @first_order_only('A rectifier (QReLU)')
     def backward(ctx, grad_output):
         (codes,) = ctx.saved_tensors
-        grad = ops.layout.with_strides(grad_output, ctx.stride)
-        grad_input = ops.relu_codes_backward(grad, codes, ctx.bits)
+        stride, bits = ctx.stride, ctx.bits
+
+        def apply_mask(grad):
+            grad = ops.layout.with_strides(grad, stride)
+            return ops.relu_codes_backward(grad, codes, bits)
+
+        grad_input = linear_map(apply_mask, apply_mask, grad_output)
         return grad_input, None, None, None
 
 
@@ -102,5 +112,5 @@ def relu_codes(input, inplace, quantizer):
     """
     made = []
     output = _CodedReLU.apply(input, inplace, quantizer, made)
-    share(output, made[0])
+    quantizer.cache.put(output, made[0])
     return output

@@ -1,9 +1,12 @@
 """SiLU that keeps its derivative as codes."""
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
+from ..codes.calls import Call
 from .double_backward import first_order_only
 from .stand_in import counted
 
@@ -22,18 +25,20 @@ class _SiLU(Function):
         ctx.shape = input.shape
         ctx.save_for_backward(*kept)
 
-        exact = (input,)
+        ctx.source = weakref.ref(input)
+        sigmoid = None
         if composed:
             sigmoid = torch.sigmoid(input)
             output = input * sigmoid
-            exact = input, sigmoid
         else:
             output = F.silu(input, inplace)
         if inplace:
             ctx.mark_dirty(input)
-            # Torch keeps a copy.
-            exact = (counted(input.shape, input.dtype),)
-        quantizer.note(kept=kept, exact=exact)
+        if quantizer.meter is not None:
+            # In place torch keeps a copy.
+            read = counted(input.shape, input.dtype) if inplace else input
+            call = Call(read, output, sigmoid=sigmoid, inplace=inplace)
+            quantizer.note(kept, call)
         return output
 
     @staticmethod

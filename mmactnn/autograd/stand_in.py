@@ -17,11 +17,13 @@ def counted(shape, dtype):
 
 
 def hollow(shape, like, channels_last):
-    """A tensor for ops that read nothing but the shape of an argument.
+    """A tensor for ops that use nothing but the shape of an argument.
 
-    On the device, but without memory, and contiguous: an expanded tensor
-    would be copied into one of full size by ops that ask for
-    ``contiguous()``, and would not tell its memory format.
+    On CUDA it has no memory, and is contiguous: an expanded tensor would be
+    copied into one of full size by ops that ask for ``contiguous()``, and
+    would not tell its memory format. On the CPU it has memory that nobody has
+    written to, which costs nothing: there ops may convert the layout of all
+    their arguments, and so read them.
 
     Args:
         shape (Sequence[int]): Its shape.
@@ -29,7 +31,7 @@ def hollow(shape, like, channels_last):
         channels_last (bool): Whether it is channels_last.
 
     Returns:
-        Tensor[*]: Must not be read.
+        Tensor[*]: Of no values that mean anything.
     """
     stand_in = torch.empty(
         shape,
@@ -39,5 +41,6 @@ def hollow(shape, like, channels_last):
         if channels_last
         else torch.contiguous_format,
     )
-    stand_in.untyped_storage().resize_(0)
+    if like.is_cuda:
+        stand_in.untyped_storage().resize_(0)
     return stand_in

@@ -5,6 +5,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd import Function
 
+from ..codes.calls import Call
 from .autocast import cast
 from .channels import channel_shape, dims_but_channels
 from .double_backward import first_order_only
@@ -93,7 +94,10 @@ class _SyncBatchNorm(Function):
             ctx.format, kept = None, (input,) * needed
         else:
             ctx.format, kept = quantizer.keep(input, needed=needed)
-            quantizer.note(kept=kept, exact=(input, *statistics))
+            if quantizer.meter is not None:
+                quantizer.note(
+                    kept, Call(input, output, statistics=statistics)
+                )
         ctx.watch = quantizer.watch(input)
         ctx.adaptive = quantizer.slot
         ctx.eps, ctx.group = eps, group
@@ -101,7 +105,10 @@ class _SyncBatchNorm(Function):
         return output
 
     @staticmethod
-    @first_order_only('QSyncBatchNorm')
+    @first_order_only(
+        'QSyncBatchNorm',
+        unless=lambda ctx: len(ctx.saved_tensors) == 4,
+    )
     def backward(ctx, grad_output):
         weight, mean, var, count, *kept = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]

@@ -1,13 +1,11 @@
 """What a layer keeps of a tensor."""
 
-import contextlib
 import math
 from typing import NamedTuple
 
 import torch
 
 from .. import ops
-from ..ops.capture import is_capturing
 
 # All samples of a tensor, as a range of them.
 WHOLE = slice(None)
@@ -151,71 +149,9 @@ class QuantizedTensor(Payload):
         self.ranges = ranges
         self.row_bits = row_bits
         self.row_starts = row_starts
-
-    @classmethod
-    def pack(cls, tensor, bits, group_size, generator):
-        """Quantise a tensor.
-
-        Args:
-            tensor (Tensor[N, *]): float32, float16 or bfloat16.
-            bits (int): Bits a code. Valid values are 1 to 8.
-            group_size (int): Elements a range: 64, 128, 256 or 512.
-            generator (RoundingGenerator): Source of the random bits.
-
-        Returns:
-            QuantizedTensor: The payload.
-
-        Raises:
-            ValueError, TypeError, RuntimeError: As
-                :func:`mmactnn.ops.quantize`.
-        """
-        rows = ops.layout.dense_rows(tensor)
-        draw = generator.next(rows.device)
-        codes, ranges = ops.quantize(rows, bits, group_size, **draw._asdict())
-        format = PayloadFormat.of(rows, bits, group_size)
-        return cls(format, codes, ranges)
-
-    @classmethod
-    def pack_rows(cls, tensor, allot, group_size, generator):
-        """Quantise a tensor with bits of its own for each sample.
-
-        Args:
-            tensor (Tensor[N, *]): float32, float16 or bfloat16.
-            allot (Callable): Maps the tensor, in a layout that can be
-                quantised, and ``group_size`` to the bits of the samples,
-                their exclusive sums and their total;
-                see :func:`mmactnn.ops.split_bits`.
-            group_size (int): Elements a range: 64, 128, 256 or 512.
-            generator (RoundingGenerator): Source of the random bits.
-
-        Returns:
-            QuantizedTensor: The payload.
-
-        Raises:
-            ValueError, TypeError, RuntimeError: As
-                :func:`mmactnn.ops.quantize_rows`.
-        """
-        rows = ops.layout.dense_rows(tensor)
-        row_bits, row_starts, total_bits = allot(rows, group_size)
-        draw = generator.next(rows.device)
-        codes, ranges = ops.quantize_rows(
-            rows,
-            row_bits,
-            row_starts,
-            total_bits,
-            group_size,
-            **draw._asdict(),
-        )
-        mean_bits = total_bits / rows.shape[0]
-        format = PayloadFormat.of(rows, mean_bits, group_size)
-        return cls(format, codes, ranges, row_bits, row_starts)
-
-    @property
-    def tensors(self):
-        """tuple[Tensor]: What to save for backward."""
-        if self.row_bits is None:
-            return self.codes, self.ranges
-        return self.codes, self.ranges, self.row_bits, self.row_starts
+        self.tensors = (codes, ranges)
+        if row_bits is not None:
+            self.tensors = (codes, ranges, row_bits, row_starts)
 
     def unpack(self, start=None, stop=None):
         """See the base class."""
@@ -320,63 +256,6 @@ def _part(start, stop, *tensors):
 _PAYLOADS = dict(plain=QuantizedTensor, split=SplitTensor, zeroed=ZeroedTensor)
 
 
-class _Shared(NamedTuple):
-    payload: Payload
-    version: int
-    context: tuple
-
-
-def share(tensor, payload):
-    """Let the layers that read a tensor find its payload.
-
-    Args:
-        tensor (Tensor[N, *]): What the payload stands for. That of a leaf is
-            not shared but within a block (:func:`shared_in_block`): a leaf may
-            be read in many passes, all of which would round alike.
-        payload (Payload): Its payload.
-    """
-    if tensor.grad_fn is not None or hasattr(tensor, '_mmactnn_in_block'):
-        tensor._mmactnn_shared = _Shared(payload, tensor._version, _context())
-
-
-@contextlib.contextmanager
-def shared_in_block(tensor):
-    """Let the layers of a block share the payload of its input, a leaf.
-
-    Args:
-        tensor (Tensor[N, *]): The input. It has no payload any more when the
-            block is through.
-    """
-    tensor._mmactnn_in_block = True
-    try:
-        yield
-    finally:
-        for name in ('_mmactnn_in_block', '_mmactnn_shared'):
-            tensor.__dict__.pop(name, None)
-
-
-def shared_payload(tensor):
-    """The payload of a tensor, if a layer has one already.
-
-    Args:
-        tensor (Tensor[*]): What a layer reads.
-
-    Returns:
-        Payload, optional: None also if the tensor was modified since, and in
-        a checkpointed block for what was made outside of it: the second
-        forward pass of the block would not find it. The same holds for a CUDA
-        graph: its replays read other values from the same tensor.
-    """
-    shared = getattr(tensor, '_mmactnn_shared', None)
-    if (
-        shared is None
-        or shared.version != tensor._version
-        or shared.context != _context()
-    ):
-        return None
-    return shared.payload
-
-
 def mark_rectified(tensor):
     """Say that a tensor without a payload is a rectifier's output.
 
@@ -397,9 +276,3 @@ def is_rectified(tensor):
     """
     marked = getattr(tensor, '_mmactnn_rectified', None)
     return marked is not None and marked == tensor._version
-
-
-def _context():
-    """What tensors that are saved now go through, and whether into a graph."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks, is_capturing()

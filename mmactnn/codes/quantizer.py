@@ -3,11 +3,16 @@
 import copy
 from typing import NamedTuple
 
+import torch
+
 from .. import ops
+from ..extension import has_kernels
+from ..ops.quantize import VALID_DTYPES, check_rows
 from ..precision import sensitivity
 from ..precision.allocation import MAX_BITS, MIN_BITS
 from ..random import default_generator
-from .payload import QuantizedTensor, share, shared_payload
+from .cache import default_cache
+from .payload import PayloadFormat, QuantizedTensor
 from .units import MIB
 
 
@@ -113,12 +118,6 @@ class Watch(NamedTuple):
         self.slot.observe(numel, cost, relay, power, self.producer)
 
 
-def _watch(slot, producer=None, adds_elements=True):
-    if slot is None or not slot.observes:
-        return None
-    return Watch(slot, producer, slot.collecting, adds_elements)
-
-
 class LayerQuantizer:
     """How one layer keeps its input, and where it reports what it keeps.
 
@@ -139,9 +138,13 @@ class LayerQuantizer:
             layer, so that a payload of fewer bits will not do. Defaults to
             False.
         fused_bits (FusedBits, optional): For a normalisation that is fused.
+        cache (PayloadCache, optional): Where the layers of the model find each
+            other's payloads. Defaults to the one that all unconverted layers
+            share.
 
     Attributes:
         chunk_bytes (int, optional): ``chunk_mib`` in bytes.
+        meter (LayerMeter, optional): Whom the layer tells what it keeps.
 
     Raises:
         ValueError: If ``bits`` or ``group_size`` is not valid.
@@ -157,6 +160,7 @@ class LayerQuantizer:
         chunk_mib=None,
         strict=False,
         fused_bits=None,
+        cache=None,
     ):
         whole = bits and slot is None
         ops.check_format(bits if whole else 1, group_size)
@@ -168,6 +172,7 @@ class LayerQuantizer:
         self.chunk_bytes = None if chunk_mib is None else int(chunk_mib * MIB)
         self.strict = strict
         self.fused_bits = fused_bits
+        self.cache = cache or default_cache
         self.meter = None
 
     @classmethod
@@ -182,6 +187,7 @@ class LayerQuantizer:
         precision=None,
         rectified=None,
         reads_images=False,
+        cache=None,
     ):
         """The settings of a layer in a model of some level.
 
@@ -204,6 +210,7 @@ class LayerQuantizer:
                 to None: it is not.
             reads_images (bool, optional): Whether it is a convolution of what
                 the level calls images. Defaults to False.
+            cache (PayloadCache, optional): See the class.
 
         Returns:
             LayerQuantizer: The settings.
@@ -251,6 +258,7 @@ class LayerQuantizer:
             level.chunk_mib,
             strict,
             fused_bits,
+            cache,
         )
 
     @property
@@ -266,14 +274,64 @@ class LayerQuantizer:
 
         Returns:
             QuantizedTensor: The payload.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: As
+                :func:`mmactnn.ops.quantize`.
         """
-        if tensor.dim() and self._shares_among(tensor.shape[0]):
-            return QuantizedTensor.pack_rows(
-                tensor, self.slot.row_bits, self.group_size, self.generator
+        if (
+            tensor.dtype not in VALID_DTYPES
+            or not has_kernels(tensor.device.type)
+            or not tensor.dim()
+        ):
+            check_rows(tensor)
+        # The format was checked when it was chosen: from here on ops are
+        # called without.
+        rows = tensor
+        if not tensor.is_contiguous():
+            rows = ops.layout.dense_rows(tensor)
+        bits, slot, group_size = self.bits, self.slot, self.group_size
+        row_bits = row_starts = None
+        if slot is not None:
+            bits, samples = slot.bits, rows.shape[0]
+            if slot.earlier is not None:
+                bits = slot.bits_of_call
+            if samples > 1 and MIN_BITS < bits < MAX_BITS:
+                total = round(bits * samples)
+                if slot.precision.num_samples is None:
+                    spread = torch.ops.mmactnn.row_spread.default(
+                        rows, group_size
+                    )
+                    row_bits, row_starts = (
+                        torch.ops.mmactnn.split_bits.default(spread, total)
+                    )
+                else:
+                    row_bits, row_starts, _ = slot.row_bits(rows, group_size)
+                bits = total / samples
+        seed, offset, count = self.generator.next(rows.device)
+        # As signed integers of 64 bits.
+        seed -= seed >> 63 << 64
+        offset -= offset >> 63 << 64
+        if row_bits is None:
+            bits = int(bits)
+            codes, ranges = torch.ops.mmactnn.quantize.default(
+                rows, bits, group_size, seed, offset, count
             )
-        return QuantizedTensor.pack(
-            tensor, self._bits_of_all, self.group_size, self.generator
+        else:
+            codes, ranges = torch.ops.mmactnn.quantize_rows.default(
+                rows,
+                row_bits,
+                row_starts,
+                total,
+                group_size,
+                seed,
+                offset,
+                count,
+            )
+        format = PayloadFormat(
+            rows.shape, rows.stride(), rows.dtype, bits, group_size
         )
+        return QuantizedTensor(format, codes, ranges, row_bits, row_starts)
 
     def encoding(self, samples):
         """How an op is to round what :meth:`pack` would.
@@ -344,11 +402,20 @@ class LayerQuantizer:
         """
         if not needed:
             return None, (), None
-        payload = self.find_shared(input, tensor)
-        first = payload is None
+        payload = self.cache.get(input)
+        first = payload is None or not self._will_do(payload, tensor)
         if first:
-            payload = self.hand_out(input, tensor, self.pack(tensor))
-        watch = self.watch_kept(payload, first)
+            payload = self.pack(tensor)
+            payload.slot = self.slot
+            if tensor is input:
+                self.cache.put(input, payload)
+        watch, slot = None, payload.slot
+        if slot is not None:
+            precision = slot.precision
+            if precision.num_samples is not None or tensor.is_cuda:
+                watch = self.watch_kept(payload, first)
+            elif precision.collecting or slot.earlier is not None:
+                watch = self.watch_kept(payload, first)
         return payload.format, payload.tensors, watch
 
     def find_shared(self, input, tensor):
@@ -361,15 +428,19 @@ class LayerQuantizer:
         Returns:
             Payload, optional: None if there is none that will.
         """
-        payload = shared_payload(input)
-        if (
-            payload is None
-            or payload.format.size != tensor.shape
-            or payload.format.dtype != tensor.dtype
-            or (self.strict and payload.format.bits < self.bits)
-        ):
+        payload = self.cache.get(input)
+        if payload is None or not self._will_do(payload, tensor):
             return None
         return payload
+
+    def _will_do(self, payload, tensor):
+        """Whether a payload can stand for a tensor that is to be kept."""
+        format = payload.format
+        return (
+            format.size == tensor.shape
+            and format.dtype == tensor.dtype
+            and not (self.strict and format.bits < self.bits)
+        )
 
     def hand_out(self, input, tensor, payload):
         """Let other layers find a payload that was made for this one.
@@ -384,7 +455,7 @@ class LayerQuantizer:
         """
         payload.slot = self.slot
         if tensor is input:
-            share(input, payload)
+            self.cache.put(input, payload)
         return payload
 
     def watch_kept(self, payload, first):
@@ -397,7 +468,10 @@ class LayerQuantizer:
         Returns:
             Watch, optional: That of the layer that has chosen the bits.
         """
-        return _watch(payload.slot, adds_elements=first)
+        slot = payload.slot
+        if slot is None or not slot.observes:
+            return None
+        return Watch(slot, None, slot.collecting, first)
 
     def watch(self, input):
         """Prepare the report of a call, if one is wanted.
@@ -409,43 +483,54 @@ class LayerQuantizer:
         Returns:
             Watch, optional: What the backward pass reports to.
         """
-        return _watch(self.slot, getattr(input.grad_fn, 'slot', None))
+        slot = self.slot
+        if slot is None or not slot.observes:
+            return None
+        producer = getattr(input.grad_fn, 'slot', None)
+        return Watch(slot, producer, slot.collecting)
 
-    def note(self, kept, exact):
-        """Report to the meter, if one is attached, what a call keeps.
+    def note(self, kept, call, also=()):
+        """Report to the meter what a call keeps. Only with a meter.
 
         Args:
-            kept (tuple[Tensor]): Tensors that are kept in place of ...
-            exact (tuple[Tensor]): ... those that torch would have kept.
+            kept (tuple[Tensor]): Tensors that are kept in place of those that
+                torch would have kept.
+            call (Call): The call, for the rule of the layer's registration.
+            also (tuple[Tensor], optional): What torch would have kept for
+                other layers that the call stands for. Defaults to nothing.
         """
-        if self.meter is not None:
-            self.meter.note(kept, exact)
+        self.meter.note(kept, call, also)
 
     def __deepcopy__(self, memo):
         """A copy with a generator of its own, unless it is the shared one.
 
         The layers of a copied model share one generator again, the copy, and
-        so they do with the precision.
+        so they do with the precision and the cache.
         """
         twin = copy.copy(self)
         twin.meter = None
+        if self.cache is not default_cache:
+            twin.cache = copy.deepcopy(self.cache, memo)
         twin.slot = copy.deepcopy(self.slot, memo)
         if self.generator is not default_generator:
             twin.generator = copy.deepcopy(self.generator, memo)
         return twin
 
     def __getstate__(self):
-        """For pickle: the shared generator and the meter stay behind."""
+        """For pickle: what all layers share and the meter stay behind."""
         state = self.__dict__.copy()
         state['meter'] = None
         if self.generator is default_generator:
             state['generator'] = None
+        if self.cache is default_cache:
+            state['cache'] = None
         return state
 
     def __setstate__(self, state):
         """Undo :meth:`__getstate__`."""
         self.__dict__.update(state)
         self.generator = self.generator or default_generator
+        self.cache = state.get('cache') or default_cache
 
     def __repr__(self):
         return (

@@ -6,14 +6,14 @@ from typing import NamedTuple
 from torch import nn
 
 from ..adapters import Adapter, find_adapters
+from ..codes.cache import PayloadCache
 from ..codes.quantizer import LayerQuantizer, OwnSettings
 from ..codes.units import MIB
 from ..config import DEFAULT_LEVEL, get_level
 from ..fusion import Found, find_fusions, fuse, is_fused, unfuse
 from ..layers import QuantizedLayer
-from ..layers.base import twin_of
 from ..modules.naming import named_modules
-from ..modules.sharing import shared_layers
+from ..modules.sharing import alias_of, shared_layers
 from ..offload import HostSwap, attached_swap
 from ..offload.allocator import require_expandable_segments
 from ..ops import DEFAULT_GROUP_SIZE
@@ -140,6 +140,7 @@ def convert_model(
         if level.head is not None and fusion.norms and _is_lone(fusion):
             for norm in fusion.norms:
                 rectified[norm] = max(level.rectified, level.head)
+    cache = PayloadCache()
     quantizers = []
     for item in chosen:
         own = OwnSettings()
@@ -156,6 +157,7 @@ def convert_model(
                 precision,
                 rectified.get(item.module),
                 bool(rectified) and _reads_images(item.module),
+                cache,
             )
         )
     # Nothing is left to fail: a call that raises has changed no layer.
@@ -271,7 +273,7 @@ def _replace_shared(model, layers):
     Returns:
         dict[nn.Module, nn.Module]: Twins by the layers that they replace.
     """
-    twins = {layer: twin_of(layer) for layer in layers}
+    twins = {layer: alias_of(layer) for layer in layers}
     if twins:
         for module in list(model.modules()):
             for name, child in module._modules.items():

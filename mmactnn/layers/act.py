@@ -3,10 +3,12 @@
 from torch import nn
 
 from ..autograd import relu, relu_codes, silu
-from ..codes.payload import is_rectified, shared_payload
+from ..codes.payload import is_rectified
+from ..modules.execution import ORDINARY
 from ..ops.quantize import VALID_DTYPES
 from ..registry import register_layer
 from .base import CodedLayer, ExactLayer
+from .gateway import keeps_codes, run
 
 
 class _Rectifier(ExactLayer):
@@ -14,25 +16,26 @@ class _Rectifier(ExactLayer):
 
     kept_bits = 1
 
-    def forward(self, input):
-        """See the torch parent."""
-        # torch refuses to overwrite a leaf, and does so before it writes.
-        refused = self.inplace and input.is_leaf and input.requires_grad
-        if refused or not (self.training and self.compresses(input)):
-            return super().forward(input)
-        return self._rectify(input)
-
     def _rectify(self, input):
         return relu(input, self.inplace, self.quantizer, **self._arguments())
 
     def _arguments(self):
-        """What :func:`mmactnn.autograd.relu` makes this layer of."""
+        """Arguments that make :func:`mmactnn.autograd.relu` this layer."""
         return {}
+
+
+def _is_refused(layer, input):
+    """Whether torch refuses a call before it writes: to overwrite a leaf."""
+    return layer.inplace and input.is_leaf and input.requires_grad
 
 
 @register_layer(
     nn.ReLU,
     saved_by_torch=lambda call: (call.output,),
+    examples=lambda: {
+        'plain': (lambda: QReLU(), (3, 4, 7, 5)),
+        'in place': (lambda: QReLU(inplace=True), (3, 4, 7, 5)),
+    },
 )
 class QReLU(_Rectifier, nn.ReLU):
     """``nn.ReLU`` that keeps a mask of one bit an element. Exact.
@@ -57,15 +60,16 @@ class QReLU(_Rectifier, nn.ReLU):
 
     def forward(self, input):
         """See ``nn.ReLU``."""
-        if is_rectified(input):
+        if type(input) in ORDINARY and is_rectified(input):
             return input
-        if self.compresses(input):
-            payload = shared_payload(input)
-            if payload is not None and payload.rectified:
-                return input  # ReLU of ReLU
-        return super().forward(input)
+        return run(self, nn.ReLU.forward, QReLU._rectify, (input,))
 
     def _rectify(self, input):
+        payload = self.quantizer.cache.get(input)
+        if payload is not None and payload.rectified:
+            return input  # ReLU of ReLU
+        if _is_refused(self, input):
+            return nn.ReLU.forward(self, input)
         if self.is_coded and input.dim() and input.dtype in VALID_DTYPES:
             return relu_codes(input, self.inplace, self.quantizer)
         return super()._rectify(input)
@@ -74,6 +78,9 @@ class QReLU(_Rectifier, nn.ReLU):
 @register_layer(
     nn.ReLU6,
     saved_by_torch=lambda call: (call.input,),
+    examples=lambda: {
+        'plain': (lambda: QReLU6(), (3, 4, 7, 5)),
+    },
 )
 class QReLU6(_Rectifier, nn.ReLU6):
     """``nn.ReLU6`` that keeps a mask of one bit an element. Exact.
@@ -90,6 +97,15 @@ class QReLU6(_Rectifier, nn.ReLU6):
         >>> QReLU6()(torch.randn(2, requires_grad=True)).sum().backward()
     """
 
+    def forward(self, input):
+        """See ``nn.ReLU6``."""
+        return run(self, nn.ReLU6.forward, QReLU6._rectify, (input,))
+
+    def _rectify(self, input):
+        if _is_refused(self, input):
+            return nn.ReLU6.forward(self, input)
+        return super()._rectify(input)
+
     def _arguments(self):
         return dict(max=self.max_val)
 
@@ -97,6 +113,9 @@ class QReLU6(_Rectifier, nn.ReLU6):
 @register_layer(
     nn.LeakyReLU,
     saved_by_torch=lambda call: (call.input,),
+    examples=lambda: {
+        'plain': (lambda: QLeakyReLU(0.2), (3, 4, 7, 5)),
+    },
 )
 class QLeakyReLU(_Rectifier, nn.LeakyReLU):
     """``nn.LeakyReLU`` that keeps a mask of one bit an element. Exact.
@@ -120,9 +139,13 @@ class QLeakyReLU(_Rectifier, nn.LeakyReLU):
 
     def forward(self, input):
         """See ``nn.LeakyReLU``."""
-        if self.inplace and self.negative_slope < 0:
+        return run(self, nn.LeakyReLU.forward, QLeakyReLU._rectify, (input,))
+
+    def _rectify(self, input):
+        undefined = self.inplace and self.negative_slope < 0
+        if undefined or _is_refused(self, input):
             return nn.LeakyReLU.forward(self, input)
-        return super().forward(input)
+        return super()._rectify(input)
 
     def _arguments(self):
         return dict(slope=self.negative_slope)
@@ -144,15 +167,15 @@ class SmoothLayer(CodedLayer):
         Args:
             input (Tensor[*]): The input.
         """
-        # torch refuses to overwrite a leaf, and does so before it writes.
-        inplace = getattr(self, 'inplace', False)
-        refused = inplace and input.is_leaf and input.requires_grad
-        return self.training and self.compresses(input) and not refused
+        return type(input) in ORDINARY and keeps_codes(self, input)
 
 
 @register_layer(
     nn.SiLU,
     saved_by_torch=lambda call: (call.input,),
+    examples=lambda: {
+        'plain': (lambda: QSiLU(), (3, 4, 7, 5)),
+    },
 )
 class QSiLU(SmoothLayer, nn.SiLU):
     """``nn.SiLU`` that keeps its derivative as codes of a few bits.
@@ -175,6 +198,9 @@ class QSiLU(SmoothLayer, nn.SiLU):
 
     def forward(self, input):
         """See ``nn.SiLU``."""
-        if not self.keeps_codes(input):
-            return super().forward(input)
+        return run(self, nn.SiLU.forward, QSiLU._compress, (input,))
+
+    def _compress(self, input):
+        if _is_refused(self, input):
+            return nn.SiLU.forward(self, input)
         return silu(input, self.quantizer, self.inplace)

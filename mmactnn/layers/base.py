@@ -28,6 +28,8 @@ class QuantizedLayer:
     kind = None
     # Whether adaptive levels share out the bits of this kind of layer.
     shares_bits = True
+    # Whether it keeps codes in eval mode, too, while the model is trained.
+    keeps_codes_frozen = False
 
     def _init_quantizer(self, bits, group_size):
         """Set up ``quantizer`` at the end of a constructor.
@@ -82,6 +84,8 @@ class QuantizedLayer:
         """Turn an instance of the torch parent into this class, in place.
 
         Parameters, buffers, hooks and references to the module stay valid.
+        What a subclass of the parent adds stays, too: the layer is then of a
+        class that has both as bases.
 
         Args:
             module (nn.Module): The layer to convert.

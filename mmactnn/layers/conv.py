@@ -5,8 +5,10 @@ from torch import nn
 
 from ..autograd import convolution
 from ..autograd.autocast import lower_dtype
+from ..modules.execution import ORDINARY, is_leaf_of_trace, record_leaf
 from ..registry import register_layer
 from .base import CodedLayer
+from .gateway import run
 
 
 class _QConv(CodedLayer):
@@ -29,37 +31,19 @@ class _QConv(CodedLayer):
             self.groups,
         )
 
-    def _keeps_codes(self, input, weight, bias):
-        # What torch's function checks before any other, it shall refuse.
-        fits = input.dim() - len(self.kernel_size) in (1, 2) and (
-            input.dtype == weight.dtype or lower_dtype(input) is not None
-        )
-        return self.training and fits and self.compresses(input, weight, bias)
-
-    def _convolve(self, input, weight, bias, padding, output_padding):
-        # As torch: a sample alone is a batch of one.
-        single = input.dim() == len(self.kernel_size) + 1
-        output = convolution(
-            input.unsqueeze(0) if single else input,
-            weight,
-            bias,
-            (
-                self.stride,
-                padding,
-                self.dilation,
-                self.transposed,
-                output_padding,
-                self.groups,
-            ),
-            self.quantizer,
-        )
-        return output.squeeze(0) if single else output
-
 
 class _QForwardConv(_QConv):
-    def _conv_forward(self, input, weight, bias):
-        if not self._keeps_codes(input, weight, bias):
-            return super()._conv_forward(input, weight, bias)
+    def _compress(self, input, weight, bias):
+        rank = input.dim() - len(self.kernel_size)
+        if rank == 1:
+            # As torch: a sample alone is a batch of one.
+            batch = input.unsqueeze(0)
+            return self._compress(batch, weight, bias).squeeze(0)
+        if rank != 2 or (
+            input.dtype != weight.dtype and lower_dtype(input) is None
+        ):
+            # What torch's function checks before any other, it shall refuse.
+            return self.torch_class()._conv_forward(self, input, weight, bias)
         padding = self.padding
         if self.padding_mode != 'zeros':
             input = F.pad(
@@ -70,9 +54,15 @@ class _QForwardConv(_QConv):
             padding = (0,) * len(self.kernel_size)
         elif isinstance(padding, str):
             input, padding = self._resolve_padding(input)
-        return self._convolve(
-            input, weight, bias, padding, self.output_padding
+        geometry = (
+            self.stride,
+            padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
         )
+        return convolution(input, weight, bias, geometry, self.quantizer)
 
     def _resolve_padding(self, input):
         """Padding 'same' or 'valid' as numbers, one odd side padded here."""
@@ -91,6 +81,21 @@ class _QForwardConv(_QConv):
 @register_layer(
     nn.Conv1d,
     saved_by_torch=lambda call: (call.input, call.weight),
+    examples=lambda: {
+        'plain': (lambda: QConv1d(4, 8, 3), (3, 4, 7)),
+        'same': (
+            lambda: QConv1d(4, 8, 3, padding='same', dilation=2),
+            (3, 4, 7),
+        ),
+        'circular': (
+            lambda: QConv1d(4, 8, 3, padding=1, padding_mode='circular'),
+            (3, 4, 7),
+        ),
+        'groups': (
+            lambda: QConv1d(4, 8, 3, padding=1, groups=2, bias=False),
+            (3, 4, 7),
+        ),
+    },
 )
 class QConv1d(_QForwardConv, nn.Conv1d):
     """``nn.Conv1d`` that keeps its input as codes of a few bits.
@@ -102,12 +107,42 @@ class QConv1d(_QForwardConv, nn.Conv1d):
         >>> conv(torch.rand(2, 3, 16)).sum().backward()
     """
 
+    def forward(self, input):
+        """See ``nn.Conv1d``."""
+        if type(input) not in ORDINARY and is_leaf_of_trace(self, input):
+            return record_leaf(self, (input,))
+        return nn.Conv1d.forward(self, input)
+
+    def _conv_forward(self, input, weight, bias):
+        return run(
+            self,
+            nn.Conv1d._conv_forward,
+            QConv1d._compress,
+            (input, weight, bias),
+            (weight, bias),
+        )
+
 
 @register_layer(
     nn.Conv2d,
     saved_by_torch=lambda call: (call.input, call.weight),
     names=('QConv',),
     aliases=('mmcv.cnn.bricks.wrappers.Conv2d',),
+    examples=lambda: {
+        'plain': (lambda: QConv2d(4, 8, 3), (3, 4, 7, 5)),
+        'same': (
+            lambda: QConv2d(4, 8, 3, padding='same', dilation=2),
+            (3, 4, 7, 5),
+        ),
+        'circular': (
+            lambda: QConv2d(4, 8, 3, padding=1, padding_mode='circular'),
+            (3, 4, 7, 5),
+        ),
+        'groups': (
+            lambda: QConv2d(4, 8, 3, padding=1, groups=2, bias=False),
+            (3, 4, 7, 5),
+        ),
+    },
 )
 class QConv2d(_QForwardConv, nn.Conv2d):
     """``nn.Conv2d`` that keeps its input as codes of a few bits.
@@ -131,11 +166,41 @@ class QConv2d(_QForwardConv, nn.Conv2d):
         >>> conv(torch.rand(2, 3, 16, 16)).sum().backward()
     """
 
+    def forward(self, input):
+        """See ``nn.Conv2d``."""
+        if type(input) not in ORDINARY and is_leaf_of_trace(self, input):
+            return record_leaf(self, (input,))
+        return nn.Conv2d.forward(self, input)
+
+    def _conv_forward(self, input, weight, bias):
+        return run(
+            self,
+            nn.Conv2d._conv_forward,
+            QConv2d._compress,
+            (input, weight, bias),
+            (weight, bias),
+        )
+
 
 @register_layer(
     nn.Conv3d,
     saved_by_torch=lambda call: (call.input, call.weight),
     aliases=('mmcv.cnn.bricks.wrappers.Conv3d',),
+    examples=lambda: {
+        'plain': (lambda: QConv3d(4, 8, 3), (3, 4, 7, 5, 6)),
+        'same': (
+            lambda: QConv3d(4, 8, 3, padding='same', dilation=2),
+            (3, 4, 7, 5, 6),
+        ),
+        'circular': (
+            lambda: QConv3d(4, 8, 3, padding=1, padding_mode='circular'),
+            (3, 4, 7, 5, 6),
+        ),
+        'groups': (
+            lambda: QConv3d(4, 8, 3, padding=1, groups=2, bias=False),
+            (3, 4, 7, 5, 6),
+        ),
+    },
 )
 class QConv3d(_QForwardConv, nn.Conv3d):
     """``nn.Conv3d`` that keeps its input as codes of a few bits.
@@ -147,8 +212,120 @@ class QConv3d(_QForwardConv, nn.Conv3d):
         >>> conv(torch.rand(2, 3, 4, 8, 8)).sum().backward()
     """
 
+    def forward(self, input):
+        """See ``nn.Conv3d``."""
+        if type(input) not in ORDINARY and is_leaf_of_trace(self, input):
+            return record_leaf(self, (input,))
+        return nn.Conv3d.forward(self, input)
+
+    def _conv_forward(self, input, weight, bias):
+        return run(
+            self,
+            nn.Conv3d._conv_forward,
+            QConv3d._compress,
+            (input, weight, bias),
+            (weight, bias),
+        )
+
 
 class _QTransposedConv(_QConv):
+    def _compress(self, input, output_size=None):
+        weight, bias = self.weight, self.bias
+        rank = input.dim() - len(self.kernel_size)
+        if rank not in (1, 2) or (
+            input.dtype != weight.dtype and lower_dtype(input) is None
+        ):
+            return self.torch_class().forward(self, input, output_size)
+        output_padding = self._output_padding(
+            input,
+            output_size,
+            self.stride,
+            self.padding,
+            self.kernel_size,
+            len(self.kernel_size),
+            self.dilation,
+        )
+        geometry = (
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            output_padding,
+            self.groups,
+        )
+        batch = input.unsqueeze(0) if rank == 1 else input
+        output = convolution(batch, weight, bias, geometry, self.quantizer)
+        return output.squeeze(0) if rank == 1 else output
+
+
+@register_layer(
+    nn.ConvTranspose1d,
+    saved_by_torch=lambda call: (call.input, call.weight),
+    examples=lambda: {
+        'plain': (lambda: QConvTranspose1d(4, 8, 3), (3, 4, 7)),
+        'output padding': (
+            lambda: QConvTranspose1d(4, 8, 3, stride=2, output_padding=1),
+            (3, 4, 7),
+        ),
+    },
+)
+class QConvTranspose1d(_QTransposedConv, nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` that keeps its input as codes of a few bits.
+
+    See :class:`QConv2d` for arguments and behaviour.
+
+    Examples:
+        >>> conv = QConvTranspose1d(8, 3, 2, stride=2)
+        >>> conv(torch.rand(2, 8, 16)).sum().backward()
+    """
+
+    def forward(self, input, output_size=None):
+        """See ``nn.ConvTranspose1d``.
+
+        Args:
+            input (Tensor[N, C, *]): Or Tensor[C, *], a sample alone.
+            output_size (Sequence[int], optional): Size of the output where
+                the stride leaves a choice, with or without N and C. Defaults
+                to what ``output_padding`` says.
+
+        Returns:
+            Tensor[N, O, *]: The output.
+
+        Raises:
+            ValueError: If there is no output of that size.
+            RuntimeError: As torch's layer, which sees wrong inputs first.
+        """
+        return run(
+            self,
+            nn.ConvTranspose1d.forward,
+            QConvTranspose1d._compress,
+            (input, output_size),
+            (self.weight, self.bias),
+        )
+
+
+@register_layer(
+    nn.ConvTranspose2d,
+    saved_by_torch=lambda call: (call.input, call.weight),
+    aliases=('mmcv.cnn.bricks.wrappers.ConvTranspose2d',),
+    examples=lambda: {
+        'plain': (lambda: QConvTranspose2d(4, 8, 3), (3, 4, 7, 5)),
+        'output padding': (
+            lambda: QConvTranspose2d(4, 8, 3, stride=2, output_padding=1),
+            (3, 4, 7, 5),
+        ),
+    },
+)
+class QConvTranspose2d(_QTransposedConv, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` that keeps its input as codes of a few bits.
+
+    See :class:`QConv2d` for arguments and behaviour.
+
+    Examples:
+        >>> conv = QConvTranspose2d(8, 3, 2, stride=2)
+        >>> conv(torch.rand(2, 8, 16, 16)).sum().backward()
+    """
+
     def forward(self, input, output_size=None):
         """See ``nn.ConvTranspose2d``.
 
@@ -165,57 +342,26 @@ class _QTransposedConv(_QConv):
             ValueError: If there is no output of that size.
             RuntimeError: As torch's layer, which sees wrong inputs first.
         """
-        if not self._keeps_codes(input, self.weight, self.bias):
-            return super().forward(input, output_size)
-        output_padding = self._output_padding(
-            input,
-            output_size,
-            self.stride,
-            self.padding,
-            self.kernel_size,
-            len(self.kernel_size),
-            self.dilation,
+        return run(
+            self,
+            nn.ConvTranspose2d.forward,
+            QConvTranspose2d._compress,
+            (input, output_size),
+            (self.weight, self.bias),
         )
-        return self._convolve(
-            input, self.weight, self.bias, self.padding, output_padding
-        )
-
-
-@register_layer(
-    nn.ConvTranspose1d,
-    saved_by_torch=lambda call: (call.input, call.weight),
-)
-class QConvTranspose1d(_QTransposedConv, nn.ConvTranspose1d):
-    """``nn.ConvTranspose1d`` that keeps its input as codes of a few bits.
-
-    See :class:`QConv2d` for arguments and behaviour.
-
-    Examples:
-        >>> conv = QConvTranspose1d(8, 3, 2, stride=2)
-        >>> conv(torch.rand(2, 8, 16)).sum().backward()
-    """
-
-
-@register_layer(
-    nn.ConvTranspose2d,
-    saved_by_torch=lambda call: (call.input, call.weight),
-    aliases=('mmcv.cnn.bricks.wrappers.ConvTranspose2d',),
-)
-class QConvTranspose2d(_QTransposedConv, nn.ConvTranspose2d):
-    """``nn.ConvTranspose2d`` that keeps its input as codes of a few bits.
-
-    See :class:`QConv2d` for arguments and behaviour.
-
-    Examples:
-        >>> conv = QConvTranspose2d(8, 3, 2, stride=2)
-        >>> conv(torch.rand(2, 8, 16, 16)).sum().backward()
-    """
 
 
 @register_layer(
     nn.ConvTranspose3d,
     saved_by_torch=lambda call: (call.input, call.weight),
     aliases=('mmcv.cnn.bricks.wrappers.ConvTranspose3d',),
+    examples=lambda: {
+        'plain': (lambda: QConvTranspose3d(4, 8, 3), (3, 4, 7, 5, 6)),
+        'output padding': (
+            lambda: QConvTranspose3d(4, 8, 3, stride=2, output_padding=1),
+            (3, 4, 7, 5, 6),
+        ),
+    },
 )
 class QConvTranspose3d(_QTransposedConv, nn.ConvTranspose3d):
     """``nn.ConvTranspose3d`` that keeps its input as codes of a few bits.
@@ -226,3 +372,27 @@ class QConvTranspose3d(_QTransposedConv, nn.ConvTranspose3d):
         >>> conv = QConvTranspose3d(8, 3, 2, stride=2)
         >>> conv(torch.rand(2, 8, 4, 8, 8)).sum().backward()
     """
+
+    def forward(self, input, output_size=None):
+        """See ``nn.ConvTranspose3d``.
+
+        Args:
+            input (Tensor[N, C, *]): Or Tensor[C, *], a sample alone.
+            output_size (Sequence[int], optional): Size of the output where
+                the stride leaves a choice, with or without N and C. Defaults
+                to what ``output_padding`` says.
+
+        Returns:
+            Tensor[N, O, *]: The output.
+
+        Raises:
+            ValueError: If there is no output of that size.
+            RuntimeError: As torch's layer, which sees wrong inputs first.
+        """
+        return run(
+            self,
+            nn.ConvTranspose3d.forward,
+            QConvTranspose3d._compress,
+            (input, output_size),
+            (self.weight, self.bias),
+        )

@@ -6,6 +6,7 @@ from torch import nn
 from ..autograd import dropout, feature_dropout
 from ..registry import register_layer
 from .base import ExactLayer
+from .gateway import run
 
 
 class _Dropout(ExactLayer):
@@ -14,16 +15,18 @@ class _Dropout(ExactLayer):
     def _draws(self, input):
         """Whether a call makes a mask of its own."""
         # torch refuses to overwrite a leaf, and does so before it writes.
-        refused = self.inplace and input.is_leaf and self.compresses(input)
-        draws = self.training and 0 < self.p < 1
-        exact = self.quantizer.exact or torch.jit.is_tracing()
-        return draws and not refused and not exact
+        needs_grad = torch.is_grad_enabled() and input.requires_grad
+        refused = self.inplace and input.is_leaf and needs_grad
+        return 0 < self.p < 1 and not refused
 
 
 @register_layer(
     nn.Dropout,
     saved_by_torch=lambda call: (call.mask,),
     aliases=('mmcv.cnn.bricks.drop.Dropout',),
+    examples=lambda: {
+        'plain': (lambda: QDropout(0.3), (3, 4, 7, 5)),
+    },
 )
 class QDropout(_Dropout, nn.Dropout):
     """``nn.Dropout`` that keeps a seed instead of a mask.
@@ -51,14 +54,26 @@ class QDropout(_Dropout, nn.Dropout):
 
     def forward(self, input):
         """See ``nn.Dropout``."""
+        return run(
+            self,
+            nn.Dropout.forward,
+            QDropout._compress,
+            (input,),
+            without_grad=True,
+        )
+
+    def _compress(self, input):
         if not self._draws(input):
-            return super().forward(input)
+            return nn.Dropout.forward(self, input)
         return dropout(input, self.p, self.inplace, self.quantizer)
 
 
 @register_layer(
     nn.Dropout2d,
     saved_by_torch=lambda call: (call.mask,),
+    examples=lambda: {
+        'plain': (lambda: QDropout2d(0.3), (3, 4, 7, 5)),
+    },
 )
 class QDropout2d(_Dropout, nn.Dropout2d):
     """``nn.Dropout2d`` that keeps a seed instead of a mask.
@@ -79,7 +94,16 @@ class QDropout2d(_Dropout, nn.Dropout2d):
 
     def forward(self, input):
         """See ``nn.Dropout2d``."""
+        return run(
+            self,
+            nn.Dropout2d.forward,
+            QDropout2d._compress,
+            (input,),
+            without_grad=True,
+        )
+
+    def _compress(self, input):
         # Of other ranks torch has something to say.
         if input.dim() != 4 or not self._draws(input):
-            return super().forward(input)
+            return nn.Dropout2d.forward(self, input)
         return feature_dropout(input, self.p, self.inplace, self.quantizer)

@@ -5,6 +5,7 @@ from torch import nn
 from ..autograd import gate as gate_input
 from ..registry import register_layer
 from .base import CodedLayer
+from .gateway import run
 
 
 class Gate(nn.Module):
@@ -25,7 +26,8 @@ class Gate(nn.Module):
 
 @register_layer(
     Gate,
-    saved_by_torch=lambda call: (call.input, call.weight),
+    # The gate itself both layers keep as it is.
+    saved_by_torch=lambda call: (call.input if call.needs_weight else None,),
 )
 class QGate(CodedLayer, Gate):
     """``Gate`` that keeps what is gated as codes of a few bits.
@@ -52,7 +54,9 @@ class QGate(CodedLayer, Gate):
 
     def forward(self, input, gate):
         """See ``Gate``."""
-        keeps_codes = self.training and self.compresses(input, gate)
-        if not keeps_codes or input.dim() == 0:
-            return super().forward(input, gate)
+        return run(self, Gate.forward, QGate._compress, (input, gate), (gate,))
+
+    def _compress(self, input, gate):
+        if input.dim() == 0:
+            return Gate.forward(self, input, gate)
         return gate_input(input, gate, self.quantizer)

@@ -5,12 +5,17 @@ from torch import nn
 from ..autograd import group_norm
 from ..registry import register_layer
 from .base import CodedLayer
+from .gateway import run
 
 
 @register_layer(
     nn.GroupNorm,
     saved_by_torch=lambda call: (call.input, *call.statistics),
     names=('QGN',),
+    examples=lambda: {
+        'plain': (lambda: QGroupNorm(2, 6), (3, 6, 9, 5)),
+        '3-d': (lambda: QGroupNorm(3, 6), (3, 6, 17)),
+    },
 )
 class QGroupNorm(CodedLayer, nn.GroupNorm):
     """``nn.GroupNorm`` that keeps its input as codes of a few bits.
@@ -47,12 +52,24 @@ class QGroupNorm(CodedLayer, nn.GroupNorm):
 
     def forward(self, input):
         """See ``nn.GroupNorm``."""
-        weight, bias = self.weight, self.bias
-        keeps_codes = self.training and self.compresses(input, weight, bias)
-        if not keeps_codes or self._is_refused(input):
-            return super().forward(input)
+        return run(
+            self,
+            nn.GroupNorm.forward,
+            QGroupNorm._compress,
+            (input,),
+            (self.weight, self.bias),
+        )
+
+    def _compress(self, input):
+        if self._is_refused(input):
+            return nn.GroupNorm.forward(self, input)
         return group_norm(
-            input, self.num_groups, weight, bias, self.eps, self.quantizer
+            input,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            self.quantizer,
         )
 
     def _is_refused(self, input):

@@ -5,12 +5,20 @@ from torch import nn
 from ..autograd import linear
 from ..registry import register_layer
 from .base import CodedLayer
+from .gateway import run
 
 
 @register_layer(
     nn.Linear,
-    saved_by_torch=lambda call: (call.input, call.weight),
+    saved_by_torch=lambda call: (
+        call.input if call.needs_weight else None,
+        call.weight if call.needs_input else None,
+    ),
     aliases=('mmcv.cnn.bricks.wrappers.Linear',),
+    examples=lambda: {
+        'plain': (lambda: QLinear(9, 5), (7, 9)),
+        '3-d': (lambda: QLinear(9, 5), (3, 5, 9)),
+    },
 )
 class QLinear(CodedLayer, nn.Linear):
     """``nn.Linear`` that keeps its input as codes of a few bits.
@@ -39,7 +47,13 @@ class QLinear(CodedLayer, nn.Linear):
 
     def forward(self, input):
         """See ``nn.Linear``."""
-        weight, bias = self.weight, self.bias
-        if not (self.training and self.compresses(input, weight, bias)):
-            return super().forward(input)
-        return linear(input, weight, bias, self.quantizer)
+        return run(
+            self,
+            nn.Linear.forward,
+            QLinear._compress,
+            (input,),
+            (self.weight, self.bias),
+        )
+
+    def _compress(self, input):
+        return linear(input, self.weight, self.bias, self.quantizer)

@@ -13,6 +13,7 @@ from ..ops import MAX_FROZEN_CHANNELS, NormSettings, frozen_norm_act_
 from ..ops.quantize import VALID_DTYPES
 from ..registry import register_layer
 from .base import CodedLayer
+from .gateway import run
 
 
 class Fusing(NamedTuple):
@@ -38,6 +39,7 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
     """
 
     kind = 'norm'
+    keeps_codes_frozen = True
     fusing = None
 
     def fuses(self, input, residual=None):
@@ -120,7 +122,7 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         """
         count = None
         if self._counts():
-            count = self._buffers['num_batches_tracked']
+            count = self.num_batches_tracked
         return *self._running_stats(), count
 
     def _counts(self):
@@ -132,23 +134,14 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         """ProcessGroup, optional: The processes that share statistics."""
         return None
 
-    def forward(self, input):
-        """See ``nn.BatchNorm2d``."""
-        if self.fusing is not None:
-            if self.fuses(input):
-                return self.norm_act(input, self.fusing)
-            if all(self.fusing) and self.is_frozen(input):
-                self.frozen_act_(input, True)
-                mark_rectified(input)
-                return input
-        compresses = self.compresses(input, self.weight, self.bias)
-        if not compresses or not input.numel():
-            return super().forward(input)
+    def _compress(self, input):
+        if not input.numel():
+            return self.torch_class().forward(self, input)
         self._check_input_dim(input)
         batch_stats = self.uses_batch_stats()
         if batch_stats and (_has_one_value(input) or self.eps <= 0):
             # Torch's layer to refuse.
-            return super().forward(input)
+            return self.torch_class().forward(self, input)
         return batch_norm(
             input,
             self.weight,
@@ -168,9 +161,10 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
                 trained.
         """
         constants = (
-            *self._parameters.values(),
-            self._buffers['running_mean'],
-            self._buffers['running_var'],
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
         )
         return (
             not self.training
@@ -185,7 +179,7 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
                 input.is_contiguous()
                 or input.is_contiguous(memory_format=torch.channels_last)
             )
-            and self._buffers['running_mean'] is not None
+            and self.running_mean is not None
             and all(
                 tensor is None
                 or (tensor.dtype is torch.float32 and not tensor.requires_grad)
@@ -220,11 +214,11 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         """
         if self.training and not self.track_running_stats:
             return None, None
-        return self._buffers['running_mean'], self._buffers['running_var']
+        return self.running_mean, self.running_var
 
     def uses_batch_stats(self):
         """bool: Whether the statistics are those of the batch."""
-        return self.training or self._buffers['running_mean'] is None
+        return self.training or self.running_mean is None
 
     def _next_momentum(self):
         """The weight of this batch; counts it if the layer tracks."""
@@ -236,6 +230,30 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         return 0.0 if self.momentum is None else self.momentum
 
 
+def run_norm(layer, parent, compressed, input):
+    """Call a normalisation, fused with what follows where a block says so.
+
+    Args:
+        layer (nn.Module): See :func:`mmactnn.layers.gateway.run`.
+        parent (Callable): See there.
+        compressed (Callable): See there.
+        input (Tensor[N, C, *]): The input.
+
+    Returns:
+        Tensor[N, C, *]: The output.
+    """
+    fusing = getattr(layer, 'fusing', None)
+    if fusing is not None:
+        if layer.fuses(input):
+            return layer.norm_act(input, fusing)
+        if all(fusing) and layer.is_frozen(input):
+            layer.frozen_act_(input, True)
+            mark_rectified(input)
+            return input
+    parameters = layer.weight, layer.bias
+    return run(layer, parent, compressed, (input,), parameters)
+
+
 def _has_one_value(input):
     """Whether a channel's statistics are those of a single value."""
     return input.numel() == input.size(1)
@@ -245,6 +263,9 @@ def _has_one_value(input):
     _BatchNorm,
     saved_by_torch=lambda call: (call.input, *call.statistics),
     aliases=('mmengine.model.utils._BatchNormXd',),
+    examples=lambda: {
+        'plain': (lambda: QBatchNorm(4), (3, 4, 9, 5)),
+    },
 )
 class QBatchNorm(_QBatchNorm, _BatchNorm):
     """Batch normalisation of any rank that keeps its input as codes.
@@ -271,11 +292,19 @@ class QBatchNorm(_QBatchNorm, _BatchNorm):
                 f'expected an input of 2 dimensions or more, got {input.dim()}'
             )
 
+    def forward(self, input):
+        """See ``nn.BatchNorm2d``."""
+        return run_norm(self, _BatchNorm.forward, QBatchNorm._compress, input)
+
 
 @register_layer(
     nn.BatchNorm1d,
     saved_by_torch=lambda call: (call.input, *call.statistics),
     names=('QBN1d',),
+    examples=lambda: {
+        'plain': (lambda: QBatchNorm1d(5), (33, 5)),
+        '3-d': (lambda: QBatchNorm1d(5), (3, 5, 17)),
+    },
 )
 class QBatchNorm1d(_QBatchNorm, nn.BatchNorm1d):
     """``nn.BatchNorm1d`` that keeps its input as codes of a few bits.
@@ -287,6 +316,12 @@ class QBatchNorm1d(_QBatchNorm, nn.BatchNorm1d):
         >>> norm(torch.randn(2, 8, 4)).sum().backward()
     """
 
+    def forward(self, input):
+        """See ``nn.BatchNorm1d``."""
+        return run_norm(
+            self, nn.BatchNorm1d.forward, QBatchNorm1d._compress, input
+        )
+
 
 @register_layer(
     nn.BatchNorm2d,
@@ -295,6 +330,9 @@ class QBatchNorm1d(_QBatchNorm, nn.BatchNorm1d):
         'QBN2d',
         'QBN',
     ),
+    examples=lambda: {
+        'plain': (lambda: QBatchNorm2d(4), (3, 4, 9, 5)),
+    },
 )
 class QBatchNorm2d(_QBatchNorm, nn.BatchNorm2d):
     """``nn.BatchNorm2d`` that keeps its input as codes of a few bits.
@@ -306,11 +344,20 @@ class QBatchNorm2d(_QBatchNorm, nn.BatchNorm2d):
         >>> norm(torch.randn(2, 8, 4, 4)).sum().backward()
     """
 
+    def forward(self, input):
+        """See ``nn.BatchNorm2d``."""
+        return run_norm(
+            self, nn.BatchNorm2d.forward, QBatchNorm2d._compress, input
+        )
+
 
 @register_layer(
     nn.BatchNorm3d,
     saved_by_torch=lambda call: (call.input, *call.statistics),
     names=('QBN3d',),
+    examples=lambda: {
+        'plain': (lambda: QBatchNorm3d(4), (3, 4, 3, 5, 4)),
+    },
 )
 class QBatchNorm3d(_QBatchNorm, nn.BatchNorm3d):
     """``nn.BatchNorm3d`` that keeps its input as codes of a few bits.
@@ -321,3 +368,9 @@ class QBatchNorm3d(_QBatchNorm, nn.BatchNorm3d):
         >>> norm = QBatchNorm3d(8)
         >>> norm(torch.randn(2, 8, 4, 4, 4)).sum().backward()
     """
+
+    def forward(self, input):
+        """See ``nn.BatchNorm3d``."""
+        return run_norm(
+            self, nn.BatchNorm3d.forward, QBatchNorm3d._compress, input
+        )

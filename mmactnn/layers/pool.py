@@ -8,12 +8,16 @@ from ..autograd import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from ..ops import MAX_TAPS, as_pair
 from ..registry import register_layer
 from .base import ExactLayer
+from .gateway import run
 
 
 @register_layer(
     nn.MaxPool2d,
     saved_by_torch=lambda call: (call.input, call.indices),
     aliases=('mmcv.cnn.bricks.wrappers.MaxPool2d',),
+    examples=lambda: {
+        'plain': (lambda: QMaxPool2d(3, 2, 1), (3, 4, 7, 5)),
+    },
 )
 class QMaxPool2d(ExactLayer, nn.MaxPool2d):
     """``nn.MaxPool2d`` that keeps 4 bits an output. Exact.
@@ -50,10 +54,11 @@ class QMaxPool2d(ExactLayer, nn.MaxPool2d):
 
     def forward(self, input):
         """See ``nn.MaxPool2d``."""
-        if not (self.training and self.compresses(input)) or (
-            self.why_exact(self) is not None
-        ):
-            return super().forward(input)
+        return run(self, nn.MaxPool2d.forward, QMaxPool2d._compress, (input,))
+
+    def _compress(self, input):
+        if self.why_exact(self) is not None:
+            return nn.MaxPool2d.forward(self, input)
         return max_pool2d(
             input,
             self.kernel_size,
@@ -68,6 +73,9 @@ class QMaxPool2d(ExactLayer, nn.MaxPool2d):
 @register_layer(
     nn.AvgPool2d,
     saved_by_torch=lambda call: (call.input,),
+    examples=lambda: {
+        'plain': (lambda: QAvgPool2d(2), (3, 4, 7, 5)),
+    },
 )
 class QAvgPool2d(ExactLayer, nn.AvgPool2d):
     """``nn.AvgPool2d`` that keeps no tensor. Exact.
@@ -86,8 +94,9 @@ class QAvgPool2d(ExactLayer, nn.AvgPool2d):
 
     def forward(self, input):
         """See ``nn.AvgPool2d``."""
-        if not (self.training and self.compresses(input)):
-            return super().forward(input)
+        return run(self, nn.AvgPool2d.forward, QAvgPool2d._compress, (input,))
+
+    def _compress(self, input):
         return avg_pool2d(
             input,
             self.kernel_size,
@@ -103,6 +112,9 @@ class QAvgPool2d(ExactLayer, nn.AvgPool2d):
 @register_layer(
     nn.AdaptiveAvgPool2d,
     saved_by_torch=lambda call: (call.input,),
+    examples=lambda: {
+        'plain': (lambda: QAdaptiveAvgPool2d(2), (3, 4, 7, 5)),
+    },
 )
 class QAdaptiveAvgPool2d(ExactLayer, nn.AdaptiveAvgPool2d):
     """``nn.AdaptiveAvgPool2d`` that keeps no tensor. Exact.
@@ -129,8 +141,14 @@ class QAdaptiveAvgPool2d(ExactLayer, nn.AdaptiveAvgPool2d):
 
     def forward(self, input):
         """See ``nn.AdaptiveAvgPool2d``."""
-        if not (self.training and self.compresses(input)) or (
-            self.why_exact(self) is not None
-        ):
-            return super().forward(input)
+        return run(
+            self,
+            nn.AdaptiveAvgPool2d.forward,
+            QAdaptiveAvgPool2d._compress,
+            (input,),
+        )
+
+    def _compress(self, input):
+        if self.why_exact(self) is not None:
+            return nn.AdaptiveAvgPool2d.forward(self, input)
         return adaptive_avg_pool2d(input, self.output_size, self.quantizer)

@@ -1,12 +1,13 @@
 """Compressed synchronised batch normalisation."""
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd.sync_batch_norm import sync_batch_norm
 from ..registry import register_layer
-from .norm import _QBatchNorm
+from .norm import _QBatchNorm, run_norm
 
 
 @register_layer(
@@ -17,6 +18,9 @@ from .norm import _QBatchNorm
         'mmengine.utils.dl_utils.parrots_wrapper.SyncBatchNorm',
         'mmcv.ops.sync_bn.SyncBatchNorm',
     ),
+    examples=lambda: {
+        'plain': (lambda: QSyncBatchNorm(4), (3, 4, 9, 5)),
+    },
 )
 class QSyncBatchNorm(_QBatchNorm, nn.SyncBatchNorm):
     """``nn.SyncBatchNorm`` that keeps its input as codes of a few bits.
@@ -57,18 +61,18 @@ class QSyncBatchNorm(_QBatchNorm, nn.SyncBatchNorm):
 
     def forward(self, input):
         """See ``nn.SyncBatchNorm``."""
+        return run_norm(
+            self, _forward_exactly, QSyncBatchNorm._compress, input
+        )
+
+    def _compress(self, input):
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
-        if self.fusing is not None and self.fuses(input):
-            return self.norm_act(input, self.fusing)
-        compresses = self.compresses(input, self.weight, self.bias)
-        if not self._synchronises():
-            if compresses or input.is_cuda:
-                return super().forward(input)
-            # Torch's layer refuses the CPU before it counts processes.
-            return _BatchNorm.forward(self, input)
-        if input.is_cuda and not compresses:
-            return super().forward(input)
+        if self._synchronises():
+            return self._normalise_batch_of_all(input)
+        return super()._compress(input)
+
+    def _normalise_batch_of_all(self, input):
         momentum = self._next_momentum()
         tracks = self.track_running_stats
         return sync_batch_norm(
@@ -96,3 +100,19 @@ class QSyncBatchNorm(_QBatchNorm, nn.SyncBatchNorm):
             and dist.is_initialized()
             and dist.get_world_size(self.process_group) > 1
         )
+
+
+def _forward_exactly(layer, input):
+    """Torch's layer; on a CPU, which it refuses, the same."""
+    if (
+        not isinstance(layer, QSyncBatchNorm)
+        or not isinstance(input, torch.Tensor)
+        or input.is_cuda
+    ):
+        return nn.SyncBatchNorm.forward(layer, input)
+    layer._check_input_dim(input)
+    layer._check_non_zero_input_channels(input)
+    if layer._synchronises():
+        return layer._normalise_batch_of_all(input)
+    # Torch's layer refuses the CPU before it counts processes.
+    return _BatchNorm.forward(layer, input)

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from ..codes.units import MIB
 from ..layers import QuantizedLayer
 from ..modules.naming import gathering_modules
 from ..offload import attached_swap
+from ..registry import default_registry
 
 
 class Counted(NamedTuple):
@@ -128,8 +130,8 @@ class ActivationMeter:
         for tensor in (*module.parameters(), *module.buffers()):
             self._own.add(tensor)
 
-    def note(self, kept, exact):
-        """Take a compressed layer's word for what it replaces.
+    def replace(self, kept, exact):
+        """Count what a compressed layer replaces.
 
         It counts once autograd really saves what is kept: inside of a
         checkpointed block it does not.
@@ -203,6 +205,24 @@ class ActivationMeter:
         return tensor in self._own
 
 
+class LayerMeter(NamedTuple):
+    """What a layer tells about its calls while they are measured.
+
+    Attributes:
+        meter (ActivationMeter): The count.
+        rule (Callable): Maps a call to what torch would have kept, see
+            :func:`mmactnn.registry.register_layer`.
+    """
+
+    meter: ActivationMeter
+    rule: Callable
+
+    def note(self, kept, call, also=()):
+        """Count a call; see ``LayerQuantizer.note``."""
+        exact = (t for t in self.rule(call) if t is not None)
+        self.meter.replace(kept, (*exact, *also))
+
+
 class _Storages:
     """A set of storages, their size and what each was first added for.
 
@@ -271,7 +291,8 @@ def measure_activations(model, locate=None):
     meter = ActivationMeter(model, locate)
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
     for layer in layers:
-        layer.quantizer.meter = meter
+        entry = default_registry.entry_of(type(layer))
+        layer.quantizer.meter = LayerMeter(meter, entry.saved_by_torch)
     swap = meter.swap
     if swap is not None:
         swap.observer = meter.observe

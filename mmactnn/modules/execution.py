@@ -8,8 +8,10 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 from torch.utils._device import DeviceContext
 
-_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+# Types of tensors that are nothing but values.
+ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _functorch = torch._C._functorch
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_ordinary(tensor):
@@ -20,11 +22,15 @@ def is_ordinary(tensor):
 
     Returns:
         bool: False for subclasses, proxies of tracers, tensors without
-        storage (meta, fake), and wrappers of functorch's transforms.
+        storage (meta, fake), sparse, nested and quantised ones, and wrappers
+        of functorch's transforms.
     """
     return (
-        type(tensor) in _ORDINARY
+        type(tensor) in ORDINARY
         and not tensor.is_meta
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and not tensor.is_quantized
         and not _functorch.is_functorch_wrapped_tensor(tensor)
     )
 
@@ -33,13 +39,120 @@ def is_transformed():
     """Whether a transform follows computation besides reverse-mode autograd.
 
     Returns:
-        bool: True under ``torch.func``, forward-mode differentiation and
-        ``torch.jit.trace``.
+        bool: True under ``torch.func``, forward-mode differentiation,
+        ``torch.jit.trace`` and ``make_fx``.
     """
     return (
         _functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
+        or (
+            torch._C._len_torch_dispatch_stack() > 0
+            and torch._C._get_dispatch_mode(_PROXY) is not None
+        )
+    )
+
+
+def is_plain(input):
+    """Whether a call computes what it says and nobody follows it.
+
+    All of :func:`is_transformed`, of function modes and, but for the class,
+    of :func:`is_ordinary` at once: every layer asks at every call.
+
+    Args:
+        input (Tensor[*]): First argument of the call.
+
+    Returns:
+        bool: True under dispatch modes that only look on.
+    """
+    return (
+        _functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and not (
+            torch._C._len_torch_dispatch_stack() > 0
+            and torch._C._get_dispatch_mode(_PROXY) is not None
+        )
+        and not input.is_meta
+        and input.layout is torch.strided
+        and not input.is_nested
+        and not input.is_quantized
+        and not _functorch.is_functorch_wrapped_tensor(input)
+        and (
+            torch._C._len_torch_function_stack() == 0
+            or not _has_function_mode()
+        )
+    )
+
+
+def _has_function_mode():
+    count = torch._C._len_torch_function_stack()
+    return count > 0 and any(
+        type(torch._C._get_function_stack_at(i)) is not DeviceContext
+        for i in range(count)
+    )
+
+
+def is_leaf_of_trace(module, input):
+    """Whether ``torch.fx`` traces a model that a module is part of.
+
+    Args:
+        module (nn.Module): The module.
+        input (object): First argument of its call.
+
+    Returns:
+        bool: False also if the module itself is what is traced.
+    """
+    return (
+        isinstance(input, torch.fx.Proxy)
+        and getattr(input.tracer, 'root', None) is not module
+    )
+
+
+def record_leaf(module, args):
+    """Record the call of a module in a trace of ``torch.fx``.
+
+    Torch's own layers are leaves by the name of their package; this is what
+    a tracer does with them.
+
+    Args:
+        module (nn.Module): The module.
+        args (tuple): Arguments of its call, the first one a proxy.
+
+    Returns:
+        torch.fx.Proxy: The output.
+    """
+    tracer = args[0].tracer
+    target = tracer.path_of_module(module)
+    return tracer.create_proxy('call_module', target, args, {})
+
+
+def overrides_dispatch(cls):
+    """Whether a class of tensors has kernels of its own.
+
+    Args:
+        cls (type): Subclass of ``torch.Tensor``, such as ``DTensor``.
+
+    Returns:
+        bool: True if it has a ``__torch_dispatch__``.
+    """
+    return cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
+def overrides_functions(cls):
+    """Whether a class of tensors sees calls of functions now.
+
+    Args:
+        cls (type): Subclass of ``torch.Tensor``.
+
+    Returns:
+        bool: False within the class's own ``__torch_function__``, and if it
+        has disabled that.
+    """
+    return (
+        torch._C._is_torch_function_enabled()
+        and cls.__torch_function__
+        is not torch._C._disabled_torch_function_impl
     )
 
 
@@ -54,14 +167,6 @@ def is_observed():
         module_hooks._has_any_global_hook()
         or torch._C._len_torch_dispatch_stack() > 0
         or _has_function_mode()
-    )
-
-
-def _has_function_mode():
-    count = torch._C._len_torch_function_stack()
-    return count > 0 and any(
-        type(torch._C._get_function_stack_at(i)) is not DeviceContext
-        for i in range(count)
     )
 
 

@@ -55,6 +55,21 @@ def shared_layers(model):
     return found
 
 
+def alias_of(layer):
+    """A second module with all that a layer has, hooks included.
+
+    Args:
+        layer (nn.Module): A layer without parameters, buffers and parts.
+
+    Returns:
+        nn.Module: Hooks that are added to or removed from either are added to
+        or removed from both.
+    """
+    alias = layer.__new__(type(layer))
+    alias.__dict__.update(vars(layer))
+    return alias
+
+
 def _reachable_by_code(classes):
     for cls in classes:
         for base in cls.__mro__:

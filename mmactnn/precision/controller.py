@@ -466,7 +466,7 @@ class Slot:
     def observes(self):
         """bool: Whether the backward pass of this pass should report."""
         if self._runs_again():
-            wanted = self._earlier.observes
+            wanted = self.earlier.observes
         else:
             wanted = self._observes_now()
         return wanted and not is_capturing()
@@ -475,13 +475,13 @@ class Slot:
     def collecting(self):
         """bool: Whether that report is of the layer, or of samples alone."""
         if self._runs_again():
-            return self._earlier.collecting
+            return self.earlier.collecting
         return self.precision.collecting
 
     @property
     def bits_of_call(self):
         """float: Bits an element of the call that is running."""
-        return self._earlier.bits if self._runs_again() else self.bits
+        return self.earlier.bits if self._runs_again() else self.bits
 
     def _observes_now(self):
         precision = self.precision
@@ -490,8 +490,8 @@ class Slot:
     def _runs_again(self):
         """Whether a call belongs to an earlier pass than the current one."""
         return (
-            not self._called
-            and self._earlier is not None
+            not self.called
+            and self.earlier is not None
             and _is_inside_backward()
         )
 
@@ -504,20 +504,20 @@ class Slot:
         """
         if self.precision.due:
             self.precision.on_call()
-        if not self._called and not _is_inside_backward():
-            self._called = True
+        if not self.called and not _is_inside_backward():
+            self.called = True
 
     def close(self):
         """Note the end of a pass, before anything of it changes."""
-        if self._called:
-            self._earlier = _Earlier(
+        if self.called:
+            self.earlier = _Earlier(
                 self.bits, self.precision.collecting, self._observes_now()
             )
-            self._called = False
+            self.called = False
 
     def forget_calls(self):
         """Forget which passes the layer was called in."""
-        self._called, self._earlier = False, None
+        self.called, self.earlier = False, None
 
     def note_backward(self):
         """Note a backward pass of the layer: the next call begins a pass."""

@@ -5,7 +5,8 @@ import torch
 from support.pairs import in_turn
 
 from mmactnn import RoundingGenerator
-from mmactnn.codes.payload import WHOLE, QuantizedTensor, pieces
+from mmactnn.codes.payload import WHOLE, pieces
+from mmactnn.codes.quantizer import LayerQuantizer
 
 MIB = 2**20
 
@@ -47,7 +48,7 @@ def test_all_in_one(samples, nbytes, limit):
 
 def test_chunks_are_what_was_packed():
     x = torch.randn(7, 3, 5, 5)
-    payload = QuantizedTensor.pack(x, 4, 64, RoundingGenerator(seed=1))
+    payload = LayerQuantizer(4, 64, RoundingGenerator(seed=1)).pack(x)
     whole = payload.unpack()
     for limit in (None, 1, x.nbytes // 3, x.nbytes):
         parts = [values for _, values in payload.chunks(limit)]

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from mmactnn import QBatchNorm, QBatchNorm2d
+from mmactnn import QBatchNorm, QBatchNorm2d, QReLU
 
 # Constructor arguments of layers that behave differently.
 VARIANTS = {
@@ -175,6 +175,8 @@ class TestStatistics:
     def test_weight(self, bits, training, device):
         """Unbiased, with the variance of the closed form."""
         norm = make_norm(device, bits).train(training)
+        trained = trained_beside(norm)
+        assert trained.training
         # 4 groups of 256 elements a sample, one for each channel.
         x = make_input(device, size=(3, 4, 16, 16))
         grad_output = torch.randn_like(x)
@@ -235,12 +237,21 @@ class TestStatistics:
         assert bias.norm() < 0.1 * exact.norm()
 
 
+def trained_beside(norm):
+    """A layer in training mode, of the same model and called before."""
+    relu = QReLU()
+    relu.quantizer.cache = norm.quantizer.cache
+    relu(torch.ones(1, requires_grad=True))
+    return relu
+
+
 class TestRunningStatistics:
     """Eval mode, as of backbones with ``norm_eval=True``."""
 
     def test_trainable_affine(self, device, monkeypatch):
         packed = count_packs(monkeypatch)
         norm = make_norm(device, bits=8).eval()
+        trained = trained_beside(norm)
         twin = exact_twin(norm)
         x = make_input(device)
         grad_output = torch.randn_like(x)
@@ -255,6 +266,13 @@ class TestRunningStatistics:
         )
         assert relative_error(found['bias'], expected['bias']) < FLOAT32_ERROR
         assert relative_error(found['weight'], expected['weight']) < 0.05
+        # With the whole model in eval mode it is torch's layer.
+        trained.eval()
+        found = gradients(norm, x, grad_output)
+        assert len(packed) == 1
+        assert_same_bits(
+            found['weight'], gradients(twin, x, grad_output)['weight']
+        )
 
     @in_turn(name=['frozen', 'no affine', 'bias only'])
     def test_without_trainable_weight(self, name, device, monkeypatch):
@@ -263,10 +281,11 @@ class TestRunningStatistics:
         norm.requires_grad_(False)
         if name == 'bias only':
             norm.bias.requires_grad_()
+        trained = trained_beside(norm)
         x = make_input(device).requires_grad_()
         with saved_tensors() as saved:
             output = norm(x)
-        assert not packed
+        assert trained.training and not packed
         # Values of a channel, not of an image.
         assert all(t.numel() <= 4 for t in saved)
         assert_same_bits(output, exact_twin(norm)(x))
@@ -463,6 +482,8 @@ class TestAutograd:
     @in_turn(training=[True, False])
     def test_double_backward(self, training, device):
         norm = make_norm(device).train(training)
+        trained = trained_beside(norm)
+        assert trained.training
         x = make_input(device).requires_grad_()
         grads = torch.autograd.grad(
             norm(x).square().sum(), (x, *norm.parameters()), create_graph=True

@@ -321,17 +321,8 @@ class TestAutograd:
 
         torch.testing.assert_close(run(typical.ours()), run(typical.theirs()))
 
-    def test_double_backward_of_max(self, device):
-        leaf = make_input(device).requires_grad_()
-        output = QMaxPool2d(2)(leaf)
-        (grad,) = torch.autograd.grad(
-            output.square().sum(), leaf, create_graph=True
-        )
-        with pytest.raises(RuntimeError, match='QMaxPool2d.*twice'):
-            grad.sum().backward()
-
-    @in_turn(name=SMALL[1:])
-    def test_double_backward_of_averages(self, name, device):
+    @pytest.mark.parametrize('name', SMALL)
+    def test_double_backward(self, name, device):
         x = make_input(device)
 
         def run(pool):

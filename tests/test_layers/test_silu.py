@@ -29,7 +29,7 @@ from mmactnn import (
     measure_activations,
 )
 from mmactnn.adapters.activations import QSwish
-from mmactnn.codes.payload import QuantizedTensor
+from mmactnn.codes.quantizer import LayerQuantizer
 
 SIZES = ((), (1,), (7,), (0, 4, 8, 8), (3, 17), (3, 5, 9, 11), (2, 2, 2, 2, 3))
 PARENTS = {QSiLU: nn.SiLU, QSwish: Swish}
@@ -154,9 +154,8 @@ class TestGradient:
             [gradients(layer, x, grad_output)['input'] for _ in range(256)]
         ).double()
         exact = derivative(x).to(device)
-        payload = QuantizedTensor.pack(
-            exact.float(), 2, 256, RoundingGenerator(seed=1)
-        )
+        quantizer = LayerQuantizer(2, 256, RoundingGenerator(seed=1))
+        payload = quantizer.pack(exact.float())
         noise = rounding_variance(exact, payload)
         variance = noise * grad_output**2
         # In units of what rounding predicts, where it is no rare event.
@@ -169,14 +168,7 @@ class TestGradient:
         assert float(ratio.mean()) == pytest.approx(1, abs=0.05)
         # To keep the input at so few bits would be a bias of this size.
         codes = torch.stack(
-            [
-                derivative(
-                    QuantizedTensor.pack(
-                        x, 2, 256, layer.quantizer.generator
-                    ).unpack()
-                )
-                for _ in range(64)
-            ]
+            [derivative(layer.quantizer.pack(x).unpack()) for _ in range(64)]
         ).mean(0)
         bias = (codes.to(device) - exact)[varies] * grad_output[varies]
         assert bias.abs().mean() > 5 * error[varies].abs().mean()

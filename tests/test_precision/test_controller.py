@@ -29,7 +29,7 @@ from mmactnn import (
     measure_activations,
     revert_model,
 )
-from mmactnn.codes.payload import QuantizedTensor
+from mmactnn.codes.quantizer import LayerQuantizer
 from mmactnn.precision import controller, sensitivity
 
 SEEN = ('stem', 'norm', 'body', 'fc')
@@ -180,7 +180,7 @@ class TestSensitivity:
         generator = RoundingGenerator(seed=1)
         x = torch.rand(5, 2048)
         x[:, ::64], x[:, 1::64] = 0, 1
-        payload = QuantizedTensor.pack(x, bits, 256, generator)
+        payload = LayerQuantizer(bits, 256, generator).pack(x)
         variance = sensitivity.variance_at_one_bit(payload)
         torch.testing.assert_close(
             variance, torch.full((5,), 1 / 6), rtol=0.02, atol=0
