@@ -254,25 +254,3 @@ def _part(start, stop, *tensors):
 
 
 _PAYLOADS = dict(plain=QuantizedTensor, split=SplitTensor, zeroed=ZeroedTensor)
-
-
-def mark_rectified(tensor):
-    """Say that a tensor without a payload is a rectifier's output.
-
-    Args:
-        tensor (Tensor[*]): The tensor, as it is now.
-    """
-    tensor._mmactnn_rectified = tensor._version
-
-
-def is_rectified(tensor):
-    """Whether a tensor was said to be a rectifier's output.
-
-    Args:
-        tensor (Tensor[*]): The tensor.
-
-    Returns:
-        bool: False also if it was modified since.
-    """
-    marked = getattr(tensor, '_mmactnn_rectified', None)
-    return marked is not None and marked == tensor._version

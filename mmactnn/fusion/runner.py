@@ -2,7 +2,6 @@
 
 import torch
 
-from ..codes.payload import shared_in_block
 from ..modules.execution import is_observed, is_ordinary, is_transformed
 from .chain import ChainRunner, count_large
 from .eligibility import are_functions_intact, has_hooks, is_watched
@@ -81,8 +80,10 @@ class BlockRunner:
             leaf = inputs[slot]
             if isinstance(leaf, torch.Tensor) and leaf.grad_fn is None:
                 # What frozen stages return is read by the shortcut, too.
-                with shared_in_block(leaf):
-                    return self._run_steps(module, plan, values)
+                cache = _cache_of(module, plan)
+                if cache is not None:
+                    with cache.in_block(leaf):
+                        return self._run_steps(module, plan, values)
         del inputs
         return self._run_steps(module, plan, values)
 
@@ -168,6 +169,17 @@ def plan_to_merge(part):
     ):
         return None
     return plan
+
+
+def _cache_of(module, plan):
+    """Cache of the payloads that the layers of a block share, if any."""
+    for site in plan.sites:
+        for name in site.members:
+            layer = name and resolve(module, name)
+            quantizer = getattr(layer, 'quantizer', None)
+            if quantizer is not None:
+                return quantizer.cache
+    return None
 
 
 def _bind(trace, args, kwargs):

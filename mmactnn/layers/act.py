@@ -3,7 +3,6 @@
 from torch import nn
 
 from ..autograd import relu, relu_codes, silu
-from ..codes.payload import is_rectified
 from ..modules.execution import ORDINARY
 from ..ops.quantize import VALID_DTYPES
 from ..registry import register_layer
@@ -60,16 +59,15 @@ class QReLU(_Rectifier, nn.ReLU):
 
     def forward(self, input):
         """See ``nn.ReLU``."""
-        if type(input) in ORDINARY and is_rectified(input):
-            return input
         return run(self, nn.ReLU.forward, QReLU._rectify, (input,))
 
     def _rectify(self, input):
-        payload = self.quantizer.cache.get(input)
-        if payload is not None and payload.rectified:
-            return input  # ReLU of ReLU
         if _is_refused(self, input):
             return nn.ReLU.forward(self, input)
+        if self.inplace:
+            payload = self.quantizer.cache.get(input)
+            if payload is not None and payload.rectified:
+                return input  # ReLU of ReLU
         if self.is_coded and input.dim() and input.dtype in VALID_DTYPES:
             return relu_codes(input, self.inplace, self.quantizer)
         return super()._rectify(input)

@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd import batch_norm, norm_act
-from ..codes.payload import mark_rectified
 from ..ops import MAX_FROZEN_CHANNELS, NormSettings, frozen_norm_act_
 from ..ops.quantize import VALID_DTYPES
 from ..registry import register_layer
@@ -31,16 +30,10 @@ class Fusing(NamedTuple):
 
 
 class _QBatchNorm(CodedLayer, _BatchNorm):
-    """Batch normalisation of the rank that ``_check_input_dim`` accepts.
-
-    Attributes:
-        fusing (Fusing, optional): What :meth:`forward` does where it can. Set
-            for the time of a call by :mod:`mmactnn.fusion`.
-    """
+    """Batch normalisation of the rank that ``_check_input_dim`` accepts."""
 
     kind = 'norm'
     keeps_codes_frozen = True
-    fusing = None
 
     def fuses(self, input, residual=None):
         """Whether :meth:`norm_act` can take a call.
@@ -230,30 +223,6 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         return 0.0 if self.momentum is None else self.momentum
 
 
-def run_norm(layer, parent, compressed, input):
-    """Call a normalisation, fused with what follows where a block says so.
-
-    Args:
-        layer (nn.Module): See :func:`mmactnn.layers.gateway.run`.
-        parent (Callable): See there.
-        compressed (Callable): See there.
-        input (Tensor[N, C, *]): The input.
-
-    Returns:
-        Tensor[N, C, *]: The output.
-    """
-    fusing = getattr(layer, 'fusing', None)
-    if fusing is not None:
-        if layer.fuses(input):
-            return layer.norm_act(input, fusing)
-        if all(fusing) and layer.is_frozen(input):
-            layer.frozen_act_(input, True)
-            mark_rectified(input)
-            return input
-    parameters = layer.weight, layer.bias
-    return run(layer, parent, compressed, (input,), parameters)
-
-
 def _has_one_value(input):
     """Whether a channel's statistics are those of a single value."""
     return input.numel() == input.size(1)
@@ -294,7 +263,13 @@ class QBatchNorm(_QBatchNorm, _BatchNorm):
 
     def forward(self, input):
         """See ``nn.BatchNorm2d``."""
-        return run_norm(self, _BatchNorm.forward, QBatchNorm._compress, input)
+        return run(
+            self,
+            _BatchNorm.forward,
+            QBatchNorm._compress,
+            (input,),
+            (self.weight, self.bias),
+        )
 
 
 @register_layer(
@@ -318,8 +293,12 @@ class QBatchNorm1d(_QBatchNorm, nn.BatchNorm1d):
 
     def forward(self, input):
         """See ``nn.BatchNorm1d``."""
-        return run_norm(
-            self, nn.BatchNorm1d.forward, QBatchNorm1d._compress, input
+        return run(
+            self,
+            nn.BatchNorm1d.forward,
+            QBatchNorm1d._compress,
+            (input,),
+            (self.weight, self.bias),
         )
 
 
@@ -346,8 +325,12 @@ class QBatchNorm2d(_QBatchNorm, nn.BatchNorm2d):
 
     def forward(self, input):
         """See ``nn.BatchNorm2d``."""
-        return run_norm(
-            self, nn.BatchNorm2d.forward, QBatchNorm2d._compress, input
+        return run(
+            self,
+            nn.BatchNorm2d.forward,
+            QBatchNorm2d._compress,
+            (input,),
+            (self.weight, self.bias),
         )
 
 
@@ -371,6 +354,10 @@ class QBatchNorm3d(_QBatchNorm, nn.BatchNorm3d):
 
     def forward(self, input):
         """See ``nn.BatchNorm3d``."""
-        return run_norm(
-            self, nn.BatchNorm3d.forward, QBatchNorm3d._compress, input
+        return run(
+            self,
+            nn.BatchNorm3d.forward,
+            QBatchNorm3d._compress,
+            (input,),
+            (self.weight, self.bias),
         )

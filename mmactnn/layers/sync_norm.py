@@ -7,7 +7,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd.sync_batch_norm import sync_batch_norm
 from ..registry import register_layer
-from .norm import _QBatchNorm, run_norm
+from .gateway import run
+from .norm import _QBatchNorm
 
 
 @register_layer(
@@ -61,8 +62,12 @@ class QSyncBatchNorm(_QBatchNorm, nn.SyncBatchNorm):
 
     def forward(self, input):
         """See ``nn.SyncBatchNorm``."""
-        return run_norm(
-            self, _forward_exactly, QSyncBatchNorm._compress, input
+        return run(
+            self,
+            _forward_exactly,
+            QSyncBatchNorm._compress,
+            (input,),
+            (self.weight, self.bias),
         )
 
     def _compress(self, input):
