@@ -4,6 +4,7 @@ from mmcv.cnn.bricks.swish import Swish
 
 from ..autograd import silu
 from ..layers import SmoothLayer
+from ..layers.gateway import run
 from ..registry import register_layer
 
 
@@ -21,6 +22,7 @@ class QSwish(SmoothLayer, Swish):
 
     def forward(self, x):
         """See ``Swish``."""
-        if not self.keeps_codes(x):
-            return super().forward(x)
+        return run(self, Swish.forward, QSwish._compress, (x,))
+
+    def _compress(self, x):
         return silu(x, self.quantizer, composed=True)

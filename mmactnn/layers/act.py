@@ -7,7 +7,7 @@ from ..modules.execution import ORDINARY
 from ..ops.quantize import VALID_DTYPES
 from ..registry import register_layer
 from .base import CodedLayer, ExactLayer
-from .gateway import keeps_codes, run
+from .gateway import run
 
 
 class _Rectifier(ExactLayer):
@@ -158,14 +158,6 @@ class SmoothLayer(CodedLayer):
 
     kind = 'act'
     shares_bits = False
-
-    def keeps_codes(self, input):
-        """Whether a call keeps codes.
-
-        Args:
-            input (Tensor[*]): The input.
-        """
-        return type(input) in ORDINARY and keeps_codes(self, input)
 
 
 @register_layer(
