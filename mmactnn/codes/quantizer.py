@@ -294,7 +294,7 @@ class LayerQuantizer:
         row_bits = row_starts = None
         if slot is not None:
             bits, samples = slot.bits, rows.shape[0]
-            if slot.earlier is not None:
+            if not slot.called:
                 bits = slot.bits_of_call
             if samples > 1 and MIN_BITS < bits < MAX_BITS:
                 total = round(bits * samples)
@@ -414,7 +414,7 @@ class LayerQuantizer:
             precision = slot.precision
             if precision.num_samples is not None or tensor.is_cuda:
                 watch = self.watch_kept(payload, first)
-            elif precision.collecting or slot.earlier is not None:
+            elif precision.collecting or not slot.called:
                 watch = self.watch_kept(payload, first)
         return payload.format, payload.tensors, watch
 
