@@ -412,10 +412,14 @@ class LayerQuantizer:
         watch, slot = None, payload.slot
         if slot is not None:
             precision = slot.precision
-            if precision.num_samples is not None or tensor.is_cuda:
+            if (
+                precision.num_samples is not None
+                or tensor.is_cuda
+                or not slot.called
+            ):
                 watch = self.watch_kept(payload, first)
-            elif precision.collecting or not slot.called:
-                watch = self.watch_kept(payload, first)
+            elif precision.collecting:
+                watch = Watch(slot, None, True, first)
         return payload.format, payload.tensors, watch
 
     def find_shared(self, input, tensor):
