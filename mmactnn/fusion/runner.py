@@ -96,7 +96,8 @@ class BlockRunner:
                 done = self._run_chain(module, plan, i, end, values)
             if done is None:
                 done = i + 1
-                values[steps[i].output] = _run_step(module, steps[i], values)
+                step = steps[i]
+                values[step.output] = _run_step(module, step, values)
             for step in steps[i:done]:
                 for slot in step.frees:
                     values[slot] = None
@@ -227,13 +228,15 @@ def _is_frozen(plan, inputs):
 
 
 def _run_step(module, step, values):
-    args = _fill(step.args, values)
     if step.kind == 'site':
         layers = [
             name and resolve(module, name) for name in step.target.members
         ]
-        run = step.target.run if module.training else step.target.run_frozen
-        return run(layers, *args)
+        inputs = [values[slot.index] for slot in step.args]
+        for slot in step.frees:
+            values[slot] = None
+        return step.target.take(layers, inputs, not module.training)
+    args = _fill(step.args, values)
     kwargs = _fill(step.kwargs, values)
     if step.kind == 'call_module':
         return resolve(module, step.target)(*args, **kwargs)

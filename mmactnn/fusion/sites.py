@@ -52,6 +52,21 @@ class Site:
         """
         raise NotImplementedError
 
+    def take(self, layers, inputs, frozen):
+        """Compute the value of the last node, of inputs that may be let go.
+
+        Args:
+            layers (Sequence[nn.Module | None]): The members.
+            inputs (list[Tensor[*]]): Values of :attr:`inputs`. What is taken
+                from the list is held no longer than it is needed.
+            frozen (bool): Whether the block is not trained.
+
+        Returns:
+            Tensor[*]: The value.
+        """
+        run = self.run_frozen if frozen else self.run
+        return run(layers, *inputs)
+
     def run_frozen(self, layers, *inputs):
         """Compute it in a block that takes part in training untrained.
 
@@ -113,34 +128,25 @@ class ConvNormAct(Site):
 
     runs_frozen = True
 
-    def run(self, layers, source, added=None):
+    def take(self, layers, inputs, frozen):
         """See the base class."""
         conv, norm, act, *_ = layers
-        output = source if conv is None else conv(source)
+        added = inputs.pop() if len(inputs) > 1 else None
+        # Not the input: the convolution's output follows in its place.
+        output = inputs.pop() if conv is None else conv(inputs.pop())
         if norm is None:
             return act(output)
-        if _may_join(layers):
-            private = conv is not None and is_output_private(conv)
-            if norm.fuses(output, added):
-                fusing = Fusing(self.rectifies, private)
-                return norm.norm_act(output, fusing, added)
-            if private and _runs_frozen(norm, output, added):
-                return self._finish_frozen(norm, output, added)
-        return self._finish(layers, output, added)
-
-    def run_frozen(self, layers, source, added=None):
-        """See the base class."""
-        conv, norm, act, *_ = layers
-        output = source if conv is None else conv(source)
-        if norm is None:
-            return act(output)
-        if (
-            _may_join(layers)
-            and conv is not None
-            and is_output_private(conv)
-            and _runs_frozen(norm, output, added)
-        ):
-            return self._finish_frozen(norm, output, added)
+        if not _may_join(layers):
+            return self._finish(layers, output, added)
+        private = conv is not None and is_output_private(conv)
+        if not frozen and norm.fuses(output, added):
+            fusing = Fusing(self.rectifies, private)
+            return norm.norm_act(output, fusing, added)
+        if private and _runs_frozen(norm, output, added):
+            if added is not None:
+                added = with_strides(added, output.stride())
+            norm.frozen_act_(output, self.rectifies, added)
+            return output
         return self._finish(layers, output, added)
 
     def _finish(self, layers, output, added):
@@ -153,12 +159,6 @@ class ConvNormAct(Site):
         if not self.rectifies:
             return output
         return self._relu(output) if act is None else act(output)
-
-    def _finish_frozen(self, norm, output, added):
-        if added is not None:
-            added = with_strides(added, output.stride())
-        norm.frozen_act_(output, self.rectifies, added)
-        return output
 
 
 def _may_join(layers):

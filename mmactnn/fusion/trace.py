@@ -23,6 +23,16 @@ _READING = (
     'torch.utils._pytree',
     'torch.overrides',
 )
+# Of the rest, functions of tensors, which see a proxy. Whatever else torch has
+# changes how others run: checkpointing, autocast, gradients or none.
+_COMPUTING = (
+    'torch',
+    'torch.functional',
+    'torch.nn.functional',
+    'torch.special',
+    'torch._tensor',
+    'torch._ops',
+)
 _PURE_BUILTINS = frozenset(
     map(
         id,
@@ -198,7 +208,8 @@ def _trace(module, cls, defaults, takes):
         with _as_in_training(module, cls):
             graph = tracer.trace(module, dict(defaults) or None)
     except Untraceable as reason:
-        return reason
+        # Not itself: it would keep all frames of the trace alive.
+        return Untraceable(str(reason))
     except Exception as error:
         # Whatever a proxy meets that is no tensor.
         text = str(error).strip().split('\n')[0][:120]
@@ -488,7 +499,7 @@ class _Recorder:
                 self._seen.add(id(code))
                 self.functions.append((code, frame.f_globals))
         elif _is_users(caller) and not _is_reading(frame):
-            if _package(frame) != 'torch':
+            if frame.f_globals.get('__name__') not in _COMPUTING:
                 raise Untraceable(f'it calls {code.co_name}')
             self._waiting.append((frame, self._nodes, code.co_name))
 
@@ -553,10 +564,6 @@ def _holds(value, owner, depth=0):
         items = value.values() if isinstance(value, dict) else value
         return any(_holds(item, owner, depth + 1) for item in items)
     return False
-
-
-def _package(frame):
-    return frame.f_globals.get('__name__', '').partition('.')[0]
 
 
 def _is_users(frame):
