@@ -117,6 +117,9 @@ class BlockRunner:
         inputs = [values[slot] for slot in slots]
         if not all(isinstance(value, torch.Tensor) for value in inputs):
             return None
+        # Of what is added, too, the gradient lives as long as the chain's.
+        if any(count_large([value]) for value in inputs):
+            return None
         key = id(plan), start
         chain = self._chains.get(key)
         if chain is None:
