@@ -3,7 +3,6 @@
 from torch import nn
 
 from ..autograd import relu, relu_codes, silu
-from ..modules.execution import ORDINARY
 from ..ops.quantize import VALID_DTYPES
 from ..registry import register_layer
 from .base import CodedLayer, ExactLayer
