@@ -128,8 +128,13 @@ class RoundingGenerator:
             RuntimeError: If a CUDA graph is being captured, and nothing was
                 drawn for the device before.
         """
-        if self._seed is None and self._followed != torch.initial_seed():
-            self._follow()
+        if self._seed is None:
+            # As _follow() would, without its calls.
+            seed = default_generator._seed
+            if seed is None:
+                seed = torch.initial_seed()
+            if self._followed != (seed, default_generator._times_seeded):
+                self._follow()
         offset = self._offset
         self._offset = (offset + tensors) & _MASK64
         if device.type == 'cuda':

@@ -294,7 +294,7 @@ class LayerQuantizer:
         row_bits = row_starts = None
         if slot is not None:
             bits, samples = slot.bits, rows.shape[0]
-            if slot.earlier is not None:
+            if not slot.called:
                 bits = slot.bits_of_call
             if samples > 1 and MIN_BITS < bits < MAX_BITS:
                 total = round(bits * samples)
@@ -412,10 +412,14 @@ class LayerQuantizer:
         watch, slot = None, payload.slot
         if slot is not None:
             precision = slot.precision
-            if precision.num_samples is not None or tensor.is_cuda:
+            if (
+                precision.num_samples is not None
+                or tensor.is_cuda
+                or not slot.called
+            ):
                 watch = self.watch_kept(payload, first)
-            elif precision.collecting or slot.earlier is not None:
-                watch = self.watch_kept(payload, first)
+            elif precision.collecting:
+                watch = Watch(slot, None, True, first)
         return payload.format, payload.tensors, watch
 
     def find_shared(self, input, tensor):

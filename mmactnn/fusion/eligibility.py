@@ -1,6 +1,7 @@
 """Conditions under which layers may run as part of something larger."""
 
 import functools
+import inspect
 
 from torch import nn
 
@@ -77,10 +78,9 @@ def kind_of(cls):
     """
     for base in cls.__mro__:
         if base in NORMS or base in _CONVS or base is QReLU:
-            functions = functions_of(base)
             same = all(
-                getattr(cls, name, None) is getattr(base, name)
-                for name in functions
+                inspect.getattr_static(cls, name, None) is function
+                for name, function in functions_of(base).items()
             )
             return base if same else None
     return None

@@ -25,15 +25,10 @@ def wrapped_class(cls):
 
 
 def _is_parametrized(cls):
-    (base, *others) = cls.__bases__
     return (
-        not others
-        and cls.__name__ == f'Parametrized{base.__name__}'
-        and (
-            vars(cls).get('default_deepcopy') is not None
-            or '__getstate__' in vars(cls)
-            or any(isinstance(value, property) for value in vars(cls).values())
-        )
+        len(cls.__bases__) == 1
+        and cls.__name__.startswith('Parametrized')
+        and any(isinstance(value, property) for value in vars(cls).values())
     )
 
 

@@ -30,7 +30,7 @@ class Net(nn.Module):
 
 
 def make_net(level='L3', seed=0, **kwargs):
-    """A converted network in training mode.
+    """A converted network in training mode, of layers that are not fused.
 
     Args:
         level (str | dict | Level, optional): Defaults to ``'L3'``.
@@ -42,6 +42,8 @@ def make_net(level='L3', seed=0, **kwargs):
     """
     torch.manual_seed(seed)
     net = Net()
+    level = level if isinstance(level, dict) else dict(base=level)
+    level = dict(fuse=False) | level
     kwargs.setdefault('generator', RoundingGenerator(seed=5))
     convert_model(net, level, **kwargs)
     return net

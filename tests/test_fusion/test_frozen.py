@@ -80,6 +80,7 @@ def test_each_norm_runs_with_what_follows(name, norms, device, calls):
 @in_turn(dtype=[torch.float16, torch.bfloat16])
 def test_autocast(dtype, device, calls):
     block, stock, x = make_frozen('mmdet bottleneck, stride', device)
+    calls.clear()
     with torch.autocast(device.type, dtype):
         found, expected = block(x), stock(x)
     assert found.dtype == expected.dtype

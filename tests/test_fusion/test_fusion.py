@@ -424,7 +424,7 @@ def test_a_norm_by_itself_does_not_rectify():
 
 @pytest.mark.parametrize('bad', [1, 9, 2.5, None])
 def test_rectified_bits(bad):
-    with pytest.raises(ValueError, match='rectified'):
+    with pytest.raises((TypeError, ValueError), match='rectified'):
         convert_model(nn.ReLU(), dict(rectified=bad))
     if bad is not None:
         with pytest.raises(ValueError, match='head'):

@@ -313,6 +313,7 @@ def test_outputs_that_are_too_large_together(monkeypatch):
     wide = nn.Conv2d(8, 32, 3, padding=1)
     convert_model(wide, FIXED)
     wide.quantizer.generator = part.retina_reg.quantizer.generator
+    wide.quantizer.cache = part.retina_reg.quantizer.cache
     part.retina_cls = wide
     twin = copy.deepcopy(part)
     # Two towers of two levels, and the last level.

@@ -17,7 +17,8 @@ from support.pairs import in_turn
 from torch import nn
 
 from mmactnn import RoundingGenerator, convert_model, measure_activations
-from mmactnn.layers import Gate, QConv2d, QGate
+from mmactnn.layers import QConv2d, QGate
+from mmactnn.layers.gate import Gate
 
 
 def make(bits=8):

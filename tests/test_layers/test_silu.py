@@ -28,7 +28,7 @@ from mmactnn import (
     convert_model,
     measure_activations,
 )
-from mmactnn.adapters.activations import QSwish
+from mmactnn.adapters.mmcv import QSwish
 from mmactnn.codes.quantizer import LayerQuantizer
 
 SIZES = ((), (1,), (7,), (0, 4, 8, 8), (3, 17), (3, 5, 9, 11), (2, 2, 2, 2, 3))
