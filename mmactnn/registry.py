@@ -44,6 +44,19 @@ class LayerEntry(NamedTuple):
     examples: Callable | None
 
 
+class PatternEntry(NamedTuple):
+    """A pattern over the traces of blocks.
+
+    Attributes:
+        match (Callable): Maps a block to sites.
+        layers (tuple[type]): Classes of compressed layers, one of which a
+            block must have to be traced; none at all stand for any.
+    """
+
+    match: Callable
+    layers: tuple
+
+
 class Registry:
     """Registered layers, patterns and adapters.
 
@@ -117,12 +130,21 @@ class Registry:
                 return f'the name {name!r} is that of {other}'
         return None
 
-    def add_pattern(self, match, name):
+    def add_pattern(self, match, name, layers):
         """See :func:`register_pattern`."""
+        if not isinstance(name, str):
+            raise TypeError(f'a pattern must have a name, got {name!r}')
         _check_parameters(match, 1, 'a pattern', 'the trace of a block')
+        layers = tuple(layers)
+        for layer in layers:
+            if not isinstance(layer, type):
+                raise TypeError(
+                    f'layers of the pattern {name!r} must be classes, got '
+                    f'{layer!r}'
+                )
         if name in self.patterns:
             raise ValueError(f'a pattern {name!r} is registered already')
-        self.patterns[name] = match
+        self.patterns[name] = PatternEntry(match, layers)
 
     def add_adapter(self, adapter, target, fingerprints):
         """See :func:`register_adapter`."""
@@ -132,8 +154,15 @@ class Registry:
             )
         if getattr(adapter, 'plain_class', None) is not target:
             raise TypeError(
-                f'{adapter.__name__} must be a subclass of Adapter and, '
-                f'directly, of {target.__name__}, which it stands for'
+                f'{getattr(adapter, "__name__", adapter)} must be a subclass '
+                f'of Adapter and, directly, of {target.__name__}, which it '
+                'stands for'
+            )
+        if not adapter.is_complete():
+            raise TypeError(
+                f'{adapter.__name__} must define adapted_forward(), and '
+                f'{target.__name__} the methods {adapter.replaces} that it '
+                'stands for'
             )
         if target in self.adapters:
             other = self.adapters[target][0].__name__
@@ -254,6 +283,27 @@ def _check_layer(layer, parent):
             f'{layer.__name__} must be a subclass of {parent.__name__}, the '
             'class whose instances it replaces'
         )
+    _check_mixin(layer, parent)
+
+
+def _check_mixin(layer, parent):
+    # By what it has: the mixin itself knows of this module.
+    torch_class = getattr(layer, 'torch_class', None)
+    if torch_class is None:
+        raise TypeError(
+            f'{layer.__name__} must have the mixin QuantizedLayer, or one '
+            'derived from it, before its parent'
+        )
+    if torch_class() is not parent:
+        raise TypeError(
+            f'{layer.__name__} stands for {torch_class().__name__}, the next '
+            f'of its bases that is plain, not for {parent.__name__}'
+        )
+    if layer.kind is None:
+        raise TypeError(
+            f'{layer.__name__} must say by the attribute kind what levels '
+            'call it'
+        )
 
 
 def _check_parameters(function, count, kind, takes):
@@ -329,8 +379,8 @@ def register_layer(
         Callable: The decorator; it returns the class.
 
     Raises:
-        TypeError: If the class is no subclass of the parent, or there is no
-            rule for what torch keeps.
+        TypeError: If the class is no :class:`mmactnn.QuantizedLayer` of the
+            parent, or there is no rule for what torch keeps.
         ValueError: If class, parent, alias or name is registered already.
     """
 
@@ -343,11 +393,15 @@ def register_layer(
     return decorate
 
 
-def register_pattern(name):
+def register_pattern(name, *, layers=()):
     """Function decorator: let what a function finds in blocks run fused.
 
     Args:
         name (str): Name of the pattern.
+        layers (Sequence[type], optional): Classes of compressed layers, or
+            mixins of them, one of which a block must have. Blocks without any
+            layer that a pattern asks for are not traced. Defaults to any
+            compressed layer.
 
     Returns:
         Callable: The decorator; it returns the function. That maps a
@@ -356,12 +410,13 @@ def register_pattern(name):
         overlap, those of the pattern that was registered last win.
 
     Raises:
-        TypeError: If the function does not take one argument.
+        TypeError: If the function does not take one argument, or ``layers``
+            are not classes.
         ValueError: If there is a pattern of that name.
     """
 
     def decorate(match):
-        default_registry.add_pattern(match, name)
+        default_registry.add_pattern(match, name, layers)
         return match
 
     return decorate

@@ -1,7 +1,7 @@
 """Parts of other packages' models that no trace can show.
 
 A module with the classes of another package is imported once a model has one
-of them, see :data:`mmactnn.registry.PROVIDERS`.
+of them, see :meth:`mmactnn.registry.Registry.add_provider`.
 """
 
 from .base import Adapter

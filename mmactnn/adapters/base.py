@@ -70,6 +70,19 @@ class Adapter:
         return {}
 
     @classmethod
+    def is_complete(cls):
+        """Whether the class defines what an adapter has to.
+
+        Returns:
+            bool: False without :meth:`adapted_forward`, or if the parent has
+            no method of a name in ``replaces``.
+        """
+        return (
+            cls.adapted_forward is not Adapter.adapted_forward
+            and cls._functions.keys() >= set(cls.replaces)
+        )
+
+    @classmethod
     def fits(cls, module):
         """Whether an instance of the parent gains by the adapter.
 

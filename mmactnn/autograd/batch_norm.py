@@ -6,7 +6,7 @@ import torch
 from torch.autograd import Function
 
 from ..codes.calls import Call
-from .channels import channel_shape, dims_but_channels, memory_format
+from ..ops.channels import channel_shape, dims_but_channels, memory_format
 from .double_backward import first_order_only
 
 

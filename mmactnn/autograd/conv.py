@@ -10,8 +10,8 @@ from torch.autograd import Function
 from ..codes.calls import Call
 from ..codes.payload import WHOLE, pieces
 from ..codes.units import MIB
+from ..ops.channels import as_memory_format, dims_but_channels, memory_format
 from .autocast import cast, lower_dtype
-from .channels import as_memory_format, dims_but_channels, memory_format
 from .double_backward import first_order_only
 
 # Up to this size of the input both gradients come from one call: what it

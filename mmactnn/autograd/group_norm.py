@@ -7,8 +7,8 @@ import torch
 from torch.autograd import Function
 
 from ..codes.calls import Call
+from ..ops.channels import dims_but_channels, memory_format
 from .autocast import cast, full_dtype
-from .channels import dims_but_channels, memory_format
 from .double_backward import first_order_only
 
 

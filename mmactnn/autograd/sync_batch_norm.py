@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.autograd import Function
 
 from ..codes.calls import Call
+from ..ops.channels import channel_shape, dims_but_channels
 from .autocast import cast
-from .channels import channel_shape, dims_but_channels
 from .double_backward import first_order_only
 
 

@@ -176,7 +176,12 @@ def convert_model(
     blocks = []
     for name, fusion in found.fusions.items():
         blocks.append(
-            Fused(name, type(fusion.module).__name__, len(fusion.norms))
+            Fused(
+                name,
+                type(fusion.module).__name__,
+                len(fusion.norms),
+                fusion.patterns,
+            )
         )
         fuse(fusion.module, fusion.runner)
     _swap(model, level)

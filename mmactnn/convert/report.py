@@ -47,11 +47,14 @@ class Fused:
         name (str): Qualified name in the model.
         source (str): Its class.
         norms (int): How many normalisations it has that are fused.
+        patterns (tuple[str]): Names of the patterns that its places fit; none
+            if its parts run together, and nothing else.
     """
 
     name: str
     source: str
     norms: int
+    patterns: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,18 +130,25 @@ class ConversionReport:
                 effect = f'layers in place of functions: {", ".join(layers)}'
             lines.append(f'  {count:4d} {source} -> {target} ({effect})')
         blocks = collections.Counter(
-            (item.source, item.norms > 0) for item in self.fused
+            (item.source, _effect(item)) for item in self.fused
         )
-        for (source, has_norms), count in sorted(blocks.items()):
-            effect = (
-                'normalisation and ReLU share a payload'
-                if has_norms
-                else 'convolutions of small maps run as one'
-            )
+        for (source, effect), count in sorted(blocks.items()):
             lines.append(f'  {count:4d} {source} fused: {effect}')
         lines += _by_reason(self.unfused, 'not fused')
         lines += _by_reason(self.left, 'left')
         return '\n'.join(lines)
+
+
+def _effect(fused):
+    own = [name for name in fused.patterns if name != 'conv_norm_act']
+    effects = []
+    if fused.norms:
+        effects.append('normalisation and ReLU share a payload')
+    elif not own:
+        effects.append('convolutions of small maps run as one')
+    if own:
+        effects.append(f'places of {", ".join(own)}')
+    return '; '.join(effects)
 
 
 def _by_reason(items, state):

@@ -8,9 +8,11 @@ somebody sees the tensors in between, the block's own forward pass runs.
 
 from .block import fuse, is_fused, plain_class_of, unfuse
 from .find import Found, Fusion, find_fusions, plan_again
+from .patterns import Block
 from .sites import ConvNormAct, Site
 
 __all__ = [
+    'Block',
     'ConvNormAct',
     'Found',
     'Fusion',

@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..layers import QReLU, QuantizedLayer
+from ..layers import QuantizedLayer
 from ..modules.naming import named_modules
+from ..registry import default_registry
 from .block import plain_class_of
 from .eligibility import NORMS
 from .patterns import Block
@@ -31,6 +32,12 @@ class Fusion(NamedTuple):
     runner: BlockRunner
     norms: tuple
     relus: tuple
+
+    @property
+    def patterns(self):
+        """tuple[str]: Names of the patterns that places of it fit."""
+        names = [s.pattern for p in self.runner.plans for s in p.sites]
+        return tuple(dict.fromkeys(names))
 
 
 class Found(NamedTuple):
@@ -110,7 +117,7 @@ class _Search:
         """Trace a module, and note which of its parts are shortcuts."""
         parts = list(_parts(module))
         classes = {self._class_of(part) for part in parts}
-        has_layers = not classes.isdisjoint((*NORMS, QReLU))
+        has_layers = any(map(self._is_asked_for, classes))
         row = len(parts) > 1 and all(
             part in self._traces or type(part) is nn.Identity for part in parts
         )
@@ -127,10 +134,17 @@ class _Search:
         for trace in traces:
             block = Block(module, trace, self._class_of)
             for site in choose_sites(block):
-                for node in site.inputs[1:]:
+                for node in site.inputs[1:] if site.adds else ():
                     if node.op == 'call_module' and len(node.users) == 1:
                         part = module.get_submodule(node.target)
                         self._shortcuts.add(part)
+
+    def _is_asked_for(self, cls):
+        """Whether a pattern asks for blocks with a class of layers."""
+        return cls is not None and any(
+            not entry.layers or issubclass(cls, entry.layers)
+            for entry in default_registry.patterns.values()
+        )
 
     def plan(self, name, module):
         """Plan a module whose parts are planned already."""

@@ -86,7 +86,7 @@ class Block:
         return users[0]
 
 
-@register_pattern('conv_norm_act')
+@register_pattern('conv_norm_act', layers=(*NORMS, QReLU))
 def match_conv_norm_act(block):
     """Convolution, normalisation, addition and ReLU.
 

@@ -153,19 +153,37 @@ def choose_sites(block, registry=default_registry):
 
     Raises:
         TypeError: If a pattern yields anything else.
+        ValueError: If a site is no piece of the trace: with other calls than
+            those of it, or inner values that are read outside of them.
     """
     taken, chosen = set(), []
-    for match in reversed(registry.patterns.values()):
-        for site in match(block):
+    for name, entry in reversed(registry.patterns.items()):
+        for site in entry.match(block):
             if not isinstance(site, Site):
                 raise TypeError(
-                    f'a pattern must yield sites, got {site!r} from '
-                    f'{match.__name__}'
+                    f'a pattern must yield sites, got {site!r} from {name!r}'
                 )
+            _check_site(site, name, block.trace)
+            site.pattern = name
             if taken.isdisjoint(site.nodes):
                 taken.update(site.nodes)
                 chosen.append(site)
     return chosen
+
+
+def _check_site(site, pattern, trace):
+    calls, nodes = set(trace.calls), set(site.nodes)
+    reason = None
+    if not nodes or not calls.issuperset(nodes):
+        reason = 'has other calls than those of the trace'
+    elif any(not nodes.issuperset(node.users) for node in site.nodes[:-1]):
+        reason = 'makes values within it that are read outside'
+    elif not calls.union(trace.inputs).issuperset(site.inputs):
+        reason = 'reads what is no value of the trace'
+    elif not nodes.isdisjoint(site.inputs):
+        reason = 'reads what it makes itself'
+    if reason is not None:
+        raise ValueError(f'a site of the pattern {pattern!r} {reason}')
 
 
 def _schedule(module, trace, sites, plans):
@@ -182,7 +200,7 @@ def _schedule(module, trace, sites, plans):
         for node in trace.calls
         if node in site_of or node not in covered
     ]
-    shortcuts = {site.inputs[1] for site in sites if len(site.inputs) == 2}
+    shortcuts = {site.inputs[1] for site in sites if site.adds}
     ready, order = set(trace.inputs), []
     early = [
         item

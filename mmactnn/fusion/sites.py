@@ -28,12 +28,17 @@ class Site:
             the normalised value.
         relus (tuple[str]): Names of the ReLUs that keep codes of their
             output.
+        adds (bool): Whether the second input is added, so that it is a
+            shortcut.
         runs_frozen (bool): Whether :meth:`run_frozen` can run.
+        pattern (str, optional): Name of the pattern that found it.
     """
 
     norms = ()
     relus = ()
+    adds = False
     runs_frozen = False
+    pattern = None
 
     def __init__(self, nodes, inputs, members):
         self.nodes = tuple(nodes)
@@ -117,6 +122,7 @@ class ConvNormAct(Site):
         self.rectifies = rectifies
         self._add, self._relu = add, relu
         self.has_conv = conv is not None
+        self.adds = added is not None
         self.norms = () if norm is None else (norm,)
         self.relus = (act,) if norm is None else ()
 

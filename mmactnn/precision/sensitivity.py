@@ -10,7 +10,7 @@ shared out among them is part of what is measured.
 
 import torch
 
-from ..autograd.channels import dims_but_channels
+from ..ops.channels import dims_but_channels
 
 
 def squared_norms(grad_output):

@@ -1,0 +1,223 @@
+"""Registrations that do not fit: one error each, and nothing stays behind."""
+
+import operator
+
+import pytest
+import torch
+from torch import fx, nn
+
+from mmactnn import QReLU, SmoothLayer, convert_model
+from mmactnn.adapters import Adapter
+from mmactnn.fusion import Site
+from mmactnn.registry import Registry, default_registry
+
+
+class Plain(nn.Module):
+    """Stands for a layer of torch."""
+
+    def forward(self, x):
+        return x
+
+
+class QPlain(SmoothLayer, Plain):
+    pass
+
+
+class QPlainToo(SmoothLayer, Plain):
+    pass
+
+
+class WithoutMixin(Plain):
+    pass
+
+
+class WithoutKind(SmoothLayer, Plain):
+    kind = None
+
+
+class QOther(SmoothLayer, nn.SiLU):
+    pass
+
+
+class QIndirect(SmoothLayer, WithoutMixin):
+    pass
+
+
+def rule(call):
+    return (call.input,)
+
+
+@pytest.fixture
+def registry():
+    return Registry()
+
+
+def add_layer(registry, layer=QPlain, parent=Plain, **changes):
+    arguments = dict(names=(), aliases=(), saved_by_torch=rule, examples=None)
+    registry.add_layer(layer, parent, **{**arguments, **changes})
+
+
+class TestLayers:
+    @pytest.mark.parametrize(
+        'layer, changes, message',
+        [
+            ('QPlain', {}, 'layer must be a subclass of nn.Module'),
+            (QOther, {}, 'must be a subclass of Plain'),
+            (WithoutMixin, {}, 'must have the mixin QuantizedLayer'),
+            (QIndirect, {}, 'stands for WithoutMixin'),
+            (WithoutKind, {}, 'attribute kind'),
+            (QPlain, dict(saved_by_torch=None), 'without a rule'),
+        ],
+    )
+    def test_does_not_fit(self, registry, layer, changes, message):
+        with pytest.raises(TypeError, match=message):
+            add_layer(registry, layer, **changes)
+        assert not registry.layers
+
+    @pytest.mark.parametrize(
+        'layer, changes, message',
+        [
+            (QPlain, {}, 'registered already'),
+            (QPlainToo, {}, 'Plain has QPlain already'),
+            (
+                QOther,
+                dict(parent=nn.SiLU, names=['QPlain']),
+                "the name 'QPlain' is that of QPlain",
+            ),
+            (
+                QOther,
+                dict(parent=nn.SiLU, aliases=['their.Plain']),
+                'their.Plain has QPlain already',
+            ),
+        ],
+    )
+    def test_registered_twice(self, registry, layer, changes, message):
+        add_layer(registry, aliases=['their.Plain'])
+        with pytest.raises(ValueError, match=message):
+            add_layer(registry, layer, **changes)
+        assert list(registry.layers) == [QPlain]
+
+
+def no_sites(block):
+    return ()
+
+
+class TestPatterns:
+    @pytest.mark.parametrize(
+        'match, name, layers, message',
+        [
+            (None, 'none', (), 'must be a function'),
+            (lambda: (), 'none', (), 'must take the trace of a block'),
+            (no_sites, no_sites, (), 'must have a name'),
+            (no_sites, 'none', ('QReLU',), 'must be classes'),
+        ],
+    )
+    def test_does_not_fit(self, registry, match, name, layers, message):
+        with pytest.raises(TypeError, match=message):
+            registry.add_pattern(match, name, layers)
+        assert not registry.patterns
+
+    def test_registered_twice(self, registry):
+        registry.add_pattern(no_sites, 'none', ())
+        with pytest.raises(ValueError, match="'none' is registered already"):
+            registry.add_pattern(no_sites, 'none', ())
+
+
+class Doubled(nn.Module):
+    """Its ReLU's output has two readers."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        x = self.relu(x)
+        return x + x * 2
+
+
+def site_of(nodes, inputs):
+    return Site(nodes, inputs, ())
+
+
+class TestSites:
+    """Sites that are no piece of the trace."""
+
+    @pytest.mark.parametrize(
+        'make, error, message',
+        [
+            (lambda trace: 'site', TypeError, 'must yield sites'),
+            (
+                lambda trace: site_of((), trace.inputs),
+                ValueError,
+                'other calls than those',
+            ),
+            (
+                lambda trace: site_of(fx.Graph().nodes, trace.inputs),
+                ValueError,
+                'other calls than those',
+            ),
+            (
+                lambda trace: site_of(trace.calls[:2], trace.inputs),
+                ValueError,
+                'read outside',
+            ),
+            (
+                lambda trace: site_of(trace.calls, trace.calls[:1]),
+                ValueError,
+                'makes itself',
+            ),
+        ],
+    )
+    def test_refused(self, make, error, message, monkeypatch):
+        def match(block):
+            assert block.trace.calls[-1].target is operator.add
+            yield make(block.trace)
+
+        patterns = dict(default_registry.patterns)
+        monkeypatch.setattr(default_registry, 'patterns', patterns)
+        default_registry.add_pattern(match, 'wrong', (QReLU,))
+        model = Doubled()
+        with pytest.raises(error, match=message) as raised:
+            convert_model(model)
+        assert "'wrong'" in str(raised.value)
+        # The call has changed no layer.
+        assert type(model.relu) is nn.ReLU
+
+
+class QDoubled(Adapter, Doubled):
+    def adapted_forward(self, x):
+        return torch.relu(x) * 3
+
+
+class QDoubledToo(QDoubled):
+    pass
+
+
+class WithoutForward(Adapter, Doubled):
+    pass
+
+
+class WithoutMethod(QDoubled):
+    replaces = ('forward', 'forward_single')
+
+
+class TestAdapters:
+    @pytest.mark.parametrize(
+        'adapter, target, message',
+        [
+            (QDoubled, 'Doubled', 'target must be a subclass of nn.Module'),
+            (QDoubled, Plain, 'must be a subclass of Adapter and, directly'),
+            (Doubled, Doubled, 'must be a subclass of Adapter and, directly'),
+            (WithoutForward, Doubled, 'must define adapted_forward'),
+            (WithoutMethod, Doubled, 'forward_single'),
+        ],
+    )
+    def test_does_not_fit(self, registry, adapter, target, message):
+        with pytest.raises(TypeError, match=message):
+            registry.add_adapter(adapter, target, ())
+        assert not registry.adapters
+
+    def test_registered_twice(self, registry):
+        registry.add_adapter(QDoubled, Doubled, ())
+        with pytest.raises(ValueError, match='has the adapter QDoubled'):
+            registry.add_adapter(QDoubledToo, Doubled, ())
