@@ -60,9 +60,10 @@ _REPLACED = tuple(
 
 def are_functions_intact():
     """bool: Whether torch's layers compute as when this was imported."""
-    return all(
-        scope.get(name) is function for scope, name, function in _REPLACED
-    )
+    for scope, name, function in _REPLACED:
+        if scope.get(name) is not function:
+            return False
+    return True
 
 
 @functools.lru_cache(maxsize=1024)

@@ -58,11 +58,15 @@ class Guards(NamedTuple):
         Returns:
             bool: False if anything differs.
         """
+        # Asked at every call of a block: loops, and no calls within them
+        # but where something differs.
         for scope, name, value in self.shared:
             if scope.get(name, _MISSING) is not value:
                 return False
         for cell, value in self.cells:
-            if not _equals(cell.cell_contents, value):
+            if cell.cell_contents is not value and not _equals(
+                cell.cell_contents, value
+            ):
                 return False
         for part in self.own:
             owner = module
@@ -70,34 +74,32 @@ class Guards(NamedTuple):
                 owner = owner._modules.get(name)
                 if owner is None:
                     return False
-            if not _holds(part, owner, cls if owner is module else None):
-                return False
+            own = owner.__dict__
+            for name, value in part.values:
+                found = own.get(name, _MISSING)
+                if found is not value and not _equals(found, value):
+                    return False
+            for name in part.absent:
+                if name in own:
+                    return False
+            for name, value in part.cls:
+                if getattr(cls, name, _MISSING) is not value:
+                    return False
+            for table, structure in part.tables:
+                if _structure(own[table]) != structure:
+                    return False
         return True
-
-
-def _holds(part, owner, cls):
-    own = owner.__dict__
-    for name, value in part.values:
-        if not _equals(own.get(name, _MISSING), value):
-            return False
-    for name in part.absent:
-        if name in own:
-            return False
-    for name, value in part.cls:
-        if getattr(cls or type(owner), name, _MISSING) is not value:
-            return False
-    return all(
-        _structure(own[table]) == structure for table, structure in part.tables
-    )
 
 
 def _structure(table):
     """Names of a table, which are None, and which hold the same object."""
-    first = {}
-    return [
-        (name, value is not None and first.setdefault(id(value), name))
-        for name, value in table.items()
-    ]
+    first, structure = {}, []
+    for name, value in table.items():
+        structure.append(name)
+        structure.append(
+            value is not None and first.setdefault(id(value), name)
+        )
+    return structure
 
 
 class _Frozen(NamedTuple):

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import fx
 
-from ..ops import is_input, source_of_input
+from ..ops import source_of_input
 from ..registry import default_registry
 from .chain import Layers
 from .sites import ConvNormAct, Site
@@ -69,6 +69,12 @@ class Plan(NamedTuple):
         segments (dict[int, int]): From the index of a step to the end of the
             longest run of steps from it that may run as one chain.
         shared (tuple[int]): Slots of the inputs that several steps read.
+        names (tuple[str]): Names of the inputs.
+        sites (tuple[Site]): All sites.
+        passed (tuple[tuple[str]]): Names that lead to further members of
+            them, which a chain passes over.
+        is_simple (bool): Whether its steps are sites that a chain can run,
+            and calls of parts, and no more.
     """
 
     trace: object
@@ -77,20 +83,31 @@ class Plan(NamedTuple):
     size: int
     segments: dict
     shared: tuple
+    names: tuple
+    sites: tuple
+    passed: tuple
+    is_simple: bool
 
-    @property
-    def sites(self):
-        """list[Site]: All sites."""
-        return [s.target for s in self.steps if s.kind == 'site']
 
-    @property
-    def is_simple(self):
-        """bool: Whether its steps are sites a chain can run, and no more."""
-        return bool(self.steps) and all(
-            step.kind == 'call_module'
-            or (step.kind == 'site' and is_chainable(step))
-            for step in self.steps
-        )
+def members_of(module, site):
+    """The layers that take part in a site.
+
+    Args:
+        module (nn.Module): The block.
+        site (Site): The site, as part of a plan.
+
+    Returns:
+        list[nn.Module | None]: In the order of its members.
+    """
+    layers, modules = [], module._modules
+    for name in site.members:
+        if name is None:
+            layers.append(None)
+        elif len(name) == 1:
+            layers.append(modules.get(name[0]))
+        else:
+            layers.append(resolve(module, name))
+    return layers
 
 
 def is_chainable(step):
@@ -137,7 +154,22 @@ def make_plan(module, trace, sites, plans):
         for i in range(len(trace.inputs))
         if sum(i in slots for slots in readers) > 1
     )
-    return Plan(trace, tuple(steps), result, len(slots), segments, shared)
+    placed = tuple(step.target for step in steps if step.kind == 'site')
+    return Plan(
+        trace,
+        tuple(steps),
+        result,
+        len(slots),
+        segments,
+        shared,
+        tuple(node.target for node in trace.inputs),
+        placed,
+        tuple(name for site in placed for name in site.members[3:]),
+        bool(steps)
+        and all(
+            step.kind == 'call_module' or is_chainable(step) for step in steps
+        ),
+    )
 
 
 def choose_sites(block, registry=default_registry):
@@ -347,9 +379,7 @@ def chain_layers(module, plan, start, end, runner_of):
 
 
 def _layers_of(module, site, sources):
-    conv, norm, act, *_ = [
-        name and resolve(module, name) for name in site.members
-    ]
+    conv, norm, act, *_ = members_of(module, site)
     return Layers(conv, norm, act, *sources)
 
 
@@ -361,15 +391,11 @@ def _append_part(module, step, sources, layers, runner_of):
     made = chain_layers(part, plan, 0, len(plan.steps), runner_of)
     if made is None or made[1] != [0]:
         return False
-    first = len(layers)
-    for layer in made[0]:
-        source, added = (
-            value
-            if value is None
-            else sources[0]
-            if is_input(value)
-            else value + first
-            for value in (layer.source, layer.added)
-        )
-        layers.append(layer._replace(source=source, added=added))
+    first, source = len(layers), sources[0]
+    for conv, norm, act, read, added in made[0]:
+        # Inputs are below 0.
+        read = source if read < 0 else read + first
+        if added is not None:
+            added = source if added < 0 else added + first
+        layers.append(Layers(conv, norm, act, read, added))
     return True

@@ -5,7 +5,7 @@ import torch
 from ..modules.execution import is_observed, is_ordinary, is_transformed
 from .chain import ChainRunner, count_large
 from .eligibility import are_functions_intact, has_hooks, is_watched
-from .plan import Slot, chain_layers, resolve
+from .plan import Slot, chain_layers, members_of, resolve
 
 
 class BlockRunner:
@@ -16,25 +16,23 @@ class BlockRunner:
 
     Args:
         plans (Sequence[Plan]): One for each kind of input.
+
+    Attributes:
+        plans (tuple[Plan]): The same.
     """
 
     def __init__(self, plans):
-        self._plans = tuple(plans)
+        self.plans = tuple(plans)
         self._chains = {}
 
     def __deepcopy__(self, memo):
-        return type(self)(self._plans)
+        return type(self)(self.plans)
 
     def __copy__(self):
-        return type(self)(self._plans)
+        return type(self)(self.plans)
 
     def __reduce__(self):
         return _Unpickled, ()
-
-    @property
-    def plans(self):
-        """tuple[Plan]: The plans."""
-        return self._plans
 
     def find_plan(self, module, cls, args, kwargs):
         """The plan that a call may run by, and its inputs.
@@ -51,12 +49,12 @@ class BlockRunner:
         """
         if not torch.is_grad_enabled() or is_transformed() or is_observed():
             return None
-        for plan in self._plans:
+        for plan in self.plans:
             trace = plan.trace
-            inputs = _bind(trace, args, kwargs)
+            inputs = _bind(plan, args, kwargs)
             if (
                 inputs is not None
-                and all(_fits(value, trace.takes) for value in inputs)
+                and _fit(inputs, trace.takes)
                 and (module.training or _is_frozen(plan, inputs))
                 and are_functions_intact()
                 and trace.guards.hold(module, cls)
@@ -92,7 +90,8 @@ class BlockRunner:
         while i < len(steps):
             end = plan.segments.get(i)
             done = None
-            if end is not None:
+            # Chains are of layers that are trained.
+            if end is not None and module.training:
                 done = self._run_chain(module, plan, i, end, values)
             if done is None:
                 done = i + 1
@@ -165,34 +164,35 @@ def plan_to_merge(part):
         or not plan.sites
         or not plan.is_simple
         or not plan.trace.guards.hold(part, cls)
-        or any(
-            is_watched(resolve(part, name))
-            for site in plan.sites
-            for name in site.members[3:]
-        )
+        or _are_watched(part, plan.passed)
     ):
         return None
     return plan
 
 
+def _are_watched(part, names):
+    for name in names:
+        if is_watched(resolve(part, name)):
+            return True
+    return False
+
+
 def _cache_of(module, plan):
     """Cache of the payloads that the layers of a block share, if any."""
     for site in plan.sites:
-        for name in site.members:
-            layer = name and resolve(module, name)
+        for layer in members_of(module, site):
             quantizer = getattr(layer, 'quantizer', None)
             if quantizer is not None:
                 return quantizer.cache
     return None
 
 
-def _bind(trace, args, kwargs):
-    """Inputs of a call in the order of a trace's, or None."""
-    count = len(trace.inputs)
+def _bind(plan, args, kwargs):
+    """Inputs of a call in the order of a plan's, or None."""
+    count, trace = len(plan.names), plan.trace
     if not kwargs and len(args) == count:
         return list(args)
-    names = [node.target for node in trace.inputs]
-    names += trace.defaults
+    names = [*plan.names, *trace.defaults]
     if len(args) > len(names) or not kwargs.keys() <= set(names):
         return None
     given = dict(zip(names, args))
@@ -211,12 +211,15 @@ def _bind(trace, args, kwargs):
     return [given[name] for name in names[:count]]
 
 
-def _fits(value, takes):
+def _fit(inputs, takes):
     if takes is torch.Tensor:
-        return is_ordinary(value)
-    if type(value) is not takes or (takes is tuple and len(value) != 1):
-        return False
-    return all(map(is_ordinary, value))
+        return all(map(is_ordinary, inputs))
+    return all(
+        type(value) is takes
+        and (takes is not tuple or len(value) == 1)
+        and all(map(is_ordinary, value))
+        for value in inputs
+    )
 
 
 def _is_frozen(plan, inputs):
@@ -232,9 +235,7 @@ def _is_frozen(plan, inputs):
 
 def _run_step(module, step, values):
     if step.kind == 'site':
-        layers = [
-            name and resolve(module, name) for name in step.target.members
-        ]
+        layers = members_of(module, step.target)
         inputs = [values[slot.index] for slot in step.args]
         for slot in step.frees:
             values[slot] = None
