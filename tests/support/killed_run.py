@@ -1,13 +1,17 @@
-"""A training run that kills itself: python -m support.killed_run DIR WHERE.
+"""Training runs that kill themselves: python -m support.killed_run.
 
-Writes the loss of every iteration and the bits of every layer after it, as
-lines of json, to ``losses.jsonl`` in its directory.
+Every line of the input is a list in json: the directory of a run, where it
+ends, and whether it resumes. Each runs in a fork of this process, which has
+imported what it needs; the line of output is its exit status. A run writes
+the loss of every iteration and the bits of every layer after it, as lines of
+json, to ``losses.jsonl`` in its directory.
 """
 
 import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 from mmengine.fileio import LocalBackend
@@ -99,5 +103,35 @@ def main(folder, where, resume):
     runner.train()
 
 
+def run_in_fork(folder, where, resume):
+    """Train in a process of its own, whose output goes to ``log.txt``.
+
+    Args:
+        folder (str): Work directory.
+        where (str): See :class:`KillingHook`.
+        resume (bool): Whether to go on from the last checkpoint.
+
+    Returns:
+        int: Exit status; negative that of a signal.
+    """
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 1
+    try:
+        with open(Path(folder) / 'log.txt', 'w') as log:
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(log.fileno(), stream.fileno())
+        main(folder, where, resume)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 if __name__ == '__main__':
-    main(sys.argv[1], sys.argv[2], resume='--resume' in sys.argv)
+    for line in sys.stdin:
+        print(run_in_fork(*json.loads(line)), flush=True)

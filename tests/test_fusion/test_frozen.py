@@ -77,7 +77,7 @@ def test_each_norm_runs_with_what_follows(name, norms, device, calls):
     assert not calls
 
 
-@in_turn(dtype=[torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_autocast(dtype, device, calls):
     block, stock, x = make_frozen('mmdet bottleneck, stride', device)
     calls.clear()

@@ -12,16 +12,30 @@ import pytest
 TESTS = Path(__file__).parents[1]
 
 
-def run(folder, where, *flags):
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, '-m', 'support.killed_run', str(folder), where]
+@pytest.fixture(scope='module')
+def run():
+    """Starts a run and returns its exit status."""
     paths = [str(TESTS), str(TESTS.parent), os.environ.get('PYTHONPATH', '')]
-    return subprocess.run(
-        [*command, *flags],
+    with subprocess.Popen(
+        [sys.executable, '-m', 'support.killed_run'],
         env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)},
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-    )
+    ) as process:
+
+        def start(folder, where, resume=False):
+            folder.mkdir(exist_ok=True)
+            job = json.dumps([str(folder), where, resume])
+            print(job, file=process.stdin, flush=True)
+            return int(process.stdout.readline())
+
+        yield start
+        process.stdin.close()
+
+
+def log_of(folder):
+    return (folder / 'log.txt').read_text()
 
 
 def records(folder):
@@ -31,10 +45,9 @@ def records(folder):
 
 
 @pytest.fixture(scope='module')
-def unbroken(tmp_path_factory):
+def unbroken(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp('unbroken')
-    done = run(folder, 'nowhere')
-    assert done.returncode == 0, done.stderr
+    assert run(folder, 'nowhere') == 0, log_of(folder)
     found = records(folder)
     assert list(found) == list(range(15))
     # Bits that never change would prove nothing.
@@ -43,13 +56,11 @@ def unbroken(tmp_path_factory):
 
 
 @pytest.mark.parametrize('where', ['epoch', 'checkpoint', 'evaluation'])
-def test_goes_on(where, tmp_path, unbroken):
-    done = run(tmp_path, where)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+def test_goes_on(where, run, tmp_path, unbroken):
+    assert run(tmp_path, where) == -signal.SIGKILL, log_of(tmp_path)
     assert len(records(tmp_path)) < 15
     if where == 'checkpoint':  # what is there now cannot be loaded
         broken = (tmp_path / 'epoch_3.pth').stat().st_size
         assert broken < (tmp_path / 'epoch_2.pth').stat().st_size
-    done = run(tmp_path, 'nowhere', '--resume')
-    assert done.returncode == 0, done.stderr
+    assert run(tmp_path, 'nowhere', resume=True) == 0, log_of(tmp_path)
     assert records(tmp_path) == unbroken

@@ -6,6 +6,7 @@ from support.opcheck import opcheck
 from support.pairs import in_turn
 
 from mmactnn import ops
+from mmactnn.ops import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = (
@@ -111,6 +112,16 @@ def test_running_statistics_are_those_of_torch(dtype, device):
     stats(x, 1e-5, 0.3, *running)
     for actual, value in zip(running, expected):
         torch.testing.assert_close(actual, value.to(dtype))
+
+
+def test_equals_reference(device):
+    x = make((4, 6, 5, 5), torch.float32, device, mean=2.0)
+    own = torch.rand(2, 6, device=device)
+    twins = own.cpu().clone()
+    found = stats(x, 1e-3, 0.3, *own)
+    expected = reference.channel_stats(x.cpu(), 1e-3, 0.3, *twins)
+    for actual, value in zip((*found, own), (*expected, twins), strict=True):
+        torch.testing.assert_close(actual.cpu(), value)
 
 
 def test_a_single_element_leaves_the_running_variance_undefined(device):

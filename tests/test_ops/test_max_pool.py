@@ -18,6 +18,8 @@ WINDOWS = {
     'stem': dict(kernel_size=3, stride=2, padding=1),
     'overlapping': dict(kernel_size=3, stride=1, padding=1),
     'ceil_mode': dict(kernel_size=3, stride=2, ceil_mode=True),
+    # The last window would begin past the input.
+    'ceil_mode, gaps': dict(kernel_size=2, stride=3, ceil_mode=True),
     'dilated': dict(kernel_size=3, stride=2, padding=1, dilation=2),
     'oblong': dict(
         kernel_size=(1, 5), stride=(2, 3), padding=(0, 2), dilation=(1, 3)

@@ -244,6 +244,8 @@ def test_wrong_arguments(device):
         call(residual=residual, relu=False, act_bits=2)
     with pytest.raises(ValueError, match='shape'):
         call(residual=residual[:1], act_bits=2)
+    with pytest.raises(TypeError, match='dtype of input.*got torch.float16'):
+        call(residual=residual.half(), act_bits=2)
     with pytest.raises(ValueError, match='2 to 5 dimensions'):
         call(input=x[0, 0, 0])
     with pytest.raises(TypeError, match='float64'):
