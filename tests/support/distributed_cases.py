@@ -284,7 +284,8 @@ def train_in_torch(rank, level, how):
             wrapped = fully_shard(part)
     if 'last' in how:
         report = convert(model, level)
-        assert len(report.converted) == 9  # but the head, of FSDP's class
+        # The head, too, which has FSDP's class.
+        assert len(report.converted) == 10
     optimizer = torch.optim.SGD(model.parameters(), LR, MOMENTUM)
     data = LabelledNoise()
     for step in range(STEPS):

@@ -8,7 +8,7 @@ from mmengine.model import BaseAveragedModel
 from torch import nn
 
 from mmactnn import QuantizedLayer, convert_model, revert_model
-from mmactnn.adapters import find_layered
+from mmactnn.adapters import find_adapters
 from mmactnn.memory import Category
 
 from .recipe_run import run_recipe
@@ -82,7 +82,7 @@ class RecipeTests:
             nn.Dropout,
         }
         assert 'Swish' not in {cls.__name__ for cls in left}
-        assert not find_layered(run.model)
+        assert not find_adapters(run.model).plans
         layers = [
             m for m in run.model.modules() if isinstance(m, QuantizedLayer)
         ]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmactnn import QConv2d, QDropout, convert_model, get_precision
-from mmactnn.codes.payload import share, shared_payload
+from mmactnn.codes.cache import PayloadCache
 from mmactnn.offload import HostSwap
 
 # What is fused at L3, and no bits that follow what happened before.
@@ -299,14 +299,17 @@ class TestRefusals:
         precision.end_pass()
         assert len(precision.state_dict()['pending']) == 1
 
+    @pytest.mark.skipif(
+        not torch.cuda.is_available(), reason='no GPU is available'
+    )
     def test_payloads_of_what_comes_from_outside(self, monkeypatch):
-        x = torch.ones(2, 3, requires_grad=True) * 2
-        payload = object()
-        share(x, payload)
-        assert shared_payload(x) is payload
+        x = torch.ones(2, 3, requires_grad=True, device='cuda') * 2
+        cache, payload = PayloadCache(), object()
+        cache.put(x, payload)
+        assert cache.get(x) is payload
         with monkeypatch.context() as patch:
             pretend_capture(patch)
-            assert shared_payload(x) is None
-            share(x, payload)
-            assert shared_payload(x) is payload
-        assert shared_payload(x) is None
+            assert cache.get(x) is None
+            cache.put(x, payload)
+            assert cache.get(x) is payload
+        assert cache.get(x) is None

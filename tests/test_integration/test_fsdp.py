@@ -88,8 +88,8 @@ def test_fully_shard_before_conversion(results):
     exact = results('fsdp2, converted last', 'L0')[0]['model']
     assert_same_weights(exact, results('ddp', 'L0')[0]['model'])
     coded = results('fsdp2, converted last', 'L3')[0]
-    # A layer that is a unit by itself has a class of FSDP's, and is left.
-    assert 'head' not in coded['bits']
+    # So is a layer that is a unit by itself, and has a class of FSDP's.
+    assert 'head' in coded['bits']
     assert all(v.isfinite().all() for v in coded['model'].values())
     assert any(
         not torch.equal(value, exact[name])
