@@ -57,6 +57,7 @@ def convert_model(
     group_size=DEFAULT_GROUP_SIZE,
     generator=None,
     num_samples=None,
+    filter_fn=None,
 ):
     """Make the layers of a model keep codes instead of activations.
 
@@ -87,6 +88,9 @@ def convert_model(
             ``torch.manual_seed``.
         num_samples (int, optional): Size of the dataset, for levels with
             ``use_gradient``; see :class:`mmactnn.AdaptivePrecision`.
+        filter_fn (Callable, optional): Maps a layer and its qualified name,
+            as in ``filter_fn(module, name)``, to whether it may be converted,
+            beside ``include`` and ``exclude``. Defaults to all.
 
     Returns:
         ConversionReport: What was converted, what was left, and why. Prints
@@ -98,8 +102,8 @@ def convert_model(
             ``num_samples`` is not given.
         RuntimeError: If the level wants expandable segments of the CUDA
             allocator, and there are none.
-        TypeError: If ``model`` is not a module or a filter neither a string
-            nor a class.
+        TypeError: If ``model`` is not a module, a filter neither a string
+            nor a class, or ``filter_fn`` no function of two arguments.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -115,7 +119,14 @@ def convert_model(
     include = None if include is None else Filter('include', include)
     exclude = Filter('exclude', exclude)
     adaptable = find_adapters(model)
-    chosen, left = _choose_layers(model, adaptable.plans, include, exclude)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(
+            'filter_fn must be a function of a module and its name, got '
+            f'{filter_fn!r}'
+        )
+    chosen, left = _choose_layers(
+        model, adaptable.plans, include, exclude, filter_fn
+    )
     _require_rules_used(level, [item.name for item in chosen])
     layers = {item.module for item in chosen}
     plans = [
@@ -214,7 +225,7 @@ class _Chosen(NamedTuple):
     target: type
 
 
-def _choose_layers(model, plans, include, exclude):
+def _choose_layers(model, plans, include, exclude, filter_fn):
     """Layers to convert, and those that are left with the reason."""
     chosen, left = [], []
     for name, module in _all_modules(model, plans):
@@ -232,6 +243,10 @@ def _choose_layers(model, plans, include, exclude):
         included = include is None or include.matches(name, module)
         if excluded or not included:
             reason = 'excluded' if excluded else 'not included'
+            left.append(Left(name, type(module).__name__, reason))
+            continue
+        if filter_fn is not None and not filter_fn(module, name):
+            reason = 'filter_fn says no'
             left.append(Left(name, type(module).__name__, reason))
             continue
         target = entry.layer

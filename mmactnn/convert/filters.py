@@ -3,6 +3,7 @@
 import fnmatch
 
 from ..layers import QuantizedLayer
+from ..registry import default_registry
 
 
 class Filter:
@@ -39,10 +40,14 @@ class Filter:
 
     @staticmethod
     def _match(pattern, name, module):
-        # A compressed layer still answers to the class it came from.
+        # A compressed layer still answers to the class it came from, and a
+        # subclass that computes as its parent to the parent's.
         classes = {type(module)}
         if isinstance(module, QuantizedLayer):
             classes.add(module.plain_class)
+        entry, _ = default_registry.find_layer(module)
+        if entry is not None:
+            classes.add(entry.parent)
         if isinstance(pattern, type):
             return pattern in classes
         return fnmatch.fnmatchcase(name, pattern) or pattern in {

@@ -61,6 +61,7 @@ class ActNNHook(Hook):
             are 64, 128, 256 and 512. Defaults to 256.
         interval (int, optional): Iterations between two measurements.
             Defaults to the interval of the ``LoggerHook``.
+        filter_fn (Callable, optional): See :func:`mmactnn.convert_model`.
 
     Examples:
         >>> custom_hooks = [dict(type='ActNNHook', level='L3')]
@@ -76,11 +77,13 @@ class ActNNHook(Hook):
         exclude=(),
         group_size=DEFAULT_GROUP_SIZE,
         interval=None,
+        filter_fn=None,
     ):
         interval = checked('interval', interval, check_count, optional=True)
         self.level = get_level(level)
         self.include = include
         self.exclude = exclude
+        self.filter_fn = filter_fn
         self.group_size = group_size
         self.interval = interval
         self.generator = RoundingGenerator()
@@ -128,6 +131,7 @@ class ActNNHook(Hook):
             self.group_size,
             self.generator,
             num_samples=self._samples and len(self._samples),
+            filter_fn=self.filter_fn,
         )
         self._layers = tuple(item.name for item in report.converted)
         if any(item.adaptive for item in report.converted):
