@@ -131,7 +131,6 @@ def _run_compiled(layer, parent, compressed, args, parameters, without_grad):
         or quantizer.bits is None
         or not layer.training
         or not (without_grad or torch.is_grad_enabled())
-        or torch.compiler.is_exporting()
     ):
         return parent(layer, *args)
     return call_outside_graph(
