@@ -48,12 +48,14 @@ class Guards(NamedTuple):
     cells: tuple
     own: tuple
 
-    def hold(self, module, cls):
+    def hold(self, module, cls, seen=None):
         """Whether all is as it was when the trace was made.
 
         Args:
             module (nn.Module): The module, or a copy of it.
             cls (type): Class whose forward pass was traced.
+            seen (dict, optional): Parts that the module had when the guards
+                held last; updated.
 
         Returns:
             bool: False if anything differs.
@@ -86,8 +88,15 @@ class Guards(NamedTuple):
                 if getattr(cls, name, _MISSING) is not value:
                     return False
             for table, structure in part.tables:
+                items = None
+                if seen is not None and table == '_modules':
+                    items = list(own[table].items())
+                    if items == seen.get(part.path):
+                        continue
                 if _structure(own[table]) != structure:
                     return False
+                if items is not None:
+                    seen[part.path] = items
         return True
 
 

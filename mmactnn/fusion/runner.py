@@ -24,6 +24,8 @@ class BlockRunner:
     def __init__(self, plans):
         self.plans = tuple(plans)
         self._chains = {}
+        # Parts that the block had when the guards of a plan held last.
+        self.seen = {}
 
     def __deepcopy__(self, memo):
         return type(self)(self.plans)
@@ -57,7 +59,7 @@ class BlockRunner:
                 and _fit(inputs, trace.takes)
                 and (module.training or _is_frozen(plan, inputs))
                 and are_functions_intact()
-                and trace.guards.hold(module, cls)
+                and trace.guards.hold(module, cls, self.seen)
             ):
                 return plan, inputs
         return None
@@ -163,7 +165,7 @@ def plan_to_merge(part):
         or not part.training
         or not plan.sites
         or not plan.is_simple
-        or not plan.trace.guards.hold(part, cls)
+        or not plan.trace.guards.hold(part, cls, runner.seen)
         or _are_watched(part, plan.passed)
     ):
         return None
