@@ -77,7 +77,7 @@ def test_names_are_those_of_the_bare_model(wrap):
         for name, module in named_modules(wrapped)
         if isinstance(module, mmactnn.QuantizedLayer)
     }
-    assert bits == {'stem': None, 'module.0': 8, 'module.1': 1}
+    assert bits == {'stem': None, 'module.0': 8, 'module.1': 4}
 
 
 @pytest.mark.parametrize('training', [True, False])

@@ -110,7 +110,8 @@ class RecipeTests:
         convert_model(stock, run.config.custom_hooks[0].level)
         ours, _ = kept
         alone, _ = run.measure(stock)
-        assert alone.saved_bytes == ours.saved_bytes
+        # But for codes of the few samples that training has moved.
+        assert alone.saved_bytes == pytest.approx(ours.saved_bytes, rel=1e-4)
         assert alone.exact_bytes == ours.exact_bytes
         assert ours.layers_ratio > 10
 

@@ -280,8 +280,7 @@ class TestRefusals:
         precision = get_precision(net)
         batch = make_batch('cpu')
         gradients(net, batch)
-        reports = [slot.report for slot in precision.slots]
-        assert any(report is not None for report in reports)
+        assert any(slot.report is not None for slot in precision.slots)
         before = copy.deepcopy(precision.state_dict())
         with monkeypatch.context() as patch:
             pretend_capture(patch)
@@ -290,12 +289,6 @@ class TestRefusals:
             gradients(net, batch)
         # The graph's pass was none.
         assert precision.state_dict() == before
-        assert all(
-            now is then
-            for now, then in zip(
-                (slot.report for slot in precision.slots), reports
-            )
-        )
         precision.end_pass()
         assert len(precision.state_dict()['pending']) == 1
 

@@ -128,8 +128,10 @@ class TestNames:
         assert type(hook) is ActNNHook and hook.level.name == 'L2'
 
     def test_no_other_names_are_registered(self):
-        models = {'QFPN', 'QRPNHead'}
-        assert set(registry.MODELS.module_dict) == {*NAMES, *models}
+        others = {'QBatchNorm', 'QFPN', 'QGate', 'QRPNHead'}
+        found = set(registry.MODELS.module_dict)
+        # Known once a model has a class of MMCV's.
+        assert found - {'QSwish'} == {*NAMES, *others}
         assert set(registry.HOOKS.module_dict) == {'ActNNHook'}
 
     def test_conv(self, prefix, scope):

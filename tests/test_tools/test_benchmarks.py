@@ -55,9 +55,8 @@ def test_gradient_error():
     assert 0 < 2 * errors['L2'] < errors[fixed]
     assert rows['L2']['mean'] < errors['L2']
     assert 'bits' not in rows['L2']
-    assert set(rows[followed]['bits']) == {
-        'conv1', 'bn1', 'conv2', 'fc',
-    }  # fmt: skip
+    # The rest is fused.
+    assert set(rows[followed]['bits']) == {'conv2', 'fc'}
     assert torch.tensor([row['ratio'] for row in rows.values()]).gt(3).all()
 
 
