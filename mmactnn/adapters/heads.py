@@ -3,11 +3,12 @@
 from mmdet.models.dense_heads import RetinaHead, RPNHead
 
 from ..fusion.chain import ChainRunner, Layers
+from ..fusion.plan import append_layers
 from ..layers import QReLU
 from ..ops import source_of_input
 from ..registry import register_adapter
 from .base import Adapter
-from .parallel import HeadLevels, append_layers, row_of_layers
+from .parallel import HeadLevels, row_of_layers
 
 
 @register_adapter(RPNHead, fingerprints=())
@@ -75,7 +76,7 @@ class QRetinaHead(Adapter, RetinaHead):
         if None not in layers:
             both = []
             for tower in layers:
-                append_layers(both, tower)
+                append_layers(both, tower, source_of_input(0))
 
         def run_level(level):
             return [

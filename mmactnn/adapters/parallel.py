@@ -4,10 +4,10 @@ import weakref
 
 from ..fusion.chain import ChainRunner, Layers, count_large
 from ..fusion.eligibility import has_hooks, is_convolution, is_watched
-from ..fusion.plan import chain_layers
+from ..fusion.plan import append_layers, chain_layers
 from ..fusion.runner import plan_to_merge
 from ..fusion.trace import Untraceable, trace_block
-from ..ops import is_input, source_of_input
+from ..ops import source_of_input
 
 
 def run_each(convs, inputs):
@@ -167,28 +167,7 @@ def row_of_layers(modules):
         own = layers_of(module)
         if own is None:
             return None
-        append_layers(layers, own, len(layers) - 1 if layers else None)
+        append_layers(
+            layers, own, len(layers) - 1 if layers else source_of_input(0)
+        )
     return layers
-
-
-def append_layers(layers, own, source=None):
-    """Add layers behind others.
-
-    Args:
-        layers (list[Layers]): The others, extended in place.
-        own (Sequence[Layers]): What is added.
-        source (int, optional): What it reads in place of its input. Defaults
-            to the first input of all.
-    """
-    first = len(layers)
-    source = source_of_input(0) if source is None else source
-    for layer in own:
-        moved = {
-            name: source if is_input(value) else value + first
-            for name, value in (
-                ('source', layer.source),
-                ('added', layer.added),
-            )
-            if value is not None
-        }
-        layers.append(layer._replace(**moved))

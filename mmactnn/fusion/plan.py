@@ -391,11 +391,22 @@ def _append_part(module, step, sources, layers, runner_of):
     made = chain_layers(part, plan, 0, len(plan.steps), runner_of)
     if made is None or made[1] != [0]:
         return False
-    first, source = len(layers), sources[0]
-    for conv, norm, act, read, added in made[0]:
+    append_layers(layers, made[0], sources[0])
+    return True
+
+
+def append_layers(layers, own, source):
+    """Add layers of one input behind others.
+
+    Args:
+        layers (list[Layers]): The others, extended in place.
+        own (Sequence[Layers]): The layers to add.
+        source (int): Value that takes the place of their input.
+    """
+    first = len(layers)
+    for conv, norm, act, read, added in own:
         # Inputs are below 0.
         read = source if read < 0 else read + first
         if added is not None:
             added = source if added < 0 else added + first
         layers.append(Layers(conv, norm, act, read, added))
-    return True
