@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._functorch import config as functorch_config
 from mmengine.fileio import load
 from mmengine.registry import DefaultScope
 from support.digits import make_digits
@@ -67,6 +68,20 @@ def seed() -> int:
     np.random.seed(value)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _aliases_are_errors():
+    """Outputs of an op that share memory fail everywhere.
+
+    torch warns of them alone unless the environment has ``CI``.
+    """
+    name = 'error_on_custom_op_aliasing'
+    with pytest.MonkeyPatch.context() as patch:
+        # Older versions of torch do not look.
+        if hasattr(functorch_config, name):
+            patch.setattr(functorch_config, name, True)
+        yield
 
 
 @pytest.fixture(autouse=True)

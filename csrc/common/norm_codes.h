@@ -25,7 +25,8 @@ struct NormArguments {
 struct NormSums {
   // The gradients that pass; of NormCodes::kMask only.
   Memory grad;
-  Memory sums;  // [2, C]: gradients, their products
+  float* gradients;  // [C]
+  float* products;   // [C], of the gradients with the normalised input
   // What norm_grad_input() multiplies with and subtracts, [3, C]: scale, then
   // means. Nothing if nobody wants them, and then of no use is what follows.
   Memory factors;

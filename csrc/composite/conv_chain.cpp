@@ -359,17 +359,14 @@ class Backward {
         "mmactnn::batch_norm_act_backward", grad, kept[1], kept[2], act_codes,
         parameters_[first + 2], kept[0], link.follows == Follows::kNormReLU,
         link.of_batch, needs_conv, link.bits, link.act_bits, link.group_size);
-    // The sums are of shift and scale.
+    // The gradient of the bias is first.
     for (const size_t k : {2, 3}) {
-      if (needs_[first + k] == 0) continue;
-      add_parameter_grad(
-          first + k,
-          torch::stable::select(results[0], 0, 3 - static_cast<int64_t>(k)));
+      if (needs_[first + k] != 0) add_parameter_grad(first + k, results[3 - k]);
     }
     if (link.added && is_wanted(*link.added)) {
       add_grad(*link.added, results.back());
     }
-    if (needs_conv) grad = results[1];
+    if (needs_conv) grad = results[2];
   }
 
   // What a convolution read.

@@ -107,13 +107,15 @@ void sum_gradients(const Memory& grad_output, const NormArguments& arguments,
           }
         });
   });
-  auto* result = static_cast<float*>(sums.sums.mutable_data_ptr());
-  for (int64_t c = 0; c < 2 * channels; ++c) {
-    double sum = 0.0;
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0.0, product = 0.0;
     for (int64_t row = 0; row < geometry.rows; ++row) {
-      sum += row_sums[row * 2 * channels + c];
+      const double* totals = row_sums.data() + row * 2 * channels;
+      sum += totals[c];
+      product += totals[channels + c];
     }
-    result[c] = static_cast<float>(sum);
+    sums.gradients[c] = static_cast<float>(sum);
+    sums.products[c] = static_cast<float>(product);
   }
 }
 
@@ -147,14 +149,12 @@ void gradients(const Memory& grad_output, const NormArguments& arguments,
 void write_factors(const NormArguments& arguments, const NormSums& sums) {
   const int64_t channels = arguments.channels.count;
   const auto count = static_cast<float>(arguments.channels.channel_numel());
-  const auto* totals = static_cast<const float*>(sums.sums.const_data_ptr());
   auto* factors = static_cast<float*>(sums.factors.mutable_data_ptr());
   for (int64_t c = 0; c < channels; ++c) {
     const float factor = sums.weight == nullptr ? 1.0f : sums.weight[c];
     factors[c] = multiply(sums.invstd[c], factor);
-    for (const int64_t i : {c, channels + c}) {
-      factors[channels + i] = sums.of_batch ? totals[i] / count : 0.0f;
-    }
+    factors[channels + c] = sums.of_batch ? sums.gradients[c] / count : 0.0f;
+    factors[2 * channels + c] = sums.of_batch ? sums.products[c] / count : 0.0f;
   }
 }
 

@@ -29,7 +29,8 @@ constexpr int kResident = kBits == kAnyBits ? kWanted - 1 : kWanted;
 
 // What becomes of the sums of a channel over all splits.
 struct SumsOutputs {
-  float* sums;  // [2, C]
+  float* gradients;  // [C]
+  float* products;   // [C], of the gradients with the normalised input
   // What grad_input() multiplies with and subtracts, [3, C]: scale, then means;
   // null if nobody wants them.
   float* factors;
@@ -42,7 +43,7 @@ struct SumsOutputs {
   // `which`: 0 for the gradients, 1 for their products.
   __device__ __forceinline__ void write(int64_t channel, int which,
                                         float sum) const {
-    sums[which * channels + channel] = sum;
+    (which == 0 ? gradients : products)[channel] = sum;
     if (factors == nullptr) return;
     factors[(1 + which) * channels + channel] =
         of_batch ? __fdiv_rn(sum, count) : 0.0f;
@@ -358,7 +359,8 @@ void sum_gradients(const Memory& grad_output, const NormArguments& arguments,
                    const NormSums& sums) {
   const int64_t channels = arguments.channels.count;
   const SumsOutputs outputs{
-      static_cast<float*>(sums.sums.mutable_data_ptr()),
+      sums.gradients,
+      sums.products,
       static_cast<float*>(sums.factors.mutable_data_ptr()),
       sums.weight,
       sums.invstd,

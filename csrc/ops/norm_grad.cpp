@@ -49,34 +49,44 @@ void add_act_codes(const Tensor& grad_output, const Tensor& act_codes,
   arguments.act_bits = act_bits;
 }
 
-struct Sums {
-  std::optional<Tensor> grad;  // that pass, if they are no others
-  Tensor sums;
-};
-
-// `request` lacks where they go.
-Sums sum(const OnDevice& device, const Tensor& grad_output,
-         const NormArguments& arguments, NormSums request = {}) {
-  Sums results{std::nullopt, empty(grad_output, {2, arguments.channels.count},
-                                   ScalarType::Float)};
+// The sums are written to `request`, if there are elements; returned are the
+// gradients that pass, if they are not those of the output.
+std::optional<Tensor> sum(const OnDevice& device, const Tensor& grad_output,
+                          const NormArguments& arguments, NormSums request) {
+  std::optional<Tensor> passed;
   if (arguments.kind == NormCodes::kMask) {
-    results.grad = empty_dense_like(grad_output);
+    passed = empty_dense_like(grad_output);
   }
-  if (grad_output.numel() == 0) {
-    torch::stable::zero_(results.sums);
-    return results;
+  if (grad_output.numel() != 0) {
+    request.grad = passed;
+    device.run(norm_grad_sums_kernel, grad_output, arguments, request);
   }
-  request.grad = results.grad;
-  request.sums = results.sums;
-  device.run(norm_grad_sums_kernel, grad_output, arguments, request);
-  return results;
+  return passed;
+}
+
+Tensor channel_vectors(const Tensor& grad_output,
+                       std::initializer_list<int64_t> sizes) {
+  Tensor vectors = empty(grad_output, sizes, ScalarType::Float);
+  if (grad_output.numel() == 0) torch::stable::zero_(vectors);
+  return vectors;
+}
+
+// One tensor, [2, C], of both sums.
+std::tuple<std::optional<Tensor>, Tensor> sum_pair(
+    const Tensor& grad_output, const NormArguments& arguments) {
+  const int64_t count = arguments.channels.count;
+  Tensor sums = channel_vectors(grad_output, {2, count});
+  NormSums request{};
+  request.gradients = static_cast<float*>(sums.mutable_data_ptr());
+  request.products = request.gradients + count;
+  return {sum(OnDevice(grad_output), grad_output, arguments, request), sums};
 }
 
 Tensor norm_grad_sums(Tensor grad_output, Tensor codes, Tensor ranges,
                       int64_t bits, int64_t group_size, bool relu) {
   const NormArguments arguments =
       check_norm_codes(grad_output, codes, ranges, bits, group_size, relu);
-  return sum(OnDevice(grad_output), grad_output, arguments).sums;
+  return std::get<1>(sum_pair(grad_output, arguments));
 }
 
 std::tuple<Tensor, Tensor> norm_add_grad_sums(Tensor grad_output, Tensor codes,
@@ -86,8 +96,8 @@ std::tuple<Tensor, Tensor> norm_add_grad_sums(Tensor grad_output, Tensor codes,
   NormArguments arguments =
       check_norm_codes(grad_output, codes, ranges, bits, group_size, false);
   add_act_codes(grad_output, act_codes, act_bits, group_size, arguments);
-  const Sums results = sum(OnDevice(grad_output), grad_output, arguments);
-  return {*results.grad, results.sums};
+  auto [passed, sums] = sum_pair(grad_output, arguments);
+  return {*passed, sums};
 }
 
 Tensor norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges,
@@ -135,16 +145,20 @@ std::vector<Tensor> batch_norm_act_backward(
     request.invstd = static_cast<const float*>(invstd.const_data_ptr());
     request.of_batch = of_batch;
   }
-  const Sums sums = sum(device, grad_output, arguments, request);
-  std::vector<Tensor> results{sums.sums};
+  // Each is a tensor of its own: callers may return them from other ops, whose
+  // outputs must not share memory.
+  std::vector<Tensor> results{channel_vectors(grad_output, {channels.count}),
+                              channel_vectors(grad_output, {channels.count})};
+  request.gradients = static_cast<float*>(results[0].mutable_data_ptr());
+  request.products = static_cast<float*>(results[1].mutable_data_ptr());
+  const auto passed = sum(device, grad_output, arguments, request);
   if (needs_input) results.push_back(empty_dense_like(grad_output));
   if (any) {
     const auto* scale = static_cast<const float*>(factors->const_data_ptr());
-    device.run(norm_grad_input_kernel, sums.grad.value_or(grad_output),
-               arguments, NormFactors{scale, scale + channels.count},
-               results.back());
+    device.run(norm_grad_input_kernel, passed.value_or(grad_output), arguments,
+               NormFactors{scale, scale + channels.count}, results.back());
   }
-  if (sums.grad) results.push_back(*sums.grad);
+  if (passed) results.push_back(*passed);
   return results;
 }
 

@@ -110,10 +110,9 @@ class _NormAct(Function):
         record, needs = ctx.record, ctx.needs_input_grad
         grad = ops.layout.with_strides(grad_output, record.norm.stride)
         compute = _gradients if record.group is None else _gradients_of_all
-        sums, grads = compute(
+        (grad_bias, grad_weight), grads = compute(
             record, grad, codes, ranges, act, _float(weight), invstd, needs[0]
         )
-        grad_bias, grad_weight = sums.unbind()
         grads = (
             grads[0] if needs[0] else None,
             grads[-1] if act else None,
@@ -196,7 +195,7 @@ def _gradients_of_all(
             masks,
         )
         grads.insert(0, grad_input)
-    return sums, grads
+    return sums.unbind(), grads
 
 
 def norm_act(

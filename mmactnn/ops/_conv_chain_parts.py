@@ -220,12 +220,12 @@ class _FakeGradients:
         if link.follows is not Follows.NOTHING:
             grad = grad.new_empty_strided(*self._layout_of(i))
         if link.follows not in (Follows.NOTHING, Follows.RELU):
-            sums = grad.new_empty((2, grad.shape[1]), dtype=torch.float32)
             for k in (2, 3):
                 if needs[k]:
-                    _accumulate(
-                        self.of_parameters, first + k, sums[3 - k], True
+                    vector = grad.new_empty(
+                        grad.shape[1:2], dtype=torch.float32
                     )
+                    _accumulate(self.of_parameters, first + k, vector, True)
             if link.added is not None and self._wants(link.added):
                 self._add(link.added, torch.empty_like(grad))
         if not (needs_x or needs[0] or needs[1]):

@@ -202,8 +202,8 @@ def batch_norm_act_backward(
         group_size (int): Elements a range.
 
     Returns:
-        tuple[Tensor, list[Tensor]]: ``sums`` (Tensor[2, C], float32), the
-        gradients of bias and weight; and of the shape, dtype and strides of
+        tuple[tuple[Tensor, Tensor], list[Tensor]]: The gradients of bias and
+        weight (Tensor[C], float32); and of the shape, dtype and strides of
         ``grad_output`` the gradient of the input, if it is wanted, and then
         that of the residual, if there was one.
 
@@ -212,7 +212,7 @@ def batch_norm_act_backward(
             valid.
     """
     require_kernels(grad_output.device)
-    sums, *grads = torch.ops.mmactnn.batch_norm_act_backward.default(
+    results = torch.ops.mmactnn.batch_norm_act_backward.default(
         grad_output,
         codes,
         ranges,
@@ -226,7 +226,7 @@ def batch_norm_act_backward(
         act_bits,
         group_size,
     )
-    return sums, grads
+    return tuple(results[:2]), results[2:]
 
 
 @fake('batch_norm_act')
@@ -270,6 +270,8 @@ def _fake_batch_norm_act_backward(
     act_bits,
     group_size,
 ):
-    sums = empty_sums(grad_output)
     count = needs_input + (act_codes is not None)
-    return [sums, *(torch.empty_like(grad_output) for _ in range(count))]
+    return [
+        *(sums.clone() for sums in empty_sums(grad_output)),
+        *(torch.empty_like(grad_output) for _ in range(count)),
+    ]
