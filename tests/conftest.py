@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch._functorch import config as functorch_config
 from mmengine.fileio import load
 from mmengine.registry import DefaultScope
 from support.digits import make_digits
+from torch._functorch import config as functorch_config
 
 # Support modules that check for tests.
 pytest.register_assert_rewrite('support.recipe_tests', 'support.dist_train')
