@@ -56,5 +56,5 @@ __all__ = [
     *_layers,
 ]
 
-# Last: what it imports may import any of the above.
+# Last, since its imports may need any of the above.
 register_when_loaded()

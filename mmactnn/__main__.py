@@ -1,4 +1,4 @@
-"""``python -m mmactnn``: the environment, and what is wrong with it."""
+"""``python -m mmactnn``: report on the environment and its problems."""
 
 import importlib
 import importlib.metadata
@@ -22,7 +22,8 @@ def module_version(name):
         name (str): Import name.
 
     Returns:
-        str: Such as ``'0.10.12 (onedl-mmengine)'``, or why there is none.
+        str: Such as ``'0.10.12 (onedl-mmengine)'``, or the reason why it
+        cannot be imported.
     """
     try:
         module = importlib.import_module(name)
@@ -37,7 +38,7 @@ def module_version(name):
 
 
 def collect():
-    """Everything that the report shows.
+    """Collect the facts and problems of the report.
 
     Returns:
         tuple[dict, list[str]]: Facts by name, and problems.

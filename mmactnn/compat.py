@@ -1,4 +1,4 @@
-"""Calls for tools that know other names or types than ours."""
+"""Compatibility with ActNN's API and with tools that check exact types."""
 
 import contextlib
 
@@ -9,16 +9,17 @@ _level = DEFAULT_LEVEL
 
 
 def set_optimization_level(level):
-    """Choose the level of models that :func:`QModule` converts from now on.
+    """Set the level at which :func:`QModule` converts models from now on.
 
-    Of the original ActNN package. Models converted before keep theirs.
+    From the original ActNN package. Models that are already converted keep
+    their level.
 
     Args:
         level (str | dict | Level): See :func:`mmactnn.get_level`.
 
     Raises:
         ValueError: If there is no level of that name.
-        TypeError: If it is nothing of these.
+        TypeError: If ``level`` has none of these types.
     """
     global _level
     _level = get_level(level)
@@ -27,8 +28,8 @@ def set_optimization_level(level):
 def QModule(model):
     """Convert a model at the level of :func:`set_optimization_level`.
 
-    Unlike the original this wraps nothing and loses nothing: the same module
-    is returned, with its weights and ``state_dict`` keys.
+    Unlike the original it does not wrap the model: the same module is
+    returned, with its weights and ``state_dict`` keys.
 
     Args:
         model (nn.Module): The model, converted in place.
@@ -62,7 +63,7 @@ def as_parents(model):
     for module in model.modules():
         plain = getattr(type(module), 'plain_class', None)
         if plain is not None:
-            # Of a layer it is known to the instance alone.
+            # A layer's parent class is known to the instance alone.
             classes.append((module, type(module), module.plain_class))
     for module, _, plain in classes:
         module.__class__ = plain

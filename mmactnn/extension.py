@@ -1,4 +1,4 @@
-"""Loads the compiled kernels and tells what they were built with."""
+"""The compiled library: loading, build information and its kernels."""
 
 import ctypes
 import functools
@@ -56,7 +56,7 @@ def require_extension():
 
 
 def build_info():
-    """What the library was built with.
+    """Versions that the library was built with.
 
     Returns:
         dict: ``torch`` and ``compiler`` (str); ``cuda`` and ``cuda_archs``
@@ -113,11 +113,11 @@ def kernels_of(op):
         op (str): Name of the op.
 
     Returns:
-        list[str]: Of ``'CPU'``, ``'CUDA'`` and ``'Meta'`` (shapes alone) those
-        that there are.
+        list[str]: A subset of ``'CPU'``, ``'CUDA'`` and ``'Meta'`` (shapes
+        alone).
     """
     kinds = [key for key in ('CPU', 'CUDA') if has_kernels(key.lower(), op)]
-    # An op that consists of others has no such kernel of its own.
+    # A composite op has no registered kernel, but a computed one.
     if torch._C._dispatch_has_computed_kernel_for_dispatch_key(
         f'mmactnn::{op}', 'Meta'
     ):

@@ -30,7 +30,7 @@ def require_named_layers(model, config, include, exclude):
         exclude (list[str]): Likewise.
 
     Raises:
-        RuntimeError: If that is so.
+        RuntimeError: If none of the named layers is left in the model.
     """
     named = _named_types(config, type_names())
     if named and not any(

@@ -1,4 +1,4 @@
-"""Random bits for rounding, apart from torch's own streams."""
+"""Random bits for rounding, independent of torch's generators."""
 
 import operator
 from typing import NamedTuple
@@ -17,18 +17,18 @@ def _mix(value):
 
 
 class Draw(NamedTuple):
-    """What the ops make the random bits of one tensor from.
+    """Key and counter of the random bits for one tensor.
 
     Attributes:
         seed (int): Key, 64 bits.
-        offset (int): Counter, 64 bits ...
-        count (Tensor[1], optional): ... and what the kernels add to it:
-            int64, on the device of the tensor. None is 0.
+        offset (int): Counter, 64 bits.
+        offset_tensor (Tensor[1], optional): int64, on the device of the
+            tensor; kernels add it to ``offset``. None is 0.
     """
 
     seed: int
     offset: int
-    count: torch.Tensor | None = None
+    offset_tensor: torch.Tensor | None = None
 
 
 class RoundingGenerator:
@@ -57,7 +57,7 @@ class RoundingGenerator:
 
     Examples:
         >>> generator = RoundingGenerator(seed=1)
-        >>> seed, offset, count = generator.next(torch.device('cpu'))
+        >>> seed, offset, offset_tensor = generator.next(torch.device('cpu'))
     """
 
     def __init__(self, seed=None, stream=0):
@@ -113,16 +113,16 @@ class RoundingGenerator:
         self._offset = offset
 
     def next(self, device, tensors=1):
-        """The numbers for one more tensor.
+        """Draw key and counter for the next tensor.
 
         Args:
-            device (torch.device): Where the tensor is.
-            tensors (int, optional): How many of them follow one another: the
-                i-th takes ``offset + i``. Not while a graph is captured.
-                Defaults to one.
+            device (torch.device): Device of the tensor.
+            tensors (int, optional): Number of tensors to draw for; the i-th
+                takes ``offset + i``. One while a graph is captured. Defaults
+                to 1.
 
         Returns:
-            Draw: Seed, offset and count.
+            Draw: Seed, offset and offset tensor.
 
         Raises:
             RuntimeError: If a CUDA graph is being captured, and nothing was

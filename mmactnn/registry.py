@@ -1,11 +1,11 @@
 """Registry of compressed layers, fused patterns and adapters.
 
 Conversions, names for configs, exports, the reasons of the report and the
-documentation's table of layers are derived from what is registered here.
+documentation's table of layers are derived from this registry.
 
-MMEngine imports this module for types of the scope ``mmactnn``. Its own
-registries of the package are attributes, so that only those who have MMEngine
-import it.
+MMEngine imports this module for types of the scope ``mmactnn``. The package's
+MMEngine registries are lazy attributes, so that importing this module does
+not import MMEngine.
 """
 
 import importlib
@@ -28,8 +28,8 @@ class LayerEntry(NamedTuple):
         names (tuple[str]): Names in configs.
         aliases (tuple[str]): Full names of further classes that compute as
             the parent does.
-        saved_by_torch (Callable): Rule for what the parent keeps for its
-            backward pass, see :func:`register_layer`.
+        saved_by_torch (Callable): Rule for the tensors that the parent saves
+            for its backward pass, see :func:`register_layer`.
         functions (dict[str, object]): Functions of the parent's forward pass
             when it was registered.
         examples (Callable, optional): See :func:`register_layer`.
@@ -50,7 +50,7 @@ class PatternEntry(NamedTuple):
     Attributes:
         match (Callable): Maps a block to sites.
         layers (tuple[type]): Classes of compressed layers, one of which a
-            block must have to be traced; none at all stand for any.
+            block must have to be traced; an empty tuple stands for any.
     """
 
     match: Callable
@@ -60,8 +60,8 @@ class PatternEntry(NamedTuple):
 class Registry:
     """Registered layers, patterns and adapters.
 
-    There is one of the package, behind :func:`register_layer` and its
-    siblings; tests make their own.
+    :func:`register_layer` and its siblings use the package's one; tests make
+    their own.
     """
 
     def __init__(self):
@@ -104,7 +104,7 @@ class Registry:
             listener(entry)
 
     def subscribe(self, listener):
-        """Call a function for every layer, of now and of later.
+        """Call a function for every layer, registered now or later.
 
         Args:
             listener (Callable): Takes a :class:`LayerEntry`.
@@ -172,7 +172,7 @@ class Registry:
         self.adapters[target] = adapter, tuple(fingerprints)
 
     def find_adapter(self, cls):
-        """The adapter of a class, or of one that it computes as.
+        """Find the adapter of a class, or of one that it computes as.
 
         Args:
             cls (type): Class of a module.
@@ -192,12 +192,12 @@ class Registry:
         return None
 
     def add_provider(self, package, module):
-        """Import a module once a model has a class of some package.
+        """Import a module as soon as a model has a class of a package.
 
         Args:
             package (str): Import name of the package.
-            module (str): Name of the module, which registers what classes
-                of the package need.
+            module (str): Name of the module, which registers adapters and
+                patterns for classes of the package.
         """
         self._providers[package] = module
 
@@ -223,10 +223,10 @@ class Registry:
         return None
 
     def find_layer(self, module):
-        """The entry that a plain module's layer is converted by.
+        """Find the entry for converting a plain module.
 
-        What a class computes decides, not its name: a subclass that leaves
-        all functions of the forward pass alone is its parent.
+        A class is known by the functions of its forward pass, not by its
+        name: a subclass that overrides none of them is treated as its parent.
 
         Args:
             module (nn.Module): The module.
@@ -287,7 +287,7 @@ def _check_layer(layer, parent):
 
 
 def _check_mixin(layer, parent):
-    # By what it has: the mixin itself knows of this module.
+    # By attributes, since the module of the mixin imports this one.
     torch_class = getattr(layer, 'torch_class', None)
     if torch_class is None:
         raise TypeError(
@@ -331,7 +331,7 @@ default_registry = Registry()
 for _package in ('mmcv', 'mmdet', 'mmseg'):
     default_registry.add_provider(_package, f'mmactnn.adapters.{_package}')
 
-# Names in configs of adapters, which are not imported before.
+# Names of adapters in configs. Adapters are not imported until needed.
 ADAPTER_NAMES = {
     'QFPN': 'mmactnn.adapters.mmdet:QFPN',
     'QRPNHead': 'mmactnn.adapters.mmdet:QRPNHead',
@@ -359,13 +359,13 @@ def register_layer(
         parent (type): Class whose instances are converted; a base of the
             decorated class. Its subclasses are converted, too, as long as
             they leave the functions of its forward pass alone.
-        saved_by_torch (Callable): Rule for what the parent would keep: maps
-            a :class:`mmactnn.codes.calls.Call` to a tuple of the tensors
-            that torch saves for the backward pass, None among them for
-            those that a call has no need of. The layer reports its calls by
-            ``quantizer.note``, and only while
-            :func:`mmactnn.measure_activations` counts. Parameters may be
-            among the tensors: they are not counted.
+        saved_by_torch (Callable): Rule for the tensors that the parent would
+            save for its backward pass: maps a
+            :class:`mmactnn.codes.calls.Call` to a tuple of tensors; None
+            stands for a tensor that a call does not need. The layer reports
+            its calls by ``quantizer.record``, and only while
+            :func:`mmactnn.measure_activations` counts. Parameters among the
+            tensors are not counted.
         names (Sequence[str], optional): Names in configs besides that of the
             class.
         aliases (Sequence[str], optional): Full names of classes of other
@@ -394,7 +394,7 @@ def register_layer(
 
 
 def register_pattern(name, *, layers=()):
-    """Function decorator: let what a function finds in blocks run fused.
+    """Function decorator: run the sites fused that a function finds in blocks.
 
     Args:
         name (str): Name of the pattern.
@@ -404,9 +404,9 @@ def register_pattern(name, *, layers=()):
             compressed layer.
 
     Returns:
-        Callable: The decorator; it returns the function. That maps a
-        :class:`mmactnn.fusion.patterns.Block` to the places that fit, objects
-        of subclasses of :class:`mmactnn.fusion.sites.Site`. Where places
+        Callable: The decorator; it returns the function, which maps a
+        :class:`mmactnn.fusion.patterns.Block` to the matching sites, objects
+        of subclasses of :class:`mmactnn.fusion.sites.Site`. Where sites
         overlap, those of the pattern that was registered last win.
 
     Raises:
@@ -427,8 +427,8 @@ def register_adapter(target, *, fingerprints=()):
 
     Args:
         target (type): Class whose instances are adapted, the parent of the
-            adapter. Its subclasses are, too, as long as they leave the
-            functions alone that the adapter stands for.
+            adapter. Its subclasses are adapted, too, unless they override a
+            function that the adapter replaces.
         fingerprints (Sequence[str], optional): Hashes of the sources that
             the adapter was written for, see
             :func:`mmactnn.adapters.base.fingerprint`; with any other source

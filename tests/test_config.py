@@ -208,7 +208,9 @@ class TestConversion:
             assert b.quantizer.group_size == 64
             assert b.quantizer.bits == a.quantizer.bits
             assert b.quantizer.strict == a.quantizer.strict
-            assert (b.quantizer.slot is None) == (a.quantizer.slot is None)
+            assert (b.quantizer.layer_bits is None) == (
+                a.quantizer.layer_bits is None
+            )
 
     def test_a_rule_that_matches_nothing(self):
         model = small_model()

@@ -261,7 +261,7 @@ class TestCapture:
         generator = RoundingGenerator(seed=1)
         counter = self.warm(generator)
         draws = [generator.next(self.GPU) for _ in range(100)]
-        assert all(draw.count is counter for draw in draws)
+        assert all(draw.offset_tensor is counter for draw in draws)
         assert counter.item() == 100
         # Of an own key each, also of those that are drawn without a graph.
         keys = {draw.seed for draw in draws}
@@ -296,5 +296,5 @@ class TestCapture:
                 twin.next(self.GPU)
         generator.load_state_dict(generator.state_dict())
         # Graphs hold its address.
-        assert generator.next(self.GPU).count is counter
+        assert generator.next(self.GPU).offset_tensor is counter
         assert counter.item() == 2

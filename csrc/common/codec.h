@@ -124,12 +124,12 @@ struct Extent {
 };
 
 // Elements times squared extent, FLT_MAX at most.
-MMACTNN_HOST_DEVICE float group_spread(Extent extent, int64_t count) {
+MMACTNN_HOST_DEVICE float group_range_energy(Extent extent, int64_t count) {
   if (extent.low > extent.high) return 0.0f;
   const float span = add(extent.high, -extent.low);
-  const float spread =
+  const float energy =
       multiply(multiply(span, span), static_cast<float>(count));
-  return spread < FLT_MAX ? spread : FLT_MAX;
+  return energy < FLT_MAX ? energy : FLT_MAX;
 }
 
 // span / max_code, rounded once.

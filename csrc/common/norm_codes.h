@@ -32,7 +32,7 @@ struct NormSums {
   Memory factors;
   const float* weight;  // null: none
   const float* invstd;
-  bool of_batch;  // whether the means are subtracted
+  bool use_batch_stats;  // whether the means are subtracted
 };
 
 // Scale [C], and means [2, C] of the gradient and of its product.

@@ -28,17 +28,19 @@ struct PhiloxStream {
 // numbers that it was captured with, counts in memory instead.
 struct CountedStream {
   PhiloxStream first;
-  const int64_t* count;  // on the device of the op; null: 0
+  const int64_t* device_offset;  // on the device of the op; null: 0
 
   MMACTNN_HOST_DEVICE PhiloxStream current() const {
     uint64_t moved = 0;
-    if (count != nullptr) {
+    if (device_offset != nullptr) {
 #ifdef __CUDA_ARCH__
       // In assembly, because the compiler would read it early and hold it in
       // registers until it is needed.
-      asm volatile("ld.global.u64 %0, [%1];" : "=l"(moved) : "l"(count));
+      asm volatile("ld.global.u64 %0, [%1];"
+                   : "=l"(moved)
+                   : "l"(device_offset));
 #else
-      moved = static_cast<uint64_t>(*count);
+      moved = static_cast<uint64_t>(*device_offset);
 #endif
     }
     return {first.seed, first.offset + moved};

@@ -18,7 +18,7 @@
 #include "../ops/allocate.h"
 #include "../ops/call.h"
 #include "../ops/registration.h"
-#include "kept_input.h"
+#include "input_payload.h"
 #include "plan.h"
 
 namespace mmactnn {
@@ -110,33 +110,33 @@ class Forward {
   }
 
   void run() {
-    const auto& links = plan_.links();
+    const auto& steps = plan_.steps();
     std::vector<int64_t> readers;
-    for (const Link& link : links) readers.push_back(link.readers);
-    outputs_.resize(links.size());
+    for (const Step& step : steps) readers.push_back(step.readers);
+    outputs_.resize(steps.size());
     // What nobody is going to read any more need not live on.
     const auto release = [&](const Source& source) {
       if (source.is_input()) return;
       const size_t i = source.index();
       if (--readers[i] == 0) outputs_[i].reset();
     };
-    for (size_t i = 0; i < links.size(); ++i) {
-      const Link& link = links[i];
-      if (link.source.is_input()) encode_input(link.source.index());
-      const Tensor output = convolve(link);
+    for (size_t i = 0; i < steps.size(); ++i) {
+      const Step& step = steps[i];
+      if (step.source.is_input()) encode_input(step.source.index());
+      const Tensor output = convolve(step);
       append_layout(layouts_, output);
-      if (link.has_norm()) {
-        normalise(link, output);
-      } else if (link.follows == Follows::kReLU) {
+      if (step.has_norm()) {
+        normalise(step, output);
+      } else if (step.epilogue == Epilogue::kReLU) {
         const auto [codes, ranges] =
-            call<Tensor, Tensor>("mmactnn::relu_codes_", output, link.bits,
-                                 link.group_size, seed_, draw_++, kNone);
+            call<Tensor, Tensor>("mmactnn::relu_codes_", output, step.bits,
+                                 step.group_size, seed_, draw_++, kNone);
         kept_.push_back(codes);
         kept_.push_back(ranges);
       }
       outputs_[i] = output;
-      release(link.source);
-      if (link.added) release(*link.added);
+      release(step.source);
+      if (step.added) release(*step.added);
     }
   }
 
@@ -166,32 +166,32 @@ class Forward {
 
   // Unless somebody has done so, for this chain or another layer.
   void encode_input(size_t n) {
-    if (formats_[n].kind == Kept::kNothing || !codes_[n].empty()) return;
+    if (formats_[n].kind == PayloadKind::kNone || !codes_[n].empty()) return;
     codes_[n] = encode(inputs_[n], formats_[n], seed_, draw_++);
   }
 
-  Tensor convolve(const Link& link) const {
-    const auto* parameter = &parameters_[link.layer * kParameters];
+  Tensor convolve(const Step& step) const {
+    const auto* parameter = &parameters_[step.layer * kParameters];
     return std::get<0>(call<Tensor>(
-        "aten::convolution", read(link.source), *parameter[0], parameter[1],
-        link.stride, link.padding, link.dilation, false,
-        Sizes(kNoPadding.data(), link.stride.size()), link.groups));
+        "aten::convolution", read(step.source), *parameter[0], parameter[1],
+        step.stride, step.padding, step.dilation, false,
+        Sizes(kNoPadding.data(), step.stride.size()), step.groups));
   }
 
-  void normalise(const Link& link, const Tensor& x) {
-    const auto* parameter = &parameters_[link.layer * kParameters];
-    const auto* buffer = &buffers_[link.layer * kBuffers];
-    const auto [momentum, eps] = settings_[link.layer];
+  void normalise(const Step& step, const Tensor& x) {
+    const auto* parameter = &parameters_[step.layer * kParameters];
+    const auto* buffer = &buffers_[step.layer * kBuffers];
+    const auto [momentum, eps] = settings_[step.layer];
     std::optional<Tensor> added;
-    if (link.added) added = with_strides(read(*link.added), x.strides());
+    if (step.added) added = with_strides(read(*step.added), x.strides());
     const auto [invstd, codes, ranges, act_codes, act_ranges] =
         call<Tensor, Tensor, Tensor, Tensor, Tensor>(
             "mmactnn::batch_norm_act_", x, added, parameter[2], parameter[3],
-            buffer[0], buffer[1], buffer[2], link.of_batch, momentum, eps,
-            link.follows == Follows::kNormReLU, link.bits, link.act_bits,
-            link.group_size, seed_, draw_++, kNone);
+            buffer[0], buffer[1], buffer[2], step.use_batch_stats, momentum,
+            eps, step.epilogue == Epilogue::kNormReLU, step.bits, step.act_bits,
+            step.group_size, seed_, draw_++, kNone);
     kept_.insert(kept_.end(), {invstd, codes, ranges});
-    if (link.added) kept_.insert(kept_.end(), {act_codes, act_ranges});
+    if (step.added) kept_.insert(kept_.end(), {act_codes, act_ranges});
   }
 
   inline static const std::optional<Tensor> kNone;
@@ -204,7 +204,7 @@ class Forward {
   std::vector<std::pair<double, double>> settings_;
   const int64_t seed_;
   int64_t draw_;
-  OptionalTensors outputs_;                 // of links
+  OptionalTensors outputs_;                 // of steps
   std::vector<std::vector<Tensor>> codes_;  // of inputs
   std::vector<Tensor> kept_;
   Integers layouts_;
@@ -256,58 +256,58 @@ class Backward {
         wide_(wide),
         observed_(observed),
         dtype_(dtype) {
-    const size_t links = plan_.links().size();
+    const size_t steps = plan_.steps().size();
     STD_TORCH_CHECK(needs.size() == parameters.size() &&
-                        layouts_.size() == grad_inputs.size() + links,
+                        layouts_.size() == grad_inputs.size() + steps,
                     "needs must have an entry for each of the parameters, and "
                     "layouts one for each input and convolution");
     size_t count = 0;
     for (const Format& format : formats_) {
       first_code_.push_back(count);
-      count += format.kept();
+      count += format.num_saved();
     }
     STD_TORCH_CHECK(count == codes.size(), "codes must be ", count,
                     " tensors, got ", codes.size());
     count = 0;
-    for (const Link& link : plan_.links()) {
+    for (const Step& step : plan_.steps()) {
       first_kept_.push_back(count);
-      count += link.kept();
-      wanted_.push_back(is_wanted(link.source) ||
-                        (link.added && is_wanted(*link.added)) ||
-                        wants_any(link.layer));
+      count += step.num_saved();
+      wanted_.push_back(is_wanted(step.source) ||
+                        (step.added && is_wanted(*step.added)) ||
+                        wants_any(step.layer));
     }
     STD_TORCH_CHECK(count == kept.size(), "kept must be ", count,
                     " tensors, got ", kept.size());
   }
 
   void run(const OptionalTensors& grad_outputs) {
-    const auto& links = plan_.links();
-    grad_links_.resize(links.size());
+    const auto& steps = plan_.steps();
+    grad_steps_.resize(steps.size());
     size_t end = 0;
-    for (size_t i = 0; i < links.size(); ++i) {
-      if (!links[i].is_end()) continue;
+    for (size_t i = 0; i < steps.size(); ++i) {
+      if (!steps[i].is_output()) continue;
       STD_TORCH_CHECK(end < grad_outputs.size(),
                       "grad_outputs are too few: ", grad_outputs.size());
-      grad_links_[i] = grad_outputs[end++];
+      grad_steps_[i] = grad_outputs[end++];
     }
     // As the graph of the layers goes: what came last is first.
-    for (size_t i = links.size(); i-- > 0;) {
-      if (!grad_links_[i] || !wanted_[i]) continue;
-      Tensor grad = std::move(*grad_links_[i]);
-      grad_links_[i].reset();
-      const Link& link = links[i];
-      const int64_t* need = &needs_[link.layer * kParameters];
-      const bool needs_x = is_wanted(link.source);
+    for (size_t i = steps.size(); i-- > 0;) {
+      if (!grad_steps_[i] || !wanted_[i]) continue;
+      Tensor grad = std::move(*grad_steps_[i]);
+      grad_steps_[i].reset();
+      const Step& step = steps[i];
+      const int64_t* need = &needs_[step.layer * kParameters];
+      const bool needs_x = is_wanted(step.source);
       const bool needs_conv = needs_x || need[0] != 0 || need[1] != 0;
-      undo_follower(i, grad, needs_conv);
+      undo_epilogue(i, grad, needs_conv);
       if (!needs_conv) continue;
       if (observed_ && i == 0) {
         // What the op returns must not be what it got.
-        first = link.follows == Follows::kNothing ? torch::stable::clone(grad)
-                                                  : grad;
+        first = step.epilogue == Epilogue::kNone ? torch::stable::clone(grad)
+                                                 : grad;
       }
-      const std::optional<Tensor> grad_x = undo_conv(link, grad, needs_x);
-      if (grad_x) add_grad(link.source, *grad_x);
+      const std::optional<Tensor> grad_x = undo_conv(step, grad, needs_x);
+      if (grad_x) add_grad(step.source, *grad_x);
     }
   }
 
@@ -330,41 +330,42 @@ class Backward {
 
   // As the layers' graph adds: in the dtype of what the gradient is of.
   void add_grad(const Source& source, const Tensor& grad) {
-    auto& sums = source.is_input() ? grad_inputs : grad_links_;
+    auto& sums = source.is_input() ? grad_inputs : grad_steps_;
     accumulate(sums[source.index()], grad, wide_ && source.is_input());
   }
   void add_parameter_grad(size_t parameter, const Tensor& grad) {
     accumulate(grads[parameter], grad, true);
   }
 
-  const Layout& layout_of(size_t link) const {
-    return layouts_[grad_inputs.size() + link];
+  const Layout& layout_of(size_t step) const {
+    return layouts_[grad_inputs.size() + step];
   }
 
   // From the gradient of what follows a convolution to that of its output.
-  void undo_follower(size_t i, Tensor& grad, bool needs_conv) {
-    const Link& link = plan_.links()[i];
-    if (link.follows == Follows::kNothing) return;
+  void undo_epilogue(size_t i, Tensor& grad, bool needs_conv) {
+    const Step& step = plan_.steps()[i];
+    if (step.epilogue == Epilogue::kNone) return;
     const Tensor* kept = kept_.data() + first_kept_[i];
     grad = with_strides(grad, layout_of(i).strides);
-    if (link.follows == Follows::kReLU) {
+    if (step.epilogue == Epilogue::kReLU) {
       std::tie(grad) = call<Tensor>("mmactnn::relu_codes_backward", grad,
-                                    kept[0], link.bits);
+                                    kept[0], step.bits);
       return;
     }
-    const size_t first = link.layer * kParameters;
+    const size_t first = step.layer * kParameters;
     std::optional<Tensor> act_codes;
-    if (link.added) act_codes = kept[3];
+    if (step.added) act_codes = kept[3];
     const auto [results] = call<std::vector<Tensor>>(
         "mmactnn::batch_norm_act_backward", grad, kept[1], kept[2], act_codes,
-        parameters_[first + 2], kept[0], link.follows == Follows::kNormReLU,
-        link.of_batch, needs_conv, link.bits, link.act_bits, link.group_size);
+        parameters_[first + 2], kept[0], step.epilogue == Epilogue::kNormReLU,
+        step.use_batch_stats, needs_conv, step.bits, step.act_bits,
+        step.group_size);
     // The gradient of the bias is first.
     for (const size_t k : {2, 3}) {
       if (needs_[first + k] != 0) add_parameter_grad(first + k, results[3 - k]);
     }
-    if (link.added && is_wanted(*link.added)) {
-      add_grad(*link.added, results.back());
+    if (step.added && is_wanted(*step.added)) {
+      add_grad(*step.added, results.back());
     }
     if (needs_conv) grad = results[2];
   }
@@ -376,41 +377,41 @@ class Backward {
       return decode(codes_.data() + first_code_[i], formats_[i], layouts_[i],
                     dtype_);
     }
-    const Link& link = plan_.links()[i];
+    const Step& step = plan_.steps()[i];
     const Tensor* kept = kept_.data() + first_kept_[i];
     const Layout& layout = layout_of(i);
-    if (link.follows == Follows::kReLU || link.added) {
-      const bool added = link.added.has_value();
+    if (step.epilogue == Epilogue::kReLU || step.added) {
+      const bool added = step.added.has_value();
       const Tensor* codes = kept + (added ? 3 : 0);
       return std::get<0>(call<Tensor>("mmactnn::dequantize_zeroed", codes[0],
                                       codes[1], layout.sizes, layout.strides,
-                                      dtype_, added ? link.act_bits : link.bits,
-                                      link.group_size));
+                                      dtype_, added ? step.act_bits : step.bits,
+                                      step.group_size));
     }
-    STD_TORCH_CHECK(link.follows == Follows::kNormReLU,
+    STD_TORCH_CHECK(step.epilogue == Epilogue::kNormReLU,
                     "what a convolution reads of another must be rectified");
-    const auto* parameter = &parameters_[link.layer * kParameters];
+    const auto* parameter = &parameters_[step.layer * kParameters];
     return std::get<0>(call<Tensor>("mmactnn::dequantize_split", kept[1],
                                     kept[2], parameter[2], parameter[3],
                                     layout.sizes, layout.strides, dtype_,
-                                    link.bits, link.group_size));
+                                    step.bits, step.group_size));
   }
 
   // The gradients of a convolution, of which some are needed; returns that of
   // its input.
-  std::optional<Tensor> undo_conv(const Link& link, const Tensor& grad,
+  std::optional<Tensor> undo_conv(const Step& step, const Tensor& grad,
                                   bool needs_x) {
-    const int64_t* need = &needs_[link.layer * kParameters];
+    const int64_t* need = &needs_[step.layer * kParameters];
     const bool needs_weight = need[0] != 0, needs_bias = need[1] != 0;
     if (needs_weight || needs_bias) {
       // That of a bias alone reads it, too, on a CPU.
-      const Tensor x = decode_source(link.source);
+      const Tensor x = decode_source(step.source);
       const bool all = !needs_x || x.numel() * x.element_size() < kLarge;
       const std::optional<Tensor> grad_x = convolution_backward(
-          link, grad, x, {needs_x && all, needs_weight, needs_bias});
+          step, grad, x, {needs_x && all, needs_weight, needs_bias});
       if (all) return grad_x;
     }
-    return convolution_backward(link, grad, hollow_source(link),
+    return convolution_backward(step, grad, placeholder_source(step),
                                 {true, false, false});
   }
 
@@ -418,10 +419,10 @@ class Backward {
   // CUDA its memory is that of the weight: a tensor must have some. On the CPU
   // it is as large as it says, and not written to, which costs nothing: ops may
   // convert the layout of all their arguments there, and so read them.
-  Tensor hollow_source(const Link& link) const {
-    const size_t i = link.source.index();
-    const Layout& layout = link.source.is_input() ? layouts_[i] : layout_of(i);
-    const Tensor& weight = *parameters_[link.layer * kParameters];
+  Tensor placeholder_source(const Step& step) const {
+    const size_t i = step.source.index();
+    const Layout& layout = step.source.is_input() ? layouts_[i] : layout_of(i);
+    const Tensor& weight = *parameters_[step.layer * kParameters];
     if (weight.is_cpu()) {
       return empty_strided(weight, layout.sizes, layout.strides, dtype_);
     }
@@ -430,18 +431,18 @@ class Backward {
                                     weight.device(), dtype_);
   }
 
-  std::optional<Tensor> convolution_backward(const Link& link,
+  std::optional<Tensor> convolution_backward(const Step& step,
                                              const Tensor& grad,
                                              const Tensor& x,
                                              std::array<bool, 3> wanted) {
-    const size_t first = link.layer * kParameters;
+    const size_t first = step.layer * kParameters;
     const int64_t channels = grad.size(1);
     std::optional<Sizes> bias_sizes;
     if (wanted[2]) bias_sizes = Sizes(&channels, 1);
     const auto [grad_x, grad_weight, grad_bias] = call<Tensor, Tensor, Tensor>(
         "aten::convolution_backward", grad, x, *parameters_[first], bias_sizes,
-        link.stride, link.padding, link.dilation, false,
-        Sizes(kNoPadding.data(), link.stride.size()), link.groups,
+        step.stride, step.padding, step.dilation, false,
+        Sizes(kNoPadding.data(), step.stride.size()), step.groups,
         torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3));
     if (wanted[1]) add_parameter_grad(first, grad_weight);
     if (wanted[2]) add_parameter_grad(first + 1, grad_bias);
@@ -461,9 +462,9 @@ class Backward {
   const bool observed_;
   const ScalarType dtype_;
   std::vector<size_t> first_code_;  // of each input
-  std::vector<size_t> first_kept_;  // of each link
-  std::vector<bool> wanted_;        // links, or anything before them
-  OptionalTensors grad_links_;
+  std::vector<size_t> first_kept_;  // of each step
+  std::vector<bool> wanted_;        // steps, or anything before them
+  OptionalTensors grad_steps_;
 };
 
 OptionalTensors conv_chain_backward(OptionalTensors grad_outputs,

@@ -15,8 +15,8 @@
 namespace mmactnn {
 
 // What follows a convolution; these numbers are in the plan.
-enum class Follows : int64_t {
-  kNothing = 0,
+enum class Epilogue : int64_t {
+  kNone = 0,
   kReLU = 1,      // kept as zeroed codes
   kNorm = 2,      // kept as plain codes
   kNormReLU = 3,  // kept as split codes, after an addition as plain and zeroed
@@ -24,7 +24,7 @@ enum class Follows : int64_t {
 
 constexpr int64_t kMaxDims = 3;
 
-// What a link reads: the output of a link before it, by its index, or an input
+// What a step reads: the output of a step before it, by its index, or an input
 // of the chain, by the index's complement.
 class Source {
  public:
@@ -67,7 +67,7 @@ class Reader {
 };
 
 // One convolution and what follows it.
-struct Link {
+struct Step {
   Source source;
   // What is added before the ReLU.
   std::optional<Source> added;
@@ -77,46 +77,46 @@ struct Link {
   Sizes padding;
   Sizes dilation;
   int64_t groups;
-  Follows follows;
-  bool of_batch;
+  Epilogue epilogue;
+  bool use_batch_stats;
   int64_t bits;
   int64_t act_bits;
   int64_t group_size;
-  // How often other links read its output.
+  // How often other steps read its output.
   int64_t readers = 0;
 
-  bool is_end() const { return readers == 0; }
+  bool is_output() const { return readers == 0; }
   bool has_norm() const {
-    return follows == Follows::kNorm || follows == Follows::kNormReLU;
+    return epilogue == Epilogue::kNorm || epilogue == Epilogue::kNormReLU;
   }
   // How many tensors are kept of what follows.
-  size_t kept() const {
-    if (follows == Follows::kNothing) return 0;
+  size_t num_saved() const {
+    if (epilogue == Epilogue::kNone) return 0;
     return has_norm() ? (added ? 5 : 3) : 2;
   }
 };
 
-// The links, which point into `plan`.
+// The steps, which point into `plan`.
 class Plan {
  public:
   // For so many inputs and layers.
   Plan(const std::vector<int64_t>& plan, size_t inputs, size_t layers)
       : inputs_(inputs), layers_(layers) {
     Reader<int64_t> reader("plan", plan);
-    while (!reader.at_end()) links_.push_back(read(reader));
-    STD_TORCH_CHECK(!links_.empty(), "plan must have a convolution");
+    while (!reader.at_end()) steps_.push_back(read(reader));
+    STD_TORCH_CHECK(!steps_.empty(), "plan must have a convolution");
   }
 
-  const std::vector<Link>& links() const { return links_; }
+  const std::vector<Step>& steps() const { return steps_; }
 
  private:
-  Link read(Reader<int64_t>& reader) {
+  Step read(Reader<int64_t>& reader) {
     const Source source = read_source(reader);
     std::optional<Source> added;
     if (reader.next() != 0) added = read_source(reader);
     const int64_t layer = reader.next();
     STD_TORCH_CHECK(layer >= 0 && layer < static_cast<int64_t>(layers_),
-                    "a link must be of one of ", layers_, " layers, got ",
+                    "a step must be of one of ", layers_, " layers, got ",
                     layer);
     const int64_t dims = reader.next();
     STD_TORCH_CHECK(dims >= 1 && dims <= kMaxDims,
@@ -125,33 +125,33 @@ class Plan {
     const Sizes padding = reader.next(dims);
     const Sizes dilation = reader.next(dims);
     const int64_t groups = reader.next();
-    const auto follows = static_cast<Follows>(reader.next());
-    STD_TORCH_CHECK(!added || follows == Follows::kNormReLU,
+    const auto epilogue = static_cast<Epilogue>(reader.next());
+    STD_TORCH_CHECK(!added || epilogue == Epilogue::kNormReLU,
                     "an addition must be followed by a ReLU");
-    const bool of_batch = reader.next() != 0;
+    const bool use_batch_stats = reader.next() != 0;
     const int64_t bits = reader.next();
     const int64_t act_bits = reader.next();
     return {source, added,    static_cast<size_t>(layer),
             stride, padding,  dilation,
-            groups, follows,  of_batch,
+            groups, epilogue, use_batch_stats,
             bits,   act_bits, reader.next()};
   }
 
   Source read_source(Reader<int64_t>& reader) {
     const int64_t reference = reader.next();
     const Source source(reference);
-    const size_t known = source.is_input() ? inputs_ : links_.size();
+    const size_t known = source.is_input() ? inputs_ : steps_.size();
     STD_TORCH_CHECK(source.index() < known,
-                    "a link must read one of the inputs or a link before it, "
+                    "a step must read one of the inputs or a step before it, "
                     "got ",
-                    reference, " for link ", links_.size());
-    if (!source.is_input()) ++links_[source.index()].readers;
+                    reference, " for step ", steps_.size());
+    if (!source.is_input()) ++steps_[source.index()].readers;
     return source;
   }
 
   const size_t inputs_;
   const size_t layers_;
-  std::vector<Link> links_;
+  std::vector<Step> steps_;
 };
 
 // Sizes and strides of a tensor.

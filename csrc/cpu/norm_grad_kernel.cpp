@@ -153,8 +153,10 @@ void write_factors(const NormArguments& arguments, const NormSums& sums) {
   for (int64_t c = 0; c < channels; ++c) {
     const float factor = sums.weight == nullptr ? 1.0f : sums.weight[c];
     factors[c] = multiply(sums.invstd[c], factor);
-    factors[channels + c] = sums.of_batch ? sums.gradients[c] / count : 0.0f;
-    factors[2 * channels + c] = sums.of_batch ? sums.products[c] / count : 0.0f;
+    factors[channels + c] =
+        sums.use_batch_stats ? sums.gradients[c] / count : 0.0f;
+    factors[2 * channels + c] =
+        sums.use_batch_stats ? sums.products[c] / count : 0.0f;
   }
 }
 

@@ -36,8 +36,8 @@ struct SumsOutputs {
   float* factors;
   const float* weight;  // null: none
   const float* invstd;
-  float count;    // elements of each channel
-  bool of_batch;  // whether the means are subtracted
+  float count;           // elements of each channel
+  bool use_batch_stats;  // whether the means are subtracted
   int64_t channels;
 
   // `which`: 0 for the gradients, 1 for their products.
@@ -46,7 +46,7 @@ struct SumsOutputs {
     (which == 0 ? gradients : products)[channel] = sum;
     if (factors == nullptr) return;
     factors[(1 + which) * channels + channel] =
-        of_batch ? __fdiv_rn(sum, count) : 0.0f;
+        use_batch_stats ? __fdiv_rn(sum, count) : 0.0f;
     if (which != 0) return;
     const float scale = weight == nullptr ? 1.0f : weight[channel];
     factors[channel] = multiply(invstd[channel], scale);
@@ -365,7 +365,7 @@ void sum_gradients(const Memory& grad_output, const NormArguments& arguments,
       sums.weight,
       sums.invstd,
       static_cast<float>(arguments.channels.channel_numel()),
-      sums.of_batch,
+      sums.use_batch_stats,
       channels};
   const Call call = make_call(grad_output, arguments);
   dispatch_dtype(grad_output.dtype(), [&](auto type) {

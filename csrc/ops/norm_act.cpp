@@ -47,7 +47,7 @@ struct BatchNorm {
   const std::optional<Tensor>& mean;
   const std::optional<Tensor>& var;
   const std::optional<Tensor>& batches;
-  bool of_batch;
+  bool use_batch_stats;
   double momentum;
   double eps;
 };
@@ -120,7 +120,7 @@ Results norm_act(Tensor input, std::optional<Tensor> residual, Tensor mean,
                  Tensor invstd, std::optional<Tensor> weight,
                  std::optional<Tensor> bias, bool relu, int64_t bits,
                  int64_t act_bits, int64_t group_size, int64_t seed,
-                 int64_t offset, std::optional<Tensor> count) {
+                 int64_t offset, std::optional<Tensor> offset_tensor) {
   const OnDevice device(input);
   const Channels channels = channels_of("input", input);
   check_per_channel("mean", mean, channels, input);
@@ -128,7 +128,7 @@ Results norm_act(Tensor input, std::optional<Tensor> residual, Tensor mean,
   return normalise(device, {input, residual, weight, bias},
                    {channels, mean, invstd},
                    {relu, bits, act_bits, group_size,
-                    checked_stream(seed, offset, count, input)},
+                    checked_stream(seed, offset, offset_tensor, input)},
                    false);
 }
 
@@ -136,18 +136,18 @@ Statistics find_statistics(const OnDevice& device, const Tensor& input,
                            const BatchNorm& norm) {
   const Channels channels =
       check_stats(input, {norm.mean, norm.var, norm.batches});
-  STD_TORCH_CHECK(norm.of_batch || norm.mean.has_value(),
+  STD_TORCH_CHECK(norm.use_batch_stats || norm.mean.has_value(),
                   "running_mean and running_var must be given unless the "
                   "statistics are the batch's");
   // A running mean is normalised with where it is, if its dtype allows.
   const bool copies =
-      norm.of_batch || norm.mean->scalar_type() != ScalarType::Float;
+      norm.use_batch_stats || norm.mean->scalar_type() != ScalarType::Float;
   const Tensor mean = copies ? empty_stats(input, channels) : *norm.mean;
   const Tensor invstd = empty_stats(input, channels);
   const RunningStats running{norm.mean, norm.var, norm.batches, norm.momentum};
   const StatsOutputs outputs{copies ? Memory(mean) : Memory(), Memory(),
                              invstd};
-  if (norm.of_batch) {
+  if (norm.use_batch_stats) {
     device.run(batch_stats_kernel, input, channels, norm.eps, running, outputs);
   } else {
     device.run(running_stats_kernel, running, norm.eps, outputs);
@@ -162,19 +162,20 @@ auto batch_norm_act(Tensor input, std::optional<Tensor> residual,
                     std::optional<Tensor> weight, std::optional<Tensor> bias,
                     std::optional<Tensor> running_mean,
                     std::optional<Tensor> running_var,
-                    std::optional<Tensor> num_batches_tracked, bool of_batch,
-                    double momentum, double eps, bool relu, int64_t bits,
-                    int64_t act_bits, int64_t group_size, int64_t seed,
-                    int64_t offset, std::optional<Tensor> count) {
+                    std::optional<Tensor> num_batches_tracked,
+                    bool use_batch_stats, double momentum, double eps,
+                    bool relu, int64_t bits, int64_t act_bits,
+                    int64_t group_size, int64_t seed, int64_t offset,
+                    std::optional<Tensor> offset_tensor) {
   const OnDevice device(input);
   const Statistics statistics =
       find_statistics(device, input,
-                      {running_mean, running_var, num_batches_tracked, of_batch,
-                       momentum, eps});
+                      {running_mean, running_var, num_batches_tracked,
+                       use_batch_stats, momentum, eps});
   const auto [output, codes, ranges, act_codes, act_ranges] =
       normalise(device, {input, residual, weight, bias}, statistics,
                 {relu, bits, act_bits, group_size,
-                 checked_stream(seed, offset, count, input)},
+                 checked_stream(seed, offset, offset_tensor, input)},
                 kInPlace);
   const std::tuple kept(statistics.invstd, codes, ranges, act_codes,
                         act_ranges);
@@ -192,22 +193,24 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmactnn, m) {
   m.def(
       "norm_act(Tensor input, Tensor? residual, Tensor mean, Tensor invstd, "
       "Tensor? weight, Tensor? bias, bool relu, int bits, int act_bits, "
-      "int group_size, int seed, int offset, Tensor? count=None) -> "
+      "int group_size, int seed, int offset, Tensor? offset_tensor=None) -> "
       "(Tensor output, Tensor codes, Tensor ranges, Tensor act_codes, Tensor "
       "act_ranges)");
   m.def(
       "batch_norm_act(Tensor input, Tensor? residual, Tensor? weight, "
       "Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-      "Tensor(c!)? num_batches_tracked, bool of_batch, float momentum, "
+      "Tensor(c!)? num_batches_tracked, bool use_batch_stats, float momentum, "
       "float eps, bool relu, int bits, int act_bits, int group_size, int seed, "
-      "int offset, Tensor? count=None) -> (Tensor output, Tensor invstd, "
+      "int offset, Tensor? offset_tensor=None) -> (Tensor output, Tensor "
+      "invstd, "
       "Tensor codes, Tensor ranges, Tensor act_codes, Tensor act_ranges)");
   m.def(
       "batch_norm_act_(Tensor(a!) input, Tensor? residual, Tensor? weight, "
       "Tensor? bias, Tensor(b!)? running_mean, Tensor(c!)? running_var, "
-      "Tensor(d!)? num_batches_tracked, bool of_batch, float momentum, "
+      "Tensor(d!)? num_batches_tracked, bool use_batch_stats, float momentum, "
       "float eps, bool relu, int bits, int act_bits, int group_size, int seed, "
-      "int offset, Tensor? count=None) -> (Tensor invstd, Tensor codes, "
+      "int offset, Tensor? offset_tensor=None) -> (Tensor invstd, Tensor "
+      "codes, "
       "Tensor ranges, Tensor act_codes, Tensor act_ranges)");
 }
 

@@ -122,8 +122,8 @@ Tensor norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges,
 std::vector<Tensor> batch_norm_act_backward(
     Tensor grad_output, Tensor codes, Tensor ranges,
     std::optional<Tensor> act_codes, std::optional<Tensor> weight,
-    Tensor invstd, bool relu, bool of_batch, bool needs_input, int64_t bits,
-    int64_t act_bits, int64_t group_size) {
+    Tensor invstd, bool relu, bool use_batch_stats, bool needs_input,
+    int64_t bits, int64_t act_bits, int64_t group_size) {
   NormArguments arguments = check_norm_codes(grad_output, codes, ranges, bits,
                                              group_size, relu && !act_codes);
   const Channels channels = arguments.channels;
@@ -143,7 +143,7 @@ std::vector<Tensor> batch_norm_act_backward(
       request.weight = static_cast<const float*>(weight->const_data_ptr());
     }
     request.invstd = static_cast<const float*>(invstd.const_data_ptr());
-    request.of_batch = of_batch;
+    request.use_batch_stats = use_batch_stats;
   }
   // Each is a tensor of its own: callers may return them from other ops, whose
   // outputs must not share memory.
@@ -180,7 +180,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmactnn, m) {
   m.def(
       "batch_norm_act_backward(Tensor grad_output, Tensor codes, "
       "Tensor ranges, Tensor? act_codes, Tensor? weight, Tensor invstd, "
-      "bool relu, bool of_batch, bool needs_input, int bits, int act_bits, "
+      "bool relu, bool use_batch_stats, bool needs_input, int bits, int "
+      "act_bits, "
       "int group_size) -> Tensor[]");
 }
 

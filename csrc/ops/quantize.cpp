@@ -47,10 +47,11 @@ Tensor decode(const Tensor& codes, const Tensor& ranges,
 std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t bits,
                                     int64_t group_size, int64_t seed,
                                     int64_t offset,
-                                    std::optional<Tensor> count) {
+                                    std::optional<Tensor> offset_tensor) {
   const Geometry geometry = input_geometry(input, group_size);
   check_bits(bits);
-  const CountedStream random = checked_stream(seed, offset, count, input);
+  const CountedStream random =
+      checked_stream(seed, offset, offset_tensor, input);
   const Tensor codes = empty_codes(input, geometry, bits);
   const Tensor ranges =
       encode(input, codes, geometry, uniform_layout(geometry, bits), random);
@@ -61,12 +62,13 @@ std::tuple<Tensor, Tensor> quantize_rows(Tensor input, Tensor row_bits,
                                          Tensor row_starts, int64_t total_bits,
                                          int64_t group_size, int64_t seed,
                                          int64_t offset,
-                                         std::optional<Tensor> count) {
+                                         std::optional<Tensor> offset_tensor) {
   const Geometry geometry = input_geometry(input, group_size);
   check_total_bits(total_bits, geometry.rows);
   const CodeLayout layout =
       checked_row_layout(input, geometry, row_bits, row_starts, total_bits);
-  const CountedStream random = checked_stream(seed, offset, count, input);
+  const CountedStream random =
+      checked_stream(seed, offset, offset_tensor, input);
   const Tensor codes = empty_row_codes(input, geometry, total_bits);
   const Tensor ranges = encode(input, codes, geometry, layout, random);
   return {codes, ranges};
@@ -95,14 +97,15 @@ Tensor dequantize_rows(Tensor codes, Tensor ranges, Tensor row_bits,
 STABLE_TORCH_LIBRARY_FRAGMENT(mmactnn, m) {
   m.def(
       "quantize(Tensor input, int bits, int group_size, int seed, "
-      "int offset, Tensor? count=None) -> (Tensor codes, Tensor ranges)");
+      "int offset, Tensor? offset_tensor=None) -> (Tensor codes, Tensor "
+      "ranges)");
   m.def(
       "dequantize(Tensor codes, Tensor ranges, int[] size, int[] stride, "
       "ScalarType dtype, int bits, int group_size) -> Tensor");
   m.def(
       "quantize_rows(Tensor input, Tensor row_bits, Tensor row_starts, "
       "int total_bits, int group_size, int seed, int offset, "
-      "Tensor? count=None) -> (Tensor codes, Tensor ranges)");
+      "Tensor? offset_tensor=None) -> (Tensor codes, Tensor ranges)");
   m.def(
       "dequantize_rows(Tensor codes, Tensor ranges, Tensor row_bits, "
       "Tensor row_starts, int[] size, int[] stride, ScalarType dtype, "

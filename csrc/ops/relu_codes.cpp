@@ -21,10 +21,11 @@ namespace {
 std::tuple<Tensor, Tensor> rectify(const Tensor& input, const Tensor& output,
                                    int64_t bits, int64_t group_size,
                                    int64_t seed, int64_t offset,
-                                   const std::optional<Tensor>& count) {
+                                   const std::optional<Tensor>& offset_tensor) {
   const Geometry geometry = input_geometry(input, group_size);
   check_rectified_bits("bits", bits);
-  const CountedStream random = checked_stream(seed, offset, count, input);
+  const CountedStream random =
+      checked_stream(seed, offset, offset_tensor, input);
   const Tensor codes = empty_codes(input, geometry, bits);
   const Tensor ranges = empty_ranges(input, geometry);
   if (input.numel() != 0) {
@@ -34,21 +35,20 @@ std::tuple<Tensor, Tensor> rectify(const Tensor& input, const Tensor& output,
   return {codes, ranges};
 }
 
-std::tuple<Tensor, Tensor, Tensor> relu_codes(Tensor input, int64_t bits,
-                                              int64_t group_size, int64_t seed,
-                                              int64_t offset,
-                                              std::optional<Tensor> count) {
+std::tuple<Tensor, Tensor, Tensor> relu_codes(
+    Tensor input, int64_t bits, int64_t group_size, int64_t seed,
+    int64_t offset, std::optional<Tensor> offset_tensor) {
   const Tensor output = empty_dense_like(input);
   const auto [codes, ranges] =
-      rectify(input, output, bits, group_size, seed, offset, count);
+      rectify(input, output, bits, group_size, seed, offset, offset_tensor);
   return {output, codes, ranges};
 }
 
 std::tuple<Tensor, Tensor> relu_codes_(Tensor input, int64_t bits,
                                        int64_t group_size, int64_t seed,
                                        int64_t offset,
-                                       std::optional<Tensor> count) {
-  return rectify(input, input, bits, group_size, seed, offset, count);
+                                       std::optional<Tensor> offset_tensor) {
+  return rectify(input, input, bits, group_size, seed, offset, offset_tensor);
 }
 
 Tensor relu_codes_backward(Tensor grad_output, Tensor codes, int64_t bits) {
@@ -68,11 +68,12 @@ Tensor relu_codes_backward(Tensor grad_output, Tensor codes, int64_t bits) {
 STABLE_TORCH_LIBRARY_FRAGMENT(mmactnn, m) {
   m.def(
       "relu_codes(Tensor input, int bits, int group_size, int seed, "
-      "int offset, Tensor? count=None) -> "
+      "int offset, Tensor? offset_tensor=None) -> "
       "(Tensor output, Tensor codes, Tensor ranges)");
   m.def(
       "relu_codes_(Tensor(a!) input, int bits, int group_size, int seed, "
-      "int offset, Tensor? count=None) -> (Tensor codes, Tensor ranges)");
+      "int offset, Tensor? offset_tensor=None) -> (Tensor codes, Tensor "
+      "ranges)");
   m.def(
       "relu_codes_backward(Tensor grad_output, Tensor codes, int bits) -> "
       "Tensor");

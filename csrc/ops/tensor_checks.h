@@ -36,16 +36,16 @@ inline void check_same_device(const char* name, const Tensor& tensor,
 
 // The random stream of an op on `input`.
 inline CountedStream checked_stream(int64_t seed, int64_t offset,
-                                    const std::optional<Tensor>& count,
+                                    const std::optional<Tensor>& offset_tensor,
                                     const Tensor& input) {
   const PhiloxStream first{static_cast<uint64_t>(seed),
                            static_cast<uint64_t>(offset)};
-  if (!count) return {first, nullptr};
-  STD_TORCH_CHECK(
-      count->scalar_type() == ScalarType::Long && count->numel() == 1,
-      "count must be an int64 tensor of one element");
-  check_same_device("count", *count, input);
-  return {first, static_cast<const int64_t*>(count->const_data_ptr())};
+  if (!offset_tensor) return {first, nullptr};
+  STD_TORCH_CHECK(offset_tensor->scalar_type() == ScalarType::Long &&
+                      offset_tensor->numel() == 1,
+                  "offset_tensor must be an int64 tensor of one element");
+  check_same_device("offset_tensor", *offset_tensor, input);
+  return {first, static_cast<const int64_t*>(offset_tensor->const_data_ptr())};
 }
 
 // True if the elements fill one piece of memory without gaps or overlaps.

@@ -1,7 +1,7 @@
-"""Parts of other packages' models that no trace can show.
+"""Adapters for modules of other packages that cannot be traced.
 
-A module with the classes of another package is imported once a model has one
-of them, see :meth:`mmactnn.registry.Registry.add_provider`.
+The module for another package is imported once a model has a class of that
+package, see :meth:`mmactnn.registry.Registry.add_provider`.
 """
 
 from .base import Adapter

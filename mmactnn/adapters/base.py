@@ -1,4 +1,4 @@
-"""Adapters: classes that take the place of another package's."""
+"""Base class of adapters, which replace classes of other packages."""
 
 import ast
 import functools
@@ -16,22 +16,23 @@ from ..modules.functions import functions_of
 class Adapter:
     """Mixin of classes that compute as their parent, with less memory.
 
-    For what no trace can show: heads over feature levels, and functions that
-    become layers without parameters, so that conversion treats them as any
-    other. An adapter has its parent's parameters and ``state_dict`` keys; any
-    instance of the parent becomes one by :meth:`convert_`, and the parent
-    again by :meth:`revert_`. In evaluation, and where something reads along,
-    the parent's own forward pass runs.
+    For modules that cannot be traced, such as heads over feature levels.
+    Functions that they call become layers without parameters, which are then
+    converted as any other layer. An adapter has its parent's parameters and
+    ``state_dict`` keys; :meth:`convert_` turns any instance of the parent
+    into an adapter, :meth:`revert_` back. In evaluation, and under tracers and
+    observers, the parent's own forward pass runs.
 
     Attributes:
-        uses_chains (bool): Whether layers may run together, at the level that
-            the model has.
+        uses_chains (bool): Whether the model's level allows layers to run as
+            chains.
     """
 
     uses_chains = True
-    # Methods of the parent that adapted_forward() stands for.
+    # Methods of the parent that adapted_forward() replaces.
     replaces = ('forward',)
-    # Names of layers of make_layers(): ReLUs right behind a convolution.
+    # Names of those layers of make_layers() that are ReLUs right behind a
+    # convolution.
     coded_relus = ()
 
     def __init_subclass__(cls, **kwargs):
@@ -58,20 +59,20 @@ class Adapter:
 
     @classmethod
     def make_layers(cls, module):
-        """The layers that stand for functions that a module calls.
+        """Make layers in place of functions that a module calls.
 
         Args:
             module (nn.Module): An instance of this class or its parent.
 
         Returns:
             dict[str, QuantizedLayer]: New layers by their names in the
-            module; none if it calls no function that keeps anything.
+            module; empty if no function that it calls keeps tensors.
         """
         return {}
 
     @classmethod
     def is_complete(cls):
-        """Whether the class defines what an adapter has to.
+        """Whether the class defines all that an adapter needs.
 
         Returns:
             bool: False without :meth:`adapted_forward`, or if the parent has
@@ -84,7 +85,7 @@ class Adapter:
 
     @classmethod
     def fits(cls, module):
-        """Whether an instance of the parent gains by the adapter.
+        """Whether an instance of the parent benefits from the adapter.
 
         Args:
             module (nn.Module): The instance.
@@ -92,7 +93,7 @@ class Adapter:
         return True
 
     def adapted_forward(self, *args, **kwargs):
-        """See the parent's forward pass, which this one is equal to."""
+        """Forward pass with the same results as the parent's."""
         raise NotImplementedError
 
     @classmethod
@@ -101,8 +102,8 @@ class Adapter:
 
         Args:
             module (nn.Module): The module to convert.
-            layers (dict[str, nn.Module]): What :meth:`make_layers` made for
-                it, or their plain twins.
+            layers (dict[str, nn.Module]): Layers from :meth:`make_layers`, or
+                their plain counterparts.
         """
         for name, layer in layers.items():
             module.add_module(name, layer)
@@ -119,11 +120,11 @@ class Adapter:
 
     @classmethod
     def matches_source(cls, fingerprints):
-        """Whether the parent is the one that the adapter was written for.
+        """Whether the parent has a source that the adapter was written for.
 
         Args:
-            fingerprints (Sequence[str]): Those of the sources that it knows;
-                see :func:`fingerprint`. None at all match every parent.
+            fingerprints (Sequence[str]): Fingerprints of supported sources,
+                see :func:`fingerprint`; an empty sequence supports all.
         """
         return not fingerprints or fingerprint(cls._functions) in fingerprints
 
@@ -158,7 +159,7 @@ def _plain_class(cls):
 
 
 class _PlainClass:
-    """Class attribute: what :meth:`Adapter.revert_` makes of a module."""
+    """Class attribute: class that :meth:`Adapter.revert_` restores."""
 
     def __get__(self, instance, owner):
         return _plain_class(owner)
@@ -169,12 +170,12 @@ Adapter.plain_class = _PlainClass()
 
 @functools.cache
 def derive(adapter, plain):
-    """An adapter of a subclass of its parent.
+    """Derive the adapter of a subclass of an adapter's parent.
 
     Args:
         adapter (type): The adapter.
-        plain (type): The subclass, which leaves the functions alone that the
-            adapter stands for.
+        plain (type): The subclass, which overrides no function that the
+            adapter replaces.
 
     Returns:
         type: A subclass of both.

@@ -1,4 +1,4 @@
-"""Search of a model for modules that have an adapter."""
+"""Search for modules of a model that have an adapter."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ class AdapterPlan(NamedTuple):
 
     Attributes:
         name (str): Qualified name in the model.
-        module (nn.Module): The module, as it is.
+        module (nn.Module): The module, not yet adapted.
         target (type): The adapter.
         layers (dict[str, nn.Module]): Layers that the module gets, plain
             ones, by their names in the module.
@@ -32,7 +32,7 @@ class AdapterPlan(NamedTuple):
         return {prefix + key: layer for key, layer in self.layers.items()}
 
     def install(self):
-        """Let the module be adapted."""
+        """Adapt the module."""
         for layer in self.layers.values():
             layer.train(self.module.training)
         self.target.convert_(self.module, self.layers)
@@ -42,10 +42,10 @@ class Adaptable(NamedTuple):
     """Result of a search.
 
     Attributes:
-        plans (dict[nn.Module, AdapterPlan]): By the module; none for those
-            that are adapted already.
+        plans (dict[nn.Module, AdapterPlan]): Plans by module; modules that
+            are adapted already have none.
         refused (dict[str, tuple[nn.Module, str]]): Modules whose adapter was
-            written for another forward pass, by name, and the reason.
+            written for another forward pass, with the reason, by name.
     """
 
     plans: dict
@@ -53,11 +53,11 @@ class Adaptable(NamedTuple):
 
 
 def find_adapters(model, registry=default_registry):
-    """Modules of a model that can be adapted.
+    """Find modules of a model that can be adapted.
 
     Args:
-        model (nn.Module): The model, which stays as it is.
-        registry (Registry, optional): Where the adapters are.
+        model (nn.Module): The model, which is not changed.
+        registry (Registry, optional): Registry of adapters.
 
     Returns:
         Adaptable: The modules.

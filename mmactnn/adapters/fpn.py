@@ -8,10 +8,10 @@ from .parallel import ParallelConvs, run_each
 
 
 class FPNAdapter(Adapter):
-    """Mixin of the ``FPN`` whose extra levels come from layers.
+    """Mixin of ``FPN`` whose extra levels come from layers.
 
-    The convolutions of its inputs run as one chain where these are small, and
-    so do those of its outputs.
+    The lateral convolutions run as one chain where their inputs are small,
+    and so do the output convolutions.
     """
 
     @classmethod
@@ -42,15 +42,15 @@ def run_fpn(neck, inputs, run_laterals, run_outputs):
         neck (nn.Module): An ``FPN`` that has the layers of
             :meth:`FPNAdapter.make_layers`.
         inputs (Sequence[Tensor[N, C, H, W]]): The maps, the finest first.
-        run_laterals (Callable): Runs the convolutions of the inputs, as
-            :func:`run_each` ...
-        run_outputs (Callable): ... and those of the merged maps.
+        run_laterals (Callable): Runs the lateral convolutions, with the
+            arguments of :func:`run_each`.
+        run_outputs (Callable): Runs the convolutions of merged maps likewise.
 
     Returns:
         tuple[Tensor[N, O, H, W]]: The merged maps.
 
     Raises:
-        ValueError: If ``inputs`` are not as many as the neck takes.
+        ValueError: If the neck takes another number of inputs.
     """
     if len(inputs) != len(neck.in_channels):
         raise ValueError(
@@ -83,13 +83,13 @@ def run_fpn(neck, inputs, run_laterals, run_outputs):
 
 
 def _merge(neck, laterals):
-    """The lateral maps, each with those of the coarser levels added."""
+    """Add to each lateral map those of coarser levels."""
     for i in range(len(laterals) - 1, 0, -1):
         size = None
         if 'scale_factor' not in neck.upsample_cfg:
             size = laterals[i - 1].shape[2:]
-        # Into the upsampled map, which nobody else has: an activation may
-        # have kept the lateral one, or a hook.
+        # In place of the upsampled map, to which nothing else refers. An
+        # activation or a hook may have kept the lateral one.
         merged = F.interpolate(laterals[i], size=size, **neck.upsample_cfg)
         merged += laterals[i - 1]
         laterals[i - 1] = merged

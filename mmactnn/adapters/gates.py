@@ -1,4 +1,4 @@
-"""Gates of MMDetection's attention: products that become layers."""
+"""Adapters of MMDetection's attention, whose products become layers."""
 
 import torch
 from mmdet.models.layers import SELayer

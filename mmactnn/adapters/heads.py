@@ -1,4 +1,4 @@
-"""Dense heads of MMDetection over feature levels."""
+"""Adapters of MMDetection's dense heads over feature levels."""
 
 from mmdet.models.dense_heads import RetinaHead, RPNHead
 
@@ -15,8 +15,7 @@ from .parallel import HeadLevels, row_of_layers
 class QRPNHead(Adapter, RPNHead):
     """``RPNHead`` whose ReLU is a layer.
 
-    Its three convolutions run as one chain of all levels but those that are
-    large.
+    Its three convolutions run as one chain over all small levels.
 
     Args:
         *args: As ``RPNHead``.
@@ -52,9 +51,9 @@ class QRPNHead(Adapter, RPNHead):
 class QRetinaHead(Adapter, RetinaHead):
     """``RetinaHead`` whose towers run as one chain.
 
-    Of small feature maps a tower takes the host longer than the GPU. Both
-    towers, with the convolutions behind them, are one chain of all levels but
-    those that are large, of which each tower is one.
+    For small feature maps a tower takes the host longer than the GPU. Both
+    towers, with the convolutions behind them, run as one chain over all small
+    levels. For a large level each tower is a chain.
 
     Args:
         *args: As ``RetinaHead``.

@@ -1,4 +1,4 @@
-"""What MMCV's layers need; imported when a model has one of them."""
+"""Support of MMCV, imported once a model has one of its classes."""
 
 from mmcv.cnn.bricks.swish import Swish
 
@@ -12,8 +12,8 @@ from ..registry import register_layer
 class QSwish(SmoothLayer, Swish):
     """MMCV's ``Swish`` that keeps its derivative as codes of a few bits.
 
-    The same function as :class:`QSiLU`, but for the last bits. In eval mode,
-    without grad and at level L0 it is ``Swish``.
+    It differs from :class:`QSiLU` in the last bits of the output. In eval
+    mode, without grad and at level L0 it is ``Swish``.
 
     Args:
         bits (int, optional): As ``QSiLU``.

@@ -1,4 +1,4 @@
-"""What MMDetection's models need; imported when a model has one of them."""
+"""Support of MMDetection, imported once a model has one of its classes."""
 
 from mmdet.models.necks import FPN
 

@@ -1,4 +1,4 @@
-"""What MMSegmentation's models need; imported when a model has one of them."""
+"""Support of MMSegmentation, imported once a model has one of its classes."""
 
 from mmseg.models.necks import FPN
 

@@ -1,4 +1,4 @@
-"""Convolutions of several feature maps that run as one chain."""
+"""Chains over several feature maps: convolutions and head levels."""
 
 import weakref
 
@@ -15,8 +15,8 @@ def run_each(convs, inputs):
 
     Args:
         convs (Sequence[nn.Module]): The convolutions.
-        inputs (list[Tensor[N, C, H, W]]): Their inputs. It is empty then:
-            none is held longer than its convolution needs it.
+        inputs (list[Tensor[N, C, H, W]]): Their inputs. The list is emptied,
+            so that each input is freed once its convolution has read it.
 
     Returns:
         list[Tensor[N, O, H', W']]: Their outputs.
@@ -28,7 +28,8 @@ def run_each(convs, inputs):
 class ParallelConvs:
     """Runs convolutions, each on an input of its own, as one chain.
 
-    Those of the largest inputs run alone. Copies and pickles start anew.
+    Convolutions of the largest inputs run alone. Copies and pickles start
+    afresh.
     """
 
     def __init__(self):
@@ -40,7 +41,7 @@ class ParallelConvs:
 
     def __call__(self, convs, inputs):
         """See :func:`run_each`; the largest input is first."""
-        # A part of an nn.ModuleList would be a module of its own.
+        # A slice of an nn.ModuleList would be a new module.
         convs, alone = list(convs), count_large(inputs)
         rest = inputs[alone:]
         del inputs[alone:]
@@ -60,7 +61,7 @@ class ParallelConvs:
         return list(self._run_chain(layers, inputs) or run_each(convs, inputs))
 
     def _lone_conv(self, module):
-        """The convolution that is all that a module calls, or None."""
+        """The convolution, if a module consists of nothing else, or None."""
         if is_convolution(module):
             return module
         if is_watched(module):
@@ -86,14 +87,14 @@ class ParallelConvs:
 
 
 class HeadLevels:
-    """Runs the layers of a head with two outputs for each of several levels.
+    """Runs the layers of a head with two outputs over feature levels.
 
-    As one chain for all but the largest levels, if these or what is made of
-    them are too large.
+    All levels run as one chain, except for the largest ones if their maps or
+    outputs are too large.
     """
 
     def __init__(self):
-        # By the number of levels.
+        # Keys are numbers of levels.
         self._chains = {}
 
     def __reduce__(self):
@@ -103,7 +104,7 @@ class HeadLevels:
         """Run the layers.
 
         Args:
-            layers (Sequence[Layers], optional): The layers, of two ends;
+            layers (Sequence[Layers], optional): The layers, with two outputs;
                 None if they do not run as a chain.
             feats (Sequence[Tensor[N, C, H, W]]): The levels, the largest
                 first.
@@ -141,8 +142,8 @@ def layers_of(module):
         module (nn.Module): A convolution, or a fused block of one input.
 
     Returns:
-        list[Layers], optional: None if it does more, or somebody would
-        notice.
+        list[Layers], optional: None if it does more, or if hooks or patches
+        could tell the difference.
     """
     if next(module.children(), None) is None:
         return [Layers(module, None, None, source_of_input(0))]

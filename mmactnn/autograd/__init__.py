@@ -1,7 +1,7 @@
 """Autograd functions that keep payloads instead of tensors."""
 
 from .batch_norm import batch_norm
-from .chain import Chain, End, run_chain
+from .chain import Chain, OutputPayload, run_chain
 from .conv import convolution
 from .double_backward import first_order_only, linear_map
 from .dropout import dropout, feature_dropout
@@ -9,19 +9,19 @@ from .gate import gate
 from .group_norm import group_norm
 from .linear import linear
 from .norm_act import norm_act
+from .placeholders import meta_tensor
 from .pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from .relu import relu, relu_codes
 from .silu import silu
-from .stand_in import counted
 
 __all__ = [
     'Chain',
-    'End',
+    'OutputPayload',
     'adaptive_avg_pool2d',
     'avg_pool2d',
     'batch_norm',
     'convolution',
-    'counted',
+    'meta_tensor',
     'dropout',
     'feature_dropout',
     'first_order_only',

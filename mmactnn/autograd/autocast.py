@@ -1,4 +1,4 @@
-"""What autocast does to the inputs of an operation."""
+"""Dtypes to which autocast casts the inputs of an operation."""
 
 import torch
 
@@ -24,10 +24,10 @@ def cast(dtype, *tensors):
 
     Args:
         dtype (torch.dtype, optional): None leaves them as they are.
-        *tensors (Tensor, optional): What to cast.
+        *tensors (Tensor, optional): Tensors to cast.
 
     Returns:
-        Sequence[Tensor | None]: In the same order.
+        Sequence[Tensor | None]: The cast tensors, in the same order.
     """
     if dtype is None:
         return tensors

@@ -24,7 +24,8 @@ class _BatchNorm(Function):
         eps,
         quantizer,
     ):
-        # What F.batch_norm calls, with what its backward needs.
+        # The op behind F.batch_norm. It also returns the statistics that the
+        # backward pass needs.
         (output, save_mean, save_invstd, reserve, backend) = (
             torch.ops.aten._batch_norm_impl_index(
                 input,
@@ -45,8 +46,8 @@ class _BatchNorm(Function):
         ctx.format, kept = quantizer.keep(
             input, needed=needs_weight or (needs_input and batch_stats)
         )
-        ctx.watch = quantizer.watch(input)
-        ctx.adaptive = quantizer.slot
+        ctx.probe = quantizer.probe_norm(input)
+        ctx.adaptive = quantizer.layer_bits
         ctx.backend, ctx.batch_stats, ctx.eps = backend, batch_stats, eps
         if batch_stats:
             running_mean = running_var = None
@@ -56,7 +57,7 @@ class _BatchNorm(Function):
         )
         ctx.source = weakref.ref(input)
         if quantizer.meter is not None:
-            quantizer.note(kept, Call(input, output, statistics=statistics))
+            quantizer.record(kept, Call(input, output, statistics=statistics))
         return output
 
     @staticmethod
@@ -79,7 +80,7 @@ class _BatchNorm(Function):
             return *grads, *[None] * 6
         payload = ctx.format.payload(*kept)
         x = payload.unpack()
-        # As the forward pass has it: cuDNN knows two layouts.
+        # In the layout of the forward pass: cuDNN knows two.
         x = x.contiguous(memory_format=memory_format(x))
         grads = torch.ops.aten._batch_norm_impl_index_backward(
             ctx.backend,
@@ -96,11 +97,11 @@ class _BatchNorm(Function):
             reserve,
         )
         grads = [grad if want else None for grad, want in zip(grads, wanted)]
-        if ctx.watch is not None:
+        if ctx.probe is not None:
             invstd = save_invstd
             if not ctx.batch_stats:
                 invstd = torch.rsqrt(running_var + ctx.eps)
-            ctx.watch.norm(
+            ctx.probe.norm(
                 payload,
                 grad_output,
                 grads[0] if ctx.batch_stats else None,
@@ -114,8 +115,8 @@ class _BatchNorm(Function):
 def _affine_backward(grad_output, weight, running_var, eps, wanted):
     """Gradients of ``(x - mean) * scale + bias`` that do not need x.
 
-    That of the input is not wanted where the statistics are the batch's and
-    ``running_var`` is None.
+    With the statistics of the batch the gradient of the input needs x. Then
+    it is not wanted here, and ``running_var`` is None.
     """
     needs_input, _, needs_bias = wanted
     grad_input = grad_bias = None

@@ -1,8 +1,8 @@
-"""Convolutions, each with the normalisation and ReLU behind it, as one.
+"""Autograd function of a chain of conv-norm-act layers.
 
-What a layer costs on the host, small tensors feel: a node of the graph, a call
-of a module and of a function. A chain has one node for all of its layers, and
-one call of an op in each direction.
+For small tensors the host limits training: every layer costs an autograd
+node, a call of a module and one of a function. A chain has one node for all
+of its layers, and one call of an op in each direction.
 """
 
 from typing import NamedTuple
@@ -16,14 +16,15 @@ from ..ops.layout import dense_rows
 from .double_backward import first_order_only
 
 
-class End(NamedTuple):
-    """The payload that an output of a chain has.
+class OutputPayload(NamedTuple):
+    """Format of the payload that stands for an output of a chain.
 
     Attributes:
-        kind (str): Of its codes, ``'split'`` or ``'zeroed'``.
+        kind (str): Kind of the codes, ``'split'`` or ``'zeroed'``.
         bits (int): Bits a code.
         group_size (int): Elements a range.
-        place (int): Where its codes and ranges are, in what is kept.
+        place (int): Index of its codes among the tensors that the op keeps;
+            its ranges follow.
         layer (int): Index of the layer.
     """
 
@@ -35,23 +36,23 @@ class End(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """The layers of a chain.
+    """Layers of a chain, ready to run.
 
     Attributes:
-        plan (ChainPlan): The links.
-        readers (list[LayerQuantizer | None]): For each input, settings of the
-            convolution that keeps it; None where it is only added.
-        ends (list[End | None]): Payloads of the outputs; None where a layer
-            that reads it has to make one.
+        plan (ChainPlan): The steps.
+        readers (list[LayerQuantizer | None]): For each input the settings of
+            the convolution that keeps it; None where it is only added.
+        output_payloads (list[OutputPayload | None]): Payloads of the outputs;
+            None where the next layer has to make one.
         casts (bool): Whether parameters have other dtypes than the op takes.
         generator (RoundingGenerator): Source of random bits.
-        observed (bool): Whether reports can be made: of the first layer, if
-            no other one reads the input.
+        observed (bool): Whether the chain can report to adaptive precision:
+            for the first layer, if no other one reads an input.
     """
 
     plan: ops.ChainPlan
     readers: list
-    ends: list
+    output_payloads: list
     casts: bool
     generator: object
     observed: bool
@@ -86,28 +87,30 @@ class _Chain(Function):
         dtype, device = xs[0].dtype, xs[0].device
         ctx.casts = chain.casts or call.dtype is not None
         cast = _cast(parameters, dtype) if ctx.casts else parameters
-        kept = _KeptInputs(chain.readers, inputs, xs)
+        payloads = _InputPayloads(chain.readers, inputs, xs)
         seed, offset, _ = chain.generator.next(
-            device, kept.draws + chain.plan.draws
+            device, payloads.draws + chain.plan.draws
         )
         outputs, codes, own, ctx.layouts = ops.conv_chain(
             xs,
             cast,
             call.buffers,
             chain.plan,
-            kept.encodings,
+            payloads.encodings,
             seed=seed,
             offset=offset,
         )
-        kept.take(codes)
-        for output, end in zip(outputs, chain.ends):
-            call.made.append(end and _output_payload(end, output, own, cast))
-        ctx.adaptive = _first_slot(chain.readers)
-        ctx.watch = None
+        payloads.take(codes)
+        call.made.extend(
+            spec and _output_payload(spec, output, own, cast)
+            for output, spec in zip(outputs, chain.output_payloads)
+        )
+        ctx.adaptive = _first_layer_bits(chain.readers)
+        ctx.probe = None
         if chain.observed:
-            ctx.watch = kept.watch()
-            ctx.format = kept.payloads[0].format
-        codes, ctx.formats = kept.to_save(ctx.layouts)
+            ctx.probe = payloads.probe()
+            ctx.format = payloads.payloads[0].format
+        codes, ctx.formats = payloads.to_save(ctx.layouts)
         ctx.save_for_backward(*parameters, *codes, *own)
         ctx.counts = count, len(parameters), len(parameters) + len(codes)
         ctx.plan, ctx.dtype = chain.plan, dtype
@@ -133,31 +136,31 @@ class _Chain(Function):
             needs[1 + inputs :],
             needs[1 : 1 + inputs],
             ctx.wide,
-            ctx.watch is not None,
+            ctx.probe is not None,
             ctx.dtype,
         )
         first, *of_parameters = grads[inputs:]
         if first is not None:
             payload = ctx.format.payload(*codes)
             fan = parameters[0][0].numel()
-            ctx.watch.linear(payload, first, of_parameters[0], fan)
+            ctx.probe.linear(payload, first, of_parameters[0], fan)
         return None, *grads[:inputs], *of_parameters
 
 
-class _KeptInputs:
-    """What is kept of the inputs of a call.
+class _InputPayloads:
+    """Payloads of the inputs of a call.
 
     Args:
         readers (list[LayerQuantizer | None]): See :class:`Chain`.
-        inputs (Sequence[Tensor[N, *]]): The inputs ...
-        xs (Sequence[Tensor[N, *]]): ... and these, or their casts.
+        inputs (Sequence[Tensor[N, *]]): The inputs.
+        xs (Sequence[Tensor[N, *]]): The inputs, cast to autocast's dtype.
 
     Attributes:
-        payloads (list[Payload | None]): What is kept; None of those that are
-            only added, and of those that the op has to make.
-        encodings (list[int]): How it is to make them, see
+        payloads (list[Payload | None]): Payload of each input; None where it
+            is only added, and until :meth:`take` where the op makes it.
+        encodings (list[int]): Formats of the payloads that the op makes, see
             :func:`mmactnn.ops.conv_chain`.
-        draws (int): How many it makes.
+        draws (int): Number of payloads that the op makes.
     """
 
     def __init__(self, readers, inputs, xs):
@@ -173,7 +176,7 @@ class _KeptInputs:
                     own = reader.encoding(x.shape[0])
                     if own is None or dense_rows(x) is not x:
                         # The op cannot make it.
-                        payload = reader.hand_out(input, x, reader.pack(x))
+                        payload = reader.publish(input, x, reader.pack(x))
                     else:
                         place = len(self.payloads)
                         self._missing.append((place, reader, input, x, own))
@@ -183,27 +186,31 @@ class _KeptInputs:
             self.encodings += encoding
 
     def take(self, codes):
-        """Take the codes that the op has made."""
+        """Take over the payloads that the op has made.
+
+        Args:
+            codes (Sequence[Tensor]): Second result of the op.
+        """
         begin = 0
         for place, reader, input, x, encoding in self._missing:
-            end, bits = begin + encoding.tensors, encoding.bits
-            if encoding.kind is ops.Kept.ROWS:
+            end, bits = begin + encoding.num_tensors, encoding.bits
+            if encoding.kind is ops.PayloadKind.ROWS:
                 bits /= x.shape[0]
             format = PayloadFormat.of(x, bits, encoding.group_size)
             payload = QuantizedTensor(format, *codes[begin:end])
-            self.payloads[place] = reader.hand_out(input, x, payload)
+            self.payloads[place] = reader.publish(input, x, payload)
             begin = end
 
-    def watch(self):
-        """Watch, optional: Of the first input; see ``LayerQuantizer``."""
-        return self._first.watch_kept(self.payloads[0], self._is_first)
+    def probe(self):
+        """SensitivityProbe, optional: Probe of the first input."""
+        return self._first.probe_linear(self.payloads[0], self._is_first)
 
     def to_save(self, layouts):
-        """Tensors of the payloads, and the formats that belong to them.
+        """Tensors and formats of the payloads, for the backward pass.
 
         Args:
-            layouts (Tensor[*]): Where the op has noted the strides of the
-                inputs. Those of payloads take their place.
+            layouts (Tensor[*]): Layouts that the op has returned. Strides of
+                inputs are overwritten with those of their payloads.
 
         Returns:
             tuple[list[Tensor | None], list[int]]: Both as
@@ -218,31 +225,31 @@ class _KeptInputs:
             tensors, format = payload.tensors, payload.format
             if format.stride != x.stride():
                 layouts[strides:place] = torch.tensor(format.stride)
-            kind = ops.Kept[format.kind.upper()]
-            if kind is ops.Kept.PLAIN and len(tensors) == 4:
-                kind = ops.Kept.ROWS
+            kind = ops.PayloadKind[format.kind.upper()]
+            if kind is ops.PayloadKind.PLAIN and len(tensors) == 4:
+                kind = ops.PayloadKind.ROWS
             codes += tensors
             formats += kind, int(format.bits), format.group_size
         return codes, formats
 
 
-def _first_slot(readers):
-    """Any slot of what keeps the inputs; None if no bits are shared out."""
-    slots = (reader and reader.slot for reader in readers)
-    return next((slot for slot in slots if slot is not None), None)
+def _first_layer_bits(readers):
+    """Adaptive bits of any of the layers; None if bits are fixed."""
+    found = (reader and reader.layer_bits for reader in readers)
+    return next((bits for bits in found if bits is not None), None)
 
 
-def _output_payload(end, output, kept, parameters):
-    tensors = kept[end.place : end.place + 2]
-    if end.kind == 'split':
-        first = end.layer * ops.PARAMETERS
+def _output_payload(spec, output, kept, parameters):
+    tensors = kept[spec.place : spec.place + 2]
+    if spec.kind == 'split':
+        first = spec.layer * ops.PARAMETERS
         tensors += parameters[first + 2 : first + ops.PARAMETERS]
-    format = PayloadFormat.of(output, end.bits, end.group_size, end.kind)
+    format = PayloadFormat.of(output, spec.bits, spec.group_size, spec.kind)
     return format.payload(*tensors)
 
 
 def _cast(parameters, dtype):
-    """Those of convolutions in some dtype, the others in float32."""
+    """Parameters of convolutions in a dtype, the others in float32."""
     return [
         tensor
         if tensor is None or tensor.dtype == wanted
@@ -256,11 +263,11 @@ def _cast(parameters, dtype):
 
 
 def run_chain(chain, inputs, parameters, buffers, dtype):
-    """Convolutions, normalisations and ReLUs that read one another.
+    """Run a chain of convolutions, normalisations and ReLUs.
 
-    The outputs and all gradients are those of the layers, called one by one,
-    but that the gradients of the outputs live until the backward pass of the
-    last layer has ended.
+    Outputs and gradients equal those of the layers, called one by one. Only
+    the gradients of the outputs live longer: until the backward pass of the
+    whole chain has ended.
 
     Args:
         chain (Chain): The layers.
@@ -273,7 +280,7 @@ def run_chain(chain, inputs, parameters, buffers, dtype):
             :func:`mmactnn.autograd.autocast.lower_dtype`.
 
     Returns:
-        tuple[Tensor[N, O, *]]: The outputs of the links that no others read.
+        tuple[Tensor[N, O, *]]: The outputs of the steps that no others read.
     """
     call = _Call(chain, dtype, buffers, [])
     outputs = _Chain.apply(call, *inputs, *parameters)

@@ -14,12 +14,12 @@ from ..ops.channels import as_memory_format, dims_but_channels, memory_format
 from .autocast import cast, lower_dtype
 from .double_backward import first_order_only
 
-# Up to this size of the input both gradients come from one call: what it
-# takes on the host then counts for more than that two tensors live at once.
+# Up to this size of the input both gradients come from one call: the host's
+# time for a second call then matters more than the memory of both tensors.
 _SMALL_BYTES = 32 * MIB
 
-# From this size on the forward pass, too, goes in pieces, and in none that are
-# smaller: it costs a copy of the output, and where tensors are smaller the
+# From this size on the forward pass, too, runs in pieces, each of at least
+# this size. Pieces cost a copy of the output; with smaller tensors the
 # backward pass needs more memory than the forward pass anyway.
 _LARGE_BYTES = 256 * MIB
 
@@ -27,20 +27,20 @@ _CONTIGUOUS = torch.contiguous_format
 
 
 class _Record(NamedTuple):
-    """What the backward pass of a convolution knows besides tensors.
+    """State of a convolution for its backward pass, besides tensors.
 
     Attributes:
         geometry (tuple): See :func:`convolution`.
-        dtype (torch.dtype, optional): That of autocast.
+        dtype (torch.dtype, optional): Dtype of autocast.
         size (torch.Size): Shape of the input.
         input_dtype (torch.dtype): Dtype of the input.
-        nbytes (int): Bytes of what was convolved.
-        memory_format (torch.memory_format): Its memory format.
+        nbytes (int): Bytes of the input after autocast.
+        memory_format (torch.memory_format): Memory format of the input.
         bias_dtype (torch.dtype, optional): Dtype of the bias.
         chunk_bytes (int, optional): See ``LayerQuantizer``.
-        format (PayloadFormat, optional): What is kept of the input, if
-            anything is.
-        watch (Watch, optional): Whom to report to.
+        format (PayloadFormat, optional): Format of the input's payload; None
+            if the input is not kept.
+        probe (SensitivityProbe, optional): Probe for adaptive precision.
     """
 
     geometry: tuple
@@ -52,19 +52,20 @@ class _Record(NamedTuple):
     bias_dtype: torch.dtype | None
     chunk_bytes: int | None
     format: object
-    watch: object
+    probe: object
 
 
 def _convolve(x, w, b, geometry, limit):
-    """The output, piece by piece if both input and output are large.
+    """Convolve, piece by piece if input and output are large.
 
-    Where cuDNN computes in another layout, its workspace has room for both.
+    Where cuDNN computes in another layout, its workspace holds copies of
+    both.
     """
     transposed = geometry[3]
     if transposed:
         return torch.convolution(x, w, b, *geometry)
     limit = max(limit, _LARGE_BYTES)
-    # But for what the edges add or take.
+    # Bytes of the output, but for effects of the edges.
     nbytes = x.nbytes * w.shape[0] / x.shape[1] / math.prod(geometry[0])
     parts = list(pieces(x.shape[0], max(x.nbytes, nbytes), limit))
     if nbytes <= limit or len(parts) == 1:
@@ -109,9 +110,9 @@ def _all_gradients(record, weight, kept, grad_output, needs):
             grad_weight, grad_bias = _sums_of_pieces(
                 record, weight, w, payload, grad_output, needs_bias
             )
-        if record.watch is not None:
+        if record.probe is not None:
             fan = _fan(record.size, grad_output.shape, weight, record.geometry)
-            record.watch.linear(payload, grad_output, grad_weight, fan)
+            record.probe.linear(payload, grad_output, grad_weight, fan)
     elif needs_bias:
         grad_bias = grad_output.sum(
             dims_but_channels(grad_output), dtype=record.bias_dtype
@@ -131,7 +132,7 @@ def _sums_of_pieces(record, weight, w, payload, grad_output, needs_bias):
         _, weight_part, bias_part = _gradients(
             record, grad, x, w, (False, True, needs_bias)
         )
-        # Sums of parts in the dtype of the parameter.
+        # Sums are in the dtype of the parameter.
         grad_weight = _add(grad_weight, weight_part, weight.dtype)
         if needs_bias:
             grad_bias = _add(grad_bias, bias_part, record.bias_dtype)
@@ -162,8 +163,8 @@ class _Convolution(Function):
 
     @staticmethod
     def forward(ctx, input, weight, bias, geometry, quantizer):
-        # Functions are called only where they are needed: small convolutions
-        # take as long on the host as calls do.
+        # Calls of functions are avoided where possible: for small convolutions
+        # they take as long as the convolution itself.
         dtype, x, w, b = None, input, weight, bias
         if torch.is_autocast_enabled(input.device.type):
             dtype = lower_dtype(input)
@@ -173,7 +174,7 @@ class _Convolution(Function):
             output = torch.convolution(x, w, b, *geometry)
         else:
             output = _convolve(x, w, b, geometry, limit)
-        format, kept, watch = quantizer.keep_shared(
+        format, kept, probe = quantizer.keep_shared(
             input, x, ctx.needs_input_grad[1]
         )
         ctx.record = _Record(
@@ -186,13 +187,13 @@ class _Convolution(Function):
             None if bias is None else bias.dtype,
             limit,
             format,
-            watch,
+            probe,
         )
         ctx.source = weakref.ref(input)
         if quantizer.meter is not None:
-            quantizer.note(kept, Call(x, output, w))
-        # Read by the layer that takes the output, from the graph.
-        ctx.slot = ctx.adaptive = quantizer.slot
+            quantizer.record(kept, Call(x, output, w))
+        # A normalisation behind reads this from the autograd node.
+        ctx.layer_bits = ctx.adaptive = quantizer.layer_bits
         ctx.save_for_backward(weight, *kept)
         return output
 
@@ -207,7 +208,7 @@ class _Convolution(Function):
 
 
 def _gradients(record, grad_output, x, w, wanted):
-    """Those of input, weight and bias that are wanted, as torch has them."""
+    """Gradients of input, weight and bias, None where not wanted."""
     bias_size = None if record.bias_dtype is None else [grad_output.shape[1]]
     return torch.ops.aten.convolution_backward.default(
         grad_output, x, w, bias_size, *record.geometry, wanted
@@ -217,8 +218,8 @@ def _gradients(record, grad_output, x, w, wanted):
 def _input_gradient(record, grad_output, w):
     """The gradient of the input alone, piece by piece if it is large."""
     if record.memory_format != torch.contiguous_format:
-        # Without the input itself at hand the weight's layout alone
-        # tells cuDNN and oneDNN which one to work in.
+        # Without the input, cuDNN and oneDNN choose their layout by that of
+        # the weight.
         w = as_memory_format(w, record.memory_format)
     parts = list(pieces(record.size[0], record.nbytes, record.chunk_bytes))
     if len(parts) == 1:
@@ -238,8 +239,8 @@ def _whole_input_gradient(record, grad_output, w):
     stride, padding, dilation, transposed, _, groups = record.geometry
     size = (grad_output.shape[0], *record.size[1:])
     if grad_output.is_cuda and groups == 1 and not transposed:
-        # A transposed convolution by name, the same kernels, and no input
-        # need stand there for its shape.
+        # A transposed convolution runs the same kernels and needs no
+        # placeholder for the input.
         kernel = w.shape[2:]
         rest = tuple(
             size[d + 2]
@@ -252,7 +253,7 @@ def _whole_input_gradient(record, grad_output, w):
         return torch.convolution(
             grad_output, w, None, stride, padding, dilation, True, rest, 1
         )
-    # An input of one number that is everywhere: only its shape counts.
+    # A placeholder of the input's shape, of which all elements are one number.
     shape_only = torch.empty_strided(
         size, [0] * len(size), dtype=w.dtype, device=w.device
     )
@@ -267,7 +268,7 @@ def _add(total, part, dtype):
 
 
 def _fan(input_size, output_size, weight, geometry):
-    """Products of an input and an output gradient, for each of the latter."""
+    """Number of products that each element of the output gradient is in."""
     transposed = geometry[3]
     if not transposed:
         return weight[0].numel()
@@ -275,6 +276,5 @@ def _fan(input_size, output_size, weight, geometry):
     return weight.numel() * positions / output_size[1]
 
 
-# A call less than a function of it would be: small convolutions wait for the
-# host.
+# Not a function around it, which would cost small convolutions another call.
 convolution = _Convolution.apply

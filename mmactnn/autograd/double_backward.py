@@ -1,4 +1,4 @@
-"""Derivatives of gradients: exact where nothing was rounded, else refused.
+"""Second derivatives: exact where nothing was rounded, else refused.
 
 Gradients of a batch of vectors at once (``is_grads_batched=True``,
 ``jacobian(vectorize=True)``) are computed one by one: kernels of this package
@@ -16,10 +16,10 @@ _BATCHED = torch._C._parse_dispatch_key('Batched')
 
 
 class _Refuse(Function):
-    """Identity of some gradients whose own backward tells why there is none.
+    """Identity of gradients whose backward pass raises an error.
 
-    It hangs on all that the gradients depend on, so that whoever asks for a
-    derivative of them comes through here.
+    All tensors that the gradients depend on are its inputs, so that every
+    derivative of the gradients leads through this node.
     """
 
     @staticmethod
@@ -53,7 +53,7 @@ class _LinearMap(Function):
 def linear_map(function, adjoint, tensor):
     """Apply a linear function; the derivative is its adjoint.
 
-    What gradients of exact layers are made by.
+    Gradients of layers that round nothing are such functions.
 
     Args:
         function (Callable): Maps a tensor to a tensor.
@@ -76,26 +76,26 @@ def linear_map(function, adjoint, tensor):
 def first_order_only(name, unless=None):
     """Decorate ``Function.backward``: gradients of gradients raise.
 
-    The first-order gradients of ``create_graph=True`` are right; only
-    differentiating them is refused, however it is asked for: with respect to
-    any leaf before the layer, to anything that the gradient of its output
-    depends on, and to its input. Of other tensors before it that are no
-    leaves nothing is known here; asked for one of them with a loss that is
-    linear in the output, autograd says that it is not used. A slot on
-    ``ctx.adaptive`` is told of the backward pass.
+    First-order gradients with ``create_graph=True`` are correct; only
+    differentiating them is refused: with respect to any leaf before the
+    layer, to anything that the gradient of its output depends on, and to its
+    input. Other tensors before the layer that are not leaves are unknown
+    here: for these, and a loss that is linear in the output, autograd raises
+    that the tensor is not used. The :class:`LayerBits` in ``ctx.adaptive``, if
+    there are any, are notified of the backward pass.
 
     Args:
-        name (str): What the error calls the layer.
-        unless (Callable, optional): Tells of a ``ctx`` whether nothing was
-            rounded and its backward is made of differentiable functions.
-            Defaults to never.
+        name (str): Name of the layer in the error.
+        unless (Callable, optional): Maps ``ctx`` to whether nothing was
+            rounded, so that the backward pass consists of differentiable
+            functions. Defaults to never.
     """
 
     def decorate(backward):
         def one(ctx, *grad_outputs):
-            slot = getattr(ctx, 'adaptive', None)
-            if slot is not None:
-                slot.note_backward()
+            layer_bits = getattr(ctx, 'adaptive', None)
+            if layer_bits is not None:
+                layer_bits.note_backward()
             if not torch.is_grad_enabled() or (unless and unless(ctx)):
                 return backward(ctx, *grad_outputs)
             # create_graph=True: put the refusal into the graph.
@@ -141,14 +141,14 @@ def _leaves_before(node):
 
 
 def _sources(ctx):
-    """The input of a layer, if anybody still has it."""
+    """The input of a layer, if it is still alive."""
     source = getattr(ctx, 'source', None)
     source = source and source()
     return [] if source is None else [source]
 
 
 def _is_batched(tensor):
-    """Whether ``vmap`` has made a tensor; gradients have one of their own."""
+    """Whether a tensor is batched by ``vmap``, or by autograd's own one."""
     return tensor is not None and (
         torch._C._dispatch_keys(tensor).has(_BATCHED)
         or _functorch.is_batchedtensor(tensor)
@@ -156,7 +156,7 @@ def _is_batched(tensor):
 
 
 def _take_apart(tensor):
-    """Members of a batch, and what makes a batch of them again."""
+    """Members of a batch, and the function that stacks them again."""
     if torch._C._dispatch_keys(tensor).has(_BATCHED):
         members = torch._remove_batch_dim(tensor, 1, 1, 0).unbind()
         return members, lambda whole: torch._add_batch_dim(whole, 0, 1)

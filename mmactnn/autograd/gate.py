@@ -15,7 +15,7 @@ class _Gate(Function):
         ctx.format, kept, _ = quantizer.keep_shared(
             input, input, needed=needs_gate
         )
-        ctx.adaptive = quantizer.slot
+        ctx.adaptive = quantizer.layer_bits
         ctx.save_for_backward(gate, *kept)
         ctx.input_dtype = input.dtype
         ctx.source = weakref.ref(input)
@@ -28,7 +28,7 @@ class _Gate(Function):
                 needs_input=needs_input,
                 needs_weight=needs_gate,
             )
-            quantizer.note(kept, call)
+            quantizer.record(kept, call)
         return output
 
     @staticmethod

@@ -15,7 +15,7 @@ from .double_backward import first_order_only
 class _GroupNorm(Function):
     @staticmethod
     def forward(ctx, input, weight, bias, dtype, num_groups, eps, quantizer):
-        # As torch.group_norm: CUDA's kernels know one memory format.
+        # As torch.group_norm does: CUDA's kernels take one memory format.
         layout = torch.contiguous_format
         if not input.is_cuda:
             layout = memory_format(input)
@@ -30,16 +30,16 @@ class _GroupNorm(Function):
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         ctx.layout, ctx.shape, ctx.dtype = layout, shape, dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # Before the cast of autocast, which adds nothing to it.
+        # The input as it was before autocast's cast, which adds nothing.
         ctx.format, kept = quantizer.keep(
             dense, needed=needs_input or needs_weight
         )
-        ctx.watch = quantizer.watch(input)
-        ctx.adaptive = quantizer.slot
+        ctx.probe = quantizer.probe_norm(input)
+        ctx.adaptive = quantizer.layer_bits
         ctx.save_for_backward(weight, mean, rstd, *kept)
         ctx.source = weakref.ref(input)
         if quantizer.meter is not None:
-            quantizer.note(kept, Call(x, output, statistics=(mean, rstd)))
+            quantizer.record(kept, Call(x, output, statistics=(mean, rstd)))
         return output
 
     @staticmethod
@@ -70,11 +70,11 @@ class _GroupNorm(Function):
             grad if want else None for grad, want in zip(grads, wanted)
         )
         (grad_input,) = cast(input_dtype, grad_input)
-        if ctx.watch is not None:
-            # Of all samples, as a batch normalisation has them.
+        if ctx.probe is not None:
+            # Statistics as of a batch normalisation over all samples.
             invstd = rstd.square().mean(0).sqrt()
             channels = grad_output.shape[1] // invstd.numel()
-            ctx.watch.norm(
+            ctx.probe.norm(
                 payload,
                 grad_output,
                 grad_input,

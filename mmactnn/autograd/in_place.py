@@ -1,4 +1,4 @@
-"""Layers that may overwrite their input."""
+"""In-place operation of layers."""
 
 from .. import ops
 
@@ -11,19 +11,19 @@ def may_overwrite(input, inplace):
         inplace (bool): Whether the layer works in place.
 
     Returns:
-        bool: False also for an input with gaps in memory: the kernels want
-        none.
+        bool: False also for an input with gaps in memory, which kernels do
+        not take.
     """
     return inplace and ops.layout.is_dense(input)
 
 
 def finish(ctx, input, output, inplace):
-    """Put the output of a kernel where it belongs.
+    """Return the output of a kernel from a layer that may work in place.
 
     Args:
-        ctx (FunctionCtx): Learns that the input was overwritten.
+        ctx (FunctionCtx): Context, where an overwritten input is marked.
         input (Tensor[*]): The input.
-        output (Tensor[*]): What the kernel returned, maybe ``input``.
+        output (Tensor[*]): Output of the kernel, which may be ``input``.
         inplace (bool): Whether the layer works in place.
 
     Returns:

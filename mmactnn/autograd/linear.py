@@ -17,18 +17,18 @@ class _Linear(Function):
         x, w, b = cast(dtype, input, weight, bias)
         output = F.linear(x, w, b)
         if output._is_view():
-            # Of the product of matrices. What a custom function returns may
-            # be overwritten by the next layer unless it is a view.
+            # In the shape of the matrix product: the next layer may overwrite
+            # the output of a custom function only if that is no view.
             output = torch.ops.aten._unsafe_view(output, output.shape)
 
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         ctx.dtype, ctx.input_dtype = dtype, input.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         # Rows of the payload are samples: a vector is one.
-        ctx.format, kept, ctx.watch = quantizer.keep_shared(
+        ctx.format, kept, ctx.probe = quantizer.keep_shared(
             input, x.unsqueeze(0) if x.dim() == 1 else x, needed=needs_weight
         )
-        ctx.adaptive = quantizer.slot
+        ctx.adaptive = quantizer.layer_bits
         # The parameter itself, not its copy in the dtype of autocast.
         ctx.save_for_backward(weight, *kept)
         ctx.source = weakref.ref(input)
@@ -40,7 +40,7 @@ class _Linear(Function):
                 needs_input=needs_input,
                 needs_weight=needs_weight,
             )
-            quantizer.note(kept, call)
+            quantizer.record(kept, call)
         return output
 
     @staticmethod
@@ -51,18 +51,18 @@ class _Linear(Function):
         rows = grad_output.reshape(-1, weight.shape[0])
         grad_input = grad_weight = grad_bias = None
         if needs_weight:
-            # Before the input's gradient exists: the two are the largest
+            # Before the input's gradient is made: the two are the largest
             # tensors here and need not live together.
             payload = ctx.format.payload(*kept)
             x = payload.unpack()
             grad_weight = rows.t() @ x.reshape(-1, weight.shape[1])
             del x
             grad_weight = grad_weight.to(weight.dtype)
-            if ctx.watch is not None:
+            if ctx.probe is not None:
                 samples = grad_output
                 if grad_output.dim() == 1:
                     samples = grad_output.unsqueeze(0)
-                ctx.watch.linear(
+                ctx.probe.linear(
                     payload, samples, grad_weight, fan=weight.shape[1]
                 )
         if needs_bias:

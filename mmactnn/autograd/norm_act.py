@@ -1,4 +1,4 @@
-"""Batch normalisation, residual addition and ReLU as one, with one payload."""
+"""Fused batch normalisation, residual addition and ReLU, with one payload."""
 
 from typing import NamedTuple
 
@@ -10,20 +10,22 @@ from .. import ops
 from ..codes.calls import Call
 from ..codes.payload import PayloadFormat
 from .double_backward import first_order_only
-from .stand_in import counted
+from .placeholders import meta_tensor
 from .sync_batch_norm import global_statistics, update_running
 
 
 class _Record(NamedTuple):
-    """What the backward pass of a normalisation knows besides tensors.
+    """State of a normalisation for its backward pass, besides tensors.
 
     Attributes:
-        norm (PayloadFormat): Of the normalised input.
-        act (PayloadFormat, optional): Of the output, after an addition.
+        norm (PayloadFormat): Format of the normalised input's payload.
+        act (PayloadFormat, optional): Format of the output's payload, after
+            an addition.
         relu (bool): Whether the output was rectified.
         group (ProcessGroup, optional): See :func:`norm_act`.
-        count (Tensor[1], optional): Values a channel, of a group.
-        of_batch (bool): Whether the statistics were the batch's.
+        count (Tensor[1], optional): Values a channel, over a process group.
+        use_batch_stats (bool): Whether the statistics were those of the
+            batch.
     """
 
     norm: PayloadFormat
@@ -31,7 +33,7 @@ class _Record(NamedTuple):
     relu: bool
     group: object
     count: torch.Tensor | None
-    of_batch: bool
+    use_batch_stats: bool
 
 
 class _NormAct(Function):
@@ -59,8 +61,8 @@ class _NormAct(Function):
         inplace = inplace and group is None and x is input
         read = None
         if quantizer.meter is not None:
-            # What is written over here, torch keeps.
-            read = counted(x.shape, x.dtype) if inplace else input
+            # torch keeps an input that is overwritten here.
+            read = meta_tensor(x.shape, x.dtype) if inplace else input
         random = quantizer.generator.next(x.device)._asdict()
         tensors = x, residual, _float(weight), _float(bias)
         arguments = (
@@ -71,7 +73,7 @@ class _NormAct(Function):
         )
         count = None
         if group is not None:
-            output, invstd, count, codes = _normalise_batch_of_all(
+            output, invstd, count, codes = _normalise_global_batch(
                 tensors, settings, group, arguments, random
             )
         elif inplace:
@@ -90,14 +92,16 @@ class _NormAct(Function):
         elif relu:
             payload = norm.payload(*codes, *tensors[2:])
         if quantizer.meter is not None:
-            mean = counted(invstd.shape, invstd.dtype)
+            mean = meta_tensor(invstd.shape, invstd.dtype)
             call = Call(read, output, statistics=(invstd, mean))
             # ReLU keeps its output.
-            quantizer.note(tuple(codes), call, also=(output,) * relu)
-        ctx.record = _Record(norm, act, relu, group, count, settings.of_batch)
+            quantizer.record(tuple(codes), call, also=(output,) * relu)
+        ctx.record = _Record(
+            norm, act, relu, group, count, settings.use_batch_stats
+        )
         if output is input:
             ctx.mark_dirty(input)
-        # The layers behind need no more of the output than is here already.
+        # Layers that read the output share this payload.
         if payload is not None:
             made.append(payload)
         ctx.save_for_backward(weight, invstd, *codes)
@@ -109,7 +113,9 @@ class _NormAct(Function):
         weight, invstd, codes, ranges, *act = ctx.saved_tensors
         record, needs = ctx.record, ctx.needs_input_grad
         grad = ops.layout.with_strides(grad_output, record.norm.stride)
-        compute = _gradients if record.group is None else _gradients_of_all
+        compute = (
+            _gradients if record.group is None else _global_batch_gradients
+        )
         (grad_bias, grad_weight), grads = compute(
             record, grad, codes, ranges, act, _float(weight), invstd, needs[0]
         )
@@ -141,7 +147,7 @@ def _gradients(record, grad, codes, ranges, act, weight, invstd, needs_input):
         weight,
         invstd,
         record.relu,
-        record.of_batch,
+        record.use_batch_stats,
         needs_input,
         norm.bits,
         record.act.bits if act else 0,
@@ -149,8 +155,8 @@ def _gradients(record, grad, codes, ranges, act, weight, invstd, needs_input):
     )
 
 
-def _normalise_batch_of_all(tensors, settings, group, arguments, random):
-    """The forward pass where several processes make up the batch."""
+def _normalise_global_batch(tensors, settings, group, arguments, random):
+    """Forward pass with statistics over several processes."""
     x, residual, weight, bias = tensors
     mean, var, count = global_statistics(x, group)
     running = settings.running_mean, settings.running_var
@@ -165,10 +171,10 @@ def _normalise_batch_of_all(tensors, settings, group, arguments, random):
     return output, invstd, count, codes[: 2 if residual is None else 4]
 
 
-def _gradients_of_all(
+def _global_batch_gradients(
     record, grad, codes, ranges, act, weight, invstd, needs_input
 ):
-    """The gradients where several processes make up the batch."""
+    """Gradients with statistics over several processes."""
     bits, group_size = record.norm.bits, record.norm.group_size
     masks = record.relu and not act
     if act:
@@ -209,29 +215,28 @@ def norm_act(
     group=None,
     inplace=False,
 ):
-    """Batch normalisation, then maybe an addition, then maybe ReLU.
+    """Batch normalisation with optional residual addition and ReLU.
 
-    The backward pass of all of them, and that of the layers that read the
-    output, comes from the codes of the normalised input and, with a residual,
-    of the output. Whether ReLU lets a gradient pass is kept exactly. The
-    gradients of weight and bias are unbiased, and so is that of the weight of
-    a layer that reads the output; that of the input has the bias of second
-    order of :func:`mmactnn.autograd.batch_norm`.
+    The backward passes of all three, and of the layers that read the output,
+    use the codes of the normalised input and, with a residual, of the output.
+    The mask of ReLU is kept exactly. The gradients of weight and bias are
+    unbiased, and so is that of the weight of a layer that reads the output;
+    the gradient of the input has the bias of second order of
+    :func:`mmactnn.autograd.batch_norm`.
 
     Args:
         input (Tensor[N, C, *]): float32, float16 or bfloat16.
-        residual (Tensor[N, C, *], optional): Added to what is normalised;
+        residual (Tensor[N, C, *], optional): Added to the normalised input;
             with ReLU only.
         weight (Tensor[C], optional): Scale.
         bias (Tensor[C], optional): Shift.
-        settings (NormSettings): Where mean and variance come from.
+        settings (NormSettings): Statistics and constants.
         relu (bool): Whether to rectify.
         quantizer (LayerQuantizer): Settings of the layer.
         group (ProcessGroup, optional): Processes whose parts make up the
             batch. Defaults to this one.
-        inplace (bool, optional): Whether nobody needs the input any more, so
-            that the output may be written over it where its layout allows.
-            Defaults to False.
+        inplace (bool, optional): Whether the output may overwrite the input,
+            where its layout allows. Defaults to False.
 
     Returns:
         Tensor[N, C, *]: The output.

@@ -10,7 +10,7 @@ from torch.nn.modules.utils import _pair
 from .. import ops
 from ..codes.calls import Call
 from .double_backward import linear_map
-from .stand_in import counted, hollow
+from .placeholders import meta_tensor, placeholder_like
 
 
 class _MaxPool(Function):
@@ -20,8 +20,10 @@ class _MaxPool(Function):
         ctx.save_for_backward(indices)
         ctx.stride = output.stride()
         if quantizer.meter is not None:
-            positions = counted(output.shape, torch.int64)
-            quantizer.note((indices,), Call(input, output, indices=positions))
+            positions = meta_tensor(output.shape, torch.int64)
+            quantizer.record(
+                (indices,), Call(input, output, indices=positions)
+            )
         return output
 
     @staticmethod
@@ -47,7 +49,7 @@ class _AveragePool(Function):
         ctx.shape = input.shape
         ctx.channels_last = ops.layout.suggests_channels_last(input)
         if quantizer.meter is not None:
-            quantizer.note((), Call(input, output))
+            quantizer.record((), Call(input, output))
         return output
 
     @staticmethod
@@ -56,24 +58,27 @@ class _AveragePool(Function):
         pool_backward = ctx.pool_backward
 
         def spread(grad):
-            return pool_backward(grad, hollow(shape, grad, channels_last))
+            return pool_backward(
+                grad, placeholder_like(shape, grad, channels_last)
+            )
 
         grad_input = linear_map(spread, ctx.pool, grad_output)
         return grad_input, None, None, None
 
 
 def _values_at_maxima(values, indices, format, size):
-    """What is where the maxima were: the adjoint of max pooling's gradient.
+    """Values at the positions of maxima: adjoint of max pooling's gradient.
 
     Args:
-        values (Tensor[N, C, H, W] | Tensor[C, H, W]): Of the input's shape.
+        values (Tensor[N, C, H, W] | Tensor[C, H, W]): Values, in the shape of
+            the input.
         indices (Tensor[ceil(numel / 2)]): uint8, see
             :func:`mmactnn.ops.max_pool2d`.
         format (PoolFormat): See there.
         size (torch.Size): Shape of the output.
 
     Returns:
-        Tensor: Of the output's shape.
+        Tensor: The values, in the shape of the output.
     """
     taps = torch.stack([indices & 15, indices >> 4], dim=1).flatten()
     taps = taps[: size.numel()].long()

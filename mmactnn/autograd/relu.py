@@ -7,7 +7,7 @@ from ..codes.calls import Call
 from ..codes.payload import PayloadFormat
 from .double_backward import linear_map
 from .in_place import finish, may_overwrite
-from .stand_in import counted
+from .placeholders import meta_tensor
 
 
 class _Rectifier(Function):
@@ -23,9 +23,9 @@ class _Rectifier(Function):
         if quantizer.meter is not None:
             read = input
             if max is not None and inplace:
-                # Torch keeps a copy.
-                read = counted(input.shape, input.dtype)
-            quantizer.note((mask,), Call(read, output, inplace=inplace))
+                # torch keeps a copy of the input.
+                read = meta_tensor(input.shape, input.dtype)
+            quantizer.record((mask,), Call(read, output, inplace=inplace))
         return output
 
     @staticmethod
@@ -42,7 +42,7 @@ class _Rectifier(Function):
 
 
 def relu(input, inplace, quantizer, max=None, slope=None):
-    """A rectifier whose backward needs a mask of one bit an element.
+    """Rectifier whose backward pass needs a mask of one bit an element.
 
     Args:
         input (Tensor[*]): float32, float16 or bfloat16.
@@ -79,7 +79,7 @@ class _CodedReLU(Function):
         ctx.stride, ctx.bits = format.stride, bits
         if quantizer.meter is not None:
             call = Call(input, output, inplace=inplace)
-            quantizer.note((codes, ranges), call)
+            quantizer.record((codes, ranges), call)
         return output
 
     @staticmethod
@@ -96,11 +96,11 @@ class _CodedReLU(Function):
 
 
 def relu_codes(input, inplace, quantizer):
-    """ReLU that keeps zeroed codes of its output, for itself and its readers.
+    """ReLU that keeps zeroed codes of its output, also for its readers.
 
-    Output and gradient are exact: whether a gradient passes, the codes tell.
-    A layer that reads the output, and whose weight's gradient is linear in
-    it, needs no codes of its own.
+    Output and gradient are exact: code 0 marks the elements where no gradient
+    passes. A layer that reads the output, and whose weight's gradient is
+    linear in it, shares the codes.
 
     Args:
         input (Tensor[N, *]): float32, float16 or bfloat16.

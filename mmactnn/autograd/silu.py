@@ -8,7 +8,7 @@ from torch.autograd import Function
 
 from ..codes.calls import Call
 from .double_backward import first_order_only
-from .stand_in import counted
+from .placeholders import meta_tensor
 
 
 class _SiLU(Function):
@@ -35,10 +35,10 @@ class _SiLU(Function):
         if inplace:
             ctx.mark_dirty(input)
         if quantizer.meter is not None:
-            # In place torch keeps a copy.
-            read = counted(input.shape, input.dtype) if inplace else input
+            # In place, torch keeps a copy of the input.
+            read = meta_tensor(input.shape, input.dtype) if inplace else input
             call = Call(read, output, sigmoid=sigmoid, inplace=inplace)
-            quantizer.note(kept, call)
+            quantizer.record(kept, call)
         return output
 
     @staticmethod
@@ -54,10 +54,9 @@ class _SiLU(Function):
 def silu(input, quantizer, inplace=False, composed=False):
     """``F.silu`` whose backward multiplies by a derivative from codes.
 
-    The output is exact. The gradient of the input is linear in the
-    derivative, which is what is rounded, and hence unbiased; were the input
-    rounded instead, it would not be, as the derivative is no linear function
-    of the input.
+    The output is exact. The gradient of the input is linear in the rounded
+    derivative, hence unbiased. Rounding the input instead would bias it, as
+    the derivative is no linear function of the input.
 
     Args:
         input (Tensor[*]): float32, float16 or bfloat16.

@@ -57,8 +57,8 @@ def update_running(running, mean, var, count, momentum):
             dtype, updated in place.
         mean (Tensor[C]): Mean of the batch.
         var (Tensor[C]): Biased variance of the batch.
-        count (Tensor[1]): Its values a channel. A batch of no samples at all
-            changes nothing, as torch's.
+        count (Tensor[1]): Values a channel of the batch. An empty batch
+            changes nothing, as in torch.
         momentum (float): Weight of the batch.
     """
     momentum = momentum * count.clamp(max=1)
@@ -95,11 +95,11 @@ class _SyncBatchNorm(Function):
         else:
             ctx.format, kept = quantizer.keep(input, needed=needed)
             if quantizer.meter is not None:
-                quantizer.note(
+                quantizer.record(
                     kept, Call(input, output, statistics=statistics)
                 )
-        ctx.watch = quantizer.watch(input)
-        ctx.adaptive = quantizer.slot
+        ctx.probe = quantizer.probe_norm(input)
+        ctx.adaptive = quantizer.layer_bits
         ctx.eps, ctx.group = eps, group
         ctx.save_for_backward(weight, *statistics, *kept)
         return output
@@ -139,8 +139,8 @@ class _SyncBatchNorm(Function):
             x_hat.add_(mean_grad.view(shape)).sub_(grad_output)
             scale = invstd if weight is None else invstd * weight
             grad_input = x_hat.mul_(-scale.view(shape)).to(grad_output.dtype)
-        if ctx.watch is not None:
-            ctx.watch.norm(
+        if ctx.probe is not None:
+            ctx.probe.norm(
                 payload, grad_output, grad_input, grad_weight, weight, invstd
             )
         return (

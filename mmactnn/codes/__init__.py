@@ -1,4 +1,4 @@
-"""Codes that stand for tensors, and the settings that they are made by."""
+"""Payloads of codes that stand for tensors, and settings of layers."""
 
 from .calls import Call
 

@@ -1,4 +1,4 @@
-"""Payloads of the tensors that the layers of a model read."""
+"""Cache of the payloads that layers of a model share."""
 
 import contextlib
 import ctypes
@@ -19,7 +19,7 @@ class _Entry(NamedTuple):
     reference: weakref.ref
     payload: object
     version: int
-    # What tensors that were saved then went through, and whether into a graph.
+    # Saved-tensor hooks in force, and whether a CUDA graph was captured.
     context: tuple
     checksum: int | None
 
@@ -30,15 +30,15 @@ class PayloadCache:
     A payload is found by the tensor object that it stands for, and goes with
     it: entries hold weak references. Copies and pickles start empty.
 
-    A tensor that was written to since has no payload any more. Its version
-    counter tells that, through views and ``detach()`` as well. What no counter
-    sees, such as ``tensor.data.mul_(2)`` or NumPy, a checksum of the values
-    tells on the CPU. On CUDA it would make the host wait for the device: there
-    a tensor must not be written to through ``.data`` between two layers that
-    read it.
+    A tensor that was written to has no payload any more. Its version counter
+    tells that, also for writes through views and ``detach()``. Writes that
+    bypass the counter, such as ``tensor.data.mul_(2)`` or NumPy's, are found
+    on the CPU by a checksum of the values. On CUDA a checksum would make the
+    host wait for the device: there a tensor must not be written to through
+    ``.data`` between two layers that read it.
 
     Attributes:
-        trained (weakref.ref, optional): The layer that was last called in
+        trained (weakref.ref, optional): Layer that was last called in
             training mode.
     """
 
@@ -48,22 +48,24 @@ class PayloadCache:
         self._blocks = set()
 
     def put(self, tensor, payload, checked=True):
-        """Let the layers that read a tensor find its payload.
+        """Store the payload of a tensor for the layers that read it.
 
         Args:
-            tensor (Tensor[N, *]): What the payload stands for. That of a leaf
-                is not shared but within a block (:meth:`in_block`): a leaf may
-                be read in many passes, all of which would round alike.
+            tensor (Tensor[N, *]): Tensor that the payload stands for. The
+                payload of a leaf is only shared within a block
+                (:meth:`in_block`): a leaf may be read in many passes, all of
+                which would round alike.
             payload (Payload): Its payload.
-            checked (bool, optional): Whether the tensor can be seen by others
-                than layers of the model. Defaults to True.
+            checked (bool, optional): Whether code outside of the model's
+                layers can access the tensor, so that writes to it have to be
+                detected. Defaults to True.
         """
         key = id(tensor)
         if tensor.grad_fn is None and key not in self._blocks:
             return
         entries = self._entries
         entries[key] = _Entry(
-            # With the tensor its address may go to another one.
+            # Another tensor may get the address of one that is freed.
             weakref.ref(tensor, functools.partial(entries.pop, key)),
             payload,
             tensor._version,
@@ -72,16 +74,17 @@ class PayloadCache:
         )
 
     def get(self, tensor):
-        """The payload of a tensor, if a layer has one already.
+        """Find the payload of a tensor.
 
         Args:
-            tensor (Tensor[*]): What a layer reads.
+            tensor (Tensor[*]): Input of a layer.
 
         Returns:
-            Payload, optional: None also if the tensor was modified since, and
-            in a checkpointed block for what was made outside of it: the second
-            forward pass of the block would not find it. The same holds for a
-            CUDA graph: its replays read other values from the same tensor.
+            Payload, optional: None if there is none, or the tensor was
+            modified since. None, too, in a checkpointed block for a payload
+            from outside, which the second forward pass of the block would not
+            find, and in a CUDA graph for one that was not captured, whose
+            tensor has other values in a replay.
         """
         entry = self._entries.get(id(tensor))
         if entry is None:
@@ -104,11 +107,11 @@ class PayloadCache:
 
     @contextlib.contextmanager
     def in_block(self, tensor):
-        """Let the layers of a block share the payload of its input, a leaf.
+        """Share the payload of a leaf within a block, as a context.
 
         Args:
-            tensor (Tensor[N, *]): The input. It has no payload any more when
-                the block is through.
+            tensor (Tensor[N, *]): Input of the block. Its payload is dropped
+                at the end of the block.
         """
         key = id(tensor)
         self._blocks.add(key)
@@ -120,10 +123,11 @@ class PayloadCache:
 
     @property
     def in_training_pass(self):
-        """bool: Whether the model that a frozen layer is in is trained.
+        """bool: Whether the model is in training mode.
 
-        The layer itself, in eval mode, cannot tell. The last one that was
-        called in training mode can: in evaluation it is not any more.
+        A frozen layer, which is in eval mode, cannot tell by itself. The
+        layer that was last called in training mode can: in evaluation it is
+        in eval mode, too.
         """
         layer = self.trained and self.trained()
         return layer is not None and layer.training
@@ -135,7 +139,7 @@ class PayloadCache:
         return type(self), ()
 
 
-# Layers that no conversion has given their model's share this one.
+# Shared by layers that no conversion has given the cache of a model.
 default_cache = PayloadCache()
 
 

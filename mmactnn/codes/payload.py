@@ -1,4 +1,4 @@
-"""What a layer keeps of a tensor."""
+"""Payloads: codes and ranges that stand for a tensor."""
 
 import math
 from typing import NamedTuple
@@ -12,7 +12,7 @@ WHOLE = slice(None)
 
 
 class PayloadFormat(NamedTuple):
-    """All of a payload but its tensors: what ``ctx`` keeps beside them.
+    """Format of a payload: all but its tensors, for ``ctx``.
 
     Attributes:
         size (torch.Size): Shape of the tensor.
@@ -21,7 +21,8 @@ class PayloadFormat(NamedTuple):
         bits (float): Bits a code; their mean where each sample has bits of
             its own.
         group_size (int): Elements a range.
-        kind (str): Of its codes: ``'plain'``, ``'split'`` or ``'zeroed'``.
+        kind (str): Kind of the codes: ``'plain'``, ``'split'`` or
+            ``'zeroed'``.
     """
 
     size: torch.Size
@@ -33,12 +34,12 @@ class PayloadFormat(NamedTuple):
 
     @classmethod
     def of(cls, tensor, bits, group_size, kind='plain'):
-        """The format of a tensor that is quantised as it lies in memory."""
+        """Format of a tensor that is quantised in its own layout."""
         layout = tensor.shape, tensor.stride(), tensor.dtype
         return cls(*layout, bits, group_size, kind)
 
     def payload(self, *tensors):
-        """The payload of this format and of saved tensors.
+        """Make a payload from this format and saved tensors.
 
         Args:
             *tensors (Tensor, optional): Its ``tensors``.
@@ -50,24 +51,24 @@ class PayloadFormat(NamedTuple):
 
 
 class Payload:
-    """A tensor as codes, however these look.
+    """Base class of codes that stand for a tensor.
 
     Its tensors go through ``ctx.save_for_backward``, its format stays on
-    ``ctx``; :meth:`PayloadFormat.payload` makes one of both again.
+    ``ctx``; :meth:`PayloadFormat.payload` joins both again.
 
     Attributes:
         format (PayloadFormat): Shape, layout, dtype and bits.
-        tensors (tuple[Tensor | None]): What to save for backward.
+        tensors (tuple[Tensor | None]): Tensors to save for backward.
         rectified (bool): Whether the tensor is a rectifier's output.
-        slot (Slot, optional): What its bits come from.
+        layer_bits (LayerBits, optional): Source of its bits, if adaptive.
     """
 
     rectified = False
-    slot = None
+    layer_bits = None
 
     @property
     def nbytes(self):
-        """int: Bytes of codes, ranges and what belongs to them."""
+        """int: Bytes of codes, ranges and bits of samples."""
         return sum(t.nbytes for t in self.tensors if t is not None)
 
     def unpack(self, start=None, stop=None):
@@ -100,21 +101,21 @@ class Payload:
             yield part, self.unpack(part.start, part.stop)
 
     def _layout(self, samples):
-        """Size, strides and dtype of so many samples."""
+        """Size, strides and dtype of a number of samples."""
         format = self.format
         return (samples, *format.size[1:]), format.stride, format.dtype
 
 
 def pieces(samples, nbytes, max_bytes):
-    """Ranges of the samples of a tensor that are no larger than a limit.
+    """Divide the samples of a tensor into pieces of limited size.
 
-    As few as there can be, and about equal: a rest would cost the calls of a
-    whole piece, and sizes of its own that the caching allocator cannot use
-    again for anything else.
+    Pieces are as few as possible, and about equal: a small rest would cost
+    the calls of a whole piece, and blocks of a size that the caching
+    allocator cannot reuse.
 
     Args:
-        samples (int): How many there are.
-        nbytes (int): Bytes of all of them.
+        samples (int): Number of samples.
+        nbytes (int): Bytes of all samples.
         max_bytes (int, optional): Most bytes of a piece; one sample at least.
             None is no limit.
 
@@ -131,7 +132,7 @@ def pieces(samples, nbytes, max_bytes):
 
 
 class QuantizedTensor(Payload):
-    """A tensor as codes of its values.
+    """Payload with codes of a tensor's values.
 
     Args:
         format (PayloadFormat): Shape, layout, dtype and bits.
@@ -140,7 +141,8 @@ class QuantizedTensor(Payload):
             samples, :func:`mmactnn.ops.quantize_rows`.
         ranges (Tensor[N, ceil(M / group_size), 2]): bfloat16.
         row_bits (Tensor[N], optional): uint8, bits of each sample.
-        row_starts (Tensor[N], optional): int32, where each begins.
+        row_starts (Tensor[N], optional): int32, sum of the bits of earlier
+            samples.
     """
 
     def __init__(self, format, codes, ranges, row_bits=None, row_starts=None):
@@ -172,16 +174,15 @@ class QuantizedTensor(Payload):
 
 
 class SplitTensor(Payload):
-    """A rectified normalised tensor, by the codes of what was normalised.
+    """Payload of a rectified normalised tensor, with its normalised values.
 
     Args:
         format (PayloadFormat): Shape, layout, dtype and bits.
         codes (Tensor[N, ceil(M / 8) * bits]): uint8, split codes; see
             :func:`mmactnn.ops.norm_act`.
         ranges (Tensor[N, ceil(M / group_size), 4]): bfloat16.
-        weight (Tensor[C], optional): float32, what the normalised value was
-            scaled with ...
-        bias (Tensor[C], optional): float32, ... and shifted by.
+        weight (Tensor[C], optional): float32, scale of the normalisation.
+        bias (Tensor[C], optional): float32, shift of the normalisation.
     """
 
     rectified = True
@@ -195,7 +196,7 @@ class SplitTensor(Payload):
 
     @property
     def tensors(self):
-        """tuple[Tensor | None]: What to save for backward."""
+        """tuple[Tensor | None]: Tensors to save for backward."""
         return self.codes, self.ranges, self.weight, self.bias
 
     def unpack(self, start=None, stop=None):
@@ -213,7 +214,7 @@ class SplitTensor(Payload):
 
 
 class ZeroedTensor(Payload):
-    """A rectifier's output, by codes of which 0 is exactly zero.
+    """Payload of a rectifier's output, with codes of which 0 is exactly zero.
 
     Args:
         format (PayloadFormat): Shape, layout, dtype and bits.
@@ -231,7 +232,7 @@ class ZeroedTensor(Payload):
 
     @property
     def tensors(self):
-        """tuple[Tensor]: What to save for backward."""
+        """tuple[Tensor]: Tensors to save for backward."""
         return self.codes, self.ranges
 
     def unpack(self, start=None, stop=None):
@@ -247,7 +248,7 @@ class ZeroedTensor(Payload):
 
 
 def _part(start, stop, *tensors):
-    """A range of the samples of tensors; themselves if it is all."""
+    """Slice tensors to a range of samples."""
     if start is None and stop is None:
         return tensors
     return [tensor[start:stop] for tensor in tensors]

@@ -17,7 +17,7 @@ from .units import MIB
 
 
 class OwnSettings(NamedTuple):
-    """What a layer's own constructor fixed; None follows the model's level.
+    """Settings from a layer's own constructor; None follows the level.
 
     Attributes:
         bits (int, optional): Bits a code.
@@ -29,12 +29,13 @@ class OwnSettings(NamedTuple):
 
 
 class FusedBits(NamedTuple):
-    """Bits of the payloads of a normalisation that is fused.
+    """Bits of the payloads of a fused normalisation.
 
     Attributes:
-        plain (int): Of the normalised value, before an addition or alone.
-        split (int): Of the normalised value, where it is rectified.
-        zeroed (int): Of a rectified sum.
+        plain (int): Bits of the normalised value, before an addition or
+            alone.
+        split (int): Bits of the normalised value where ReLU follows.
+        zeroed (int): Bits of a rectified sum.
     """
 
     plain: int
@@ -43,30 +44,31 @@ class FusedBits(NamedTuple):
 
     @classmethod
     def of_level(cls, level, rectified):
-        """The bits that a level gives, but for those of ``split``."""
+        """Bits from a level, with those of ``split`` given."""
         zeroed = int(level.norm if level.conv is None else level.conv)
         return cls(int(level.norm), rectified, max(2, zeroed))
 
     @classmethod
     def of_layer(cls, bits):
-        """The bits of a layer that has bits of its own."""
+        """Bits of a layer that has bits of its own."""
         return cls(bits, min(bits + 1, 8), max(2, bits))
 
 
-class Watch(NamedTuple):
-    """How the backward pass of one call tells what rounding does to it.
+class SensitivityProbe(NamedTuple):
+    """Measures in one backward pass how sensitive gradients are to rounding.
 
     Attributes:
-        slot (Slot): Whom it tells.
-        producer (Slot, optional): For a normalisation, slot of the layer
-            that made the input. Of the inputs of a convolution, which may be
-            those of a head over several levels, each has another.
-        collecting (bool): Whether layers report, or samples alone.
-        adds_elements (bool): Whether the call keeps a payload of its own,
-            not one that another call has counted.
+        layer_bits (LayerBits): Receiver of the report.
+        producer (LayerBits, optional): Bits of the layer that made the input,
+            for a normalisation. (A convolution of a head is called for
+            several levels, whose inputs have different producers.)
+        collecting (bool): Whether to report the layer; otherwise only the
+            gradients of samples.
+        adds_elements (bool): Whether the payload belongs to this call, and
+            not to another one that has counted its elements.
     """
 
-    slot: object
+    layer_bits: object
     producer: object
     collecting: bool
     adds_elements: bool = True
@@ -75,13 +77,13 @@ class Watch(NamedTuple):
         """Report a layer whose weight's gradient is linear in its input.
 
         Args:
-            payload (QuantizedTensor): What was kept of the input.
+            payload (QuantizedTensor): Payload of the input.
             grad_output (Tensor[N, *]): Gradient of the output.
             grad_weight (Tensor[*]): Gradient of the weight.
             fan (float): See :func:`sensitivity.weight_gradient_variance`.
         """
         norms = sensitivity.squared_norms(grad_output)
-        self.slot.observe_norms(norms)
+        self.layer_bits.observe_norms(norms)
         if not self.collecting:
             return
         cost = sensitivity.weight_gradient_variance(payload, norms, fan)
@@ -93,58 +95,64 @@ class Watch(NamedTuple):
         """Report a batch normalisation.
 
         Args:
-            payload (QuantizedTensor): What was kept of the input.
+            payload (QuantizedTensor): Payload of the input.
             grad_output (Tensor[N, C, *]): Gradient of the output.
-            grad_input (Tensor[N, C, *], optional): That of the input; None
-                where it is exact.
-            grad_weight (Tensor[C], optional): That of the weight.
+            grad_input (Tensor[N, C, *], optional): Gradient of the input;
+                None where it is exact.
+            grad_weight (Tensor[C], optional): Gradient of the weight.
             weight (Tensor[C], optional): The weight.
             invstd (Tensor[C]): Inverse standard deviations.
         """
-        if self.slot.precision.batch_size is not None:
-            self.slot.observe_norms(sensitivity.squared_norms(grad_output))
+        if self.layer_bits.precision.batch_size is not None:
+            self.layer_bits.observe_norms(
+                sensitivity.squared_norms(grad_output)
+            )
         if not self.collecting:
             return
-        cost, relay = sensitivity.batch_norm_variance(
+        cost, propagated_variance = sensitivity.batch_norm_variance(
             payload, grad_output, grad_input, grad_weight, weight, invstd
         )
-        self._report(payload, cost, relay, grad_weight)
+        self._report(payload, cost, propagated_variance, grad_weight)
 
-    def _report(self, payload, cost, relay, grad_weight):
-        power = cost.new_zeros(())
+    def _report(self, payload, cost, propagated_variance, grad_weight):
+        grad_sq_norm = cost.new_zeros(())
         if grad_weight is not None:
-            power = grad_weight.float().square().sum()
+            grad_sq_norm = grad_weight.float().square().sum()
         numel = payload.format.size.numel() * self.adds_elements
-        self.slot.observe(numel, cost, relay, power, self.producer)
+        self.layer_bits.observe(
+            numel, cost, propagated_variance, grad_sq_norm, self.producer
+        )
 
 
 class LayerQuantizer:
-    """How one layer keeps its input, and where it reports what it keeps.
+    """Settings with which one layer quantises the tensors that it keeps.
 
     Args:
         bits (float, optional): Bits a code; None keeps the input exactly.
-            Valid values are 1 to 8, a mean with ``slot``, and 0 for a layer
-            that keeps no tensor.
+            Valid values are 1 to 8 (with ``layer_bits`` a mean, and so any
+            number between), and 0 for a layer that keeps no tensor.
         group_size (int, optional): Elements a range. Valid values are 64,
             128, 256 and 512. Defaults to 256.
         generator (RoundingGenerator, optional): Source of random bits.
             Defaults to the one that all unconverted layers share.
-        own (OwnSettings, optional): What no level changes but the exact one.
-        slot (Slot, optional): Shares out the bits, see
-            :class:`mmactnn.AdaptivePrecision`. Defaults to ``bits`` for all.
+        own (OwnSettings, optional): Settings that override those of all
+            levels but the exact one.
+        layer_bits (LayerBits, optional): Adaptive bits of the layer, see
+            :class:`mmactnn.AdaptivePrecision`. Defaults to ``bits``
+            throughout.
         chunk_mib (float, optional): Most MiB (2^20 bytes) that a backward
             pass decodes at once, where it can. Defaults to all.
-        strict (bool, optional): Whether somebody chose the bits for this very
-            layer, so that a payload of fewer bits will not do. Defaults to
+        strict (bool, optional): Whether the bits were chosen for this very
+            layer, so that it refuses payloads of fewer bits. Defaults to
             False.
-        fused_bits (FusedBits, optional): For a normalisation that is fused.
-        cache (PayloadCache, optional): Where the layers of the model find each
-            other's payloads. Defaults to the one that all unconverted layers
-            share.
+        fused_bits (FusedBits, optional): Bits of a fused normalisation.
+        cache (PayloadCache, optional): Payloads that the layers of the model
+            share. Defaults to the one of all unconverted layers.
 
     Attributes:
         chunk_bytes (int, optional): ``chunk_mib`` in bytes.
-        meter (LayerMeter, optional): Whom the layer tells what it keeps.
+        meter (LayerMeter, optional): Counter of kept tensors, while they are
+            measured.
 
     Raises:
         ValueError: If ``bits`` or ``group_size`` is not valid.
@@ -156,19 +164,19 @@ class LayerQuantizer:
         group_size=ops.DEFAULT_GROUP_SIZE,
         generator=None,
         own=OwnSettings(),  # noqa: B008  (immutable)
-        slot=None,
+        layer_bits=None,
         chunk_mib=None,
         strict=False,
         fused_bits=None,
         cache=None,
     ):
-        whole = bits and slot is None
+        whole = bits and layer_bits is None
         ops.check_format(bits if whole else 1, group_size)
         self.bits = bits
         self.group_size = group_size
         self.generator = generator or default_generator
         self.own = own
-        self.slot = slot
+        self.layer_bits = layer_bits
         self.chunk_bytes = None if chunk_mib is None else int(chunk_mib * MIB)
         self.strict = strict
         self.fused_bits = fused_bits
@@ -189,27 +197,27 @@ class LayerQuantizer:
         reads_images=False,
         cache=None,
     ):
-        """The settings of a layer in a model of some level.
+        """Settings of a layer in a model that is converted at a level.
 
-        A rule of the level goes before what the layer's constructor fixed,
-        and that before the level, unless the level is exact throughout.
+        A rule of the level overrides the layer's own settings. These override
+        the level's, except at exact levels.
 
         Args:
             layer_class (type): Class of the layer, a ``QuantizedLayer``.
             level (Level): Level of the model.
             group_size (int): Elements a range, where the layer fixes none.
             generator (RoundingGenerator, optional): See the class.
-            own (OwnSettings): What the layer's constructor fixed.
+            own (OwnSettings): Settings from the layer's constructor.
             name (str, optional): Qualified name of the layer, for the rules.
-            precision (AdaptivePrecision, optional): Shares out the bits that
-                nothing fixes. Defaults to the level's bits for all, rounded
-                down.
-            rectified (int, optional): Bits of a rectified value, if the
-                layer is a normalisation that is fused, or a ReLU that is with
-                the convolution before it; those share out no bits. Defaults
-                to None: it is not.
-            reads_images (bool, optional): Whether it is a convolution of what
-                the level calls images. Defaults to False.
+            precision (AdaptivePrecision, optional): Allocates bits that
+                neither a rule nor the layer fixes. Defaults to the level's
+                bits for all, rounded down.
+            rectified (int, optional): Bits of a rectified value, for a
+                normalisation in a fused block or a ReLU that is fused with
+                the convolution before it; their bits are not adaptive.
+                Defaults to None: the layer is not fused.
+            reads_images (bool, optional): Whether the layer is a convolution
+                that reads images, see :class:`Level`. Defaults to False.
             cache (PayloadCache, optional): See the class.
 
         Returns:
@@ -218,7 +226,7 @@ class LayerQuantizer:
         Raises:
             ValueError: If bits or group size are not valid.
         """
-        bits, slot = layer_class.level_bits(level), None
+        bits, layer_bits = layer_class.level_bits(level), None
         rule = level.rule_for(name)
         has_own_bits = rule is not None and rule.sets_bits
         if has_own_bits:
@@ -232,9 +240,13 @@ class LayerQuantizer:
             if precision is None or not (alone and layer_class.shares_bits):
                 bits = int(bits)
             else:
-                slot = precision.add(name, bits)
-        if bits is not None and slot is None and layer_class.kind != 'mask':
-            # Codes have bits; none at all are for layers without codes.
+                layer_bits = precision.add(name, bits)
+        if (
+            bits is not None
+            and layer_bits is None
+            and layer_class.kind != 'mask'
+        ):
+            # 0 bits are for layers without codes, and no valid format.
             ops.check_format(bits, group_size)
         sizes = (rule and rule.group_size, own.group_size, group_size)
         group_size = next(size for size in sizes if size is not None)
@@ -254,7 +266,7 @@ class LayerQuantizer:
             group_size,
             generator,
             own,
-            slot,
+            layer_bits,
             level.chunk_mib,
             strict,
             fused_bits,
@@ -285,37 +297,45 @@ class LayerQuantizer:
             or not tensor.dim()
         ):
             check_rows(tensor)
-        # The format was checked when it was chosen: from here on ops are
-        # called without.
+        # The format was checked when it was chosen. Calls of the registered
+        # ops check nothing again, and save time on the host.
         rows = tensor
         if not tensor.is_contiguous():
             rows = ops.layout.dense_rows(tensor)
-        bits, slot, group_size = self.bits, self.slot, self.group_size
+        bits, layer_bits, group_size = (
+            self.bits,
+            self.layer_bits,
+            self.group_size,
+        )
         row_bits = row_starts = None
-        if slot is not None:
-            bits, samples = slot.bits, rows.shape[0]
-            if not slot.called:
-                bits = slot.bits_of_call
+        if layer_bits is not None:
+            bits, samples = layer_bits.bits, rows.shape[0]
+            if not layer_bits.called:
+                bits = layer_bits.bits_of_call
             if samples > 1 and MIN_BITS < bits < MAX_BITS:
                 total = round(bits * samples)
-                if slot.precision.num_samples is None:
-                    spread = torch.ops.mmactnn.row_spread.default(
+                if layer_bits.precision.num_samples is None:
+                    energies = torch.ops.mmactnn.sample_range_energy.default(
                         rows, group_size
                     )
                     row_bits, row_starts = (
-                        torch.ops.mmactnn.split_bits.default(spread, total)
+                        torch.ops.mmactnn.allocate_sample_bits.default(
+                            energies, total
+                        )
                     )
                 else:
-                    row_bits, row_starts, _ = slot.row_bits(rows, group_size)
+                    row_bits, row_starts, _ = layer_bits.row_bits(
+                        rows, group_size
+                    )
                 bits = total / samples
-        seed, offset, count = self.generator.next(rows.device)
+        seed, offset, offset_tensor = self.generator.next(rows.device)
         # As signed integers of 64 bits.
         seed -= seed >> 63 << 64
         offset -= offset >> 63 << 64
         if row_bits is None:
             bits = int(bits)
             codes, ranges = torch.ops.mmactnn.quantize.default(
-                rows, bits, group_size, seed, offset, count
+                rows, bits, group_size, seed, offset, offset_tensor
             )
         else:
             codes, ranges = torch.ops.mmactnn.quantize_rows.default(
@@ -326,7 +346,7 @@ class LayerQuantizer:
                 group_size,
                 seed,
                 offset,
-                count,
+                offset_tensor,
             )
         format = PayloadFormat(
             rows.shape, rows.stride(), rows.dtype, bits, group_size
@@ -334,49 +354,55 @@ class LayerQuantizer:
         return QuantizedTensor(format, codes, ranges, row_bits, row_starts)
 
     def encoding(self, samples):
-        """How an op is to round what :meth:`pack` would.
+        """Format with which an op encodes a tensor as :meth:`pack` would.
 
         Args:
-            samples (int): How many samples the tensor has.
+            samples (int): Number of samples of the tensor.
 
         Returns:
-            Encoding, optional: None where it takes more than the tensor to
-            tell.
+            Encoding, optional: None if the bits of samples depend on their
+            gradients, which ops do not know.
         """
         if not self._shares_among(samples):
             return ops.Encoding(
-                ops.Kept.PLAIN, self._bits_of_all, self.group_size
+                ops.PayloadKind.PLAIN, self._bits_of_all, self.group_size
             )
-        if self.slot.knows_samples(samples):
+        if self.layer_bits.knows_samples(samples):
             return None
         return ops.Encoding(
-            ops.Kept.ROWS, self.slot.total_bits(samples), self.group_size
+            ops.PayloadKind.ROWS,
+            self.layer_bits.total_bits(samples),
+            self.group_size,
         )
 
     @property
     def _bits_of_all(self):
-        return int(self.bits if self.slot is None else self.slot.bits_of_call)
+        return int(
+            self.bits
+            if self.layer_bits is None
+            else self.layer_bits.bits_of_call
+        )
 
     def _shares_among(self, samples):
-        """Whether samples have bits of their own."""
-        slot = self.slot
+        """Whether each sample has bits of its own."""
+        layer_bits = self.layer_bits
         return (
-            slot is not None
+            layer_bits is not None
             and samples > 1
-            and MIN_BITS < slot.bits_of_call < MAX_BITS
+            and MIN_BITS < layer_bits.bits_of_call < MAX_BITS
         )
 
     def keep(self, tensor, needed):
-        """Quantise what a backward pass needs of a layer's input.
+        """Quantise the input of a layer for its backward pass.
 
         Args:
             tensor (Tensor[N, *]): float32, float16 or bfloat16.
-            needed (bool): Whether it needs anything.
+            needed (bool): Whether the backward pass needs it.
 
         Returns:
-            tuple[PayloadFormat, tuple[Tensor]]: What goes onto ``ctx`` and
-            what through ``ctx.save_for_backward``; None and () if nothing is
-            needed.
+            tuple[PayloadFormat, tuple[Tensor]]: Format, for ``ctx``, and
+            tensors, for ``ctx.save_for_backward``; None and () if not
+            ``needed``.
         """
         if not needed:
             return None, ()
@@ -384,21 +410,21 @@ class LayerQuantizer:
         return payload.format, payload.tensors
 
     def keep_shared(self, input, tensor, needed):
-        """As :meth:`keep`, by the payload that another layer has.
+        """As :meth:`keep`, but reuses the payload of another layer.
 
-        Fits what is linear in the kept tensor, and the layers that take the
-        same one: each of their gradients is unbiased.
+        For gradients that are linear in the kept tensor: each of the layers
+        that share a payload then has an unbiased gradient.
 
         Args:
             input (Tensor[N, *]): The layer's input.
-            tensor (Tensor[N, *]): What is to be kept: the input, or a cast or
-                padded one.
-            needed (bool): Whether the backward pass needs anything.
+            tensor (Tensor[N, *]): Tensor to keep: the input, cast or padded
+                where the layer does so.
+            needed (bool): Whether the backward pass needs it.
 
         Returns:
-            tuple[PayloadFormat, tuple[Tensor], Watch]: The first two as
-            :meth:`keep`, and what :meth:`watch` returns, for the layer that
-            has chosen the bits.
+            tuple[PayloadFormat, tuple[Tensor], SensitivityProbe | None]:
+            Format and tensors as from :meth:`keep`; the probe as from
+            :meth:`probe_linear`.
         """
         if not needed:
             return None, (), None
@@ -406,31 +432,31 @@ class LayerQuantizer:
         first = payload is None or not self._will_do(payload, tensor)
         if first:
             payload = self.pack(tensor)
-            payload.slot = self.slot
+            payload.layer_bits = self.layer_bits
             if tensor is input:
                 self.cache.put(input, payload)
-        watch, slot = None, payload.slot
-        if slot is not None:
-            precision = slot.precision
+        probe, layer_bits = None, payload.layer_bits
+        if layer_bits is not None:
+            precision = layer_bits.precision
             if (
                 precision.num_samples is not None
                 or tensor.is_cuda
-                or not slot.called
+                or not layer_bits.called
             ):
-                watch = self.watch_kept(payload, first)
+                probe = self.probe_linear(payload, first)
             elif precision.collecting:
-                watch = Watch(slot, None, True, first)
-        return payload.format, payload.tensors, watch
+                probe = SensitivityProbe(layer_bits, None, True, first)
+        return payload.format, payload.tensors, probe
 
     def find_shared(self, input, tensor):
-        """The payload that another layer has, if it will do.
+        """Find a payload of another layer that this one can use.
 
         Args:
             input (Tensor[N, *]): See :meth:`keep_shared`.
             tensor (Tensor[N, *]): See there.
 
         Returns:
-            Payload, optional: None if there is none that will.
+            Payload, optional: None if there is none.
         """
         payload = self.cache.get(input)
         if payload is None or not self._will_do(payload, tensor):
@@ -446,64 +472,70 @@ class LayerQuantizer:
             and not (self.strict and format.bits < self.bits)
         )
 
-    def hand_out(self, input, tensor, payload):
-        """Let other layers find a payload that was made for this one.
+    def publish(self, input, tensor, payload):
+        """Put a payload that was made for this layer into the cache.
 
         Args:
             input (Tensor[N, *]): See :meth:`keep_shared`.
             tensor (Tensor[N, *]): See there.
-            payload (QuantizedTensor): Made of ``tensor``.
+            payload (QuantizedTensor): Payload of ``tensor``.
 
         Returns:
             QuantizedTensor: The payload.
         """
-        payload.slot = self.slot
+        payload.layer_bits = self.layer_bits
         if tensor is input:
             self.cache.put(input, payload)
         return payload
 
-    def watch_kept(self, payload, first):
-        """As :meth:`watch`, for a layer that is linear in what it keeps.
+    def probe_linear(self, payload, first):
+        """Make the probe of a call whose gradient is linear in its payload.
 
         Args:
-            payload (Payload): What it keeps ...
-            first (bool): ... and whether it was made for this layer.
+            payload (Payload): Payload of the input.
+            first (bool): Whether the payload was made for this call.
 
         Returns:
-            Watch, optional: That of the layer that has chosen the bits.
+            SensitivityProbe, optional: Reports to the layer that chose the
+            bits of the payload; None if no report is wanted.
         """
-        slot = payload.slot
-        if slot is None or not slot.observes:
+        layer_bits = payload.layer_bits
+        if layer_bits is None or not layer_bits.observes:
             return None
-        return Watch(slot, None, slot.collecting, first)
+        return SensitivityProbe(layer_bits, None, layer_bits.collecting, first)
 
-    def watch(self, input):
-        """Prepare the report of a call, if one is wanted.
+    def probe_norm(self, input):
+        """Make the probe of a call of a normalisation.
 
         Args:
-            input (Tensor[N, *]): The input of a normalisation, whose graph
-                tells which layer made it.
+            input (Tensor[N, *]): The input, whose autograd node tells which
+                layer made it.
 
         Returns:
-            Watch, optional: What the backward pass reports to.
+            SensitivityProbe, optional: Reports to this layer; None if no
+            report is wanted.
         """
-        slot = self.slot
-        if slot is None or not slot.observes:
+        layer_bits = self.layer_bits
+        if layer_bits is None or not layer_bits.observes:
             return None
-        producer = getattr(input.grad_fn, 'slot', None)
-        return Watch(slot, producer, slot.collecting)
+        producer = getattr(input.grad_fn, 'layer_bits', None)
+        return SensitivityProbe(layer_bits, producer, layer_bits.collecting)
 
-    def note(self, kept, call, also=()):
-        """Report to the meter what a call keeps. Only with a meter.
+    def record(self, kept, call, also=()):
+        """Record the tensors that a call keeps, for a meter.
+
+        Callers check that there is a meter.
 
         Args:
-            kept (tuple[Tensor]): Tensors that are kept in place of those that
-                torch would have kept.
-            call (Call): The call, for the rule of the layer's registration.
-            also (tuple[Tensor], optional): What torch would have kept for
-                other layers that the call stands for. Defaults to nothing.
+            kept (tuple[Tensor]): Tensors that the call keeps in place of
+                those that torch would have kept.
+            call (Call): The call, from which the layer's registered rule
+                tells the tensors that torch would have kept.
+            also (tuple[Tensor], optional): Tensors that torch would have kept
+                for other layers that are fused into the call. Defaults to
+                none.
         """
-        self.meter.note(kept, call, also)
+        self.meter.record(kept, call, also)
 
     def __deepcopy__(self, memo):
         """A copy with a generator of its own, unless it is the shared one.
@@ -515,13 +547,13 @@ class LayerQuantizer:
         twin.meter = None
         if self.cache is not default_cache:
             twin.cache = copy.deepcopy(self.cache, memo)
-        twin.slot = copy.deepcopy(self.slot, memo)
+        twin.layer_bits = copy.deepcopy(self.layer_bits, memo)
         if self.generator is not default_generator:
             twin.generator = copy.deepcopy(self.generator, memo)
         return twin
 
     def __getstate__(self):
-        """For pickle: what all layers share and the meter stay behind."""
+        """For pickle: without the meter and the shared defaults."""
         state = self.__dict__.copy()
         state['meter'] = None
         if self.generator is default_generator:

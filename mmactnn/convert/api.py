@@ -371,10 +371,10 @@ def _install(plan):
 def _precisions(model):
     """What the layers of a model take their bits from."""
     return {
-        module.quantizer.slot.precision
+        module.quantizer.layer_bits.precision
         for module in model.modules()
         if isinstance(module, QuantizedLayer)
-        and module.quantizer.slot is not None
+        and module.quantizer.layer_bits is not None
     }
 
 
@@ -451,5 +451,5 @@ def _convert(item, module, quantizer):
         source,
         item.target.__name__,
         quantizer.bits,
-        quantizer.slot is not None,
+        quantizer.layer_bits is not None,
     )

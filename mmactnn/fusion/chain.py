@@ -50,7 +50,7 @@ _OF_QUANTIZER = itemgetter(
     'bits',
     'group_size',
     'generator',
-    'slot',
+    'layer_bits',
     'chunk_bytes',
     'strict',
     'fused_bits',

@@ -5,12 +5,12 @@ import math
 
 import torch
 
-from ..autograd import Chain, End
+from ..autograd import Chain, OutputPayload
 from ..ops import (
     GROUP_SIZES,
     ChainPlan,
-    Follows,
-    Link,
+    ChainStep,
+    Epilogue,
     is_input,
     source_of_input,
 )
@@ -29,9 +29,9 @@ class Prepared:
         self.chain = chain
         self._repeats = repeats
         self._slots = [
-            reader.slot
+            reader.layer_bits
             for reader in chain.readers
-            if reader is not None and reader.slot is not None
+            if reader is not None and reader.layer_bits is not None
         ]
         self._added = [
             ~layer.added
@@ -85,7 +85,7 @@ class Prepared:
                 return False
             kept += sizes[0]
             made += sizes[1]
-        several = len(self.chain.ends) > 1
+        several = len(self.chain.output_payloads) > 1
         return kept <= max_bytes and not (several and made > max_bytes)
 
 
@@ -161,7 +161,7 @@ def prepare(layers, repeats):
     ):
         return None
     links = [
-        Link(
+        ChainStep(
             *[_repeat(s, n, len(layers)) for s in (layer.source, layer.added)],
             i,
             layer.conv.stride,
@@ -240,16 +240,17 @@ def _find_ends(links):
         end = None
         if link.added is not None:
             end = 'zeroed', link.act_bits, link.group_size, place + 3
-        elif link.follows is Follows.RELU:
+        elif link.epilogue is Epilogue.RELU:
             end = 'zeroed', link.bits, link.group_size, place
-        elif link.follows is Follows.NORM_RELU:
+        elif link.epilogue is Epilogue.NORM_RELU:
             end = 'split', link.bits, link.group_size, place + 1
         if i not in read:
-            ends.append(end and End(*end, link.layer))
-        place += link.kept
+            ends.append(end and OutputPayload(*end, link.layer))
+        place += link.num_saved
     if any(
         not is_input(link.source)
-        and links[link.source].follows not in (Follows.RELU, Follows.NORM_RELU)
+        and links[link.source].epilogue
+        not in (Epilogue.RELU, Epilogue.NORM_RELU)
         for link in links
     ):
         return None
@@ -271,7 +272,7 @@ def _takes_conv(conv):
 
 
 def _follower(norm, relu, added):
-    """What follows a convolution: the fields of a link from ``follows`` on.
+    """What follows a convolution: the fields of a step from ``epilogue`` on.
 
     None if a chain does not compute it.
     """
@@ -282,16 +283,16 @@ def _follower(norm, relu, added):
             bits, group_size = relu.quantizer.bits, relu.quantizer.group_size
             if not (relu.is_coded and relu.training):
                 return None
-        follows = Follows.NOTHING if relu is None else Follows.RELU
+        follows = Epilogue.NONE if relu is None else Epilogue.RELU
         return follows, False, bits, 0, group_size
     fused, group_size = norm.quantizer.fused_bits, norm.quantizer.group_size
     # Without momentum the host counts the batches.
     counts = norm.training and norm.track_running_stats
     if fused is None or (counts and norm.momentum is None):
         return None
-    follows, bits = Follows.NORM, fused.plain
+    follows, bits = Epilogue.NORM, fused.plain
     if relu is not None:
-        follows = Follows.NORM_RELU
+        follows = Epilogue.NORM_RELU
         bits = fused.split if added is None else fused.plain
     act_bits = 0 if added is None else fused.zeroed
     return follows, norm.uses_batch_stats(), bits, act_bits, group_size

@@ -1,6 +1,6 @@
 """Compressed layers: subclasses of their torch parents, a file a family.
 
-Every module of the package is imported, and what it registers is exported.
+Every module of the package is imported, and all registered layers exported.
 """
 
 import importlib

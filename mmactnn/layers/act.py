@@ -23,7 +23,7 @@ class _Rectifier(ExactLayer):
 
 
 def _is_refused(layer, input):
-    """Whether torch refuses a call before it writes: to overwrite a leaf."""
+    """Whether torch refuses to overwrite the input, a leaf."""
     return layer.inplace and input.is_leaf and input.requires_grad
 
 
@@ -38,9 +38,9 @@ def _is_refused(layer, input):
 class QReLU(_Rectifier, nn.ReLU):
     """``nn.ReLU`` that keeps a mask of one bit an element. Exact.
 
-    Right behind a convolution, in a block that is fused, it keeps codes of its
-    output, which serve the layers that read it, too. In eval mode, without
-    grad and at level L0 it is ``nn.ReLU``.
+    Right behind a convolution, in a fused block, it keeps codes of its output
+    instead, which the layers that read it share. In eval mode, without grad
+    and at level L0 it is ``nn.ReLU``.
 
     Args:
         inplace (bool, optional): Whether to overwrite the input. Defaults to
@@ -52,7 +52,7 @@ class QReLU(_Rectifier, nn.ReLU):
 
     @property
     def is_coded(self):
-        """bool: See the base class: of its output, in place of a mask."""
+        """bool: Whether it keeps codes of its output in place of a mask."""
         bits = self.quantizer.bits
         return bits is not None and bits > self.kept_bits
 
@@ -117,8 +117,8 @@ class QReLU6(_Rectifier, nn.ReLU6):
 class QLeakyReLU(_Rectifier, nn.LeakyReLU):
     """``nn.LeakyReLU`` that keeps a mask of one bit an element. Exact.
 
-    In eval mode, without grad and at level L0 it is ``nn.LeakyReLU``, and
-    with a negative slope in place, which torch cannot differentiate.
+    In eval mode, without grad, at level L0, and in place with a negative
+    slope, which torch cannot differentiate, it is ``nn.LeakyReLU``.
 
     Args:
         negative_slope (float, optional): Slope below 0. Defaults to 0.01.
@@ -151,8 +151,8 @@ class QLeakyReLU(_Rectifier, nn.LeakyReLU):
 class SmoothLayer(CodedLayer):
     """Mixin of the activations that keep their derivative as codes.
 
-    The output is exact and the gradient unbiased. Adaptive levels do not share
-    out the bits: what they weigh is the noise in a layer's own weights.
+    The output is exact and the gradient unbiased. The bits are not adaptive:
+    adaptive levels weigh the noise in the gradients of a layer's own weights.
     """
 
     kind = 'act'

@@ -1,4 +1,4 @@
-"""What every compressed layer has in common."""
+"""Base classes of the compressed layers."""
 
 import copy
 
@@ -16,19 +16,19 @@ class QuantizedLayer:
     """Mixin of the compressed layers.
 
     A compressed layer is a subclass of its torch parent with the same
-    parameters, buffers and ``state_dict`` keys; all it adds is the attribute
-    ``quantizer``. Any instance of the parent can therefore become one by
-    :meth:`convert_`, and a plain layer again by :meth:`revert_`.
+    parameters, buffers and ``state_dict`` keys; it only adds the attribute
+    ``quantizer``. :meth:`convert_` therefore turns any instance of the parent
+    into a compressed layer, and :meth:`revert_` back.
 
     Attributes:
         quantizer (LayerQuantizer): Settings of this layer.
     """
 
-    # What levels call this kind of layer; set by the subclasses.
+    # Field of a level with the bits of this kind; set by subclasses.
     kind = None
-    # Whether adaptive levels share out the bits of this kind of layer.
+    # Whether adaptive levels allocate the bits of this kind of layer.
     shares_bits = True
-    # Whether it keeps codes in eval mode, too, while the model is trained.
+    # Whether it also keeps codes in eval mode while the model is trained.
     keeps_codes_frozen = False
 
     def _init_quantizer(self, bits, group_size):
@@ -57,7 +57,7 @@ class QuantizedLayer:
 
     @classmethod
     def level_bits(cls, level):
-        """The bits that a level gives this kind of layer.
+        """Bits of this kind of layer at a level.
 
         Args:
             level (Level): The level.
@@ -69,7 +69,7 @@ class QuantizedLayer:
 
     @classmethod
     def rule_bits(cls, rule):
-        """The bits that a rule by name gives this kind of layer.
+        """Bits of this kind of layer by a rule for its name.
 
         Args:
             rule (Rule): The rule.
@@ -84,8 +84,8 @@ class QuantizedLayer:
         """Turn an instance of the torch parent into this class, in place.
 
         Parameters, buffers, hooks and references to the module stay valid.
-        What a subclass of the parent adds stays, too: the layer is then of a
-        class that has both as bases.
+        An instance of a subclass of the parent gets a class with both as
+        bases, and so keeps the additions of the subclass.
 
         Args:
             module (nn.Module): The layer to convert.
@@ -105,7 +105,7 @@ class QuantizedLayer:
         """Turn this layer into a plain one, in place.
 
         Returns:
-            type: The class it has now: the one it was converted from, or the
+            type: Its class now: the one that it was converted from, or the
             torch parent.
         """
         original = self.plain_class
@@ -116,14 +116,14 @@ class QuantizedLayer:
 
     @classmethod
     def from_float(cls, layer, bits=None, group_size=None):
-        """A compressed layer of a plain one's parameters.
+        """Make a compressed layer with the parameters of a plain one.
 
-        The two share parameters and buffers; in all else, training mode and
-        hooks included, the new layer starts as a copy.
+        Both share parameters and buffers. Other state, such as training mode
+        and hooks, is copied.
 
         Args:
-            layer (nn.Module): A layer of the torch parent's class itself. It
-                stays what it is.
+            layer (nn.Module): A layer of exactly the torch parent's class. It
+                is not changed.
             bits (int, optional): Bits a code, whatever the level. Defaults to
                 the level's.
             group_size (int, optional): Elements that share a range. Defaults
@@ -149,9 +149,9 @@ class QuantizedLayer:
         return twin
 
     def to_float(self):
-        """A plain layer of this one's parameters.
+        """Make a plain layer with the parameters of this one.
 
-        The counterpart of :meth:`from_float`; this layer stays what it is.
+        The counterpart of :meth:`from_float`; this layer is not changed.
 
         Returns:
             nn.Module: The new layer, of the class that :meth:`revert_` would
@@ -163,7 +163,7 @@ class QuantizedLayer:
 
     @property
     def plain_class(self):
-        """type: What :meth:`revert_` makes of this layer."""
+        """type: Class that :meth:`revert_` restores."""
         return self.__dict__.get('_converted_from') or self.torch_class()
 
     @classmethod
@@ -178,12 +178,12 @@ class QuantizedLayer:
 
     @property
     def is_coded(self):
-        """bool: Whether it keeps codes of values, which are rounded."""
+        """bool: Whether it keeps rounded codes of values."""
         return self.kind != 'mask'
 
     @staticmethod
     def why_exact(module):
-        """Why a layer would keep as much here as its torch parent.
+        """Reason why a layer would keep as much as its torch parent.
 
         Args:
             module (nn.Module): An instance of this class or its parent.
@@ -194,17 +194,17 @@ class QuantizedLayer:
         return None
 
     def compresses(self, *tensors):
-        """Whether this call keeps anything for a backward pass in codes.
+        """Whether this call keeps codes for a backward pass.
 
         Args:
             *tensors (Tensor, optional): Whatever may need a gradient.
         """
-        if self.training and self.quantizer.slot is not None:
-            self.quantizer.slot.begin_call()
+        if self.training and self.quantizer.layer_bits is not None:
+            self.quantizer.layer_bits.begin_call()
         return (
             not self.quantizer.exact
             and torch.is_grad_enabled()
-            # Tracers and counters of operations know torch's.
+            # Tracers and counters of operations know torch's own only.
             and not torch.jit.is_tracing()
             and any(t is not None and t.requires_grad for t in tensors)
         )
@@ -213,9 +213,9 @@ class QuantizedLayer:
         """As the parent's, with the bits."""
         text = super().extra_repr()
         quantizer = self.quantizer
-        slot, bits = quantizer.slot, quantizer.bits
-        if slot is not None:
-            bits = f'{slot.bits:g} (adaptive)'
+        layer_bits, bits = quantizer.layer_bits, quantizer.bits
+        if layer_bits is not None:
+            bits = f'{layer_bits.bits:g} (adaptive)'
         reason = self.why_exact(self)
         if reason is not None:
             ours = f'exact: {reason}'
@@ -243,14 +243,14 @@ class CodedLayer(QuantizedLayer):
 
 
 class ExactLayer(QuantizedLayer):
-    """Mixin of the layers that keep less and still compute the same.
+    """Mixin of the layers that keep less without any rounding.
 
-    What they keep, and not how exactly, depends on the level: as their torch
-    parent at L0, ``kept_bits`` an element at the others.
+    At L0 they keep as much as their torch parent, at other levels
+    ``kept_bits`` an element.
 
     Attributes:
         kept_bits (int): Bits an element of the output; 0 for layers whose
-            backward needs no tensor.
+            backward pass needs no tensor.
     """
 
     kind = 'mask'
@@ -273,18 +273,17 @@ class ExactLayer(QuantizedLayer):
 
 
 def twin_of(layer):
-    """A second module that shares what the tables of the first one hold.
+    """Make a second module that shares parameters, buffers and hooks.
 
     Args:
         layer (nn.Module): The first module.
 
     Returns:
-        nn.Module: Of the same class, with the same parameters, buffers and
-        hooks.
+        nn.Module: A module of the same class.
     """
     twin = layer.__new__(type(layer))
-    # Parameters, buffers and hooks are in dicts and sets: each module has
-    # its own, of the same entries.
+    # Dicts and sets of parameters, buffers and hooks are copied, their entries
+    # are shared.
     twin.__dict__.update(
         {
             key: copy.copy(value) if isinstance(value, (dict, set)) else value

@@ -12,15 +12,15 @@ from .gateway import run
 
 
 class _QConv(CodedLayer):
-    """What convolutions of all ranks and directions have in common."""
+    """Mixin of convolutions, transposed or not, of all ranks."""
 
     kind = 'conv'
 
     @property
     def geometry(self):
-        """tuple: As ``torch.ops.aten.convolution`` takes it.
+        """tuple: Geometry as ``torch.ops.aten.convolution`` takes it.
 
-        For zero padding in numbers.
+        Only valid for numeric padding with zeros.
         """
         return (
             self.stride,
@@ -36,13 +36,13 @@ class _QForwardConv(_QConv):
     def _compress(self, input, weight, bias):
         rank = input.dim() - len(self.kernel_size)
         if rank == 1:
-            # As torch: a sample alone is a batch of one.
+            # As in torch, a single sample is a batch of one.
             batch = input.unsqueeze(0)
             return self._compress(batch, weight, bias).squeeze(0)
         if rank != 2 or (
             input.dtype != weight.dtype and lower_dtype(input) is None
         ):
-            # What torch's function checks before any other, it shall refuse.
+            # torch's function raises its own errors.
             return self.torch_class()._conv_forward(self, input, weight, bias)
         padding = self.padding
         if self.padding_mode != 'zeros':
@@ -65,7 +65,7 @@ class _QForwardConv(_QConv):
         return convolution(input, weight, bias, geometry, self.quantizer)
 
     def _resolve_padding(self, input):
-        """Padding 'same' or 'valid' as numbers, one odd side padded here."""
+        """Numeric padding for 'same' or 'valid'; pads an odd side itself."""
         if self.padding == 'valid':
             return input, (0,) * len(self.kernel_size)
         total = [
@@ -280,21 +280,7 @@ class QConvTranspose1d(_QTransposedConv, nn.ConvTranspose1d):
     """
 
     def forward(self, input, output_size=None):
-        """See ``nn.ConvTranspose1d``.
-
-        Args:
-            input (Tensor[N, C, *]): Or Tensor[C, *], a sample alone.
-            output_size (Sequence[int], optional): Size of the output where
-                the stride leaves a choice, with or without N and C. Defaults
-                to what ``output_padding`` says.
-
-        Returns:
-            Tensor[N, O, *]: The output.
-
-        Raises:
-            ValueError: If there is no output of that size.
-            RuntimeError: As torch's layer, which sees wrong inputs first.
-        """
+        """See :meth:`QConvTranspose2d.forward`."""
         return run(
             self,
             nn.ConvTranspose1d.forward,
@@ -330,17 +316,17 @@ class QConvTranspose2d(_QTransposedConv, nn.ConvTranspose2d):
         """See ``nn.ConvTranspose2d``.
 
         Args:
-            input (Tensor[N, C, *]): Or Tensor[C, *], a sample alone.
+            input (Tensor[N, C, *]): Input, or a single sample Tensor[C, *].
             output_size (Sequence[int], optional): Size of the output where
                 the stride leaves a choice, with or without N and C. Defaults
-                to what ``output_padding`` says.
+                to that of ``output_padding``.
 
         Returns:
             Tensor[N, O, *]: The output.
 
         Raises:
             ValueError: If there is no output of that size.
-            RuntimeError: As torch's layer, which sees wrong inputs first.
+            RuntimeError: As torch's layer, for invalid inputs.
         """
         return run(
             self,
@@ -374,21 +360,7 @@ class QConvTranspose3d(_QTransposedConv, nn.ConvTranspose3d):
     """
 
     def forward(self, input, output_size=None):
-        """See ``nn.ConvTranspose3d``.
-
-        Args:
-            input (Tensor[N, C, *]): Or Tensor[C, *], a sample alone.
-            output_size (Sequence[int], optional): Size of the output where
-                the stride leaves a choice, with or without N and C. Defaults
-                to what ``output_padding`` says.
-
-        Returns:
-            Tensor[N, O, *]: The output.
-
-        Raises:
-            ValueError: If there is no output of that size.
-            RuntimeError: As torch's layer, which sees wrong inputs first.
-        """
+        """See :meth:`QConvTranspose2d.forward`."""
         return run(
             self,
             nn.ConvTranspose3d.forward,

@@ -13,8 +13,8 @@ class _Dropout(ExactLayer):
     """Mixin of the layers that keep a seed instead of a mask."""
 
     def _draws(self, input):
-        """Whether a call makes a mask of its own."""
-        # torch refuses to overwrite a leaf, and does so before it writes.
+        """Whether a call draws a mask."""
+        # torch refuses to overwrite a leaf.
         needs_grad = torch.is_grad_enabled() and input.requires_grad
         refused = self.inplace and input.is_leaf and needs_grad
         return 0 < self.p < 1 and not refused
@@ -32,15 +32,15 @@ class QDropout(_Dropout, nn.Dropout):
     """``nn.Dropout`` that keeps a seed instead of a mask.
 
     The elements are dropped independently of each other with probability p,
-    rounded to a multiple of 2^-16 but below 1, and the backward pass makes
-    the same choice again. The seed is drawn from torch's default generator of
-    the CPU, also for tensors on the GPU: under ``torch.utils.checkpoint``
-    and after ``torch.manual_seed`` it repeats itself as torch's masks do,
-    but they are not torch's masks.
+    rounded to a multiple of 2^-16 but below 1, and the backward pass
+    regenerates the mask. The seed is drawn from torch's default generator of
+    the CPU, also for tensors on the GPU: masks differ from torch's, but are
+    equally reproducible under ``torch.utils.checkpoint`` and after
+    ``torch.manual_seed``.
 
     In eval mode, with p = 0 or 1 and at level L0 it is ``nn.Dropout``. Unlike
-    the other layers it is not without grad: that is how a reentrant
-    checkpoint runs a block for the first time, and the second run has to drop
+    other layers it draws its own mask also without grad: a reentrant
+    checkpoint runs a block without grad first, and the second run has to drop
     the same elements.
 
     Args:
@@ -78,7 +78,7 @@ class QDropout(_Dropout, nn.Dropout):
 class QDropout2d(_Dropout, nn.Dropout2d):
     """``nn.Dropout2d`` that keeps a seed instead of a mask.
 
-    Whole channels of samples are dropped, else it is as :class:`QDropout`.
+    Whole channels of samples are dropped, otherwise as in :class:`QDropout`.
     torch keeps one number a channel of a sample, which is little.
 
     Args:
@@ -103,7 +103,7 @@ class QDropout2d(_Dropout, nn.Dropout2d):
         )
 
     def _compress(self, input):
-        # Of other ranks torch has something to say.
+        # torch warns or raises for other ranks.
         if input.dim() != 4 or not self._draws(input):
             return nn.Dropout2d.forward(self, input)
         return feature_dropout(input, self.p, self.inplace, self.quantizer)

@@ -9,14 +9,15 @@ from .gateway import run
 
 
 class Gate(nn.Module):
-    """``input * gate`` as a layer, which torch has none for."""
+    """``input * gate`` as a layer, which torch does not have."""
 
     def forward(self, input, gate):
         """Multiply.
 
         Args:
-            input (Tensor[N, *]): What is gated.
-            gate (Tensor[*]): Of a shape that broadcasts to the input's.
+            input (Tensor[N, *]): Tensor to gate.
+            gate (Tensor[*]): Factors, in a shape that broadcasts to the
+                input's.
 
         Returns:
             Tensor[N, *]: The product.
@@ -26,14 +27,14 @@ class Gate(nn.Module):
 
 @register_layer(
     Gate,
-    # The gate itself both layers keep as it is.
+    # Both layers keep the gate itself exactly.
     saved_by_torch=lambda call: (call.input if call.needs_weight else None,),
 )
 class QGate(CodedLayer, Gate):
-    """``Gate`` that keeps what is gated as codes of a few bits.
+    """``Gate`` that keeps its input as codes of a few bits.
 
-    The output and the gradient of the input are exact; that of the gate, a
-    sum over what is gated, is unbiased. In eval mode, without grad and at
+    The output and the gradient of the input are exact; that of the gate is
+    linear in the input and so unbiased. In eval mode, without grad and at
     level L0 it is ``Gate``.
 
     Args:

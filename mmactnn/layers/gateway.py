@@ -1,11 +1,11 @@
-"""The gate of all compressed layers: whether a call keeps codes.
+"""Dispatch of compressed layers between codes and their torch parent.
 
-A layer's ``forward`` names two functions, its own and that of its torch
-parent, and :func:`run` calls one of them. The parent runs wherever the other
-would not be exact or could not be followed:
+A layer's ``forward`` passes two functions, its own and that of its torch
+parent, and :func:`run` calls one of them. The parent's function runs wherever
+its exact result is required or the other one could not be traced:
 
-- in evaluation, without gradients, at level L0, and for a layer that was
-  reverted while somebody held on to its bound method;
+- in evaluation, without gradients, at level L0, and for a reverted layer
+  whose bound method is still in use;
 - for tensors that are more, or less, than values: subclasses with kernels of
   their own (``DTensor``), fake, meta, nested and quantised ones;
 - under transforms (``torch.func``, forward-mode differentiation,
@@ -13,8 +13,8 @@ would not be exact or could not be followed:
 - if a function of the parent's forward pass was replaced since the layer was
   registered.
 
-``torch.fx`` records a layer as a leaf, and ``torch.compile`` leaves those
-that keep codes out of its graph.
+``torch.fx`` records a layer as a leaf, and ``torch.compile`` excludes layers
+that keep codes from its graph.
 """
 
 import functools
@@ -41,8 +41,9 @@ def run(layer, parent, compressed, args, parameters=(), without_grad=False):
 
     Args:
         layer (nn.Module): The layer; a plain one if it was reverted.
-        parent (Callable): Function of the parent, of the layer and ``args``.
-        compressed (Callable): Function that keeps codes, likewise.
+        parent (Callable): Function of the parent, called with the layer and
+            ``args``.
+        compressed (Callable): Function that keeps codes, called likewise.
         args (tuple): Arguments, the input first.
         parameters (Sequence[Tensor | None]): Further tensors that may need a
             gradient.
@@ -71,23 +72,25 @@ def keeps_codes(layer, input, parameters=(), without_grad=False):
 
     Args:
         layer (nn.Module): See :func:`run`.
-        input (Tensor[*]): First argument, of whatever class.
+        input (Tensor[*]): First argument, of any class.
         parameters (Sequence[Tensor | None]): See :func:`run`.
         without_grad (bool, optional): See :func:`run`. Defaults to False.
 
     Returns:
-        bool: See the module.
+        bool: False in the cases that the module lists.
     """
-    # The first questions are those that most calls without codes fail.
+    # Conditions that most calls without codes fail come first.
     quantizer = layer.__dict__.get('quantizer')
     if quantizer is None or quantizer.bits is None:
         return False
     cache = quantizer.cache
     if layer.training:
         cache.trained = weakref.ref(layer)
-        slot = quantizer.slot
-        if slot is not None and (slot.precision.due or not slot.called):
-            slot.begin_call()
+        layer_bits = quantizer.layer_bits
+        if layer_bits is not None and (
+            layer_bits.precision.due or not layer_bits.called
+        ):
+            layer_bits.begin_call()
     elif not (layer.keeps_codes_frozen and cache.in_training_pass):
         return False
     needed = without_grad
@@ -104,7 +107,7 @@ def keeps_codes(layer, input, parameters=(), without_grad=False):
         return False
     parent, functions = _parent_functions(type(layer))
     for name, function in functions:
-        # Somebody may have replaced it for all layers.
+        # It may have been replaced for all layers.
         if getattr(parent, name, None) is not function:
             return False
     return True
@@ -119,7 +122,7 @@ def _parent_functions(cls):
     return entry.parent, tuple(
         (name, function)
         for name, function in entry.functions.items()
-        # What a class makes anew at every look cannot be compared so.
+        # Attributes that are created at every access cannot be compared.
         if inspect.isfunction(function) or isinstance(function, property)
     )
 
@@ -157,7 +160,7 @@ def _run_on_subclass(
         return parent(layer, *args)
     if not overrides_functions(cls):
         return compressed(layer, *args)
-    # The protocol of the subclass sees the call, and makes the output.
+    # The subclass sees the call through its protocol and makes the output.
     output = cls.__torch_function__(compressed, (cls,), (layer, *args), {})
     if output is NotImplemented:
         return parent(layer, *args)

@@ -20,7 +20,7 @@ from .gateway import run
 class QGroupNorm(CodedLayer, nn.GroupNorm):
     """``nn.GroupNorm`` that keeps its input as codes of a few bits.
 
-    Forward as torch's. The gradients of weight and bias are unbiased; that of
+    The output is exact. The gradients of weight and bias are unbiased; that of
     the input has a bias of second order, see
     :func:`mmactnn.autograd.group_norm`. In eval mode, without grad and at
     level L0 it is ``nn.GroupNorm``.
@@ -45,7 +45,7 @@ class QGroupNorm(CodedLayer, nn.GroupNorm):
 
     def __init__(self, *args, bits=None, group_size=None, **kwargs):
         if len(args) == 1 and 'num_groups' in kwargs:
-            # Two values of num_groups to torch, hence never its meaning.
+            # For torch this would be num_groups twice, so it is unambiguous.
             kwargs.setdefault('num_channels', args[0])
             args = args[1:]
         super().__init__(*args, bits=bits, group_size=group_size, **kwargs)

@@ -16,13 +16,13 @@ from .gateway import run
 
 
 class Fusing(NamedTuple):
-    """How a normalisation runs within a block that is fused.
+    """Mode of a normalisation within a fused block.
 
-    What it keeps is then in the space of the normalised value.
+    It then keeps codes of the normalised value.
 
     Attributes:
-        relu (bool): Whether it rectifies.
-        inplace (bool): Whether it may overwrite its input.
+        relu (bool): Whether ReLU follows.
+        inplace (bool): Whether the output may overwrite the input.
     """
 
     relu: bool
@@ -40,7 +40,7 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
 
         Args:
             input (Tensor[*]): Input of the layer.
-            residual (Tensor[*], optional): What is added to its output.
+            residual (Tensor[*], optional): Added to the normalised input.
         """
         if self.quantizer.fused_bits is None or not self.compresses(
             input, self.weight, self.bias, residual
@@ -55,7 +55,7 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         return same and fits and self.takes_size(input.shape)
 
     def takes_size(self, size):
-        """Whether torch's layer would not refuse an input.
+        """Whether torch's layer accepts an input of some shape.
 
         Args:
             size (Sequence[int]): Its shape; not empty.
@@ -66,13 +66,12 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         )
 
     def norm_act(self, input, fusing, residual=None):
-        """Normalise, maybe add and rectify, as one.
+        """Normalise with optional addition and ReLU, fused.
 
         Args:
             input (Tensor[N, C, *]): Input of the layer; see :meth:`fuses`.
-            fusing (Fusing): How.
-            residual (Tensor[N, C, *], optional): What is added before the
-                ReLU.
+            fusing (Fusing): Mode.
+            residual (Tensor[N, C, *], optional): Added before the ReLU.
 
         Returns:
             Tensor[N, C, *]: The output.
@@ -91,27 +90,29 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         )
 
     def next_settings(self):
-        """Where the next call gets mean and variance from.
+        """Make the settings of the next call.
+
+        A layer without momentum counts the batch here, so that the settings
+        serve one call.
 
         Returns:
-            NormSettings: For one call: a layer without momentum has counted
-            the batch.
+            NormSettings: The settings.
         """
         counts = self._counts()
         return NormSettings(
             *self.next_buffers(),
             self.uses_batch_stats(),
-            # Without one the host has to count the batches.
+            # A cumulative average needs the count of batches on the host.
             self.momentum if counts else self._next_momentum(),
             self.eps,
         )
 
     def next_buffers(self):
-        """What the next call reads or updates.
+        """Buffers that the next call reads or updates.
 
         Returns:
             tuple[Tensor[C] | None, Tensor[C] | None, Tensor[] | None]: The
-            first three of :class:`NormSettings`.
+            first three fields of :class:`NormSettings`.
         """
         count = None
         if self._counts():
@@ -133,7 +134,7 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         self._check_input_dim(input)
         batch_stats = self.uses_batch_stats()
         if batch_stats and (_has_one_value(input) or self.eps <= 0):
-            # Torch's layer to refuse.
+            # Left to torch's layer, which raises.
             return self.torch_class().forward(self, input)
         return batch_norm(
             input,
@@ -147,11 +148,10 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         )
 
     def is_frozen(self, input):
-        """Whether the layer is made of constants; :meth:`frozen_act_` can run.
+        """Whether all is constant, so that :meth:`frozen_act_` can run.
 
         Args:
-            input (Tensor[*]): Its input, while the rest of the model is
-                trained.
+            input (Tensor[*]): Input of the layer.
         """
         constants = (
             self.weight,
@@ -181,14 +181,16 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         )
 
     def frozen_act_(self, input, relu, residual=None):
-        """Normalise, maybe add and rectify, in place, keeping nothing.
+        """Normalise with optional addition and ReLU, in place.
+
+        Nothing is kept for a backward pass.
 
         Args:
             input (Tensor[N, C, *]): Input of the layer; see
                 :meth:`is_frozen`.
             relu (bool): Whether to rectify.
-            residual (Tensor[N, C, *], optional): What is added before, of the
-                strides of ``input``.
+            residual (Tensor[N, C, *], optional): Added before the ReLU, with
+                the strides of ``input``.
         """
         frozen_norm_act_(
             input,
@@ -201,9 +203,9 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         )
 
     def _running_stats(self):
-        """Mean and variance that are read or written, or None twice.
+        """Running mean and variance, or None twice if they are not used.
 
-        They are neither where torch's layer passes None in their place.
+        As torch's layer passes them to its function.
         """
         if self.training and not self.track_running_stats:
             return None, None
@@ -214,7 +216,7 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         return self.training or self.running_mean is None
 
     def _next_momentum(self):
-        """The weight of this batch; counts it if the layer tracks."""
+        """Weight of this batch; counts the batch if the layer tracks."""
         tracks = self.training and self.track_running_stats
         if tracks and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -239,7 +241,7 @@ def _has_one_value(input):
 class QBatchNorm(_QBatchNorm, _BatchNorm):
     """Batch normalisation of any rank that keeps its input as codes.
 
-    Forward as torch's. The gradients of weight and bias are unbiased. With
+    The output is exact. The gradients of weight and bias are unbiased. With
     running statistics (``norm_eval=True`` in OpenMMLab's backbones) the
     gradient of the input is exact, and the input is kept, as codes, only for
     a trainable weight. Without grad and at level L0 it is torch's layer.

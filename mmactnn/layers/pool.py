@@ -22,13 +22,13 @@ from .gateway import run
 class QMaxPool2d(ExactLayer, nn.MaxPool2d):
     """``nn.MaxPool2d`` that keeps 4 bits an output. Exact.
 
-    It keeps the position of the maximum inside of its window where torch
-    keeps the input and 64 bits an output. Output and gradient are torch's;
-    where windows overlap, gradients are summed in float32.
+    It keeps the position of the maximum inside of its window; torch keeps the
+    input and 64 bits an output. Output and gradient are torch's; where
+    windows overlap, gradients are summed in float32.
 
     In eval mode, without grad, at level L0, for windows of more than 16 taps
-    and with ``return_indices`` it is ``nn.MaxPool2d``; its ``repr`` and the
-    report of a conversion tell the latter two.
+    and with ``return_indices`` it is ``nn.MaxPool2d``. Its ``repr`` and the
+    report of a conversion show the last two cases.
 
     Args:
         *args: As ``nn.MaxPool2d``.
@@ -80,7 +80,7 @@ class QMaxPool2d(ExactLayer, nn.MaxPool2d):
 class QAvgPool2d(ExactLayer, nn.AvgPool2d):
     """``nn.AvgPool2d`` that keeps no tensor. Exact.
 
-    Torch keeps the input, of which the gradient needs nothing but the shape.
+    torch keeps the input, though the gradient only needs its shape.
     In eval mode, without grad and at level L0 it is ``nn.AvgPool2d``.
 
     Args:
@@ -119,7 +119,7 @@ class QAvgPool2d(ExactLayer, nn.AvgPool2d):
 class QAdaptiveAvgPool2d(ExactLayer, nn.AdaptiveAvgPool2d):
     """``nn.AdaptiveAvgPool2d`` that keeps no tensor. Exact.
 
-    Torch keeps the input, of which the gradient needs nothing but the shape.
+    torch keeps the input, though the gradient only needs its shape.
     In eval mode, without grad, at level L0 and for an output of one pixel,
     which torch computes as a mean and keeps nothing for, it is
     ``nn.AdaptiveAvgPool2d``.

@@ -40,7 +40,7 @@ class QSyncBatchNorm(_QBatchNorm, nn.SyncBatchNorm):
 
     @staticmethod
     def why_exact(module):
-        """As the base class: MMCV's layer has a mode that torch's has not."""
+        """See the base class; MMCV's layer has a mode that torch's lacks."""
         mode = getattr(module, 'stats_mode', 'default')
         if mode == 'default':
             return None
@@ -48,13 +48,13 @@ class QSyncBatchNorm(_QBatchNorm, nn.SyncBatchNorm):
 
     @classmethod
     def convert_(cls, module, quantizer):
-        """As the base class, from MMCV's layer too."""
+        """See the base class; also converts MMCV's layer."""
         if not isinstance(module, nn.SyncBatchNorm):
             module.process_group = module.group
         super().convert_(module, quantizer)
 
     def revert_(self):
-        """As the base class, to MMCV's layer too."""
+        """See the base class; also restores MMCV's layer."""
         original = super().revert_()
         if not issubclass(original, nn.SyncBatchNorm):
             del self.process_group
@@ -108,7 +108,7 @@ class QSyncBatchNorm(_QBatchNorm, nn.SyncBatchNorm):
 
 
 def _forward_exactly(layer, input):
-    """Torch's layer; on a CPU, which it refuses, the same."""
+    """Run torch's layer, or on a CPU, which that refuses, its equal."""
     if (
         not isinstance(layer, QSyncBatchNorm)
         or not isinstance(input, torch.Tensor)

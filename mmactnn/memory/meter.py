@@ -217,8 +217,8 @@ class LayerMeter(NamedTuple):
     meter: ActivationMeter
     rule: Callable
 
-    def note(self, kept, call, also=()):
-        """Count a call; see ``LayerQuantizer.note``."""
+    def record(self, kept, call, also=()):
+        """Count a call; see ``LayerQuantizer.record``."""
         exact = (t for t in self.rule(call) if t is not None)
         self.meter.replace(kept, (*exact, *also))
 

@@ -6,14 +6,14 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def wrapped_class(cls):
-    """The class that torch has made another one around, if it has.
+    """Class before torch derived another one from it.
 
     Args:
         cls (type): Class of a module: with parametrised tensors or shards of
             ``fully_shard`` made on the fly, or any other.
 
     Returns:
-        type: The class that was there before.
+        type: The original class; ``cls`` itself if torch derived none.
     """
     while True:
         if FSDPModule in cls.__bases__:
@@ -33,7 +33,7 @@ def _is_parametrized(cls):
 
 
 class Derived:
-    """Mixin of classes that are made of two others on the fly.
+    """Mixin of classes that are derived from two others at run time.
 
     Attributes:
         made_of (tuple[type]): The classes, for copies and pickles.
@@ -47,14 +47,14 @@ class Derived:
 
 @functools.cache
 def derive(first, plain):
-    """A class that computes as one and is an instance of another.
+    """Derive a class that computes as one class and subclasses another.
 
     Args:
         first (type): Class whose methods go first.
         plain (type): Class of a module, subclass of the parent of ``first``.
 
     Returns:
-        type: A subclass of both, always the same one.
+        type: A subclass of both, always the same for the same arguments.
     """
     bases = (Derived, first, plain)
     # Direct bases, too, are compared by name: see register_layer().
@@ -72,7 +72,7 @@ def _make_instance(first, plain):
 
 
 def replace_class(module, old, new):
-    """Give a module another class in place of one of its bases.
+    """Replace the class of a module, or one of its bases.
 
     Classes that torch has made on the fly around the old one (parametrised
     layers, shards of FSDP) are made again around the new one.
@@ -80,7 +80,7 @@ def replace_class(module, old, new):
     Args:
         module (nn.Module): The module.
         old (type): Its class, or a base of it.
-        new (type): What takes the place of that.
+        new (type): Replacement of ``old``.
     """
     module.__class__ = _rebuilt(type(module), old, new)
 

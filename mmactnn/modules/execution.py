@@ -1,4 +1,4 @@
-"""How code runs now: plain eager torch, or under a tool that reads along."""
+"""Mode of execution: plain eager torch, or under tracers and transforms."""
 
 import functools
 import logging
@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 from torch.utils._device import DeviceContext
 
-# Types of tensors that are nothing but values.
+# Types of tensors that hold values and nothing else.
 ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _functorch = torch._C._functorch
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
@@ -18,7 +18,7 @@ def is_ordinary(tensor):
     """Whether a tensor holds values that kernels can read, and no more.
 
     Args:
-        tensor (object): A tensor, or whatever is in its place.
+        tensor (object): A tensor, or an object in its place.
 
     Returns:
         bool: False for subclasses, proxies of tracers, tensors without
@@ -36,7 +36,7 @@ def is_ordinary(tensor):
 
 
 def is_transformed():
-    """Whether a transform follows computation besides reverse-mode autograd.
+    """Whether a transform other than reverse-mode autograd is active.
 
     Returns:
         bool: True under ``torch.func``, forward-mode differentiation,
@@ -54,16 +54,17 @@ def is_transformed():
 
 
 def is_plain(input):
-    """Whether a call computes what it says and nobody follows it.
+    """Whether a call runs eagerly, without transforms or function modes.
 
-    All of :func:`is_transformed`, of function modes and, but for the class,
-    of :func:`is_ordinary` at once: every layer asks at every call.
+    It combines :func:`is_transformed`, function modes and, except for the
+    class of the tensor, :func:`is_ordinary` in one function, as every layer
+    calls it at every call.
 
     Args:
         input (Tensor[*]): First argument of the call.
 
     Returns:
-        bool: True under dispatch modes that only look on.
+        bool: True also under dispatch modes that only observe.
     """
     return (
         _functorch.peek_interpreter_stack() is None
@@ -101,7 +102,7 @@ def is_leaf_of_trace(module, input):
         input (object): First argument of its call.
 
     Returns:
-        bool: False also if the module itself is what is traced.
+        bool: False also if the module itself is traced.
     """
     return (
         isinstance(input, torch.fx.Proxy)
@@ -112,8 +113,8 @@ def is_leaf_of_trace(module, input):
 def record_leaf(module, args):
     """Record the call of a module in a trace of ``torch.fx``.
 
-    Torch's own layers are leaves by the name of their package; this is what
-    a tracer does with them.
+    Tracers do the same for torch's own layers, which are leaves by the name
+    of their package.
 
     Args:
         module (nn.Module): The module.
@@ -157,7 +158,7 @@ def overrides_functions(cls):
 
 
 def is_observed():
-    """Whether anything watches all calls: global hooks, modes.
+    """Whether global hooks or modes observe all calls.
 
     Returns:
         bool: True under hooks that all modules have, dispatch modes, and
@@ -179,9 +180,9 @@ def _tell_outside_graph():
 
 @torch.compiler.disable
 def call_outside_graph(function, *args):
-    """Call a function eagerly, where torch.compile reads along.
+    """Call a function eagerly within code that torch.compile compiles.
 
-    The log says so once.
+    The first such call is logged.
 
     Args:
         function (Callable): The function.

@@ -1,4 +1,4 @@
-"""Functions that a class's forward pass rests on, compared by identity."""
+"""Functions of a class's forward pass, compared by identity."""
 
 import inspect
 from types import CodeType, FunctionType
@@ -9,7 +9,7 @@ from torch import nn
 def names_in(code):
     """Names that a function's code reads: attributes, globals and strings.
 
-    Strings count because ``getattr(self, 'norm1')`` names what it reads so.
+    Strings are included since ``getattr(self, 'norm1')`` reads that attribute.
 
     Args:
         code (types.CodeType): Code of a function; functions within it count.
@@ -36,8 +36,8 @@ def functions_of(cls, name='forward'):
         name (str, optional): Name of the method. Defaults to ``'forward'``.
 
     Returns:
-        dict[str, object]: What the class has under the names of the methods:
-        functions, properties and the like.
+        dict[str, object]: Attributes of the class by the names of the
+        methods: functions, properties and the like.
     """
     found, todo = {}, [name]
     while todo:

@@ -1,15 +1,15 @@
-"""Names of the parts of a model, whatever wraps them."""
+"""Qualified names of a model's modules, independent of wrappers."""
 
 import torch.distributed as dist
 
-# Where FullyShardedDataParallel, torch's wrapper for activation checkpointing
-# and torch.compile keep what they wrap.
+# Attributes in which FullyShardedDataParallel, torch's wrapper for activation
+# checkpointing and torch.compile keep the wrapped module.
 _INNER = frozenset(
     ('_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_orig_mod')
 )
 
-# Classes, by full name, whose one part ``module`` is what they wrap. Their
-# packages need not be installed.
+# Full names of wrapper classes whose only child ``module`` is the wrapped one.
+# Their packages need not be installed.
 _WRAPPERS = frozenset(
     (
         'torch.nn.parallel.data_parallel.DataParallel',
@@ -22,7 +22,7 @@ _WRAPPERS = frozenset(
 
 
 def named_modules(model):
-    """The modules of a model, by the names that they have unwrapped.
+    """Iterate over the modules of a model, by their names without wrappers.
 
     Patterns of names, reports and saved states then mean the same whether
     parts of the model are wrapped or not.
@@ -32,10 +32,10 @@ def named_modules(model):
 
     Yields:
         tuple[str, nn.Module]: Qualified name and module. A wrapper comes
-        before what it wraps, by the same name.
+        before the module that it wraps, with the same name.
     """
-    # By the name that a module has in the model, the one that it has here. A
-    # module comes before its parts.
+    # Maps names in the wrapped model to names without wrappers. Modules come
+    # before their children.
     names = {'': ''}
     wrappers = set()
     for name, module in model.named_modules():
@@ -59,14 +59,15 @@ def _is_wrapper(module):
 
 
 def gathering_modules(model):
-    """Modules before whose forward pass FSDP gathers parameters.
+    """Modules for whose forward pass FSDP gathers parameters.
 
     Args:
         model (nn.Module): The model, with or without its own wrapper.
 
     Returns:
-        list[nn.Module]: Those of the model's parts and, as its wrapper may be
-        out of sight, the model. None without a process group.
+        list[nn.Module]: Such modules within the model and, as its own wrapper
+        may not be known here, the model itself; empty without a process
+        group.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return []

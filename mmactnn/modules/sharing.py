@@ -1,4 +1,4 @@
-"""Modules that somebody outside of a model holds as well."""
+"""Layers that objects outside of a model hold as well."""
 
 import collections
 import gc
@@ -8,19 +8,19 @@ from torch import nn
 
 
 def shared_layers(model):
-    """Layers of a model that others than the model can reach.
+    """Find layers of a model that other objects refer to.
 
-    These are another model that has the layer as a part, a class with the
-    layer as attribute (``default_act = nn.SiLU()``), and globals and default
-    arguments of the code that defines a class of the model: whatever uses the
-    layer there may make it a part of other models at any time.
+    Such objects are other models with the same layer, classes with the layer
+    as an attribute (``default_act = nn.SiLU()``), and globals and default
+    arguments of the code that defines a class of the model: that code may add
+    the layer to other models at any time.
 
     Args:
         model (nn.Module): The model.
 
     Returns:
-        set[nn.Module]: Layers without parameters, buffers and parts that are
-        shared. To share others is to train one layer in two models.
+        set[nn.Module]: Shared layers without parameters, buffers and
+        children. (Sharing a layer with parameters trains it in both models.)
     """
     parts = list(model.modules())
     layers = {
@@ -38,8 +38,8 @@ def shared_layers(model):
         id(child) for part in parts for child in part._modules.values()
     )
     del parts
-    # To look for those who hold an object takes long: only where more do than
-    # the model, and in here the set, the variable and the argument.
+    # Finding referrers takes long. It is only done for layers with more of
+    # them than the model and, in here, the set, the variable and the argument.
     suspects = [
         layer
         for layer in layers - found
@@ -56,7 +56,7 @@ def shared_layers(model):
 
 
 def alias_of(layer):
-    """A second module with all that a layer has, hooks included.
+    """Make a second module that shares all state of a layer, with its hooks.
 
     Args:
         layer (nn.Module): A layer without parameters, buffers and parts.
@@ -84,7 +84,7 @@ def _reachable_by_code(classes):
 
 
 def _is_part_of_module(table):
-    """Whether a dict is the table of parts of some module."""
+    """Whether a dict holds the children of a module."""
     if not all(v is None or isinstance(v, nn.Module) for v in table.values()):
         return False
     for holder in gc.get_referrers(table):

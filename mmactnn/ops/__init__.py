@@ -1,7 +1,7 @@
 """The kernels as functions of tensors, without autograd.
 
-The names that a module of this package lists in its ``__all__`` are names of
-the package: an op is a module, and nothing else has to know of it.
+The package exports all names that its modules list in ``__all__``: adding an
+op means adding a module, and nothing else.
 """
 
 import importlib
@@ -14,6 +14,6 @@ __all__ = ['layout']
 for _info in pkgutil.iter_modules(__path__):
     _module = importlib.import_module(f'.{_info.name}', __name__)
     for _name in getattr(_module, '__all__', ()):
-        # In place of the module, where an op has its name.
+        # An op replaces the module of the same name.
         globals()[_name] = getattr(_module, _name)
         __all__ += [_name]

@@ -1,4 +1,4 @@
-"""Kernels that are Python: shapes without data, and no gradients."""
+"""Registration of Python kernels: fake kernels, decompositions, autograd."""
 
 import torch
 
@@ -8,7 +8,7 @@ _library = torch.library.Library('mmactnn', 'IMPL')
 
 
 def fake(op):
-    """Make a function the fake kernel of an op, if there are kernels at all.
+    """Register a function as the fake kernel of an op, if there are kernels.
 
     Args:
         op (str): Name of the op.
@@ -26,8 +26,8 @@ def fake(op):
     return register
 
 
-def parts(op):
-    """Make a function an op where it is traced: it calls the op's parts.
+def decomposition(op):
+    """Register a function that replaces an op by simpler ones when traced.
 
     Args:
         op (str): Name of the op.
@@ -46,10 +46,10 @@ def parts(op):
 
 
 def without_gradient(op):
-    """Let autograd pass an op by: what it returns requires no gradient.
+    """Make autograd skip an op: its outputs require no gradient.
 
-    The functions of :mod:`mmactnn.autograd` are what is differentiable.
-    Without this torch would give outputs a gradient function that only warns.
+    The functions of :mod:`mmactnn.autograd` are differentiable, ops are not.
+    Without this, torch gives outputs a gradient function that only warns.
 
     Args:
         op (str): Name of the op.

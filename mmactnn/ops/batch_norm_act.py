@@ -1,8 +1,8 @@
-"""A whole batch normalisation with what follows it, and its backward pass.
+"""Batch normalisation fused with addition and ReLU, and its backward pass.
 
-These put :func:`channel_stats`, :func:`norm_act` and the functions of
-:mod:`mmactnn.ops.norm_grad` together in one call each: a training step calls
-them for every layer, and what a call costs on the host counts. The kernels
+Each function combines :func:`channel_stats`, :func:`norm_act` and the
+functions of :mod:`mmactnn.ops.norm_grad` in one call: a training step calls
+them for every layer, so that the host's time for a call matters. The kernels
 check their arguments.
 """
 
@@ -25,15 +25,16 @@ __all__ = [
 
 
 class NormSettings(NamedTuple):
-    """Where a batch normalisation gets mean and variance from.
+    """Statistics and constants of a batch normalisation.
 
     Attributes:
         running_mean (Tensor[C], optional): float32, float16 or bfloat16,
-            contiguous; moved towards that of the batch, or used in its place.
+            contiguous; updated with the mean of the batch, or used in its
+            place.
         running_var (Tensor[C], optional): Likewise.
-        num_batches_tracked (Tensor[], optional): int64, counts the batches.
-        of_batch (bool): Whether to normalise with the statistics of the
-            batch.
+        num_batches_tracked (Tensor[], optional): int64, number of batches.
+        use_batch_stats (bool): Whether to normalise with the statistics of
+            the batch.
         momentum (float): Weight of the batch in the running statistics.
         eps (float): Added to the variance.
     """
@@ -41,7 +42,7 @@ class NormSettings(NamedTuple):
     running_mean: torch.Tensor | None
     running_var: torch.Tensor | None
     num_batches_tracked: torch.Tensor | None
-    of_batch: bool
+    use_batch_stats: bool
     momentum: float
     eps: float
 
@@ -59,27 +60,27 @@ def batch_norm_act(
     *,
     seed,
     offset=0,
-    count=None,
+    offset_tensor=None,
 ):
-    """Statistics of the channels, and :func:`norm_act` with them.
+    """Compute statistics of channels and run :func:`norm_act` with them.
 
     Args:
         input (Tensor[N, C, *]): See :func:`norm_act`.
         residual (Tensor[N, C, *], optional): See :func:`norm_act`.
         weight (Tensor[C], optional): float32.
         bias (Tensor[C], optional): float32.
-        settings (NormSettings): Where mean and variance come from.
+        settings (NormSettings): Statistics and constants.
         relu (bool): See :func:`norm_act`.
         bits (int): See :func:`norm_act`.
         act_bits (int): See :func:`norm_act`.
         group_size (int, optional): See :func:`norm_act`.
         seed (int): See :func:`norm_act`.
         offset (int, optional): See :func:`norm_act`.
-        count (Tensor[1], optional): See :func:`norm_act`.
+        offset_tensor (Tensor[1], optional): See :func:`norm_act`.
 
     Returns:
-        tuple[Tensor, Tensor, list[Tensor]]: The output (Tensor[N, C, *]); one
-        over the standard deviations (Tensor[C], float32); ``codes`` and
+        tuple[Tensor, Tensor, list[Tensor]]: The output (Tensor[N, C, *]);
+        inverse standard deviations (Tensor[C], float32); ``codes`` and
         ``ranges`` and, with a residual, ``act_codes`` and ``act_ranges`` of
         :func:`norm_act`.
 
@@ -103,7 +104,7 @@ def batch_norm_act(
         group_size,
         as_int64(seed),
         as_int64(offset),
-        count,
+        offset_tensor,
     )
     return output, invstd, payload[: 2 if residual is None else 4]
 
@@ -121,9 +122,9 @@ def batch_norm_act_(
     *,
     seed,
     offset=0,
-    count=None,
+    offset_tensor=None,
 ):
-    """The same in place.
+    """:func:`batch_norm_act` in place.
 
     Args:
         input (Tensor[N, C, *]): Contiguous or dense and channels_last;
@@ -138,10 +139,10 @@ def batch_norm_act_(
         group_size (int, optional): See :func:`batch_norm_act`.
         seed (int): See :func:`batch_norm_act`.
         offset (int, optional): See :func:`batch_norm_act`.
-        count (Tensor[1], optional): See :func:`batch_norm_act`.
+        offset_tensor (Tensor[1], optional): See :func:`batch_norm_act`.
 
     Returns:
-        tuple[Tensor, list[Tensor]]: What :func:`batch_norm_act` returns after
+        tuple[Tensor, list[Tensor]]: Results of :func:`batch_norm_act` after
         the output.
 
     Raises:
@@ -163,7 +164,7 @@ def batch_norm_act_(
         group_size,
         as_int64(seed),
         as_int64(offset),
-        count,
+        offset_tensor,
     )
     return invstd, payload[: 2 if residual is None else 4]
 
@@ -176,13 +177,13 @@ def batch_norm_act_backward(
     weight,
     invstd,
     relu,
-    of_batch,
+    use_batch_stats,
     needs_input,
     bits,
     act_bits,
     group_size,
 ):
-    """All gradients of :func:`batch_norm_act`.
+    """Gradients of :func:`batch_norm_act`.
 
     Args:
         grad_output (Tensor[N, C, *]): See :func:`norm_grad_sums`.
@@ -194,8 +195,8 @@ def batch_norm_act_backward(
         weight (Tensor[C], optional): float32, contiguous.
         invstd (Tensor[C]): float32.
         relu (bool): Whether the output was rectified.
-        of_batch (bool): Whether the statistics were those of the batch, and
-            so depend on the input.
+        use_batch_stats (bool): Whether the statistics were those of the batch
+            and so depend on the input.
         needs_input (bool): Whether the gradient of the input is wanted.
         bits (int): Bits of ``codes``.
         act_bits (int): Bits of ``act_codes``.
@@ -203,9 +204,9 @@ def batch_norm_act_backward(
 
     Returns:
         tuple[tuple[Tensor, Tensor], list[Tensor]]: The gradients of bias and
-        weight (Tensor[C], float32); and of the shape, dtype and strides of
-        ``grad_output`` the gradient of the input, if it is wanted, and then
-        that of the residual, if there was one.
+        weight (Tensor[C], float32); the gradient of the input, if it is
+        wanted, and that of the residual, if there was one, both with the
+        shape, dtype and strides of ``grad_output``.
 
     Raises:
         RuntimeError: If the device has no kernels, or an argument is not
@@ -220,7 +221,7 @@ def batch_norm_act_backward(
         weight,
         invstd,
         relu,
-        of_batch,
+        use_batch_stats,
         needs_input,
         bits,
         act_bits,
@@ -238,7 +239,7 @@ def _fake_batch_norm_act(
     running_mean,
     running_var,
     num_batches_tracked,
-    of_batch,
+    use_batch_stats,
     momentum,
     eps,
     *format,
@@ -264,7 +265,7 @@ def _fake_batch_norm_act_backward(
     weight,
     invstd,
     relu,
-    of_batch,
+    use_batch_stats,
     needs_input,
     bits,
     act_bits,

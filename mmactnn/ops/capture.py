@@ -1,4 +1,4 @@
-"""Whether a CUDA graph is being captured."""
+"""Detection of CUDA graph capture."""
 
 import torch
 
@@ -6,7 +6,7 @@ import torch
 def is_capturing():
     """bool: Whether this thread's current stream is being captured.
 
-    What the host does then is done once, for all replays.
+    Work of the host is then done once, and not in replays.
     """
     return torch.cuda.is_initialized() and (
         torch.cuda.is_current_stream_capturing()
@@ -17,10 +17,10 @@ def refuse_capture(reason):
     """Raise if a CUDA graph is being captured.
 
     Args:
-        reason (str): Why it cannot be, and the remedy.
+        reason (str): Why the call cannot be captured, and the remedy.
 
     Raises:
-        RuntimeError: If one is.
+        RuntimeError: If a graph is being captured.
     """
     if is_capturing():
         raise RuntimeError(reason)

@@ -14,7 +14,7 @@ def check_channels(tensor, name='input'):
 
     Args:
         tensor (Tensor[N, C, *]): Any.
-        name (str, optional): What errors call it. Defaults to ``'input'``.
+        name (str, optional): Its name in errors. Defaults to ``'input'``.
 
     Raises:
         ValueError: If it has not 2 to 5 dimensions.
@@ -42,28 +42,28 @@ def check_vector(tensor, shape, name):
 
 
 def channel_stats(input, eps, momentum, running_mean, running_var):
-    """Mean and variance of every channel, and the running ones.
+    """Mean and variance of every channel; updates running statistics.
 
-    Sums go by differences from elements of the channel, and the order of
-    summation is fixed: a mean far from zero costs no accuracy, and two calls
-    on one device give equal numbers.
+    Sums are over differences from elements of the channel, in a fixed order:
+    a mean far from zero costs no accuracy, and two calls on one device give
+    equal numbers.
 
     Args:
         input (Tensor[N, C, *]): float32, float16 or bfloat16, of 2 to 5
             dimensions. Contiguous and channels_last tensors are read in
             place, others are copied first.
-        eps (float): What is added to the variance.
+        eps (float): Added to the variance.
         momentum (float): Weight of this batch in the running statistics.
         running_mean (Tensor[C], optional): float32, float16 or bfloat16,
-            contiguous; overwritten. None: there are no running statistics.
+            contiguous; updated in place. None: no running statistics.
         running_var (Tensor[C], optional): Likewise, of the same dtype; gets
             the unbiased variance, as in torch.
 
     Returns:
         tuple[Tensor, Tensor, Tensor]: Mean, biased variance and
-        ``1 / sqrt(variance + eps)`` (Tensor[C], float32). Of a tensor without
-        elements the first two are 0, and the running statistics stay as they
-        are.
+        ``1 / sqrt(variance + eps)`` (Tensor[C], float32). For a tensor
+        without elements the first two are 0, and the running statistics are
+        not changed.
 
     Raises:
         ValueError: If ``input`` has not 2 to 5 dimensions, or the running

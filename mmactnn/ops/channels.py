@@ -1,8 +1,8 @@
-"""Which dimension and which memory order the channels have."""
+"""Channel dimension and memory format of tensors."""
 
 import torch
 
-# By the number of dimensions.
+# Keys are numbers of dimensions.
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -10,7 +10,7 @@ def channel_shape(tensor):
     """Shape that lets a vector of channels broadcast.
 
     Args:
-        tensor (Tensor[N, C, *]): What it meets.
+        tensor (Tensor[N, C, *]): The other operand.
 
     Returns:
         list[int]: ``[1, -1, 1, ...]``.
@@ -19,10 +19,10 @@ def channel_shape(tensor):
 
 
 def dims_but_channels(tensor):
-    """The dimensions that a statistic of each channel runs over.
+    """Dimensions to reduce for a statistic of each channel.
 
     Args:
-        tensor (Tensor[N, C, *]): What it is of.
+        tensor (Tensor[N, C, *]): Tensor to reduce.
 
     Returns:
         list[int]: All dimensions but 1.
@@ -31,7 +31,7 @@ def dims_but_channels(tensor):
 
 
 def memory_format(tensor):
-    """The memory format that a tensor is in.
+    """Memory format of a tensor.
 
     Args:
         tensor (Tensor[N, C, *]): Any layout.
@@ -50,10 +50,10 @@ def memory_format(tensor):
 
 
 def as_memory_format(tensor, format):
-    """A tensor in a memory format, which its strides tell as well.
+    """Convert a tensor to a memory format, with unambiguous strides.
 
     The weight of a 1x1 convolution is contiguous and channels_last at once;
-    of its strides alone torch then thinks the former, and works in it.
+    from ambiguous strides torch concludes that it is contiguous.
 
     Args:
         tensor (Tensor[N, C, *]): Any layout.

@@ -1,7 +1,7 @@
-"""Convolutions and what follows each of them, in one call.
+"""Chains of convolutions with their epilogues, in one op each way.
 
-The values are those of the ops that these functions stand for. What they save
-is the time between two calls, of which small tensors want less than the host.
+The results equal those of the single ops, bit for bit. A chain saves the time
+between calls: for small tensors it exceeds the time of the kernels.
 """
 
 import enum
@@ -15,9 +15,9 @@ from .quantize import as_int64
 __all__ = [
     'ChainPlan',
     'Encoding',
-    'Follows',
-    'Kept',
-    'Link',
+    'Epilogue',
+    'PayloadKind',
+    'ChainStep',
     'NOT_ENCODED',
     'PARAMETERS',
     'conv_chain',
@@ -26,66 +26,70 @@ __all__ = [
     'source_of_input',
 ]
 
-# Tensors that belong to each convolution.
+# Tensors of a layer: weight and bias of the convolution, scale and shift of
+# the normalisation.
 PARAMETERS = 4
 
 
 def source_of_input(index):
-    """What stands for an input in :attr:`Link.source`.
+    """Reference to an input of the chain, for :attr:`ChainStep.source`.
 
     Args:
-        index (int): Which input.
+        index (int): Index of the input.
+
+    Returns:
+        int: The complement of the index, hence negative.
     """
     return ~index
 
 
 def is_input(source):
-    """Whether a link reads an input, which is then ``~source``.
+    """Whether a source is an input of the chain; its index is ``~source``.
 
     Args:
-        source (int): See :attr:`Link.source`.
+        source (int): See :attr:`ChainStep.source`.
     """
     return source < 0
 
 
-class Follows(enum.IntEnum):
-    """What follows a convolution."""
+class Epilogue(enum.IntEnum):
+    """Operations fused behind a convolution."""
 
-    NOTHING = 0
+    NONE = 0
     RELU = 1
     NORM = 2
     NORM_RELU = 3
 
 
-class Kept(enum.IntEnum):
-    """How an input of a chain is kept, by the kind of its payload."""
+class PayloadKind(enum.IntEnum):
+    """Kinds of payloads that stand for an input of a chain."""
 
-    NOTHING = -1
+    NONE = -1
     PLAIN = 0
     ROWS = 1
     SPLIT = 2
     ZEROED = 3
 
 
-class Link(NamedTuple):
-    """A convolution with zero padding, and what follows it.
+class ChainStep(NamedTuple):
+    """A convolution with zero padding, and its epilogue.
 
     Attributes:
-        source (int): What it reads: the output of a link before it, by its
-            index, which must be rectified; or an input
-            (:func:`source_of_input`).
-        added (int, optional): What is added after the normalisation, before
-            the ReLU, likewise.
-        layer (int): Which of the parameters and buffers are its.
-        stride (tuple[int]): Of the convolution.
-        padding (tuple[int]): Likewise.
-        dilation (tuple[int]): Likewise.
-        groups (int): Likewise.
-        follows (Follows): What follows it.
-        of_batch (bool): Whether the normalisation's statistics are the
-            batch's.
-        bits (int): Of the codes of what follows.
-        act_bits (int): Of those of the output after an addition, else 0.
+        source (int): Tensor that it reads: an input
+            (:func:`source_of_input`), or the index of an earlier step, whose
+            output must be rectified.
+        added (int, optional): Tensor that is added between normalisation and
+            ReLU; an input or the index of an earlier step.
+        layer (int): Index of its parameters, buffers and settings.
+        stride (tuple[int]): Stride of the convolution.
+        padding (tuple[int]): Padding of the convolution.
+        dilation (tuple[int]): Dilation of the convolution.
+        groups (int): Groups of the convolution.
+        epilogue (Epilogue): Operations behind the convolution.
+        use_batch_stats (bool): Whether the normalisation uses the statistics
+            of the batch.
+        bits (int): Bits a code of the epilogue's payload.
+        act_bits (int): Bits a code of the output after an addition, else 0.
         group_size (int): Elements a range.
     """
 
@@ -96,30 +100,47 @@ class Link(NamedTuple):
     padding: tuple
     dilation: tuple
     groups: int
-    follows: Follows
-    of_batch: bool
+    epilogue: Epilogue
+    use_batch_stats: bool
     bits: int
     act_bits: int
     group_size: int
 
     @property
-    def kept(self):
-        """int: How many tensors are kept of what follows."""
-        if self.follows is Follows.NOTHING:
-            return 0
-        if self.follows is Follows.RELU:
-            return 2
-        return 3 if self.added is None else 5
+    def has_norm(self):
+        """bool: Whether the epilogue has a normalisation."""
+        return self.epilogue in (Epilogue.NORM, Epilogue.NORM_RELU)
+
+    @property
+    def num_saved(self):
+        """int: Number of tensors that the epilogue saves."""
+        if self.has_norm:
+            return 3 if self.added is None else 5
+        return 0 if self.epilogue is Epilogue.NONE else 2
+
+
+def find_outputs(steps):
+    """Indices of the steps whose outputs are those of the chain.
+
+    Args:
+        steps (Sequence[ChainStep]): The steps.
+
+    Returns:
+        list[int]: Steps that no other one reads, in ascending order.
+    """
+    read = {s for step in steps for s in (step.source, step.added)}
+    return [i for i in range(len(steps)) if i not in read]
 
 
 class ChainPlan(NamedTuple):
-    """The links of a chain, as the ops take them.
+    """Steps of a chain as lists of numbers, the form that the ops take.
 
     Attributes:
-        numbers (list[int]): The links, one after the other.
+        numbers (list[int]): The steps, one after the other.
         settings (list[float]): Momentum and eps of each layer's
             normalisation.
-        draws (int): How many tensors are rounded, but for the inputs.
+        draws (int): Number of payloads that the epilogues round, each of
+            which takes an offset.
     """
 
     numbers: list
@@ -127,90 +148,95 @@ class ChainPlan(NamedTuple):
     draws: int
 
     @classmethod
-    def of(cls, links, settings):
-        """The plan of some links.
+    def of(cls, steps, settings):
+        """Make the plan of a chain.
 
         Args:
-            links (Sequence[Link]): The links. The outputs of those that no
-                other one reads are the chain's.
+            steps (Sequence[ChainStep]): The steps. Outputs that no step reads
+                are outputs of the chain.
             settings (Sequence[float]): See the class.
 
         Returns:
             ChainPlan: The plan.
         """
         numbers = []
-        for link in links:
-            adds = link.added is not None
-            numbers += link.source, int(adds)
-            numbers += [link.added] if adds else []
-            numbers += link.layer, len(link.stride)
-            numbers += *link.stride, *link.padding, *link.dilation
-            numbers += link.groups, int(link.follows), int(link.of_batch)
-            numbers += link.bits, link.act_bits, link.group_size
+        for step in steps:
+            adds = step.added is not None
+            numbers += step.source, int(adds)
+            numbers += [step.added] if adds else []
+            numbers += step.layer, len(step.stride)
+            numbers += *step.stride, *step.padding, *step.dilation
+            numbers += (
+                step.groups,
+                int(step.epilogue),
+                int(step.use_batch_stats),
+            )
+            numbers += step.bits, step.act_bits, step.group_size
         return cls(
             numbers,
             list(settings),
-            sum(link.follows != Follows.NOTHING for link in links),
+            sum(step.epilogue != Epilogue.NONE for step in steps),
         )
 
 
 class Encoding(NamedTuple):
-    """How an input of a chain is kept.
+    """Format of the payload that stands for an input of a chain.
 
     Attributes:
-        kind (Kept): How.
-        bits (int): Bits a code; for ``ROWS`` those of all samples together,
-            which share them out by their ranges
-            (:func:`mmactnn.ops.split_bits`).
+        kind (PayloadKind): Kind of the payload.
+        bits (int): Bits a code; for ``ROWS`` the sum over all samples, which
+            :func:`mmactnn.ops.allocate_sample_bits` divides among them by
+            their ranges.
         group_size (int): Elements a range.
     """
 
-    kind: Kept
+    kind: PayloadKind
     bits: int
     group_size: int
 
     @property
-    def tensors(self):
-        """int: How many tensors the op makes of an input."""
-        return 4 if self.kind is Kept.ROWS else 2
+    def num_tensors(self):
+        """int: Number of tensors in the payload that the op makes."""
+        return 4 if self.kind is PayloadKind.ROWS else 2
 
 
-# Of an input that has codes already, or that no convolution reads.
-NOT_ENCODED = Encoding(Kept.NOTHING, 0, 0)
+# For inputs that have a payload already, or that no convolution reads.
+NOT_ENCODED = Encoding(PayloadKind.NONE, 0, 0)
 
 
 def conv_chain(inputs, parameters, buffers, plan, formats, *, seed, offset=0):
-    """The forward pass of convolutions and what follows each of them.
+    """Forward pass of a chain of convolutions with their epilogues.
 
-    Each convolution's output is overwritten with what
-    :func:`mmactnn.ops.batch_norm_act_` or :func:`mmactnn.ops.relu_codes_`
-    makes of it. Each of these takes the next offset, and an input that is
-    encoded does so before the first convolution that reads it.
+    The epilogue, :func:`mmactnn.ops.batch_norm_act_` or
+    :func:`mmactnn.ops.relu_codes_`, overwrites the output of its convolution
+    and takes the next offset. An input to be encoded takes its offset before
+    the first convolution that reads it.
 
     Args:
         inputs (Sequence[Tensor[N, C, *]]): float32, float16 or bfloat16.
-            Those that are encoded are dense, dimension 0 outermost; those
-            that are added have shape and dtype of what they are added to.
-        parameters (Sequence[Tensor | None]): Of each layer the weight and
-            bias of its convolution, of the inputs' dtype, and scale and shift
-            of its normalisation, float32.
-        buffers (Sequence[Tensor | None]): Of each layer the first three of
-            :class:`NormSettings`, which are updated.
-        plan (ChainPlan): The links.
-        formats (Sequence[int]): Of each input, one after the other, its
-            :class:`Encoding` as ``PLAIN`` or ``ROWS``, or ``NOT_ENCODED``.
+            Inputs to be encoded are dense, dimension 0 outermost; inputs to
+            be added have the shape and dtype of the other summand.
+        parameters (Sequence[Tensor | None]): For each layer the weight and
+            bias of its convolution, in the inputs' dtype, then scale and
+            shift of its normalisation, float32.
+        buffers (Sequence[Tensor | None]): For each layer the first three
+            fields of :class:`NormSettings`, which are updated.
+        plan (ChainPlan): The steps.
+        formats (Sequence[int]): The :class:`Encoding` of each input, one
+            after the other: of kind ``PLAIN`` or ``ROWS``, or
+            ``NOT_ENCODED``.
         seed (int): Key of the random bits, 64 bits.
         offset (int, optional): Counter of the random bits, 64 bits.
 
     Returns:
-        tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]: The outputs
-        (Tensor[N, O, *]) of the links that no other one reads; codes of the
-        inputs that are encoded, as :func:`mmactnn.ops.quantize` or
-        :func:`mmactnn.ops.quantize_rows` returns them, in the latter case
-        with bits and first bits of the samples; what the other ops returned,
-        but their outputs; shapes and strides of inputs and of what each
-        convolution returned. The last two are for
-        :func:`conv_chain_backward`.
+        tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]: ``outputs``
+        (Tensor[N, O, *]) of the steps that no other one reads; ``codes`` of
+        the encoded inputs, as :func:`mmactnn.ops.quantize` or
+        :func:`mmactnn.ops.quantize_rows` returns them, the latter followed by
+        ``row_bits`` and ``row_starts``; ``kept``, the tensors that the
+        epilogues save; ``layouts`` (Tensor[*], int64, on the host), shapes
+        and strides of inputs and outputs of convolutions.
+        :func:`conv_chain_backward` takes the last three.
 
     Raises:
         RuntimeError: If the device has no kernels, or one of the calls
@@ -247,32 +273,33 @@ def conv_chain_backward(
     observed,
     dtype,
 ):
-    """All gradients of :func:`conv_chain`.
+    """Gradients of :func:`conv_chain`.
 
     Args:
         grad_outputs (Sequence[Tensor[N, O, *] | None]): Gradients of the
             outputs, any strides.
-        codes (Sequence[Tensor | None]): What is kept of the inputs, one
-            after the other.
-        formats (Sequence[int]): Of each input, one after the other, its
-            :class:`Encoding`; the bits of ``ROWS`` are not looked at.
+        codes (Sequence[Tensor | None]): Tensors of the inputs' payloads, one
+            input after the other.
+        formats (Sequence[int]): The :class:`Encoding` of each input, one
+            after the other; the bits of ``ROWS`` are ignored.
         parameters (Sequence[Tensor | None]): As in the forward pass.
         kept (Sequence[Tensor]): From the forward pass.
         layouts (Tensor[*]): From the forward pass.
         plan (ChainPlan): As in the forward pass.
-        needs (Sequence[bool]): Whether the gradients of ``parameters`` are
-            wanted; those of weights of convolutions must be, where anything
-            before them wants one.
-        needs_inputs (Sequence[bool]): Whether those of the inputs are wanted.
-        wide (bool): Whether those of an input that several links read are
-            summed in float32, as those of parameters are.
-        observed (bool): Whether the gradient of what the first link's
-            convolution returned is to be returned, too.
-        dtype (torch.dtype): Of the inputs.
+        needs (Sequence[bool]): Whether the gradient of each of ``parameters``
+            is wanted. A convolution behind anything that wants a gradient
+            must want that of its weight.
+        needs_inputs (Sequence[bool]): Whether the gradient of each input is
+            wanted.
+        wide (bool): Whether gradients of an input that several steps read are
+            summed in float32, as gradients of parameters are.
+        observed (bool): Whether to return the gradient of the first
+            convolution's output, too.
+        dtype (torch.dtype): Dtype of the inputs.
 
     Returns:
-        list[Tensor | None]: The gradients of inputs, what the first link's
-        convolution returned, and parameters; None where not wanted.
+        list[Tensor | None]: Gradients of the inputs, of the first
+        convolution's output, and of the parameters; None where not wanted.
 
     Raises:
         RuntimeError: As :func:`conv_chain`.
@@ -298,9 +325,9 @@ def conv_chain_backward(
 
 
 def _raise_out_of_memory(error):
-    """Tell the error of which torch has a class of its own.
+    """Raise running out of memory as torch's own class of error.
 
-    A call within the op loses the class.
+    The stable API turns every error within an op into a ``RuntimeError``.
     """
     if 'CUDA out of memory' in str(error):
         raise torch.OutOfMemoryError(str(error)) from error

@@ -1,4 +1,4 @@
-"""Dropout that is made from a seed, forward and backward."""
+"""Dropout whose mask is generated from a seed, forward and backward."""
 
 import torch
 
@@ -9,7 +9,7 @@ from .quantize import check_input
 __all__ = ['dropout', 'dropout_']
 
 
-def dropout(input, p, seed, offset=0, count=None):
+def dropout(input, p, seed, offset=0, offset_tensor=None):
     """Drop elements at random, and scale the others.
 
     An element is dropped where its 16 random bits (Philox, one number an
@@ -18,8 +18,8 @@ def dropout(input, p, seed, offset=0, count=None):
     expectation is that of the input whatever the rounding of p. A dropped
     element is multiplied by 0: as in torch NaN and inf become NaN.
 
-    The op is linear and takes nothing from the values: applied to the
-    gradient with the same numbers it is its own backward.
+    The op is linear, and the mask does not depend on the values: applied to
+    the gradient with the same seed and offset it is its own backward pass.
 
     Args:
         input (Tensor[*]): float32, float16 or bfloat16, any dense layout;
@@ -28,7 +28,8 @@ def dropout(input, p, seed, offset=0, count=None):
         seed (int): Key of the random bits, signed 64 bits.
         offset (int, optional): Counter of the random bits, signed 64 bits.
             Defaults to 0.
-        count (Tensor[1], optional): As in :func:`mmactnn.ops.quantize`.
+        offset_tensor (Tensor[1], optional): As in
+            :func:`mmactnn.ops.quantize`.
 
     Returns:
         Tensor[*]: The output, in the input's layout.
@@ -36,23 +37,23 @@ def dropout(input, p, seed, offset=0, count=None):
     Raises:
         TypeError: If the dtype is not supported.
         RuntimeError: If the device has no kernels, p is not in [0, 1), or
-            ``count`` is not valid.
+            ``offset_tensor`` is not valid.
     """
     check_input(input)
     return torch.ops.mmactnn.dropout.default(
-        dense(input), p, seed, offset, count
+        dense(input), p, seed, offset, offset_tensor
     )
 
 
-def dropout_(input, p, seed, offset=0, count=None):
-    """The same in place.
+def dropout_(input, p, seed, offset=0, offset_tensor=None):
+    """:func:`dropout` in place.
 
     Args:
         input (Tensor[*]): float32, float16 or bfloat16, dense; overwritten.
         p (float): See :func:`dropout`.
         seed (int): See :func:`dropout`.
         offset (int, optional): See :func:`dropout`.
-        count (Tensor[1], optional): See :func:`dropout`.
+        offset_tensor (Tensor[1], optional): See :func:`dropout`.
 
     Returns:
         Tensor[*]: ``input``.
@@ -60,18 +61,18 @@ def dropout_(input, p, seed, offset=0, count=None):
     Raises:
         TypeError: If the dtype is not supported.
         RuntimeError: If the device has no kernels, p is not in [0, 1),
-            ``count`` is not valid, or the tensor is not dense.
+            ``offset_tensor`` is not valid, or the tensor is not dense.
     """
     check_input(input)
-    torch.ops.mmactnn.dropout_.default(input, p, seed, offset, count)
+    torch.ops.mmactnn.dropout_.default(input, p, seed, offset, offset_tensor)
     return input
 
 
 @fake('dropout')
-def _fake_dropout(input, p, seed, offset, count=None):
+def _fake_dropout(input, p, seed, offset, offset_tensor=None):
     return torch.empty_like(input)
 
 
 @fake('dropout_')
-def _fake_dropout_(input, p, seed, offset, count=None):
+def _fake_dropout_(input, p, seed, offset, offset_tensor=None):
     pass

@@ -1,4 +1,4 @@
-"""Normalisation by constants, and what follows it."""
+"""Normalisation by constants, fused with addition and ReLU."""
 
 import torch
 
@@ -7,16 +7,16 @@ from .channel_stats import check_channels, check_vector
 
 __all__ = ['MAX_FROZEN_CHANNELS', 'frozen_norm_act_']
 
-# Their constants lie in shared memory of the GPU.
+# Limit of channels, whose constants lie in shared memory of the GPU.
 MAX_FROZEN_CHANNELS = 4096
 
 
 def frozen_norm_act_(input, residual, mean, var, weight, bias, eps, relu):
-    """Normalise by constants, maybe add and rectify, in place.
+    """Normalise by constants, with optional addition and ReLU, in place.
 
-    For the layers that are not trained, of which nothing is kept: one pass
-    over memory in place of one for each of them. ``scale = weight / sqrt(var +
-    eps)``, and ``input * scale + (bias - mean * scale)``, each operation in
+    For layers that are not trained and keep nothing: one pass over memory in
+    place of one for each layer. Computes ``input * scale + (bias - mean *
+    scale)`` with ``scale = weight / sqrt(var + eps)``, each operation in
     float32.
 
     Args:
@@ -28,7 +28,7 @@ def frozen_norm_act_(input, residual, mean, var, weight, bias, eps, relu):
         var (Tensor[C]): float32.
         weight (Tensor[C], optional): float32; 1 if None.
         bias (Tensor[C], optional): float32; 0 if None.
-        eps (float): What is added to the variance.
+        eps (float): Added to the variance.
         relu (bool): Whether to rectify. NaN stays.
 
     Raises:

@@ -1,11 +1,11 @@
-"""Memory layouts: what the kernels read in place and what must be copied."""
+"""Memory layouts that kernels read in place, and copies of others."""
 
 import torch
 
 
 def is_dense(tensor):
     """Whether the elements fill one piece of memory, in whatever order."""
-    # Quick questions first: a step asks for every layer.
+    # Cheap checks first: every layer calls this in every step.
     return (
         tensor.is_contiguous()
         or tensor.is_contiguous(memory_format=torch.channels_last)
@@ -35,10 +35,10 @@ def dense_rows(tensor):
 
 
 def dense_channels(tensor):
-    """A tensor [N, C, *] whose channels lie as the kernels expect them.
+    """A tensor [N, C, *] that is contiguous or dense and channels_last.
 
-    Contiguous and dense channels_last tensors pass without a copy; of other
-    layouts that look like channels_last the copy is so, too.
+    Such tensors pass without a copy. The copy of another layout is
+    channels_last if its strides suggest that.
 
     Args:
         tensor (Tensor[N, C, *]): Of 2 to 5 dimensions, any layout.
@@ -58,9 +58,9 @@ def dense_channels(tensor):
 def suggests_channels_last(tensor):
     """Whether torch takes a tensor for channels_last, dense or not.
 
-    Pooling and convolution give their results the layout that the strides of
-    the input suggest (``is_channels_last_strides_2d_s4`` of torch's
-    c10/core/MemoryFormat.h, to which this is equal).
+    Outputs of pooling and convolution have the layout that the strides of
+    the input suggest. This function equals ``is_channels_last_strides_2d_s4``
+    of torch's c10/core/MemoryFormat.h.
 
     Args:
         tensor (Tensor[*]): Any shape and layout.
@@ -70,7 +70,7 @@ def suggests_channels_last(tensor):
     expected = 0
     for d in (1, 3, 2, 0):
         size, stride = tensor.size(d), tensor.stride(d)
-        # A sample as large as a channel: both layouts, hence contiguous.
+        # A sample as large as a channel fits both layouts: contiguous.
         if stride < expected or (d == 0 and expected == tensor.stride(1)):
             return False
         expected = stride * size
@@ -85,8 +85,8 @@ def with_strides(tensor, stride):
         stride (tuple[int]): Strides of a dense layout of the same shape.
 
     Returns:
-        Tensor[*]: The same values. Strides of dimensions of size 1 do not
-        count.
+        Tensor[*]: The same values. Strides of dimensions of size 1 are
+        ignored.
     """
     strides = tensor.stride()
     same = strides == stride or all(

@@ -1,4 +1,4 @@
-"""Normalisation, residual sum and ReLU in one pass that keeps codes."""
+"""Fused normalisation, residual addition and ReLU, with codes."""
 
 import torch
 
@@ -67,22 +67,23 @@ def norm_act(
     *,
     seed,
     offset=0,
-    count=None,
+    offset_tensor=None,
 ):
-    """Normalise, add a residual and rectify, and keep what a backward needs.
+    """Normalise, add a residual and rectify, with codes for the backward pass.
 
     The output is ``(input - mean) * invstd * weight + bias``, plus the
-    residual, and 0 where a ReLU finds that it is not positive; each operation
-    is rounded to float32, the sum to the dtype. What is kept of it follows
-    from the arguments:
+    residual, and with a ReLU 0 where this is not positive; each operation
+    is rounded to float32, the sum to the dtype. The payload depends on the
+    arguments:
 
     - without a ReLU, plain codes of the normalised input
-      ``(input - mean) * invstd``, those of :func:`mmactnn.ops.quantize`;
-    - with a ReLU, split codes of the normalised input: the highest bit is
-      that of the elements that the ReLU lets pass, and the others are a code
-      in the range of the elements of the same kind, of which a group has two;
+      ``(input - mean) * invstd``, as of :func:`mmactnn.ops.quantize`;
+    - with a ReLU, split codes of the normalised input: the highest bit is set
+      for elements that pass the ReLU, the other bits are a code in the range
+      of the elements with the same highest bit, so that a group has two
+      ranges;
     - with a residual and a ReLU, plain codes of the normalised input, and
-      zeroed codes of the output: 0 for 0, and c + 1 for code c of the range
+      zeroed codes of the output: 0 for 0, and c + 1 for code c in the range
       of the positive values.
 
     Args:
@@ -92,11 +93,10 @@ def norm_act(
         residual (Tensor[N, C, *], optional): Of the shape and dtype of
             ``input``; of other strides it is copied.
         mean (Tensor[C]): float32.
-        invstd (Tensor[C]): float32, one over the standard deviation.
+        invstd (Tensor[C]): float32, inverse standard deviation.
         weight (Tensor[C], optional): float32.
         bias (Tensor[C], optional): float32.
-        relu (bool): Whether a ReLU follows; it must where there is a
-            residual.
+        relu (bool): Whether a ReLU follows; required with a residual.
         bits (int): Bits a code of the normalised input, from 1 to 8, for
             split codes from 2.
         act_bits (int): Bits a code of the output, from 2 to 8; not used
@@ -104,26 +104,27 @@ def norm_act(
         group_size (int, optional): Elements a range. Valid values are 64,
             128, 256 and 512. Defaults to 256.
         seed (int): Key of the random bits, 64 bits.
-        offset (int, optional): Counter of the random bits, of which the
-            highest is for the zeroed codes. Defaults to 0.
-        count (Tensor[1], optional): As in :func:`mmactnn.ops.quantize`.
+        offset (int, optional): Counter of the random bits; its highest bit
+            is reserved for zeroed codes. Defaults to 0.
+        offset_tensor (Tensor[1], optional): As in
+            :func:`mmactnn.ops.quantize`.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: The output (Tensor[N,
-        C, *], dtype and layout of ``input``); of the normalised input
-        ``codes`` (Tensor[N, ceil(M / 8) * bits], uint8) for M elements a
-        sample and ``ranges`` (Tensor[N, ceil(M / group_size), 2], bfloat16)
-        of low and step, or 4 numbers for split codes, those of the elements
-        that are not positive first; of the output ``act_codes`` and
-        ``act_ranges``, shaped as those of plain codes of ``act_bits``, or
-        without elements where there is no residual.
+        tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ``output`` (Tensor[N,
+        C, *], dtype and layout of ``input``); ``codes`` of the normalised
+        input (Tensor[N, ceil(M / 8) * bits], uint8), for M elements a sample;
+        ``ranges`` of the normalised input (Tensor[N, ceil(M / group_size),
+        2], bfloat16) of low and step, for split codes 4 numbers, those of
+        elements that do not pass the ReLU first; ``act_codes`` and
+        ``act_ranges`` of the output, shaped as those of plain codes of
+        ``act_bits``, without elements if there is no residual.
 
     Raises:
         ValueError: If a width, ``group_size`` or a shape is not valid, or
             there is a residual without a ReLU.
         TypeError: If a dtype is not supported.
         RuntimeError: If the device has no kernels, tensors are on several
-            devices, or ``count`` is not valid.
+            devices, or ``offset_tensor`` is not valid.
     """
     vectors = dict(mean=mean, invstd=invstd, weight=weight, bias=bias)
     _check(input, residual, vectors, relu, bits, act_bits, group_size)
@@ -143,7 +144,7 @@ def norm_act(
         group_size,
         as_int64(seed),
         as_int64(offset),
-        count,
+        offset_tensor,
     )
 
 
@@ -161,9 +162,9 @@ def fake_norm_act(
     group_size,
     seed,
     offset,
-    count=None,
+    offset_tensor=None,
 ):
-    """The fake kernel, for ops that are more than this one."""
+    """Fake kernel, also for ops that include this one."""
     output = torch.empty_like(input)
     codes, ranges = empty_payload(input, bits, group_size)
     if relu and residual is None:

@@ -1,4 +1,4 @@
-"""Gradients of a fused normalisation, from its codes."""
+"""Gradients of a fused normalisation from its codes."""
 
 import torch
 
@@ -18,16 +18,16 @@ def _check(grad_output, bits, group_size, relu):
 
 
 def norm_grad_sums(grad_output, codes, ranges, bits, group_size, relu):
-    """Sums over the channels of a normalisation's gradient.
+    """Sums over each channel of a normalisation's gradient.
 
-    The sums that the gradients of bias, weight and input of a batch norm are
-    made from, for :func:`norm_grad_input`. They are accurate to float32, in
-    an order that is fixed on a device.
+    The gradients of bias, weight and input of a batch normalisation are made
+    from them, see :func:`norm_grad_input`. The sums are accurate to float32,
+    and their order is fixed on a device.
 
     Args:
         grad_output (Tensor[N, C, *]): float32, float16 or bfloat16, of 2 to 5
-            dimensions, and of the strides of the normalised input, which are
-            those of a contiguous or channels_last tensor.
+            dimensions, with the strides of the normalised input, contiguous
+            or channels_last.
         codes (Tensor[N, ceil(M / 8) * bits]): uint8, from
             :func:`mmactnn.ops.norm_act` for M elements a sample; plain codes
             of the normalised input or, with ``relu``, split codes.
@@ -38,9 +38,8 @@ def norm_grad_sums(grad_output, codes, ranges, bits, group_size, relu):
         relu (bool): Whether a ReLU follows, whose mask the codes hold.
 
     Returns:
-        Tensor[2, C]: float32, the sums over the elements of each channel of
-        the gradients that pass the ReLU, and of their products with the
-        normalised input.
+        Tensor[2, C]: float32, sums over each channel of the gradients that
+        pass the ReLU, and of their products with the normalised input.
 
     Raises:
         ValueError: If ``bits`` or ``group_size`` is not valid, or
@@ -58,7 +57,7 @@ def norm_grad_sums(grad_output, codes, ranges, bits, group_size, relu):
 def norm_add_grad_sums(
     grad_output, codes, ranges, act_codes, bits, act_bits, group_size
 ):
-    """The same for a ReLU after a residual sum, and the gradient before it.
+    """:func:`norm_grad_sums` behind a ReLU of a residual sum.
 
     Args:
         grad_output (Tensor[N, C, *]): As in :func:`norm_grad_sums`.
@@ -74,8 +73,8 @@ def norm_add_grad_sums(
 
     Returns:
         tuple[Tensor, Tensor]: The gradient of the sum before the ReLU
-        (Tensor[N, C, *], dtype and strides of ``grad_output``), which is that
-        of the residual, too; and the sums of :func:`norm_grad_sums`.
+        (Tensor[N, C, *], dtype and strides of ``grad_output``), which is also
+        that of the residual; the sums of :func:`norm_grad_sums`.
 
     Raises:
         ValueError: If a width or ``group_size`` is not valid, or
@@ -93,11 +92,11 @@ def norm_add_grad_sums(
 def norm_grad_input(
     grad_output, codes, ranges, scale, means, bits, group_size, relu
 ):
-    """The gradient of a normalisation's input.
+    """Gradient of a normalisation's input.
 
-    ``(g - means[0] - normal * means[1]) * scale`` for the gradients g that
-    pass the ReLU, 0 for the others, and the normalised input that the codes
-    stand for; each operation is rounded to float32.
+    ``(g - means[0] - normal * means[1]) * scale``, where g is the gradient if
+    it passes the ReLU, else 0, and ``normal`` the decoded normalised input;
+    each operation is rounded to float32.
 
     Args:
         grad_output (Tensor[N, C, *]): As in :func:`norm_grad_sums`; after a

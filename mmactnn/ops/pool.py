@@ -1,4 +1,4 @@
-"""Max pooling that remembers 4 bits an output."""
+"""Max pooling that keeps 4 bits an output."""
 
 from typing import NamedTuple
 
@@ -12,12 +12,12 @@ from .quantize import check_input
 
 __all__ = ['MAX_TAPS', 'as_pair', 'max_pool2d', 'max_pool2d_backward']
 
-# Positions that 4 bits can tell apart.
+# Largest number of taps, as 4 bits hold a position.
 MAX_TAPS = 16
 
 
 class PoolFormat(NamedTuple):
-    """What backward needs beside the positions of the maxima.
+    """Geometry of max pooling for its backward pass.
 
     Attributes:
         kernel_size (tuple[int, int]): Height and width of a window.
@@ -39,7 +39,7 @@ class PoolFormat(NamedTuple):
 def max_pool2d(
     input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False
 ):
-    """Max pooling and where in its window each maximum lies.
+    """Max pooling with the position of each maximum in its window.
 
     As in torch the first of equal elements is the maximum, but the last NaN
     if there is any.
@@ -64,7 +64,7 @@ def max_pool2d(
         and memory format; the positions (Tensor[ceil(numel / 2)], uint8):
         the low and the high half of byte j hold ``row * width + column``
         inside of the window for the outputs 2 j and 2 j + 1 in memory order;
-        and what :func:`max_pool2d_backward` needs besides.
+        the geometry for :func:`max_pool2d_backward`.
 
     Raises:
         TypeError: If the dtype is not supported.
@@ -74,7 +74,7 @@ def max_pool2d(
     check_input(input)
     format = PoolFormat(
         as_pair(kernel_size),
-        # As in torch, an empty sequence stands for None.
+        # As in torch, an empty sequence means None.
         as_pair(kernel_size if stride in (None, (), []) else stride),
         as_pair(padding),
         as_pair(dilation),
@@ -83,7 +83,7 @@ def max_pool2d(
     )
     output_size = _output_size(input, format, ceil_mode)
     if output_size is None:
-        # Raises: the errors are torch's own.
+        # torch raises its own error.
         F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
         raise RuntimeError(f'max_pool2d has no kernel for {format}')
     memory_format = (
@@ -101,17 +101,17 @@ def max_pool2d(
 
 
 def max_pool2d_backward(grad_output, indices, format):
-    """The gradient of max pooling from the positions of the maxima.
+    """Gradient of max pooling from the positions of the maxima.
 
-    Every element of the input adds up the gradients of the windows whose
-    maximum it is, in their order and in float32: no atomic operations, and
-    the same sums on every device.
+    Each element of the input sums the gradients of the windows whose maximum
+    it is, in a fixed order and in float32: without atomic operations, and
+    with equal sums on every device.
 
     Args:
         grad_output (Tensor[N, C, H, W] | Tensor[C, H, W]): float32, float16
             or bfloat16, in the memory order of the output.
         indices (Tensor[ceil(numel / 2)]): uint8, from :func:`max_pool2d`.
-        format (PoolFormat): From there, too.
+        format (PoolFormat): From :func:`max_pool2d`.
 
     Returns:
         Tensor: The gradient of the input, in its shape and memory format.
@@ -131,8 +131,8 @@ def as_pair(value):
     """Two numbers from one or two, as torch reads sizes of windows.
 
     Args:
-        value (int | Sequence[int]): One number counts twice, also in a
-            sequence; sequences of more than two stay what they are.
+        value (int | Sequence[int]): One number, alone or in a sequence, is
+            repeated; longer sequences are not changed.
 
     Returns:
         tuple[int]: The numbers.
@@ -160,7 +160,7 @@ def _output_size(input, format, ceil_mode):
             return None
         steps = size + 2 * padding - dilation * (kernel - 1) - 1
         count = (steps + (stride - 1 if ceil_mode else 0)) // stride + 1
-        # The last window begins in the input or in the padding before it.
+        # The last window must begin in the input or in the padding before it.
         if ceil_mode and (count - 1) * stride >= size + padding:
             count -= 1
         if count <= 0:

@@ -89,7 +89,13 @@ def check_input(tensor):
 
 
 def quantize(
-    input, bits, group_size=DEFAULT_GROUP_SIZE, *, seed, offset=0, count=None
+    input,
+    bits,
+    group_size=DEFAULT_GROUP_SIZE,
+    *,
+    seed,
+    offset=0,
+    offset_tensor=None,
 ):
     """Round a tensor to codes of a few bits, stochastically.
 
@@ -116,9 +122,9 @@ def quantize(
         seed (int): Key of the random bits, 64 bits.
         offset (int, optional): Counter of the random bits, 64 bits. Two calls
             of equal seed and offset round alike. Defaults to 0.
-        count (Tensor[1], optional): int64, on the device of ``input``: added
-            to the offset where it lies, so that a CUDA graph that moves it
-            rounds anew in every replay. Defaults to 0.
+        offset_tensor (Tensor[1], optional): int64, on the device of
+            ``input``. The kernel adds it to ``offset``, so that a CUDA graph
+            that increments it rounds anew in every replay. Defaults to 0.
 
     Returns:
         tuple[Tensor, Tensor]: ``codes`` (Tensor[N, ceil(M / 8) * bits],
@@ -131,7 +137,7 @@ def quantize(
         ValueError: If ``bits`` or ``group_size`` is not valid, or ``input``
             has no dimension.
         TypeError: If the dtype is not supported.
-        RuntimeError: If the device has no kernels, or ``count`` is not
+        RuntimeError: If the device has no kernels, or ``offset_tensor`` is not
             valid.
     """
     check_format(bits, group_size)
@@ -142,7 +148,7 @@ def quantize(
         group_size,
         as_int64(seed),
         as_int64(offset),
-        count,
+        offset_tensor,
     )
 
 
@@ -188,7 +194,7 @@ def as_int64(value):
 
 
 @fake('quantize')
-def _fake_quantize(input, bits, group_size, seed, offset, count=None):
+def _fake_quantize(input, bits, group_size, seed, offset, offset_tensor=None):
     return empty_payload(input, bits, group_size)
 
 

@@ -1,4 +1,4 @@
-"""Codes that tell the positive values of a rectifier from the others."""
+"""Split and zeroed codes, which hold the mask of a rectifier exactly."""
 
 import torch
 
@@ -14,7 +14,7 @@ def check_rectified_bits(bits, name='bits'):
 
     Args:
         bits (int): Bits a code.
-        name (str, optional): What errors call ``bits``. Defaults to
+        name (str, optional): Name of ``bits`` in errors. Defaults to
             ``'bits'``.
 
     Raises:
@@ -33,7 +33,7 @@ def check_rectified_format(bits, group_size, name='bits'):
     Args:
         bits (int): Bits a code.
         group_size (int): Elements a range.
-        name (str, optional): What errors call ``bits``. Defaults to
+        name (str, optional): Name of ``bits`` in errors. Defaults to
             ``'bits'``.
 
     Raises:
@@ -61,7 +61,7 @@ def dequantize_split(
     bits,
     group_size=DEFAULT_GROUP_SIZE,
 ):
-    """Turn split codes of a normalised input into the output of its ReLU.
+    """Decode split codes of a normalised input to the output of its ReLU.
 
     Rows of ``codes`` and ``ranges`` belong to samples, as in
     :func:`mmactnn.ops.dequantize`.
@@ -70,9 +70,8 @@ def dequantize_split(
         codes (Tensor[N, ceil(M / 8) * bits]): uint8, from
             :func:`mmactnn.ops.norm_act` with a ReLU and without a residual.
         ranges (Tensor[N, ceil(M / group_size), 4]): bfloat16.
-        weight (Tensor[C], optional): float32, what normalised values are
-            multiplied with; 1 if None.
-        bias (Tensor[C], optional): float32, what is added then; 0 if None.
+        weight (Tensor[C], optional): float32, scale; 1 if None.
+        bias (Tensor[C], optional): float32, shift; 0 if None.
         size (Sequence[int]): Shape of the result, N and C first, of 2 to 5
             dimensions.
         stride (Sequence[int]): Strides of the result, those of a contiguous
@@ -100,7 +99,7 @@ def dequantize_split(
 def dequantize_zeroed(
     codes, ranges, size, stride, dtype, bits, group_size=DEFAULT_GROUP_SIZE
 ):
-    """Turn zeroed codes back into the output of a ReLU.
+    """Decode zeroed codes to the output of a ReLU.
 
     Args:
         codes (Tensor[N, ceil(M / 8) * bits]): uint8, from
@@ -114,7 +113,7 @@ def dequantize_zeroed(
         group_size (int, optional): Elements a range. Defaults to 256.
 
     Returns:
-        Tensor[N, *]: 0 where the code is, else ``low + (code - 1) * step``;
+        Tensor[N, *]: 0 where the code is 0, else ``low + (code - 1) * step``;
         of ``dtype`` and ``stride``.
 
     Raises:

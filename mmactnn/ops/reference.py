@@ -1,6 +1,6 @@
 """The kernels in plain torch: executable specification and test oracle.
 
-Slow and wasteful on purpose. Same codes, bit for bit, as the compiled ones.
+Slow on purpose. Codes equal those of the compiled kernels, bit for bit.
 """
 
 import torch
@@ -29,7 +29,7 @@ def philox(blocks, seed, offset):
     """
 
     def multiply(a, constant):
-        # 64-bit products do not fit into int64: by halves of the constant.
+        # By halves of the constant, as 64-bit products do not fit into int64.
         low = a * (constant & 0xFFFF)
         high = a * (constant >> 16)
         product_high = (high + (low >> 16)) >> 16
@@ -81,7 +81,7 @@ def _make_range(groups, valid, levels):
 
 
 def _make_groups(input, group_size):
-    """Groups (Tensor[G, S]) of a tensor, and what of them is not padding."""
+    """Groups (Tensor[G, S]) of a tensor, and the mask of valid elements."""
     rows, row_numel = input.shape[0], input[:1].numel()
     order = sorted(range(1, input.dim()), key=lambda d: -input.stride(d))
     flat = input.permute(0, *order).reshape(rows, row_numel).float()
@@ -111,14 +111,14 @@ def _unpack(packed, bits):
     return (stream << shifts).sum(-1)
 
 
-def _moved(offset, count):
-    """The offset that ``count`` (Tensor[1], optional) moves another one to."""
-    return offset if count is None else offset + int(count)
+def _moved(offset, offset_tensor):
+    """Sum of an offset and an optional tensor of one element."""
+    return offset if offset_tensor is None else offset + int(offset_tensor)
 
 
-def quantize(input, bits, group_size, seed, offset, count=None):
+def quantize(input, bits, group_size, seed, offset, offset_tensor=None):
     """Specification of :func:`mmactnn.ops.quantize`, same arguments."""
-    offset = _moved(offset, count)
+    offset = _moved(offset, offset_tensor)
     levels = 2**bits - 1
     rows, row_numel = input.shape[0], input[:1].numel()
     row_blocks = -(-row_numel // 8)
@@ -182,9 +182,9 @@ def _random16(rows, row_numel, group_size, seed, offset, device):
     starts = starts + torch.arange(0, row_blocks, 2 * half, device=device)
     calls = starts.view(-1, 1) + torch.arange(half, device=device)
     words = philox(calls.flatten(), seed, offset).view(-1, half, 2, 2)
-    # The halves of a group, their blocks, two words of each.
+    # Halves of a group, blocks of a half, two words of a block.
     words = words.transpose(1, 2).reshape(-1, group_size // 4)
-    # Bytes i and i + 1 of a word for its element i.
+    # Element i of a word takes bytes i and i + 1.
     twice = words | (words & 0xFF) << 32
     return torch.stack(
         [twice >> shift & 0xFFFF for shift in (0, 8, 16, 24)], -1
@@ -192,7 +192,7 @@ def _random16(rows, row_numel, group_size, seed, offset, device):
 
 
 def _round(groups, low, step, levels, random):
-    """Codes of values that are finite, garbage of the others."""
+    """Codes of finite values; those of others are undefined."""
     fraction = 16 if levels < 128 else 15
     scale = (2.0**fraction / step).where(step != 0, 0.0)
     rounding = 2.0**23 + (random >> 16 - fraction).float()
@@ -202,7 +202,7 @@ def _round(groups, low, step, levels, random):
 
 
 def _encode_kind(groups, kind, levels, random):
-    """Codes of the elements of a kind, and its range: (0, 0) of none.
+    """Codes and range of the elements of a kind; (0, 0) if there are none.
 
     Special codes may be larger than ``levels``.
     """
@@ -256,7 +256,7 @@ def _zeroed_codes(value, bits, group_size, seed, offset):
 
 
 def _per_element(tensor, out):
-    """A row of numbers a sample, in memory order, as ``out`` lies."""
+    """Reshape rows of numbers in memory order to the layout of ``out``."""
     order = sorted(range(1, out.dim()), key=lambda d: -out.stride(d))
     shape = out.permute(0, *order).shape
     inverse = [0] + [order.index(d) + 1 for d in range(1, out.dim())]
@@ -264,7 +264,7 @@ def _per_element(tensor, out):
 
 
 def _decode_split(codes, ranges, out, bits, group_size):
-    """Values (float32, shaped and laid out as ``out``) and their kinds."""
+    """Values (float32, in shape and layout of ``out``) and their kinds."""
     row_numel = out[:1].numel()
     unpacked = _unpack(codes, bits)[:, :row_numel]
     positive = unpacked >> (bits - 1) == 1
@@ -289,7 +289,7 @@ def _decode_plain(codes, ranges, out, bits, group_size):
 
 
 def _channels(vector, out):
-    """A number a channel, to be broadcast over ``out``."""
+    """Reshape a vector of channels to broadcast over ``out``."""
     return vector.view(-1, *[1] * (out.dim() - 2))
 
 
@@ -323,10 +323,10 @@ def norm_act(
     group_size,
     seed,
     offset,
-    count=None,
+    offset_tensor=None,
 ):
     """Specification of :func:`mmactnn.ops.norm_act`, same arguments."""
-    offset = _moved(offset, count)
+    offset = _moved(offset, offset_tensor)
     normal = (input.float() - _channels(mean, input)) * _channels(
         invstd, input
     )
@@ -352,7 +352,8 @@ def norm_act(
     else:
         codes = quantize(normal, bits, group_size, seed, offset)
     if residual is not None:
-        # A stream of its own: the highest bit of the counter is set.
+        # Zeroed codes have a stream of their own, with the highest bit of the
+        # counter set.
         act = _zeroed_codes(
             output, act_bits, group_size, seed, offset ^ (1 << 63)
         )
@@ -442,10 +443,10 @@ def quantize_rows(
     group_size,
     seed,
     offset,
-    count=None,
+    offset_tensor=None,
 ):
     """Specification of :func:`mmactnn.ops.quantize_rows`, same arguments."""
-    offset = _moved(offset, count)
+    offset = _moved(offset, offset_tensor)
     row_numel = input[:1].numel()
     codes = input.new_zeros(
         _row_bytes(row_numel, total_bits)[0], dtype=torch.uint8
@@ -481,8 +482,11 @@ def dequantize_rows(
     return out
 
 
-def row_spread(input, group_size):
-    """Specification of :func:`mmactnn.ops.row_spread`, but for rounding."""
+def sample_range_energy(input, group_size):
+    """Specification of :func:`mmactnn.ops.sample_range_energy`.
+
+    Equal but for the rounding of sums.
+    """
     groups, valid = _make_groups(input, group_size)
     inf, largest = float('inf'), torch.finfo(torch.float32).max
     if groups.numel() == 0:
@@ -492,13 +496,13 @@ def row_spread(input, group_size):
         1
     )
     span = span.where(finite.any(1), 0.0)
-    spread = (span * span * valid.sum(1)).clamp(max=largest).double()
-    total = spread.view(input.shape[0], -1).sum(1)
+    energies = (span * span * valid.sum(1)).clamp(max=largest).double()
+    total = energies.view(input.shape[0], -1).sum(1)
     return total.clamp(max=largest).float()
 
 
-def split_bits(sensitivity, total_bits):
-    """Specification of :func:`mmactnn.ops.split_bits`, same arguments."""
+def allocate_sample_bits(sensitivity, total_bits):
+    """Specification of :func:`mmactnn.ops.allocate_sample_bits`."""
     rows = sensitivity.shape[0]
     largest = torch.finfo(torch.float32).max
     weight = sensitivity.nan_to_num(largest, largest).clamp(min=0.0)
@@ -506,7 +510,7 @@ def split_bits(sensitivity, total_bits):
     unit_gain = torch.tensor(
         [now - then for now, then in zip(factors, factors[1:])]
     ).to(sensitivity)
-    # In the order in which equal gains are taken: by bits, then by row.
+    # Of equal gains that of fewer bits comes first, then of the lower row.
     gains = (weight * unit_gain[:, None]).view(-1)
     order = gains.sort(descending=True, stable=True).indices
     taken = torch.zeros_like(gains, dtype=torch.int32)
@@ -545,9 +549,9 @@ def relu_mask(input, max=None, slope=None):
     return input.where(keep, rest), mask
 
 
-def relu_codes(input, bits, group_size, seed, offset, count=None):
+def relu_codes(input, bits, group_size, seed, offset, offset_tensor=None):
     """Specification of :func:`mmactnn.ops.relu_codes`, same arguments."""
-    offset = _moved(offset, count)
+    offset = _moved(offset, offset_tensor)
     output = _strided_like(input.where(~(input <= 0), 0.0), input)
     return output, *_zeroed_codes(output, bits, group_size, seed, offset)
 
@@ -560,9 +564,9 @@ def relu_codes_backward(grad_output, codes, bits):
     return _strided_like(grad_output.where(positive, 0.0), grad_output)
 
 
-def dropout(input, p, seed, offset=0, count=None):
+def dropout(input, p, seed, offset=0, offset_tensor=None):
     """Specification of :func:`mmactnn.ops.dropout`."""
-    offset = _moved(offset, count)
+    offset = _moved(offset, offset_tensor)
     threshold = min(round(p * 65536), 65535)
     blocks = torch.arange(-(-input.numel() // 8), device=input.device)
     words = philox(blocks, seed, offset)
@@ -606,7 +610,7 @@ def max_pool2d(input, format, output_size):
 
 
 def _taps(format, output_size):
-    """For every tap: input rows and columns, its index, what is inside."""
+    """Rows and columns of the input, index and validity, for every tap."""
     indices = [torch.arange(size) for size in output_size]
     for tap_row in range(format.kernel_size[0]):
         for tap_column in range(format.kernel_size[1]):

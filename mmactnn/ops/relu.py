@@ -1,4 +1,4 @@
-"""Rectifiers that remember one bit an element: ReLU, ReLU6, LeakyReLU."""
+"""Rectifiers that keep one bit an element: ReLU, ReLU6, LeakyReLU."""
 
 import torch
 
@@ -10,15 +10,15 @@ __all__ = ['relu_mask', 'relu_mask_', 'relu_mask_backward']
 
 
 def relu_mask(input, max=None, slope=None):
-    """ReLU and the mask of the elements whose gradient passes as it is.
+    """Rectify, and make the mask of elements whose gradient passes.
 
     Args:
         input (Tensor[*]): float32, float16 or bfloat16, any dense layout;
             others are copied first.
         max (float, optional): Cap of the output, 6 for ReLU6. Defaults to
             none.
-        slope (float, optional): What elements that are not positive are
-            multiplied by, for LeakyReLU. By default they become 0.
+        slope (float, optional): Factor of elements that are not positive, for
+            LeakyReLU. Defaults to 0.
 
     Returns:
         tuple[Tensor, Tensor]: The output (Tensor[*], the input's layout) and
@@ -36,7 +36,7 @@ def relu_mask(input, max=None, slope=None):
 
 
 def relu_mask_(input, max=None, slope=None):
-    """The same in place.
+    """:func:`relu_mask` in place.
 
     Args:
         input (Tensor[*]): float32, float16 or bfloat16, dense; overwritten.
@@ -56,12 +56,12 @@ def relu_mask_(input, max=None, slope=None):
 
 
 def relu_mask_backward(grad_output, mask, slope=None):
-    """The gradient of a rectifier from its mask.
+    """Gradient of a rectifier from its mask.
 
     Args:
         grad_output (Tensor[*]): In the memory order of the output.
         mask (Tensor[ceil(numel / 8)]): uint8, from :func:`relu_mask`.
-        slope (float, optional): The one given there.
+        slope (float, optional): As in :func:`relu_mask`.
 
     Returns:
         Tensor[*]: ``grad_output`` where the bit is 1, else 0 or, with a

@@ -1,4 +1,4 @@
-"""ReLU that keeps zeroed codes of its output, for its own backward, too."""
+"""ReLU with zeroed codes of its output, which its backward pass uses, too."""
 
 import torch
 
@@ -15,13 +15,19 @@ __all__ = ['relu_codes', 'relu_codes_', 'relu_codes_backward']
 
 
 def relu_codes(
-    input, bits, group_size=DEFAULT_GROUP_SIZE, *, seed, offset=0, count=None
+    input,
+    bits,
+    group_size=DEFAULT_GROUP_SIZE,
+    *,
+    seed,
+    offset=0,
+    offset_tensor=None,
 ):
     """ReLU and zeroed codes of its output.
 
-    One payload serves the ReLU and the layer after it. Code 0 stands for
-    exactly 0, and tells where the gradient stops; code c + 1 is code c of the
-    range of the positive values of the group, rounded as in
+    One payload serves the ReLU and the next layer. Code 0 stands for exactly
+    0, where no gradient passes; code c + 1 is code c in the range of the
+    positive values of the group, rounded as in
     :func:`mmactnn.ops.quantize`. :func:`mmactnn.ops.dequantize_zeroed`
     decodes.
 
@@ -38,11 +44,12 @@ def relu_codes(
         seed (int): Key of the random bits, 64 bits.
         offset (int, optional): Counter of the random bits, 64 bits. Defaults
             to 0.
-        count (Tensor[1], optional): As in :func:`mmactnn.ops.quantize`.
+        offset_tensor (Tensor[1], optional): As in
+            :func:`mmactnn.ops.quantize`.
 
     Returns:
         tuple[Tensor, Tensor, Tensor]: The output (Tensor[N, *], dtype and
-        layout of what was read), ``codes`` (Tensor[N, ceil(M / 8) * bits],
+        layout of the input), ``codes`` (Tensor[N, ceil(M / 8) * bits],
         uint8) for M elements a sample and ``ranges`` (Tensor[N, ceil(M /
         group_size), 2], bfloat16) of low and step.
 
@@ -50,7 +57,7 @@ def relu_codes(
         ValueError: If ``bits`` or ``group_size`` is not valid, or ``input``
             has no dimension.
         TypeError: If the dtype is not supported.
-        RuntimeError: If the device has no kernels, or ``count`` is not
+        RuntimeError: If the device has no kernels, or ``offset_tensor`` is not
             valid.
     """
     check_rectified_format(bits, group_size)
@@ -61,14 +68,20 @@ def relu_codes(
         group_size,
         as_int64(seed),
         as_int64(offset),
-        count,
+        offset_tensor,
     )
 
 
 def relu_codes_(
-    input, bits, group_size=DEFAULT_GROUP_SIZE, *, seed, offset=0, count=None
+    input,
+    bits,
+    group_size=DEFAULT_GROUP_SIZE,
+    *,
+    seed,
+    offset=0,
+    offset_tensor=None,
 ):
-    """The same in place.
+    """:func:`relu_codes` in place.
 
     Args:
         input (Tensor[N, *]): float32, float16 or bfloat16, dense with
@@ -77,7 +90,7 @@ def relu_codes_(
         group_size (int, optional): See :func:`relu_codes`.
         seed (int): See :func:`relu_codes`.
         offset (int, optional): See :func:`relu_codes`.
-        count (Tensor[1], optional): See :func:`relu_codes`.
+        offset_tensor (Tensor[1], optional): See :func:`relu_codes`.
 
     Returns:
         tuple[Tensor, Tensor]: ``codes`` and ``ranges`` of
@@ -88,20 +101,25 @@ def relu_codes_(
             has no dimension.
         TypeError: If the dtype is not supported.
         RuntimeError: If the device has no kernels, the layout is another, or
-            ``count`` is not valid.
+            ``offset_tensor`` is not valid.
     """
     check_rectified_format(bits, group_size)
     check_rows(input)
     return torch.ops.mmactnn.relu_codes_.default(
-        input, bits, group_size, as_int64(seed), as_int64(offset), count
+        input,
+        bits,
+        group_size,
+        as_int64(seed),
+        as_int64(offset),
+        offset_tensor,
     )
 
 
 def relu_codes_backward(grad_output, codes, bits):
-    """The gradient of a ReLU from the codes of its output.
+    """Gradient of a ReLU from the codes of its output.
 
     Args:
-        grad_output (Tensor[N, *]): Of the strides of the output.
+        grad_output (Tensor[N, *]): Gradient, with the strides of the output.
         codes (Tensor[N, ceil(M / 8) * bits]): uint8, from
             :func:`relu_codes`; any zeroed codes of M elements a sample.
         bits (int): Bits a code, from 2 to 8.
@@ -124,13 +142,17 @@ def relu_codes_backward(grad_output, codes, bits):
 
 
 @fake('relu_codes')
-def _fake_relu_codes(input, bits, group_size, seed, offset, count=None):
+def _fake_relu_codes(
+    input, bits, group_size, seed, offset, offset_tensor=None
+):
     payload = empty_payload(input, bits, group_size)
     return torch.empty_like(input), *payload
 
 
 @fake('relu_codes_')
-def _fake_relu_codes_(input, bits, group_size, seed, offset, count=None):
+def _fake_relu_codes_(
+    input, bits, group_size, seed, offset, offset_tensor=None
+):
     return empty_payload(input, bits, group_size)
 
 

@@ -1,4 +1,4 @@
-"""Quantisation with a bit width for each sample, and the choice of widths."""
+"""Quantisation with a bit width for each sample, and their allocation."""
 
 import torch
 
@@ -14,7 +14,12 @@ from .quantize import (
     check_rows,
 )
 
-__all__ = ['dequantize_rows', 'quantize_rows', 'row_spread', 'split_bits']
+__all__ = [
+    'allocate_sample_bits',
+    'dequantize_rows',
+    'quantize_rows',
+    'sample_range_energy',
+]
 
 
 def check_total_bits(total_bits, rows):
@@ -42,27 +47,27 @@ def quantize_rows(
     *,
     seed,
     offset=0,
-    count=None,
+    offset_tensor=None,
 ):
     """Round each sample of a tensor to codes of its own width.
 
-    A sample that has b bits gets the codes and ranges that :func:`quantize`
-    gives it at b bits, seed and offset. Nothing waits for the device: a row
-    that has not 1 to 8 bits or would end behind ``total_bits`` is left out,
-    and what it decodes to is undefined.
+    A sample of b bits gets the codes and ranges that :func:`quantize` gives
+    it at b bits, seed and offset. Nothing waits for the device: a row whose
+    bits are not 1 to 8, or that would end behind ``total_bits``, is skipped,
+    and decodes to undefined values.
 
     Args:
         input (Tensor[N, *]): As in :func:`quantize`.
         row_bits (Tensor[N]): uint8, bits a code of each sample, 1 to 8.
         row_starts (Tensor[N]): int32, the sum of ``row_bits`` of all samples
-            before; both as from :func:`split_bits`.
+            before; both from :func:`allocate_sample_bits`.
         total_bits (int): The sum of ``row_bits``.
         group_size (int, optional): Elements a range. Valid values are 64,
             128, 256 and 512. Defaults to 256.
         seed (int): Key of the random bits, 64 bits.
         offset (int, optional): Counter of the random bits, 64 bits. Defaults
             to 0.
-        count (Tensor[1], optional): As in :func:`quantize`.
+        offset_tensor (Tensor[1], optional): As in :func:`quantize`.
 
     Returns:
         tuple[Tensor, Tensor]: ``codes`` (Tensor[total_bits * B], uint8), B
@@ -76,7 +81,7 @@ def quantize_rows(
             ``input`` has no dimension.
         TypeError: If the dtype is not supported.
         RuntimeError: If the device has no kernels, or ``row_bits``,
-            ``row_starts`` or ``count`` does not fit the input.
+            ``row_starts`` or ``offset_tensor`` does not fit the input.
     """
     check_group_size(group_size)
     check_rows(input)
@@ -89,7 +94,7 @@ def quantize_rows(
         group_size,
         as_int64(seed),
         as_int64(offset),
-        count,
+        offset_tensor,
     )
 
 
@@ -137,12 +142,12 @@ def dequantize_rows(
     )
 
 
-def row_spread(input, group_size=DEFAULT_GROUP_SIZE):
-    """How widely the values of each sample spread within their groups.
+def sample_range_energy(input, group_size=DEFAULT_GROUP_SIZE):
+    """Range energy of each sample: sum of ``n * (max - min) ** 2``.
 
     Rounding a group of n elements to b bits has a variance of at most
-    ``n / 4 * ((max - min) / (2 ** b - 1)) ** 2``: the spread is what of it
-    depends on the values.
+    ``n / 4 * ((max - min) / (2 ** b - 1)) ** 2``. The energy is the factor of
+    it that depends on the values.
 
     Args:
         input (Tensor[N, *]): As in :func:`quantize`.
@@ -150,9 +155,9 @@ def row_spread(input, group_size=DEFAULT_GROUP_SIZE):
             128, 256 and 512. Defaults to 256.
 
     Returns:
-        Tensor[N]: float32, the sum over the groups of a sample of
-        ``n * (max - min) ** 2`` of the n elements of the group. NaN and inf
-        are not counted as values; sums are the largest float32 at most.
+        Tensor[N]: float32, the sum over the groups of a sample, n being the
+        elements of a group. Only finite values enter ``max`` and ``min``;
+        sums are clamped to the largest float32.
 
     Raises:
         ValueError: If ``group_size`` is not valid, or ``input`` has no
@@ -162,26 +167,28 @@ def row_spread(input, group_size=DEFAULT_GROUP_SIZE):
     """
     check_group_size(group_size)
     check_rows(input)
-    return torch.ops.mmactnn.row_spread.default(dense_rows(input), group_size)
+    return torch.ops.mmactnn.sample_range_energy.default(
+        dense_rows(input), group_size
+    )
 
 
-def split_bits(sensitivity, total_bits):
-    """Share bits among samples so that the variance of rounding is least.
+def allocate_sample_bits(sensitivity, total_bits):
+    """Allocate bits to samples so that the variance of rounding is minimal.
 
     Minimises ``sum(sensitivity / (2 ** row_bits - 1) ** 2)`` over integers
     from 1 to 8 of a given sum (the bits of samples in ActNN,
     arXiv:2104.14129, Sec. 4.2): every sample has one bit, and each further
-    one goes where it lowers the sum most. The terms are convex in the bits, so
-    that this is the minimum.
-    Where two samples gain alike, the one with fewer bits comes first, then
-    the one of the lower index; bits that gain nothing spread evenly. Nothing
-    waits for the device.
+    one goes where it lowers the sum most. The terms are convex in the bits,
+    so that this greedy choice is the minimum. Of two samples with equal gains
+    the one with fewer bits comes first, then the one of the lower index; bits
+    without gain are spread evenly. Nothing waits for the device.
 
     Args:
-        sensitivity (Tensor[N]): float32, such as :func:`row_spread` times
-            what an error in the sample costs. NaN and inf count as the
-            largest float32, negative numbers as 0.
-        total_bits (int): Bits to share, from N to 8 N.
+        sensitivity (Tensor[N]): float32, such as
+            :func:`sample_range_energy` times the cost of an error in the
+            sample. NaN and inf count as the largest float32, negative numbers
+            as 0.
+        total_bits (int): Bits to allocate, from N to 8 N.
 
     Returns:
         tuple[Tensor, Tensor]: ``row_bits`` (Tensor[N], uint8), of the sum
@@ -205,7 +212,7 @@ def split_bits(sensitivity, total_bits):
         )
     check_total_bits(total_bits, sensitivity.shape[0])
     require_kernels(sensitivity.device)
-    return torch.ops.mmactnn.split_bits.default(
+    return torch.ops.mmactnn.allocate_sample_bits.default(
         sensitivity.contiguous(), total_bits
     )
 
@@ -219,7 +226,7 @@ def _fake_quantize_rows(
     group_size,
     seed,
     offset,
-    count=None,
+    offset_tensor=None,
 ):
     # Rows are padded to 8 blocks of 8 elements.
     row_blocks = ceil_div(row_numel(input), 64) * 8
@@ -234,12 +241,12 @@ def _fake_dequantize_rows(
     return codes.new_empty_strided(size, stride, dtype=dtype)
 
 
-@fake('row_spread')
-def _fake_row_spread(input, group_size):
+@fake('sample_range_energy')
+def _fake_sample_range_energy(input, group_size):
     return input.new_empty((input.shape[0],), dtype=torch.float32)
 
 
-@fake('split_bits')
-def _fake_split_bits(sensitivity, total_bits):
+@fake('allocate_sample_bits')
+def _fake_allocate_sample_bits(sensitivity, total_bits):
     row_bits = torch.empty_like(sensitivity, dtype=torch.uint8)
     return row_bits, torch.empty_like(sensitivity, dtype=torch.int32)

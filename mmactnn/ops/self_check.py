@@ -1,4 +1,4 @@
-"""One op of each kind on a device, against what it should return there."""
+"""Self-check of the kernels: one op of each kind against its reference."""
 
 import torch
 
@@ -8,8 +8,8 @@ from .channel_stats import channel_stats
 from .conv_chain import (
     NOT_ENCODED,
     ChainPlan,
-    Follows,
-    Link,
+    ChainStep,
+    Epilogue,
     conv_chain,
     source_of_input,
 )
@@ -22,7 +22,7 @@ from .quantize import dequantize, quantize
 from .rectified import dequantize_zeroed
 from .relu import relu_mask, relu_mask_backward
 from .relu_codes import relu_codes
-from .rows import quantize_rows, row_spread, split_bits
+from .rows import allocate_sample_bits, quantize_rows, sample_range_energy
 
 _GROUP_SIZE = 64
 
@@ -34,7 +34,7 @@ def _make_input(device):
 
 
 def _vectors(x):
-    # A number for each channel: scale, shift, mean and variance.
+    # Vectors of channels: scale, shift, mean and variance.
     steps = torch.arange(1.0, x.shape[1] + 1, device=x.device)
     return steps / 4, 1 - steps / 8, steps / 16, 1 + steps / 4
 
@@ -61,9 +61,9 @@ def _check_quantize(x):
 
 
 def _check_rows(x):
-    spread = row_spread(x, _GROUP_SIZE)
-    widths = split_bits(spread, 7)
-    _require_equal(widths, reference.split_bits(spread.cpu(), 7))
+    energies = sample_range_energy(x, _GROUP_SIZE)
+    widths = allocate_sample_bits(energies, 7)
+    _require_equal(widths, reference.allocate_sample_bits(energies.cpu(), 7))
     format = 7, _GROUP_SIZE
     codes = quantize_rows(x, *widths, *format, seed=1)
     cpu = [tensor.cpu() for tensor in (x, *widths)]
@@ -134,14 +134,14 @@ def _check_chain(x):
     weight = torch.eye(x.shape[1], device=x.device)[..., None, None]
     window = (1, 1), (0, 0), (1, 1)
     format = False, 2, 0, _GROUP_SIZE
-    link = Link(
-        source_of_input(0), None, 0, *window, 1, Follows.NORM_RELU, *format
+    step = ChainStep(
+        source_of_input(0), None, 0, *window, 1, Epilogue.NORM_RELU, *format
     )
     (output,), _, kept, _ = conv_chain(
         [x],
         [weight, None, scale, shift],
         [mean, var, None],
-        ChainPlan.of([link], [0.1, 1e-5]),
+        ChainPlan.of([step], [0.1, 1e-5]),
         NOT_ENCODED,
         seed=1,
     )
@@ -169,19 +169,19 @@ _CHECKS = dict(
 
 
 def self_check(device):
-    """Call one op of each kind, and compare with what it should return.
+    """Compare one op of each kind with its reference.
 
     Args:
         device (str): ``'cpu'`` or ``'cuda'``.
 
     Returns:
-        dict[str, str]: Of each kind ``'ok'``, or what went wrong.
+        dict[str, str]: ``'ok'`` or the error, by kind of op.
     """
     results = {}
     for kind, check in _CHECKS.items():
         try:
             check(_make_input(device))
-        except Exception as error:  # whatever a broken kernel raises
+        except Exception as error:  # a broken kernel may raise any
             results[kind] = str(error) or type(error).__name__
         else:
             results[kind] = 'ok'

@@ -1,4 +1,4 @@
-"""How many bits each of several tensors should have."""
+"""Greedy allocation of bits to tensors."""
 
 import heapq
 
@@ -8,19 +8,19 @@ MIN_BITS, MAX_BITS = VALID_BITS[0], VALID_BITS[-1]
 
 
 def allocate_bits(costs, sizes, budget):
-    """Share out bits so that the variance of rounding is smallest.
+    """Allocate bits so that the variance of rounding is minimal.
 
     Minimises ``sum(costs[i] / (2 ** bits[i] - 1) ** 2)`` under
     ``sum(sizes[i] * bits[i]) <= budget`` greedily: the next bit goes where
     it lowers the sum most for each element it costs (ActNN,
     arXiv:2104.14129, Sec. 4.2). The gains of one tensor fall with its bits,
-    hence nothing better fits into the same budget, up to the rest of it that
-    is smaller than the next tensor.
+    so that the result is optimal for the bits that it uses; the rest of the
+    budget is smaller than the next tensor.
 
     Args:
         costs (Sequence[float]): Variance at one bit, not negative.
         sizes (Sequence[int]): Elements of each tensor.
-        budget (float): Bits of all together.
+        budget (float): Sum of bits over all elements.
 
     Returns:
         list[int]: Bits of each, 1 to 8; 1 for all where even that exceeds

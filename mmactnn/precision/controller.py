@@ -1,4 +1,4 @@
-"""Adaptive precision: bits go where they lower the gradient's error most."""
+"""Adaptive precision: bits for the largest reduction of gradient noise."""
 
 import threading
 from typing import NamedTuple
@@ -11,28 +11,36 @@ from ..config import check_count, checked
 from ..ops.capture import is_capturing, refuse_capture
 from .allocation import allocate_bits
 
-# What a layer reports of one pass, in the order of its numbers.
-_FIELDS = ('cost', 'relay', 'power', 'numel', 'place', 'leader', 'count')
-# How much a new observation counts once there are many.
+# Fields of a layer's report on one pass.
+_FIELDS = (
+    'cost',
+    'propagated_variance',
+    'grad_sq_norm',
+    'numel',
+    'place',
+    'leader',
+    'count',
+)
+# Weight of a new observation in running averages, once there are many.
 _MEMORY = 0.1
 # Replicas of a model in several threads share one object.
 _BEGINNING = threading.Lock()
 
 
 class AdaptivePrecision:
-    """Shares out the bits of one model among its layers and samples.
+    """Allocates the bits of one model to its layers and samples.
 
     **Layers.** In some passes every layer reports, from its backward pass,
-    what rounding its input to one bit would add to the variance of the
-    model's gradient (:mod:`mmactnn.precision.sensitivity`): to that of its
+    how much variance rounding its input to one bit would add to the model's
+    gradient (:mod:`mmactnn.precision.sensitivity`): to the gradient of its
     own weight and, for batch normalisation, through the gradient of its
-    input, to those of all layers before it. The reports are averaged over
-    passes and summed over processes;
+    input, to the gradients of all layers before it. The reports are averaged
+    over passes and summed over processes;
     :func:`mmactnn.precision.allocation.allocate_bits` turns them into bits
     under the budget of the level. A normalisation layer has the bits of the
     convolution whose output it takes.
 
-    **Samples.** Within a layer, samples share out the layer's bits by their
+    **Samples.** Within a layer, bits are allocated to samples by their
     ranges and, with ``num_samples``, by the gradients that they had when
     they were last seen.
 
@@ -49,10 +57,9 @@ class AdaptivePrecision:
     where they may not call the same layers, call :meth:`begin_pass` before
     each step.
 
-    **CUDA graphs** hold on to the bits of the layers that were in force when
-    they were captured, and report nothing: their replays are no passes. The
-    samples share out the bits of their layer in every replay anew, by their
-    ranges alone.
+    **CUDA graphs** keep the bits of the layers that were in force when they
+    were captured, and report nothing: their replays are no passes. Every
+    replay allocates bits to its samples anew, by their ranges alone.
 
     Args:
         num_samples (int, optional): Size of the dataset, to follow the
@@ -70,10 +77,10 @@ class AdaptivePrecision:
             'num_samples', num_samples, check_count, optional=True
         )
         self.interval = checked('interval', interval, check_count)
-        self.slots = []
+        self.layers = []
         self.collecting = False
-        # Whether the next call of a layer may begin a pass. The one thing
-        # that is looked at in all calls.
+        # Whether the next call of a layer may begin a pass. Every call reads
+        # this attribute, and only this one.
         self.due = True
         self._passes = 0
         self._open = False
@@ -88,31 +95,31 @@ class AdaptivePrecision:
         self._scales = None
 
     def add(self, name, mean_bits):
-        """Make room for one more layer.
+        """Add a layer.
 
         Args:
             name (str): Qualified name of the layer.
-            mean_bits (float): Its part of the budget: bits an element.
+            mean_bits (float): Its part of the budget, bits an element.
 
         Returns:
-            Slot: What the layer talks to.
+            LayerBits: Bits and reports of the layer.
         """
-        slot = Slot(self, len(self.slots), name, mean_bits)
-        self.slots.append(slot)
-        return slot
+        layer = LayerBits(self, len(self.layers), name, mean_bits)
+        self.layers.append(layer)
+        return layer
 
     @property
     def bits(self):
         """dict[str, float]: Bits an element of each layer, by its name."""
-        return {slot.name: slot.bits for slot in self.slots}
+        return {layer.name: layer.bits for layer in self.layers}
 
     def set_samples(self, indices):
-        """Say which samples the next pass is about to see.
+        """Set the samples of the next pass.
 
         Args:
-            indices (Sequence[int] | Tensor[B]): Their places in the dataset,
+            indices (Sequence[int] | Tensor[B]): Their indices in the dataset,
                 0 to ``num_samples - 1``, in the order of the batch. The
-                batches of all processes are of one size.
+                batches of all processes have the same size.
 
         Raises:
             RuntimeError: If there is no ``num_samples``.
@@ -131,7 +138,7 @@ class AdaptivePrecision:
                 f', got {indices[wrong].tolist()}'
             )
         self._samples = indices.flatten()
-        # Even if no backward pass has been since the last call.
+        # Even without a backward pass since the last call.
         self.due = True
 
     def on_call(self):
@@ -146,13 +153,13 @@ class AdaptivePrecision:
             if not self.due:
                 return
             if torch.is_grad_enabled() or is_capturing():
-                # Inside of a backward pass only if none of the calls before
+                # This is inside of a backward pass only if no earlier call
                 # had gradients: all of the model is checkpointed.
                 self.begin_pass()
             else:
-                # The first run of a checkpointed block, maybe. Its second
-                # one is inside of a backward pass, where nothing may wait
-                # for other processes.
+                # This may be the first run of a checkpointed block. Its
+                # second run is inside of a backward pass, where nothing may
+                # wait for other processes.
                 self.end_pass()
 
     def begin_pass(self):
@@ -184,8 +191,8 @@ class AdaptivePrecision:
         self._again = max(self._again - 1, 0)
         self._batch, self._samples = self._samples, None
         self._shares = None
-        for slot in self.slots:
-            slot.reset()
+        for layer in self.layers:
+            layer.reset()
         self._place = 0
 
     def end_pass(self):
@@ -204,8 +211,8 @@ class AdaptivePrecision:
             'end_pass() before'
         )
         self._open, self.due = False, True
-        for slot in self.slots:
-            slot.close()
+        for layer in self.layers:
+            layer.close()
         if self._batch is not None:
             self._remember()
         if self.collecting:
@@ -214,19 +221,24 @@ class AdaptivePrecision:
             self._pending.append((self._passes + 2, reports))
 
     def next_place(self):
-        """int: How many calls the backward pass has seen before this one."""
+        """Count a call of the backward pass.
+
+        Returns:
+            int: Its number in the pass, from 1.
+        """
         self._place += 1
         return self._place
 
     def shares(self, device):
-        """What the gradients of the batch's samples were, layer by layer.
+        """Relative gradient norms of the batch's samples, from earlier passes.
 
         Args:
-            device (torch.device): Where to.
+            device (torch.device): Device for the history, if it is new.
 
         Returns:
-            Tensor[B, L], optional: float32, about 1; None if nothing is
-            known of the batch.
+            Tensor[B, L], optional: float32, squared norms for each of L
+            layers relative to the layer's mean; None if the indices of the
+            batch are unknown.
         """
         if self._batch is None:
             return None
@@ -243,12 +255,12 @@ class AdaptivePrecision:
         return None if self._batch is None else len(self._batch)
 
     def state_dict(self):
-        """What :meth:`load_state_dict` needs to go on from here.
+        """State with which :meth:`load_state_dict` resumes.
 
-        Call it between passes. It waits for the reports under way.
+        Call it between passes. It waits for pending reports.
 
         Returns:
-            dict: Of numbers and CPU tensors.
+            dict: Numbers and CPU tensors.
         """
         return dict(
             passes=self._passes,
@@ -261,13 +273,13 @@ class AdaptivePrecision:
         )
 
     def load_state_dict(self, state):
-        """Go on from a saved state.
+        """Resume from a saved state.
 
         Args:
             state (dict): From :meth:`state_dict`.
 
         Raises:
-            ValueError: If it is of other layers or another dataset.
+            ValueError: If it belongs to other layers or another dataset.
         """
         if set(state['bits']) != set(self.bits):
             odd = sorted(set(state['bits']) ^ set(self.bits))
@@ -285,27 +297,29 @@ class AdaptivePrecision:
         self._open = self.collecting = False
         self.due = True
         self._passes, self._again = state['passes'], state['again']
-        for slot in self.slots:
-            slot.bits = state['bits'][slot.name]
-            slot.forget_calls()
+        for layer in self.layers:
+            layer.bits = state['bits'][layer.name]
+            layer.forget_calls()
         self._averages = {k: list(v) for k, v in state['averages'].items()}
         self._pending = [
             (due, _HostCopy(reports)) for due, reports in state['pending']
         ]
-        # Written to in place: neither run may see what the other one writes.
+        # Clones, since both are updated in place.
         self._history = _host_clone(history)
         self._scales = _host_clone(state['scales'])
 
     def _gather_reports(self):
-        present = [s.report for s in self.slots if s.report is not None]
+        present = [
+            layer.report for layer in self.layers if layer.report is not None
+        ]
         device = present[0].device if present else _any_device()
         nothing = torch.zeros(len(_FIELDS), device=device)
         reports = torch.stack(
             [
                 nothing
-                if slot.report is None
-                else slot.report.to(device, non_blocking=True)
-                for slot in self.slots
+                if layer.report is None
+                else layer.report.to(device, non_blocking=True)
+                for layer in self.layers
             ]
         )
         if _world_size() > 1:
@@ -313,63 +327,67 @@ class AdaptivePrecision:
         return reports
 
     def _take(self, reports):
-        """Average a report into those before and share out the bits."""
+        """Average reports of a pass into earlier ones and allocate bits."""
         reports = reports.double()
-        power = reports[:, _FIELDS.index('power')].sum().item()
-        if not reports.isfinite().all() or power <= 0:
-            # A loss that overflowed, or a pass that had no backward pass or
-            # one through frozen layers. Two passes in a row, lest the one
-            # of many is always of that kind, as in adversarial training.
+        grad_sq_norm = reports[:, _FIELDS.index('grad_sq_norm')].sum().item()
+        if not reports.isfinite().all() or grad_sq_norm <= 0:
+            # The loss overflowed, or there was no backward pass, or only one
+            # through frozen layers. The next two passes report, since in
+            # adversarial training every other pass may be of that kind.
             self._again = 2
             return
         reports = [dict(zip(_FIELDS, row)) for row in reports.tolist()]
-        for slot, report in zip(self.slots, reports):
+        for layer, report in zip(self.layers, reports):
             count = report['count']
             if not count:
                 continue
             seen = (
-                report['cost'] / power,
-                report['relay'] / count,
-                report['power'] / power,
+                report['cost'] / grad_sq_norm,
+                report['propagated_variance'] / count,
+                report['grad_sq_norm'] / grad_sq_norm,
                 report['numel'],
                 report['place'] / count,
             )
             if report['leader']:
-                slot.leader = self.slots[round(report['leader'] / count) - 1]
-            *old, times = self._averages.get(slot.name, (*seen, 0))
+                layer.leader = self.layers[round(report['leader'] / count) - 1]
+            *old, times = self._averages.get(layer.name, (*seen, 0))
             rate = max(1 / (times + 1), _MEMORY)
             mixed = [a + rate * (b - a) for a, b in zip(old, seen)]
-            self._averages[slot.name] = [*mixed, times + 1]
+            self._averages[layer.name] = [*mixed, times + 1]
         self._allocate()
 
     def _allocate(self):
-        known = [s for s in self.slots if s.name in self._averages]
+        known = [s for s in self.layers if s.name in self._averages]
         # Noise in a gradient reaches all layers that the backward pass
         # visits later. (The order of the forward pass says less: a block
         # that is checkpointed runs its own in the middle of another's.)
         known.sort(key=lambda s: (-self._averages[s.name][4], -s.index))
         units, before, budget = {}, 0.0, 0.0
-        for slot in known:
-            cost, relay, power, numel, *_ = self._averages[slot.name]
-            unit = units.setdefault(_leader(slot).index, [0.0, 0, []])
-            unit[0] += cost + relay * before
+        for layer in known:
+            cost, propagated_variance, grad_sq_norm, numel, *_ = (
+                self._averages[layer.name]
+            )
+            unit = units.setdefault(_leader(layer).index, [0.0, 0, []])
+            unit[0] += cost + propagated_variance * before
             unit[1] += numel
-            unit[2].append(slot)
-            before += power
-            budget += slot.mean_bits * numel
-        costs, sizes, members = zip(*units.values())
-        for bits, slots in zip(allocate_bits(costs, sizes, budget), members):
-            for slot in slots:
-                slot.bits = bits
+            unit[2].append(layer)
+            before += grad_sq_norm
+            budget += layer.mean_bits * numel
+        costs, sizes, groups = zip(*units.values())
+        for bits, members in zip(allocate_bits(costs, sizes, budget), groups):
+            for layer in members:
+                layer.bits = bits
 
     def _make_history(self, device):
-        size = (self.num_samples, len(self.slots))
+        size = (self.num_samples, len(self.layers))
         self._history = torch.ones(size, dtype=torch.bfloat16, device=device)
-        self._scales = torch.zeros(len(self.slots), device=device)
+        self._scales = torch.zeros(len(self.layers), device=device)
 
     def _remember(self):
         """Write the gradients of this pass into the history."""
-        norms = [s.norms for s in self.slots if s.norms is not None]
+        norms = [
+            layer.norms for layer in self.layers if layer.norms is not None
+        ]
         if self._history is None:
             if not norms:
                 return
@@ -383,16 +401,16 @@ class AdaptivePrecision:
         seen = torch.stack(
             [
                 nothing
-                if slot.norms is None
-                else slot.norms.to(device, non_blocking=True)
-                for slot in self.slots
+                if layer.norms is None
+                else layer.norms.to(device, non_blocking=True)
+                for layer in self.layers
             ],
             dim=1,
         )
         if _world_size() > 1:
             samples, seen = _all_gather(samples), _all_gather(seen)
-        # Relative to a running mean: a loss scale, a decaying gradient and
-        # how large a layer's gradients are must not matter.
+        # Relative to a running mean, so that the loss scale, decay of the
+        # gradients and differences between layers cancel.
         valid = seen.isfinite()
         count = valid.sum(0)
         mean = torch.where(valid, seen, 0).sum(0) / count.clamp(min=1)
@@ -400,8 +418,8 @@ class AdaptivePrecision:
         updated = self._scales + fresh * (mean - self._scales)
         self._scales = torch.where(count > 0, updated, self._scales)
         relative = seen / self._scales.clamp(min=1e-30)
-        # A sample that is there more than once gets the mean, so that the
-        # order of writing does not matter.
+        # A sample that occurs more than once gets the mean, so that the order
+        # of writing does not matter.
         same = (samples[:, None] == samples[None]).float()
         weight = same @ valid.float()
         relative = same @ torch.where(valid, relative, 0) / weight
@@ -410,7 +428,7 @@ class AdaptivePrecision:
         self._history[samples] = relative
 
     def __getstate__(self):
-        """For copies and pickle: what is under way is fetched first."""
+        """For copies and pickle: with pending reports on the host."""
         state = self.__dict__.copy()
         state['_pending'] = [
             (due, _HostCopy(copy.wait())) for due, copy in self._pending
@@ -419,12 +437,12 @@ class AdaptivePrecision:
 
 
 class _Earlier(NamedTuple):
-    """Settings of a layer in the last pass that called it.
+    """State of a layer in the last pass that called it.
 
     Attributes:
-        bits (float): See :class:`Slot`.
-        collecting (bool): See there.
-        observes (bool): See there.
+        bits (float): See :class:`LayerBits`.
+        collecting (bool): See :class:`LayerBits`.
+        observes (bool): See :class:`LayerBits`.
     """
 
     bits: float
@@ -432,19 +450,21 @@ class _Earlier(NamedTuple):
     observes: bool
 
 
-class Slot:
-    """One layer's access to the precision of its model.
+class LayerBits:
+    """Adaptive bits of one layer, and its reports.
 
-    A checkpointed block that runs again in a later pass than that of its
-    first run, as the generator does after a step of the discriminator, keeps
-    what it kept then.
+    A checkpointed block may run again in a later pass than its first run, as
+    a generator does after a step of the discriminator. It then uses the bits
+    of its first run.
 
     Attributes:
+        precision (AdaptivePrecision): Precision of the model.
+        index (int): Index in ``precision.layers``.
         name (str): Qualified name of the layer.
-        mean_bits (float): What it adds to the budget, bits an element.
-        bits (float): Bits an element that it has from this pass on.
-        leader (Slot, optional): The layer whose bits it follows.
-        report (Tensor[7], optional): float32, what it observed in this pass.
+        mean_bits (float): Its part of the budget, bits an element.
+        bits (float): Bits an element from this pass on.
+        leader (LayerBits, optional): Layer whose bits it takes.
+        report (Tensor[7], optional): float32, its report in this pass.
         norms (Tensor[B], optional): Squared norms of its samples' gradients
             in this pass.
     """
@@ -464,7 +484,7 @@ class Slot:
 
     @property
     def observes(self):
-        """bool: Whether the backward pass of this pass should report."""
+        """bool: Whether the backward pass of this pass reports."""
         if self._runs_again():
             wanted = self.earlier.observes
         else:
@@ -473,14 +493,14 @@ class Slot:
 
     @property
     def collecting(self):
-        """bool: Whether that report is of the layer, or of samples alone."""
+        """bool: Whether reports cover the layer, and not only samples."""
         if self._runs_again():
             return self.earlier.collecting
         return self.precision.collecting
 
     @property
     def bits_of_call(self):
-        """float: Bits an element of the call that is running."""
+        """float: Bits an element in the current call."""
         return self.earlier.bits if self._runs_again() else self.bits
 
     def _observes_now(self):
@@ -496,11 +516,11 @@ class Slot:
         )
 
     def begin_call(self):
-        """Note a call of the layer in training mode, before it keeps a thing.
+        """Register a call of the layer in training mode.
 
-        Every forward pass of an adaptive layer does this, with gradients and
-        without; so does whatever decides how layers run, before it looks at
-        :attr:`observes` or at bits.
+        Every forward pass of an adaptive layer calls this first, with
+        gradients and without. Code that decides how layers run calls it
+        before it reads :attr:`observes` or bits.
         """
         if self.precision.due:
             self.precision.on_call()
@@ -508,7 +528,7 @@ class Slot:
             self.called = True
 
     def close(self):
-        """Note the end of a pass, before anything of it changes."""
+        """Remember the state of the layer at the end of a pass."""
         if self.called:
             self.earlier = _Earlier(
                 self.bits, self.precision.collecting, self._observes_now()
@@ -520,73 +540,79 @@ class Slot:
         self.called, self.earlier = False, None
 
     def note_backward(self):
-        """Note a backward pass of the layer: the next call begins a pass."""
+        """Register a backward pass of the layer.
+
+        The next call begins a pass.
+        """
         self.precision.due = True
 
     def __getstate__(self):
-        """For copies and pickle: without what belongs to one pass."""
+        """For copies and pickle: without reports of the pass."""
         return {**self.__dict__, 'report': None, 'norms': None}
 
     def row_bits(self, rows, group_size):
-        """Share out the layer's bits among the samples of a tensor.
+        """Allocate the layer's bits to the samples of a tensor.
 
         Args:
-            rows (Tensor[N, *]): What is about to be quantised.
+            rows (Tensor[N, *]): Tensor that is about to be quantised.
             group_size (int): Elements a range.
 
         Returns:
-            tuple[Tensor, Tensor, int]: Bits and first bit of each sample,
-            and the bits of all, see :func:`mmactnn.ops.split_bits`.
+            tuple[Tensor, Tensor, int]: ``row_bits`` and ``row_starts`` as
+            from :func:`mmactnn.ops.allocate_sample_bits`, and the sum of
+            ``row_bits``.
         """
         samples = rows.shape[0]
-        spread = ops.row_spread(rows, group_size)
+        energies = ops.sample_range_energy(rows, group_size)
         if self.knows_samples(samples):
             shares = self.precision.shares(rows.device)
             shares = shares[:, self.index].to(rows.device, non_blocking=True)
-            spread = spread * shares
+            energies = energies * shares
         total = self.total_bits(samples)
-        return *ops.split_bits(spread, total), total
+        return *ops.allocate_sample_bits(energies, total), total
 
     def knows_samples(self, samples):
-        """Whether the gradients of samples are known from another pass.
+        """Whether gradients of the samples are known from earlier passes.
 
         Args:
-            samples (int): How many they are.
+            samples (int): Number of samples of the tensor.
         """
         return self.precision.batch_size == samples and not is_capturing()
 
     def total_bits(self, samples):
-        """The bits that samples share out.
+        """Sum of the bits a code over the samples of a tensor.
 
         Args:
-            samples (int): How many they are.
+            samples (int): Number of samples.
 
         Returns:
-            int: The sum of the bits a code of each.
+            int: The sum.
         """
         return round(self.bits_of_call * samples)
 
     def observe_norms(self, norms):
-        """Take note of the gradients of the samples.
+        """Report the gradients of the samples.
 
         Args:
-            norms (Tensor[N]): Their squared norms; ignored unless the
-                batch's indices are known and as many.
+            norms (Tensor[N]): Squared norms; ignored unless the indices of
+                the batch are known, and N of them.
         """
         if self.precision.batch_size == norms.shape[0]:
             known = self.norms
             self.norms = norms if known is None else known + norms
 
-    def observe(self, numel, cost, relay, power, producer):
+    def observe(
+        self, numel, cost, propagated_variance, grad_sq_norm, producer
+    ):
         """Report one call from its backward pass.
 
         Args:
             numel (int): Elements of the input.
             cost (Tensor[]): Variance at one bit of the weight's gradient.
-            relay (Tensor[]): Variance at one bit of the gradient of the
-                input, relative to its squared norm.
-            power (Tensor[]): Squared norm of the weight's gradient.
-            producer (Slot, optional): Layer that made the input.
+            propagated_variance (Tensor[]): Variance at one bit of the
+                gradient of the input, relative to its squared norm.
+            grad_sq_norm (Tensor[]): Squared norm of the weight's gradient.
+            producer (LayerBits, optional): Layer that made the input.
         """
         place = self.precision.next_place()
         leader = 0 if producer is None else producer.index + 1
@@ -594,8 +620,8 @@ class Slot:
         report = torch.stack(
             [
                 cost,
-                relay,
-                power,
+                propagated_variance,
+                grad_sq_norm,
                 *(torch.full_like(cost, value) for value in constants),
             ]
         )
@@ -603,7 +629,7 @@ class Slot:
 
 
 class _HostCopy:
-    """A small tensor on its way to the host."""
+    """Asynchronous copy of a small tensor to the host."""
 
     def __init__(self, tensor):
         self._event = None
@@ -626,20 +652,20 @@ class _HostCopy:
 
 
 def _any_device():
-    """Where processes without reports of their own take part."""
-    # NCCL moves nothing that is not on a GPU.
+    """Device on which a process without reports joins the all-reduce."""
+    # NCCL needs tensors on a GPU.
     if _world_size() > 1 and dist.get_backend() == 'nccl':
         return torch.device('cuda', torch.cuda.current_device())
     return torch.device('cpu')
 
 
 def _is_inside_backward():
-    """Whether autograd is running, as it does around what is run again."""
+    """Whether autograd is running a backward pass."""
     return torch._C._current_graph_task_id() != -1
 
 
-def _leader(slot):
-    return slot if slot.leader is None else slot.leader
+def _leader(layer):
+    return layer if layer.leader is None else layer.leader
 
 
 def _is_power_of_two(value):

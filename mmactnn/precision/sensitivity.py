@@ -1,11 +1,11 @@
-"""What rounding the input of a layer does to the gradients of the model.
+"""Variance that rounding a layer's input adds to gradients of the model.
 
 All in closed form and on the device. A group of range R that is rounded to b
 bits adds to each of its elements the variance
 ``E[f * (1 - f)] * (R / (2 ** b - 1)) ** 2``, with 1/6 for the mean over
 fractions f of a step that are uniform on [0, 1]. ``At one bit`` means times
-``(2 ** b - 1) ** 2`` for the mean b of the tensor's samples: how its bits are
-shared out among them is part of what is measured.
+``(2 ** b - 1) ** 2`` for the mean b of the tensor's samples: the result
+includes the effect of how bits are allocated to samples.
 """
 
 import torch
@@ -32,7 +32,7 @@ def variance_at_one_bit(payload):
     """Mean variance of each sample's elements, stated at one bit.
 
     Args:
-        payload (QuantizedTensor): For the ranges it was rounded with.
+        payload (QuantizedTensor): Payload with the ranges of its groups.
 
     Returns:
         Tensor[N]: float32.
@@ -64,12 +64,12 @@ def weight_gradient_variance(payload, grad_norms, fan):
 def batch_norm_variance(
     payload, grad_output, grad_input, grad_weight, weight, invstd
 ):
-    """What rounding the input of a batch normalisation does.
+    """Variance from rounding the input of a batch normalisation.
 
     With x^ the normalised input, its gradient is
     ``w * s * (dy - mean(dy) - x^ * mean(dy * x^))`` over n elements a
-    channel. Noise of variance v in x^ enters it as such, times
-    ``mean(dy * x^)``, and through that mean, times x^; both add
+    channel. Noise of variance v in x^ enters it directly, times
+    ``mean(dy * x^)``, and through that mean, times x^. Both add
     ``w^2 * s^2 * v / n * (dgamma^2 + |dy|^2)`` to its squared norm.
 
     Args:
@@ -82,8 +82,9 @@ def batch_norm_variance(
         invstd (Tensor[C]): s.
 
     Returns:
-        tuple[Tensor, Tensor]: Variance of the weight's gradient, and that of
-        the input's relative to its squared norm; float32, at one bit.
+        tuple[Tensor, Tensor]: Variance of the weight's gradient; variance of
+        the input's gradient relative to its squared norm. Both Tensor[],
+        float32, at one bit.
     """
     dims = dims_but_channels(grad_output)
     scale = invstd.float().square()

@@ -73,12 +73,16 @@ def run_quantize(x, bits, group_size):
 
 
 def run_rows(x, group_size):
-    """Split bits by spread, quantise and dequantise samples."""
-    spread = ops.row_spread(x.cuda(), group_size)
-    torch.testing.assert_close(spread.cpu(), ops.row_spread(x, group_size))
+    """Split bits by energies, quantise and dequantise samples."""
+    energies = ops.sample_range_energy(x.cuda(), group_size)
+    torch.testing.assert_close(
+        energies.cpu(), ops.sample_range_energy(x, group_size)
+    )
     total = 4 * len(x) + 1
-    widths = ops.split_bits(spread.cpu(), total)
-    for actual, expected in zip(ops.split_bits(spread, total), widths):
+    widths = ops.allocate_sample_bits(energies.cpu(), total)
+    for actual, expected in zip(
+        ops.allocate_sample_bits(energies, total), widths
+    ):
         check(actual, expected)
     # Every width, in as many calls as that takes.
     for first in range(1, 9, len(x)):

@@ -408,6 +408,8 @@ def test_reports_are_made():
     precision = get_precision(block)
     x = make_input().requires_grad_()
     block(x).sum().backward()
-    names = {slot.name for slot in precision.slots if slot.report is not None}
+    names = {
+        layer.name for layer in precision.layers if layer.report is not None
+    }
     # What reads the input; the others are rectified before.
     assert names == {'downsample.0'}

@@ -280,7 +280,7 @@ class TestRefusals:
         precision = get_precision(net)
         batch = make_batch('cpu')
         gradients(net, batch)
-        assert any(slot.report is not None for slot in precision.slots)
+        assert any(layer.report is not None for layer in precision.layers)
         before = copy.deepcopy(precision.state_dict())
         with monkeypatch.context() as patch:
             pretend_capture(patch)

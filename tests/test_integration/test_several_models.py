@@ -42,8 +42,10 @@ def private_parts(model):
         m.quantizer for m in model.modules() if isinstance(m, QuantizedLayer)
     ]
     found = quantizers + [q.generator for q in quantizers]
-    slots = [q.slot for q in quantizers if q.slot is not None]
-    return {id(part) for part in found + slots + [s.precision for s in slots]}
+    layers = [q.layer_bits for q in quantizers if q.layer_bits is not None]
+    return {
+        id(part) for part in found + layers + [s.precision for s in layers]
+    }
 
 
 def make_student(level, device='cpu'):

@@ -71,9 +71,9 @@ class TestCalls:
         conv(images(4, 8, 8, 8))
         for collecting in (True, False):
             x = images(4, 8, 8, 8).requires_grad_() * 1
-            slot = conv[0].quantizer.slot
-            if slot is not None:
-                slot.precision.collecting = collecting
+            layer_bits = conv[0].quantizer.layer_bits
+            if layer_bits is not None:
+                layer_bits.precision.collecting = collecting
             found = []
 
             def count(frame, event, _, found=found):

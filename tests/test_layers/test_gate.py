@@ -124,7 +124,7 @@ def test_bits():
     model = nn.Sequential(QGate(), QGate(bits=5), Gate())
     convert_model(model, dict(base='L3', conv=2.5, rules={'2': 7}))
     assert [layer.quantizer.bits for layer in model] == [2, 5, 7]
-    assert all(layer.quantizer.slot is None for layer in model)
+    assert all(layer.quantizer.layer_bits is None for layer in model)
     twin = copy.deepcopy(model[1])
     assert type(twin) is QGate and twin.quantizer.bits == 5
     assert type(twin.to_float()) is Gate

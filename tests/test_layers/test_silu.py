@@ -265,7 +265,7 @@ class TestSettings:
         layer = at_level(nn.Sequential(PARENTS[cls]()), level)[0]
         assert layer.quantizer.bits == bits
         # No level shares them out.
-        assert layer.quantizer.slot is None
+        assert layer.quantizer.layer_bits is None
 
     def test_rule_and_constructor(self):
         model = nn.Sequential(QSiLU(bits=6), QSiLU(bits=6))

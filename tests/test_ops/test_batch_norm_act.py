@@ -30,8 +30,8 @@ def make(shape, dtype=torch.float32, channels_last=False, device='cpu'):
     return [t.to(device) for t in (*tensors, *vectors)]
 
 
-def settings_of(mean, var, of_batch, tracked=None):
-    return ops.NormSettings(mean, var, tracked, of_batch, 0.1, 1e-5)
+def settings_of(mean, var, use_batch_stats, tracked=None):
+    return ops.NormSettings(mean, var, tracked, use_batch_stats, 0.1, 1e-5)
 
 
 def run(op, tensors, mode, settings, affine=True):
@@ -53,7 +53,7 @@ def run(op, tensors, mode, settings, affine=True):
 def put_together(tensors, mode, settings, affine=True):
     relu, adds, bits, act_bits = MODES[mode]
     x, residual, bias, _, weight, _ = tensors
-    if settings.of_batch:
+    if settings.use_batch_stats:
         mean, _, invstd = ops.channel_stats(
             x, 1e-5, 0.1, settings.running_mean, settings.running_var
         )
@@ -89,23 +89,23 @@ def assert_equal(found, expected):
     shape=SHAPES,
     dtype=[torch.float32, torch.float16, torch.bfloat16],
     channels_last=[False, True],
-    of_batch=[True, False],
+    use_batch_stats=[True, False],
 )
-def test_forward(mode, shape, dtype, channels_last, of_batch, device):
+def test_forward(mode, shape, dtype, channels_last, use_batch_stats, device):
     tensors = make(shape, dtype, channels_last, device)
     running = [t.clone() for t in (tensors[3], tensors[5])]
     tracked = torch.tensor(3, device=device)
-    wanted = settings_of(*(t.clone() for t in running), of_batch)
+    wanted = settings_of(*(t.clone() for t in running), use_batch_stats)
     expected = put_together(tensors, mode, wanted)
-    settings = settings_of(*running, of_batch, tracked)
+    settings = settings_of(*running, use_batch_stats, tracked)
     assert_equal(run(ops.batch_norm_act, tensors, mode, settings), expected)
     assert_same_bits(settings.running_mean, wanted.running_mean)
     assert_same_bits(settings.running_var, wanted.running_var)
-    assert tracked.item() == (4 if of_batch else 3)
+    assert tracked.item() == (4 if use_batch_stats else 3)
     # In place.
     x = tensors[0].clone()
     settings = settings_of(
-        *(t.clone() for t in (tensors[3], tensors[5])), of_batch
+        *(t.clone() for t in (tensors[3], tensors[5])), use_batch_stats
     )
     found = run(ops.batch_norm_act_, [x, *tensors[1:]], mode, settings)
     assert_equal((x, *found), expected)
@@ -123,13 +123,13 @@ def test_without_running_statistics_weight_and_bias(device):
     mode=tuple(MODES),
     dtype=[torch.float32, torch.float16],
     channels_last=[False, True],
-    of_batch=[True, False],
+    use_batch_stats=[True, False],
     affine=[True, False],
 )
-def test_backward(mode, dtype, channels_last, of_batch, affine, device):
+def test_backward(mode, dtype, channels_last, use_batch_stats, affine, device):
     relu, adds, bits, act_bits = MODES[mode]
     tensors = make((3, 8, 16, 16), dtype, channels_last, device)
-    settings = settings_of(tensors[3], tensors[5], of_batch)
+    settings = settings_of(tensors[3], tensors[5], use_batch_stats)
     _, invstd, codes = run(ops.batch_norm_act, tensors, mode, settings)
     grad = torch.randn_like(tensors[0])
     weight = tensors[4] if affine else None
@@ -140,7 +140,7 @@ def test_backward(mode, dtype, channels_last, of_batch, affine, device):
         weight,
         invstd,
         relu,
-        of_batch,
+        use_batch_stats,
         True,
         bits,
         act_bits,
@@ -158,7 +158,7 @@ def test_backward(mode, dtype, channels_last, of_batch, affine, device):
     assert_same_bits(torch.stack(sums), expected)
     # By a tensor: torch multiplies with the inverse of a number.
     count = torch.full_like(expected, grad.numel() // 8)
-    means = expected / count * of_batch
+    means = expected / count * use_batch_stats
     scale = invstd if weight is None else invstd * weight
     wanted = ops.norm_grad_input(
         passed, *codes[:2], scale, means, bits, 64, relu and not adds

@@ -15,11 +15,11 @@ GEOMETRIES = [((1, 1), (0, 0), (1, 1), 1), ((2, 1), (1, 2), (1, 2), 2)]
 INPUT = ops.source_of_input(0)
 
 
-def make_layer(channels, kernel, follows, dtype, device, groups=1):
-    """Parameters and buffers of a convolution and what follows it."""
+def make_layer(channels, kernel, epilogue, dtype, device, groups=1):
+    """Parameters and buffers of a convolution and its epilogue."""
     scale = torch.rand(channels, device=device) + 0.5
     shift = torch.randn(channels, device=device)
-    norm = follows in (ops.Follows.NORM, ops.Follows.NORM_RELU)
+    norm = epilogue in (ops.Epilogue.NORM, ops.Epilogue.NORM_RELU)
     size = channels, channels // groups, *kernel
     weight = torch.randn(size, device=device, dtype=dtype) / 4
     bias = torch.randn(channels, device=device, dtype=dtype)
@@ -28,61 +28,61 @@ def make_layer(channels, kernel, follows, dtype, device, groups=1):
     return parameters + [None] * (4 - len(parameters)), [*buffers, None]
 
 
-def make_link(follows, source=INPUT, layer=0, added=None, geometry=None):
-    of_batch = follows is ops.Follows.NORM_RELU
+def make_step(epilogue, source=INPUT, layer=0, added=None, geometry=None):
+    use_batch_stats = epilogue is ops.Epilogue.NORM_RELU
     act_bits = 0 if added is None else 2
-    return ops.Link(
+    return ops.ChainStep(
         source,
         added,
         layer,
         *(geometry or GEOMETRIES[0]),
-        follows,
-        of_batch,
+        epilogue,
+        use_batch_stats,
         3,
         act_bits,
         GROUP_SIZE,
     )
 
 
-def make_plan(links, layers):
-    return ops.ChainPlan.of(links, [0.1, 1e-5] * layers)
+def make_plan(steps, layers):
+    return ops.ChainPlan.of(steps, [0.1, 1e-5] * layers)
 
 
-def run_ops(inputs, links, layers):
+def run_ops(inputs, steps, layers):
     """The forward pass, op by op: all outputs and what each returned."""
     kept, outputs, draws = [], [], iter(range(7, 99))
-    for link in links:
-        (weight, bias, scale, shift), buffers = layers[link.layer]
+    for step in steps:
+        (weight, bias, scale, shift), buffers = layers[step.layer]
 
         def read(source):
             pool = inputs if ops.is_input(source) else outputs
             return pool[~source if ops.is_input(source) else source]
 
         x = torch.convolution(
-            read(link.source),
+            read(step.source),
             weight,
             bias,
-            link.stride,
-            link.padding,
-            link.dilation,
+            step.stride,
+            step.padding,
+            step.dilation,
             False,
-            (0,) * len(link.stride),
-            link.groups,
+            (0,) * len(step.stride),
+            step.groups,
         )
         codes = []
-        if link.follows is ops.Follows.RELU:
+        if step.epilogue is ops.Epilogue.RELU:
             random = dict(seed=SEED, offset=next(draws))
-            x, *codes = ops.relu_codes(x, link.bits, GROUP_SIZE, **random)
-        elif link.follows is not ops.Follows.NOTHING:
+            x, *codes = ops.relu_codes(x, step.bits, GROUP_SIZE, **random)
+        elif step.epilogue is not ops.Epilogue.NONE:
             x, invstd, codes = ops.batch_norm_act(
                 x,
-                None if link.added is None else read(link.added),
+                None if step.added is None else read(step.added),
                 scale,
                 shift,
-                ops.NormSettings(*buffers, link.of_batch, 0.1, 1e-5),
-                link.follows is ops.Follows.NORM_RELU,
-                link.bits,
-                link.act_bits,
+                ops.NormSettings(*buffers, step.use_batch_stats, 0.1, 1e-5),
+                step.epilogue is ops.Epilogue.NORM_RELU,
+                step.bits,
+                step.act_bits,
                 GROUP_SIZE,
                 seed=SEED,
                 offset=next(draws),
@@ -98,13 +98,13 @@ def flatten(layers):
     return [[t for layer in layers for t in layer[k]] for k in range(2)]
 
 
-def run_chain(inputs, links, layers, formats=ops.NOT_ENCODED):
+def run_chain(inputs, steps, layers, formats=ops.NOT_ENCODED):
     parameters, buffers = flatten(layers)
     return ops.conv_chain(
         inputs,
         parameters,
         buffers,
-        make_plan(links, len(layers)),
+        make_plan(steps, len(layers)),
         formats,
         seed=SEED,
         offset=7,
@@ -114,7 +114,7 @@ def run_chain(inputs, links, layers, formats=ops.NOT_ENCODED):
 def run_backward(
     grads,
     made,
-    links,
+    steps,
     layers,
     needs=None,
     needs_inputs=(True,),
@@ -135,7 +135,7 @@ def run_backward(
         parameters,
         kept,
         layouts,
-        make_plan(links, len(layers)),
+        make_plan(steps, len(layers)),
         needs,
         needs_inputs,
         True,
@@ -153,7 +153,7 @@ def run_backward(
     [
         ['RELU'],
         ['NORM'],
-        ['NORM_RELU', 'RELU', 'NOTHING'],
+        ['NORM_RELU', 'RELU', 'NONE'],
         ['RELU', 'NORM_RELU', 'NORM'],
     ],
 )
@@ -161,17 +161,17 @@ def test_forward_is_that_of_the_ops(names, dtype, channels_last, device):
     x = torch.randn(3, 8, 9, 7, device=device, dtype=dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    layers, links = [], []
+    layers, steps = [], []
     for i, name in enumerate(names):
-        follows, geometry = ops.Follows[name], GEOMETRIES[i % 2]
+        epilogue, geometry = ops.Epilogue[name], GEOMETRIES[i % 2]
         layers.append(
-            make_layer(8, (1, 3), follows, dtype, device, geometry[3])
+            make_layer(8, (1, 3), epilogue, dtype, device, geometry[3])
         )
         source = i - 1 if i else INPUT
-        links.append(make_link(follows, source, i, None, geometry))
+        steps.append(make_step(epilogue, source, i, None, geometry))
     with exact_numerics():
-        (*_, expected), expected_kept = run_ops([x], links, clone(layers))
-        (output,), codes, kept, layouts = run_chain([x], links, layers)
+        (*_, expected), expected_kept = run_ops([x], steps, clone(layers))
+        (output,), codes, kept, layouts = run_chain([x], steps, layers)
     assert_same_bits(output, expected)
     assert output.stride() == expected.stride()
     assert codes == []
@@ -180,7 +180,7 @@ def test_forward_is_that_of_the_ops(names, dtype, channels_last, device):
         assert_same_bits(found, tensor)
     # Of the input and each output: dimensions, shape and strides.
     layouts = layouts.tolist()
-    assert len(layouts) == (len(links) + 1) * 9
+    assert len(layouts) == (len(steps) + 1) * 9
     assert layouts[:9] == [4, *x.shape, *x.stride()]
     assert layouts[-9:] == [4, *output.shape, *output.stride()]
 
@@ -200,33 +200,33 @@ BLOCKS = [
     ('NORM_RELU', 1, 0),
     ('NORM_RELU', 2, None),
     ('NORM_RELU', 3, 2),
-    ('NOTHING', 4, None),
+    ('NONE', 4, None),
     ('RELU', 4, None),
 ]
 
 
 def make_blocks(device):
-    links = [
-        make_link(ops.Follows[name], source, i, added)
+    steps = [
+        make_step(ops.Epilogue[name], source, i, added)
         for i, (name, source, added) in enumerate(BLOCKS)
     ]
     layers = [
-        make_layer(8, (1, 1), link.follows, torch.float32, device)
-        for link in links
+        make_layer(8, (1, 1), step.epilogue, torch.float32, device)
+        for step in steps
     ]
-    return links, layers
+    return steps, layers
 
 
 def test_links_that_branch_and_join(device):
     x = torch.randn(3, 8, 9, 7, device=device)
-    links, layers = make_blocks(device)
+    steps, layers = make_blocks(device)
     with exact_numerics():
-        expected, expected_kept = run_ops([x], links, clone(layers))
-        outputs, _, kept, _ = run_chain([x], links, layers)
+        expected, expected_kept = run_ops([x], steps, clone(layers))
+        outputs, _, kept, _ = run_chain([x], steps, layers)
     assert len(outputs) == 2
     for found, tensor in zip(outputs, expected[-2:]):
         assert_same_bits(found, tensor)
-    assert len(kept) == sum(link.kept for link in links)
+    assert len(kept) == sum(step.num_saved for step in steps)
     for found, tensor in zip(kept, expected_kept):
         assert_same_bits(found, tensor)
 
@@ -234,19 +234,19 @@ def test_links_that_branch_and_join(device):
 def test_layers_that_run_for_two_inputs(device):
     inputs = [torch.randn(3, 8, n, n, device=device) for n in (9, 5)]
     layers = [
-        make_layer(8, (1, 1), follows, torch.float32, device)
-        for follows in (ops.Follows.NORM_RELU, ops.Follows.NOTHING)
+        make_layer(8, (1, 1), epilogue, torch.float32, device)
+        for epilogue in (ops.Epilogue.NORM_RELU, ops.Epilogue.NONE)
     ]
-    links = [
-        make_link(ops.Follows.NORM_RELU, ops.source_of_input(0), 0),
-        make_link(ops.Follows.NOTHING, 0, 1),
-        make_link(ops.Follows.NORM_RELU, ops.source_of_input(1), 0),
-        make_link(ops.Follows.NOTHING, 2, 1),
+    steps = [
+        make_step(ops.Epilogue.NORM_RELU, ops.source_of_input(0), 0),
+        make_step(ops.Epilogue.NONE, 0, 1),
+        make_step(ops.Epilogue.NORM_RELU, ops.source_of_input(1), 0),
+        make_step(ops.Epilogue.NONE, 2, 1),
     ]
     twins = clone(layers)
     with exact_numerics():
-        expected, _ = run_ops(inputs, links, twins)
-        outputs, *_ = run_chain(inputs, links, layers, ops.NOT_ENCODED * 2)
+        expected, _ = run_ops(inputs, steps, twins)
+        outputs, *_ = run_chain(inputs, steps, layers, ops.NOT_ENCODED * 2)
     assert_same_bits(outputs[0], expected[1])
     assert_same_bits(outputs[1], expected[3])
     # One batch after the other.
@@ -257,20 +257,22 @@ def test_layers_that_run_for_two_inputs(device):
 @pytest.mark.parametrize('kind', ['PLAIN', 'ROWS'])
 def test_inputs_that_are_encoded(kind, device):
     x = torch.randn(3, 8, 9, 7, device=device)
-    layer = make_layer(8, (1, 1), ops.Follows.RELU, torch.float32, device)
+    layer = make_layer(8, (1, 1), ops.Epilogue.RELU, torch.float32, device)
     # Two read it, and it is encoded once.
-    links = [make_link(ops.Follows.RELU), make_link(ops.Follows.RELU)]
+    steps = [make_step(ops.Epilogue.RELU), make_step(ops.Epilogue.RELU)]
     bits = 2 if kind == 'PLAIN' else 8
-    format = ops.Encoding(ops.Kept[kind], bits, GROUP_SIZE)
-    outputs, codes, kept, _ = run_chain([x], links, [layer], format)
+    format = ops.Encoding(ops.PayloadKind[kind], bits, GROUP_SIZE)
+    outputs, codes, kept, _ = run_chain([x], steps, [layer], format)
     random = dict(seed=SEED, offset=7)
     if kind == 'PLAIN':
         expected = ops.quantize(x, 2, GROUP_SIZE, **random)
     else:
-        widths = ops.split_bits(ops.row_spread(x, GROUP_SIZE), 8)
+        widths = ops.allocate_sample_bits(
+            ops.sample_range_energy(x, GROUP_SIZE), 8
+        )
         expected = ops.quantize_rows(x, *widths, 8, GROUP_SIZE, **random)
         expected = *expected, *widths
-    assert len(codes) == format.tensors == len(expected)
+    assert len(codes) == format.num_tensors == len(expected)
     for found, tensor in zip(codes, expected):
         assert_same_bits(found, tensor)
     x, *wanted = ops.relu_codes(
@@ -289,14 +291,14 @@ def test_inputs_that_are_encoded(kind, device):
 def test_gradients_are_those_of_what_is_decoded(kind, strided, device):
     """In float64, of the values that the codes stand for."""
     inputs = [torch.randn(3, 8, 9, 7, device=device) for _ in range(2)]
-    names = ['RELU', 'RELU', 'NOTHING']
+    names = ['RELU', 'RELU', 'NONE']
     layers = [
-        make_layer(8, (1, 1), ops.Follows[name], torch.float32, device)
+        make_layer(8, (1, 1), ops.Epilogue[name], torch.float32, device)
         for name in names
     ]
-    links = [
-        make_link(
-            ops.Follows[name],
+    steps = [
+        make_step(
+            ops.Epilogue[name],
             3 * n + i - 1 if i else ops.source_of_input(n),
             i,
         )
@@ -304,8 +306,8 @@ def test_gradients_are_those_of_what_is_decoded(kind, strided, device):
         for i, name in enumerate(names)
     ]
     bits = 8 if kind == 'PLAIN' else 24
-    formats = ops.Encoding(ops.Kept[kind], bits, GROUP_SIZE) * 2
-    outputs, codes, kept, layouts = run_chain(inputs, links, layers, formats)
+    formats = ops.Encoding(ops.PayloadKind[kind], bits, GROUP_SIZE) * 2
+    outputs, codes, kept, layouts = run_chain(inputs, steps, layers, formats)
     grads = [torch.randn_like(output) for output in outputs]
     if strided:
         grads = [
@@ -315,7 +317,7 @@ def test_gradients_are_those_of_what_is_decoded(kind, strided, device):
     found = run_backward(
         grads,
         (codes, formats, kept, layouts),
-        links,
+        steps,
         layers,
         needs_inputs=[True, True],
         observed=True,
@@ -363,35 +365,37 @@ def compare(found, wanted, device):
 def test_gradients_of_links_that_branch_and_join(device):
     """Against torch's graph of the same layers, at 8 bits."""
     x = torch.randn(3, 8, 9, 7, device=device)
-    links, layers = make_blocks(device)
-    links = [
-        link._replace(bits=8, act_bits=link.act_bits and 8, of_batch=True)
-        for link in links
+    steps, layers = make_blocks(device)
+    steps = [
+        step._replace(
+            bits=8, act_bits=step.act_bits and 8, use_batch_stats=True
+        )
+        for step in steps
     ]
-    format = ops.Encoding(ops.Kept.PLAIN, 8, GROUP_SIZE)
+    format = ops.Encoding(ops.PayloadKind.PLAIN, 8, GROUP_SIZE)
     parameters, _ = flatten(layers)
     with exact_numerics():
-        outputs, codes, kept, layouts = run_chain([x], links, layers, format)
+        outputs, codes, kept, layouts = run_chain([x], steps, layers, format)
         grads = [torch.randn_like(output) for output in outputs]
         found = run_backward(
-            grads, (codes, format, kept, layouts), links, layers
+            grads, (codes, format, kept, layouts), steps, layers
         )
     leaf = x.double().requires_grad_()
     leaves = [
         None if p is None else p.double().requires_grad_() for p in parameters
     ]
     made = []
-    for i, link in enumerate(links):
+    for i, step in enumerate(steps):
         weight, bias, scale, shift = leaves[4 * i : 4 * i + 4]
-        read = leaf if ops.is_input(link.source) else made[link.source]
+        read = leaf if ops.is_input(step.source) else made[step.source]
         y = torch.nn.functional.conv2d(read, weight, bias)
         if scale is not None:
             y = torch.nn.functional.batch_norm(
                 y, None, None, scale, shift, True
             )
-        if link.added is not None:
-            y = y + made[link.added]
-        if link.follows in (ops.Follows.RELU, ops.Follows.NORM_RELU):
+        if step.added is not None:
+            y = y + made[step.added]
+        if step.epilogue in (ops.Epilogue.RELU, ops.Epilogue.NORM_RELU):
             y = y.relu()
         made.append(y)
     torch.autograd.backward(made[-2:], [g.double() for g in grads])
@@ -408,15 +412,15 @@ def test_gradients_of_links_that_branch_and_join(device):
 
 def test_what_is_not_wanted_is_not_computed():
     x = torch.randn(3, 8, 9, 7)
-    layer = make_layer(8, (1, 1), ops.Follows.RELU, torch.float32, 'cpu')
-    links = [make_link(ops.Follows.RELU)]
-    format = ops.Encoding(ops.Kept.PLAIN, 2, GROUP_SIZE)
-    (output,), codes, kept, layouts = run_chain([x], links, [layer], format)
+    layer = make_layer(8, (1, 1), ops.Epilogue.RELU, torch.float32, 'cpu')
+    steps = [make_step(ops.Epilogue.RELU)]
+    format = ops.Encoding(ops.PayloadKind.PLAIN, 2, GROUP_SIZE)
+    (output,), codes, kept, layouts = run_chain([x], steps, [layer], format)
     for needs in ([True, False], [False, True], [False, False]):
         grads = run_backward(
             [output],
             (codes, format, kept, layouts),
-            links,
+            steps,
             [layer],
             needs=[*needs, False, False],
             needs_inputs=[False],
@@ -427,12 +431,12 @@ def test_what_is_not_wanted_is_not_computed():
 
 def test_outputs_without_gradients():
     x = torch.randn(3, 8, 9, 7)
-    links, layers = make_blocks('cpu')
-    format = ops.Encoding(ops.Kept.PLAIN, 2, GROUP_SIZE)
-    outputs, codes, kept, layouts = run_chain([x], links, layers, format)
+    steps, layers = make_blocks('cpu')
+    format = ops.Encoding(ops.PayloadKind.PLAIN, 2, GROUP_SIZE)
+    outputs, codes, kept, layouts = run_chain([x], steps, layers, format)
     parameters, _ = flatten(layers)
     grads = run_backward(
-        [outputs[0], None], (codes, format, kept, layouts), links, layers
+        [outputs[0], None], (codes, format, kept, layouts), steps, layers
     )
     # But for those of the last layer alone.
     assert [g is not None for g in grads[2:-4]] == [
@@ -461,12 +465,12 @@ def peak_bytes(function):
 def test_outputs_are_released():
     """What only the chain reads does not live until it ends."""
     x = torch.randn(2, 8, 256, 256)
-    links = [
-        make_link(ops.Follows.RELU, i - 1 if i else INPUT, 0)
+    steps = [
+        make_step(ops.Epilogue.RELU, i - 1 if i else INPUT, 0)
         for i in range(16)
     ]
-    layer = make_layer(8, (1, 1), ops.Follows.RELU, torch.float32, 'cpu')
-    peak = peak_bytes(lambda: run_chain([x], links, [layer]))
+    layer = make_layer(8, (1, 1), ops.Epilogue.RELU, torch.float32, 'cpu')
+    peak = peak_bytes(lambda: run_chain([x], steps, [layer]))
     # One that is read, one that is written, and codes of all.
     assert 2 * x.nbytes <= peak < 5 * x.nbytes
 
@@ -478,22 +482,22 @@ def test_large_inputs(needs_weight, channels_last, device):
     x = torch.randn(3, 64, 264, 264, device=device)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    follows = ops.Follows.NOTHING
-    layer = make_layer(8, (3, 3), follows, x.dtype, device, groups=8)
+    epilogue = ops.Epilogue.NONE
+    layer = make_layer(8, (3, 3), epilogue, x.dtype, device, groups=8)
     layer[0][0] = torch.randn(8, 8, 3, 3, device=device)
     geometry = ((1, 1), (1, 1), (1, 1), 8)
-    links = [make_link(follows, geometry=geometry)]
-    format = ops.Encoding(ops.Kept.PLAIN, 2, GROUP_SIZE)
+    steps = [make_step(epilogue, geometry=geometry)]
+    format = ops.Encoding(ops.PayloadKind.PLAIN, 2, GROUP_SIZE)
     weight, bias = layer[0][:2]
     with exact_numerics():
         (output,), codes, kept, layouts = run_chain(
-            [x], links, [layer], format
+            [x], steps, [layer], format
         )
         grad = torch.randn_like(output)
         found = run_backward(
             [grad],
             (codes, format, kept, layouts),
-            links,
+            steps,
             [layer],
             needs=[needs_weight, True, False, False],
         )
@@ -523,25 +527,25 @@ def test_large_inputs(needs_weight, channels_last, device):
 
 def test_errors():
     x = torch.randn(3, 8, 9, 7)
-    follows = ops.Follows.RELU
-    parameters, buffers = make_layer(8, (1, 1), follows, torch.float32, 'cpu')
-    link = make_link(follows)
+    epilogue = ops.Epilogue.RELU
+    parameters, buffers = make_layer(8, (1, 1), epilogue, torch.float32, 'cpu')
+    step = make_step(epilogue)
 
     def run(
         x=x,
         parameters=parameters,
         buffers=buffers,
-        links=(link,),
+        steps=(step,),
         plan=None,
         formats=ops.NOT_ENCODED,
     ):
-        plan = plan or make_plan(links, 1)
+        plan = plan or make_plan(steps, 1)
         return ops.conv_chain(
             [x], parameters, buffers, plan, formats, seed=SEED
         )
 
     run()
-    plan = make_plan([link], 1)
+    plan = make_plan([step], 1)
     with pytest.raises(RuntimeError, match='plan is shorter'):
         run(plan=plan._replace(numbers=plan.numbers[:-1]))
     with pytest.raises(RuntimeError, match='settings is shorter'):
@@ -555,30 +559,30 @@ def test_errors():
     with pytest.raises(RuntimeError, match='must have a weight'):
         run(parameters=[None, *parameters[1:]])
     with pytest.raises(RuntimeError, match='must be followed by a ReLU'):
-        run(links=[link._replace(added=INPUT)])
-    with pytest.raises(RuntimeError, match='one of the inputs or a link'):
-        run(links=[link._replace(source=0)])
-    with pytest.raises(RuntimeError, match='one of the inputs or a link'):
-        run(links=[link._replace(source=ops.source_of_input(1))])
+        run(steps=[step._replace(added=INPUT)])
+    with pytest.raises(RuntimeError, match='one of the inputs or a step'):
+        run(steps=[step._replace(source=0)])
+    with pytest.raises(RuntimeError, match='one of the inputs or a step'):
+        run(steps=[step._replace(source=ops.source_of_input(1))])
     with pytest.raises(RuntimeError, match='must be of one of 1 layers'):
-        run(links=[link._replace(layer=1)])
+        run(steps=[step._replace(layer=1)])
     with pytest.raises(RuntimeError, match='1 to 3 dimensions'):
-        run(links=[link._replace(stride=(), padding=(), dilation=())])
+        run(steps=[step._replace(stride=(), padding=(), dilation=())])
     with pytest.raises(RuntimeError, match='formats must be kind'):
         run(formats=ops.NOT_ENCODED[:2])
-    with pytest.raises(RuntimeError, match=r'plain codes \(0\) or rows'):
-        run(formats=ops.Encoding(ops.Kept.SPLIT, 2, GROUP_SIZE))
+    with pytest.raises(RuntimeError, match=r'kind 0 \(plain\) or 1'):
+        run(formats=ops.Encoding(ops.PayloadKind.SPLIT, 2, GROUP_SIZE))
     with pytest.raises(RuntimeError, match='aten::convolution failed'):
         run(x=x[:, :3])
 
 
 def test_errors_of_the_backward_pass():
     x = torch.randn(3, 8, 9, 7)
-    follows = ops.Follows.RELU
-    layer = make_layer(8, (1, 1), follows, torch.float32, 'cpu')
-    links = [make_link(follows)]
-    format = ops.Encoding(ops.Kept.PLAIN, 2, GROUP_SIZE)
-    (output,), codes, kept, layouts = run_chain([x], links, [layer], format)
+    epilogue = ops.Epilogue.RELU
+    layer = make_layer(8, (1, 1), epilogue, torch.float32, 'cpu')
+    steps = [make_step(epilogue)]
+    format = ops.Encoding(ops.PayloadKind.PLAIN, 2, GROUP_SIZE)
+    (output,), codes, kept, layouts = run_chain([x], steps, [layer], format)
 
     def run(
         grads=(output,),
@@ -589,7 +593,7 @@ def test_errors_of_the_backward_pass():
         needs=(True, True, False, False),
     ):
         return run_backward(
-            grads, (codes, formats, kept, layouts), links, [layer], needs
+            grads, (codes, formats, kept, layouts), steps, [layer], needs
         )
 
     run()
@@ -601,7 +605,7 @@ def test_errors_of_the_backward_pass():
         run(codes=[codes[0], None])
     with pytest.raises(RuntimeError, match='nothing is kept of an input'):
         run(formats=ops.NOT_ENCODED, codes=[])
-    with pytest.raises(RuntimeError, match='ways -1 to 3, got 7'):
+    with pytest.raises(RuntimeError, match='must be -1 to 3, got 7'):
         run(formats=[7, 2, GROUP_SIZE])
     with pytest.raises(RuntimeError, match='kept must be 2 tensors, got 1'):
         run(kept=kept[:1])
@@ -613,22 +617,22 @@ def test_errors_of_the_backward_pass():
         run(needs=[True])
 
 
-@pytest.mark.parametrize('kind', [ops.Kept.PLAIN, ops.Kept.ROWS])
-@pytest.mark.parametrize('follows', ops.Follows)
-def test_opcheck(follows, kind, device):
+@pytest.mark.parametrize('kind', [ops.PayloadKind.PLAIN, ops.PayloadKind.ROWS])
+@pytest.mark.parametrize('epilogue', ops.Epilogue)
+def test_opcheck(epilogue, kind, device):
     x = torch.randn(2, 4, 6, 6, device=device)
     layers = [
         make_layer(4, (1, 1), each, x.dtype, device)
-        for each in (ops.Follows.NORM_RELU, follows)
+        for each in (ops.Epilogue.NORM_RELU, epilogue)
     ]
-    added = INPUT if follows is ops.Follows.NORM_RELU else None
-    links = [
-        make_link(ops.Follows.NORM_RELU),
-        make_link(follows, 0, 1, added),
+    added = INPUT if epilogue is ops.Epilogue.NORM_RELU else None
+    steps = [
+        make_step(ops.Epilogue.NORM_RELU),
+        make_step(epilogue, 0, 1, added),
     ]
     parameters, buffers = flatten(layers)
-    plan = make_plan(links, len(layers))
-    format = [int(kind), 3 if kind is ops.Kept.PLAIN else 7, GROUP_SIZE]
+    plan = make_plan(steps, len(layers))
+    format = [int(kind), 3 if kind is ops.PayloadKind.PLAIN else 7, GROUP_SIZE]
     namespace = torch.ops.mmactnn
     arguments = [x], parameters, buffers, *plan[:2], format, SEED, 7
     opcheck(namespace.conv_chain.default, arguments)
@@ -655,14 +659,14 @@ def test_opcheck(follows, kind, device):
 
 def test_observed_gradient_is_a_tensor_of_its_own(device):
     x = torch.randn(2, 4, 6, 6, device=device)
-    follows = ops.Follows.NOTHING
-    layer = make_layer(4, (1, 1), follows, x.dtype, device)
-    format = ops.Encoding(ops.Kept.PLAIN, 2, GROUP_SIZE)
-    links = [make_link(follows)]
-    (output,), codes, kept, layouts = run_chain([x], links, [layer], format)
+    epilogue = ops.Epilogue.NONE
+    layer = make_layer(4, (1, 1), epilogue, x.dtype, device)
+    format = ops.Encoding(ops.PayloadKind.PLAIN, 2, GROUP_SIZE)
+    steps = [make_step(epilogue)]
+    (output,), codes, kept, layouts = run_chain([x], steps, [layer], format)
     grad = torch.randn_like(output)
     grads = run_backward(
-        [grad], (codes, format, kept, layouts), links, [layer], observed=True
+        [grad], (codes, format, kept, layouts), steps, [layer], observed=True
     )
     assert torch.equal(grads[1], grad)
     assert grads[1].data_ptr() != grad.data_ptr()
@@ -674,14 +678,14 @@ def test_out_of_memory_has_its_class():
     if torch.__version__ < (2, 13):
         pytest.skip('torch does not tell the reason before 2.13')
     x = torch.randn(64, 8, 64, 64, device='cuda')
-    follows = ops.Follows.RELU
-    layer = make_layer(8, (1, 1), follows, torch.float32, 'cuda')
+    epilogue = ops.Epilogue.RELU
+    layer = make_layer(8, (1, 1), epilogue, torch.float32, 'cuda')
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     used = torch.cuda.memory_reserved()
     torch.cuda.set_per_process_memory_fraction((used + 2**20) / total, 0)
     try:
         with pytest.raises(torch.OutOfMemoryError):
-            run_chain([x], [make_link(follows)], [layer])
+            run_chain([x], [make_step(epilogue)], [layer])
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, 0)

@@ -304,7 +304,7 @@ class TestCuda:
         x = torch.randn(8, 4096, device='cuda')
         torch.cuda.set_sync_debug_mode('error')
         try:
-            widths = ops.split_bits(ops.row_spread(x), 20)
+            widths = ops.allocate_sample_bits(ops.sample_range_energy(x), 20)
             codes, ranges = ops.quantize_rows(x, *widths, 20, seed=1)
             ops.dequantize_rows(
                 codes, ranges, *widths, x.shape, x.stride(), x.dtype

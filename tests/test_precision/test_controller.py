@@ -78,8 +78,8 @@ class TestLayers:
         convert_model(net, 'L3', generator=RoundingGenerator(seed=5))
         for step in range(4):
             net(batch(step).requires_grad_()).backward()
-        slots = get_precision(net).slots
-        assert [slot.leader for slot in slots] == [None] * 4
+        layers = get_precision(net).layers
+        assert [layer.leader for layer in layers] == [None] * 4
 
     def test_layers_without_reports_keep_their_bits(self, device):
         net = make_net().to(device)
@@ -202,7 +202,7 @@ class TestSensitivity:
         twin(x).backward(grad)
         exact, exact_weight = x.grad, twin.weight.grad
         invstd = torch.rsqrt(x.detach().var((0, 2, 3), correction=0) + 1e-5)
-        own, relay = sensitivity.batch_norm_variance(
+        own, propagated_variance = sensitivity.batch_norm_variance(
             norm.quantizer.pack(x.detach()),
             grad,
             exact,
@@ -222,16 +222,16 @@ class TestSensitivity:
             )
         measured = torch.tensor(errors).mean(0)
         assert 0.7 < measured[0] / (own / 9) < 1.4
-        assert 0.7 < measured[1] / (relay / 9) < 1.4
+        assert 0.7 < measured[1] / (propagated_variance / 9) < 1.4
 
 
 class TestSamples:
     def test_samples_of_wide_ranges_get_more_bits(self, device):
         net = make_net().to(device)
         train(net, range(4), device)
-        slot = net.stem.quantizer.slot
-        slot.bits = 3
-        row_bits, row_starts, total = slot.row_bits(
+        layer_bits = net.stem.quantizer.layer_bits
+        layer_bits.bits = 3
+        row_bits, row_starts, total = layer_bits.row_bits(
             batch(0, device=device), 256
         )
         assert total == int(row_bits.sum()) == 12
@@ -250,16 +250,16 @@ class TestSamples:
             loss.backward()
         precision.end_pass()
         history = precision.state_dict()['history']
-        assert history.shape == (8, len(precision.slots))
-        body = history[:, net.body.quantizer.slot.index].float()
+        assert history.shape == (8, len(precision.layers))
+        body = history[:, net.body.quantizer.layer_bits.index].float()
         assert body[6] < 0.1 * body[2] < body[1]
         assert body[[0, 4, 5, 7]].eq(1).all()
 
-        slot = net.body.quantizer.slot
-        slot.bits = 3
+        layer_bits = net.body.quantizer.layer_bits
+        layer_bits.bits = 3
         precision.set_samples([6, 2, 3, 1])
         precision.begin_pass()
-        bits, _, total = slot.row_bits(images, 256)
+        bits, _, total = layer_bits.row_bits(images, 256)
         assert total == 12
         assert bits[0] < bits[1] <= bits[3]
 
@@ -455,7 +455,9 @@ class TestSeparation:
         with pytest.raises(ValueError, match='with 2'):
             get_precision(net)
         train(net, range(4))
-        assert all(len(q.slots) for q in (net.stem.quantizer.slot.precision,))
+        assert all(
+            len(q.layers) for q in (net.stem.quantizer.layer_bits.precision,)
+        )
 
 
 class TestPasses:

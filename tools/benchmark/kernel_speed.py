@@ -85,10 +85,15 @@ def codes(x):
 
 def rows(x):
     """Yield likewise: codes of different widths by sample."""
-    spread = ops.row_spread(x)
-    yield 'row spread', [x], [spread], partial(ops.row_spread, x)
-    split = partial(ops.split_bits, spread, 2 * len(x))
-    yield 'split bits', [spread], split(), split
+    energies = ops.sample_range_energy(x)
+    yield (
+        'sample range energy',
+        [x],
+        [energies],
+        partial(ops.sample_range_energy, x),
+    )
+    split = partial(ops.allocate_sample_bits, energies, 2 * len(x))
+    yield 'allocate sample bits', [energies], split(), split
     # All of 2 bits, to compare with the kernel of that width, and all widths.
     plain = torch.full((len(x),), 2, device=x.device)
     mixed = torch.arange(len(x), device=x.device) % 8 + 1

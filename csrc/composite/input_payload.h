@@ -16,8 +16,8 @@
 namespace mmactnn {
 
 // How; in the ops' `formats`.
-enum class Kept : int64_t {
-  kNothing = -1,
+enum class PayloadKind : int64_t {
+  kNone = -1,
   kPlain = 0,
   kRows = 1,
   kSplit = 2,
@@ -27,23 +27,23 @@ enum class Kept : int64_t {
 // `bits` are those of all samples together where they share them out, and not
 // looked at where they have done so.
 struct Format {
-  Kept kind;
+  PayloadKind kind;
   int64_t bits;
   int64_t group_size;
 
   // How many tensors are kept.
-  size_t kept() const {
+  size_t num_saved() const {
     switch (kind) {
-      case Kept::kNothing:
+      case PayloadKind::kNone:
         return 0;
-      case Kept::kPlain:
-      case Kept::kZeroed:
+      case PayloadKind::kPlain:
+      case PayloadKind::kZeroed:
         return 2;
-      case Kept::kRows:
-      case Kept::kSplit:
+      case PayloadKind::kRows:
+      case PayloadKind::kSplit:
         return 4;
     }
-    STD_TORCH_CHECK(false, "an input is kept in ways -1 to 3, got ",
+    STD_TORCH_CHECK(false, "the payload kind of an input must be -1 to 3, got ",
                     static_cast<int64_t>(kind));
   }
 };
@@ -57,7 +57,7 @@ inline std::vector<Format> read_formats(const std::vector<int64_t>& formats,
   std::vector<Format> result;
   for (size_t n = 0; n < formats.size(); n += 3) {
     result.push_back(
-        {static_cast<Kept>(formats[n]), formats[n + 1], formats[n + 2]});
+        {static_cast<PayloadKind>(formats[n]), formats[n + 1], formats[n + 2]});
   }
   return result;
 }
@@ -66,19 +66,19 @@ inline std::vector<Format> read_formats(const std::vector<int64_t>& formats,
 inline std::vector<Tensor> encode(const Tensor& input, const Format& format,
                                   int64_t seed, int64_t offset) {
   const std::optional<Tensor> none;
-  if (format.kind == Kept::kPlain) {
+  if (format.kind == PayloadKind::kPlain) {
     const auto [codes, ranges] =
         call<Tensor, Tensor>("mmactnn::quantize", input, format.bits,
                              format.group_size, seed, offset, none);
     return {codes, ranges};
   }
-  STD_TORCH_CHECK(format.kind == Kept::kRows,
-                  "an input is kept as plain codes (0) or rows (1), got ",
+  STD_TORCH_CHECK(format.kind == PayloadKind::kRows,
+                  "an input can be encoded as kind 0 (plain) or 1 (rows), got ",
                   static_cast<int64_t>(format.kind));
-  const auto [spread] =
-      call<Tensor>("mmactnn::row_spread", input, format.group_size);
-  const auto [bits, starts] =
-      call<Tensor, Tensor>("mmactnn::split_bits", spread, format.bits);
+  const auto [energies] =
+      call<Tensor>("mmactnn::sample_range_energy", input, format.group_size);
+  const auto [bits, starts] = call<Tensor, Tensor>(
+      "mmactnn::allocate_sample_bits", energies, format.bits);
   const auto [codes, ranges] =
       call<Tensor, Tensor>("mmactnn::quantize_rows", input, bits, starts,
                            format.bits, format.group_size, seed, offset, none);
@@ -88,26 +88,26 @@ inline std::vector<Tensor> encode(const Tensor& input, const Format& format,
 // Decodes what encode() returned, or a layer that made the input.
 inline Tensor decode(const std::optional<Tensor>* codes, const Format& format,
                      const Layout& layout, ScalarType dtype) {
-  STD_TORCH_CHECK(format.kind != Kept::kNothing,
+  STD_TORCH_CHECK(format.kind != PayloadKind::kNone,
                   "nothing is kept of an input that a convolution read");
-  const size_t needed = format.kind == Kept::kRows ? 4 : 2;
+  const size_t needed = format.kind == PayloadKind::kRows ? 4 : 2;
   for (size_t i = 0; i < needed; ++i) {
     STD_TORCH_CHECK(codes[i], "codes and ranges of an input are missing");
   }
   switch (format.kind) {
-    case Kept::kPlain:
+    case PayloadKind::kPlain:
       return std::get<0>(call<Tensor>("mmactnn::dequantize", *codes[0],
                                       *codes[1], layout.sizes, layout.strides,
                                       dtype, format.bits, format.group_size));
-    case Kept::kRows:
+    case PayloadKind::kRows:
       return std::get<0>(call<Tensor>(
           "mmactnn::dequantize_rows", *codes[0], *codes[1], *codes[2],
           *codes[3], layout.sizes, layout.strides, dtype, format.group_size));
-    case Kept::kSplit:
+    case PayloadKind::kSplit:
       return std::get<0>(call<Tensor>(
           "mmactnn::dequantize_split", *codes[0], *codes[1], codes[2], codes[3],
           layout.sizes, layout.strides, dtype, format.bits, format.group_size));
-    case Kept::kZeroed:
+    case PayloadKind::kZeroed:
       return std::get<0>(call<Tensor>("mmactnn::dequantize_zeroed", *codes[0],
                                       *codes[1], layout.sizes, layout.strides,
                                       dtype, format.bits, format.group_size));

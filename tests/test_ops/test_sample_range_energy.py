@@ -20,13 +20,13 @@ def make(shape, dtype, device):
 
 
 def check(x, group_size):
-    spread = ops.row_spread(x, group_size)
-    assert spread.dtype == torch.float32 and spread.shape == x.shape[:1]
+    energies = ops.sample_range_energy(x, group_size)
+    assert energies.dtype == torch.float32 and energies.shape == x.shape[:1]
     torch.testing.assert_close(
-        spread.cpu(), reference.row_spread(x.cpu(), group_size)
+        energies.cpu(), reference.sample_range_energy(x.cpu(), group_size)
     )
-    assert torch.equal(spread, ops.row_spread(x, group_size))
-    return spread
+    assert torch.equal(energies, ops.sample_range_energy(x, group_size))
+    return energies
 
 
 @in_turn(by='dtype', shape=SHAPES, dtype=DTYPES)
@@ -40,14 +40,16 @@ def test_closed_form(device):
     x = torch.zeros(2, 100, device=device)
     x[0, 3], x[0, 70], x[1, 99] = 2.0, -3.0, 1.0
     # Groups of 64 and of 36 elements.
-    assert ops.row_spread(x, 64).tolist() == [64 * 4 + 36 * 9, 36.0]
+    assert ops.sample_range_energy(x, 64).tolist() == [64 * 4 + 36 * 9, 36.0]
 
 
 def test_channels_last_is_read_in_memory_order(device):
     x = make((3, 10, 7, 5), torch.float32, device)
     x = x.to(memory_format=torch.channels_last)
-    spread = check(x, 64)
-    assert torch.equal(spread, ops.row_spread(x.permute(0, 2, 3, 1), 64))
+    energies = check(x, 64)
+    assert torch.equal(
+        energies, ops.sample_range_energy(x.permute(0, 2, 3, 1), 64)
+    )
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -82,7 +84,7 @@ def test_many_rows(device):
 
 def test_opcheck(device):
     opcheck(
-        torch.ops.mmactnn.row_spread.default,
+        torch.ops.mmactnn.sample_range_energy.default,
         (make((3, 5, 30), torch.float32, device), 64),
     )
 
@@ -90,8 +92,8 @@ def test_opcheck(device):
 def test_unknown_input(device):
     x = torch.zeros(1, 8, device=device)
     with pytest.raises(ValueError, match='512, got 100'):
-        ops.row_spread(x, 100)
+        ops.sample_range_energy(x, 100)
     with pytest.raises(TypeError, match='float64'):
-        ops.row_spread(x.double())
+        ops.sample_range_energy(x.double())
     with pytest.raises(ValueError, match='at least one dimension'):
-        ops.row_spread(x[0, 0])
+        ops.sample_range_energy(x[0, 0])

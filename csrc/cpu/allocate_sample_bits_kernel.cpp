@@ -30,8 +30,8 @@ struct NextBit {
 
 namespace cpu {
 
-void split_bits(const Memory& sensitivity, const Memory& row_bits,
-                const Memory& row_starts, int64_t total_bits) {
+void allocate_sample_bits(const Memory& sensitivity, const Memory& row_bits,
+                          const Memory& row_starts, int64_t total_bits) {
   const int64_t rows = sensitivity.numel();
   const auto* values = static_cast<const float*>(sensitivity.const_data_ptr());
   auto* bits = static_cast<uint8_t*>(row_bits.mutable_data_ptr());

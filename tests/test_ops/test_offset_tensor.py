@@ -91,11 +91,11 @@ def test_moves_the_offset(call, device):
         offset, count = row['places']
         random = dict(seed=9, offset=offset)
         with case(**row):
-            moved = call(x, **random, count=number(count, device))
+            moved = call(x, **random, offset_tensor=number(count, device))
             assert_same(moved, call(x, seed=9, offset=offset + count))
             none = call(x, **random)
             assert any((a != b).any() for a, b in zip(moved, none))
-            zero = call(x, **random, count=number(0, device))
+            zero = call(x, **random, offset_tensor=number(0, device))
             assert_same(zero, none)
 
 
@@ -103,8 +103,10 @@ def test_moves_the_offset(call, device):
 def test_specification(call, device):
     x = torch.randn(SHAPE, device=device)
     random = dict(seed=2, offset=11)
-    actual = call(x, **random, count=number(1 << 33, device))
-    expected = call(x.cpu(), reference, **random, count=number(1 << 33, 'cpu'))
+    actual = call(x, **random, offset_tensor=number(1 << 33, device))
+    expected = call(
+        x.cpu(), reference, **random, offset_tensor=number(1 << 33, 'cpu')
+    )
     assert_same(actual, expected)
 
 
@@ -116,16 +118,20 @@ def test_counts_that_do_not_fit(call, device):
         torch.zeros(2, dtype=torch.int64, device=device),
         torch.zeros(0, dtype=torch.int64, device=device),
     ):
-        with pytest.raises(RuntimeError, match='count must be an int64'):
-            call(x, seed=1, count=wrong)
+        with pytest.raises(
+            RuntimeError, match='offset_tensor must be an int64'
+        ):
+            call(x, seed=1, offset_tensor=wrong)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 @pytest.mark.parametrize('call', CALLS)
 def test_count_on_another_device(call):
     x = torch.randn(SHAPE, device='cuda')
-    with pytest.raises(RuntimeError, match='count must be on the device'):
-        call(x, seed=1, count=number(1, 'cpu'))
+    with pytest.raises(
+        RuntimeError, match='offset_tensor must be on the device'
+    ):
+        call(x, seed=1, offset_tensor=number(1, 'cpu'))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
@@ -136,7 +142,7 @@ def test_replays_count(call):
 
     def step():
         counter.add_(1)
-        return call(x, seed=9, offset=4, count=counter)
+        return call(x, seed=9, offset=4, offset_tensor=counter)
 
     warm_up(step)
     counter.zero_()

@@ -14,8 +14,8 @@ namespace {
 
 template <typename T, int kGroup>
 __global__ void __launch_bounds__(kThreads)
-    group_spread_kernel(const T* __restrict__ input, float* __restrict__ spread,
-                        Launch launch) {
+    group_range_energy_kernel(const T* __restrict__ input,
+                              float* __restrict__ energies, Launch launch) {
   const GroupSize<kGroup> size(launch);
   const int lanes = size.template lanes<kSharedItems>();
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kThreads)
   load_group(input + group.row * launch.row_numel + group.start, group.count,
              lane, lanes, launch.vectorized, share);
   const Extent extent = find_extent(share, lanes);
-  if (active && lane == 0) spread[index] = group_spread(extent, group.count);
+  if (active && lane == 0)
+    energies[index] = group_range_energy(extent, group.count);
 }
 
 // A thread block sums a row.
@@ -59,11 +60,11 @@ __global__ void __launch_bounds__(kThreads)
 
 namespace cuda {
 
-void row_spread(const Memory& input, const Memory& sums,
-                const Geometry& geometry) {
+void sample_range_energy(const Memory& input, const Memory& sums,
+                         const Geometry& geometry) {
   const Workspace groups(geometry.groups());
   const cudaStream_t stream = current_stream();
-  float* spread = groups.data();
+  float* energies = groups.data();
   if (input.numel() != 0) {
     dispatch_dtype(input.dtype(), [&](auto type) {
       using T = typename decltype(type)::type;
@@ -72,10 +73,10 @@ void row_spread(const Memory& input, const Memory& sums,
         constexpr int kGroup = decltype(group)::value;
         for_each_launch(
             geometry, source, [&](const Launch& launch, int64_t row) {
-              group_spread_kernel<T, kGroup>
+              group_range_energy_kernel<T, kGroup>
                   <<<grid_size<kSharedItems>(launch), kThreads, 0, stream>>>(
                       source + row * geometry.row_numel,
-                      spread + row * geometry.groups_per_row(), launch);
+                      energies + row * geometry.groups_per_row(), launch);
               check_launch();
             });
       });
@@ -84,7 +85,7 @@ void row_spread(const Memory& input, const Memory& sums,
   sum_rows_kernel<<<static_cast<unsigned int>(
                         std::min(geometry.rows, kMaxIndex)),
                     kThreads, 0, stream>>>(
-      spread, static_cast<float*>(sums.mutable_data_ptr()), geometry.rows,
+      energies, static_cast<float*>(sums.mutable_data_ptr()), geometry.rows,
       geometry.groups_per_row());
   check_launch();
 }

@@ -37,9 +37,10 @@ __device__ __forceinline__ int steps_above(float sensitivity, uint32_t gain) {
 // `steps` of all are found without sorting: those above a gain, and some of
 // those that equal it.
 __global__ void __launch_bounds__(kThreads)
-    split_bits_kernel(const float* __restrict__ sensitivity,
-                      uint8_t* __restrict__ row_bits,
-                      int32_t* __restrict__ row_starts, int rows, int steps) {
+    allocate_sample_bits_kernel(const float* __restrict__ sensitivity,
+                                uint8_t* __restrict__ row_bits,
+                                int32_t* __restrict__ row_starts, int rows,
+                                int steps) {
   // The smallest gain that no more than `steps` steps are above of.
   uint32_t gain = 0;
   uint32_t end = 0x7F800000u;
@@ -96,10 +97,10 @@ __global__ void __launch_bounds__(kThreads)
 
 namespace cuda {
 
-void split_bits(const Memory& sensitivity, const Memory& row_bits,
-                const Memory& row_starts, int64_t total_bits) {
+void allocate_sample_bits(const Memory& sensitivity, const Memory& row_bits,
+                          const Memory& row_starts, int64_t total_bits) {
   const int64_t rows = sensitivity.numel();
-  split_bits_kernel<<<1, kThreads, 0, current_stream()>>>(
+  allocate_sample_bits_kernel<<<1, kThreads, 0, current_stream()>>>(
       static_cast<const float*>(sensitivity.const_data_ptr()),
       static_cast<uint8_t*>(row_bits.mutable_data_ptr()),
       static_cast<int32_t*>(row_starts.mutable_data_ptr()),

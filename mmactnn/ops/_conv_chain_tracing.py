@@ -1,29 +1,37 @@
-"""The ops of a chain as calls of others, for tensors without data and graphs.
+"""Decomposition and fake kernel of the chain ops.
 
-A graph holds no op that writes to its arguments and returns lists: there the
-forward pass is its parts. Of the backward pass it needs the shapes alone.
+A traced graph cannot hold an op that both writes to its arguments and returns
+lists, so the forward pass decomposes into single ops. The backward pass only
+needs the shapes of its results.
 """
 
 import itertools
 
 import torch
 
-from ._fake import fake, parts
-from .conv_chain import PARAMETERS, Follows, Kept, Link, is_input
+from ._fake import decomposition, fake
+from .conv_chain import (
+    PARAMETERS,
+    ChainStep,
+    Epilogue,
+    PayloadKind,
+    find_outputs,
+    is_input,
+)
 
 _BUFFERS = 3
 
 
-def read_links(numbers):
-    """The links of a plan.
+def read_steps(numbers):
+    """Read the steps back from a plan.
 
     Args:
-        numbers (Sequence[int]): See :class:`ChainPlan`.
+        numbers (Sequence[int]): Field of :class:`ChainPlan`.
 
     Returns:
-        list[Link]: The links.
+        list[ChainStep]: The steps.
     """
-    links, left = [], iter(numbers)
+    steps, left = [], iter(numbers)
 
     def take(count):
         return tuple(itertools.islice(left, count))
@@ -32,20 +40,20 @@ def read_links(numbers):
         added = next(left) if next(left) else None
         layer, dims = take(2)
         window = take(dims), take(dims), take(dims)
-        groups, follows, of_batch = take(3)
-        links.append(
-            Link(
+        groups, epilogue, use_batch_stats = take(3)
+        steps.append(
+            ChainStep(
                 source,
                 added,
                 layer,
                 *window,
                 groups,
-                Follows(follows),
-                bool(of_batch),
+                Epilogue(epilogue),
+                bool(use_batch_stats),
                 *take(3),
             )
         )
-    return links
+    return steps
 
 
 def _layout(tensor):
@@ -72,24 +80,24 @@ def _read(source, inputs, outputs):
 
 def _encode(input, kind, bits, group_size, seed, offset):
     ops = torch.ops.mmactnn
-    if kind == Kept.PLAIN:
+    if kind == PayloadKind.PLAIN:
         return ops.quantize.default(input, bits, group_size, seed, offset)
-    spread = ops.row_spread.default(input, group_size)
-    widths = ops.split_bits.default(spread, bits)
+    energies = ops.sample_range_energy.default(input, group_size)
+    widths = ops.allocate_sample_bits.default(energies, bits)
     codes = ops.quantize_rows.default(
         input, *widths, bits, group_size, seed, offset
     )
     return *codes, *widths
 
 
-def _follow(link, x, added, parameters, buffers, settings, seed, offset):
-    """Overwrite what a convolution returned; returns what is kept."""
-    if link.follows is Follows.NOTHING:
+def _run_epilogue(step, x, added, parameters, buffers, settings, seed, offset):
+    """Overwrite a convolution's output; returns the tensors to save."""
+    if step.epilogue is Epilogue.NONE:
         return []
     ops = torch.ops.mmactnn
-    if link.follows is Follows.RELU:
+    if step.epilogue is Epilogue.RELU:
         return ops.relu_codes_.default(
-            x, link.bits, link.group_size, seed, offset
+            x, step.bits, step.group_size, seed, offset
         )
     if added is not None:
         added = _with_strides(added, x.stride())
@@ -98,60 +106,59 @@ def _follow(link, x, added, parameters, buffers, settings, seed, offset):
         added,
         *parameters[2:],
         *buffers,
-        link.of_batch,
+        step.use_batch_stats,
         *settings,
-        link.follows is Follows.NORM_RELU,
-        link.bits,
-        link.act_bits,
-        link.group_size,
+        step.epilogue is Epilogue.NORM_RELU,
+        step.bits,
+        step.act_bits,
+        step.group_size,
         seed,
         offset,
     )
-    return payload[: link.kept]
+    return payload[: step.num_saved]
 
 
-@parts('conv_chain')
+@decomposition('conv_chain')
 @torch.no_grad()
 def _conv_chain(
     inputs, parameters, buffers, plan, settings, formats, seed, offset
 ):
-    links = read_links(plan)
+    steps = read_steps(plan)
     draws = itertools.count(offset)
     codes, kept, outputs = [[] for _ in inputs], [], []
     layouts = [number for input in inputs for number in _layout(input)]
-    for link in links:
-        if is_input(link.source):
-            n = ~link.source
+    for step in steps:
+        if is_input(step.source):
+            n = ~step.source
             kind, *format = formats[3 * n : 3 * n + 3]
-            if kind != Kept.NOTHING and not codes[n]:
+            if kind != PayloadKind.NONE and not codes[n]:
                 codes[n] = _encode(inputs[n], kind, *format, seed, next(draws))
-        first = link.layer * PARAMETERS
+        first = step.layer * PARAMETERS
         own = parameters[first : first + PARAMETERS]
         x = torch.ops.aten.convolution.default(
-            _read(link.source, inputs, outputs),
+            _read(step.source, inputs, outputs),
             *own[:2],
-            link.stride,
-            link.padding,
-            link.dilation,
+            step.stride,
+            step.padding,
+            step.dilation,
             False,
-            (0,) * len(link.stride),
-            link.groups,
+            (0,) * len(step.stride),
+            step.groups,
         )
         layouts += _layout(x)
-        kept += _follow(
-            link,
+        kept += _run_epilogue(
+            step,
             x,
-            None if link.added is None else _read(link.added, inputs, outputs),
+            None if step.added is None else _read(step.added, inputs, outputs),
             own,
-            buffers[link.layer * _BUFFERS : (link.layer + 1) * _BUFFERS],
-            settings[2 * link.layer : 2 * link.layer + 2],
+            buffers[step.layer * _BUFFERS : (step.layer + 1) * _BUFFERS],
+            settings[2 * step.layer : 2 * step.layer + 2],
             seed,
-            0 if link.follows is Follows.NOTHING else next(draws),
+            0 if step.epilogue is Epilogue.NONE else next(draws),
         )
         outputs.append(x)
-    read = {s for link in links for s in (link.source, link.added)}
     return (
-        [x for i, x in enumerate(outputs) if i not in read],
+        [outputs[i] for i in find_outputs(steps)],
         [tensor for of_input in codes for tensor in of_input],
         kept,
         torch.stack(
@@ -171,21 +178,21 @@ def _accumulate(sums, index, part, wide):
 
 
 class _FakeGradients:
-    """Gradients of :func:`conv_chain`, without their values."""
+    """Gradients of :func:`conv_chain` as fake tensors, and their sums."""
 
-    def __init__(self, links, layouts, parameters, needs, needs_inputs, wide):
-        self.links, self.layouts = links, layouts
+    def __init__(self, steps, layouts, parameters, needs, needs_inputs, wide):
+        self.steps, self.layouts = steps, layouts
         self.parameters, self.needs = parameters, needs
         self.needs_inputs, self.wide = needs_inputs, wide
         self.inputs = [None] * len(needs_inputs)
-        self.of_links = [None] * len(links)
+        self.of_steps = [None] * len(steps)
         self.of_parameters = [None] * len(parameters)
         self.wanted = []
-        for link in links:
+        for step in steps:
             self.wanted.append(
-                self._wants(link.source)
-                or (link.added is not None and self._wants(link.added))
-                or any(self._needs(link))
+                self._wants(step.source)
+                or (step.added is not None and self._wants(step.added))
+                or any(self._needs(step))
             )
 
     def _wants(self, source):
@@ -193,8 +200,8 @@ class _FakeGradients:
             return bool(self.needs_inputs[~source])
         return self.wanted[source]
 
-    def _needs(self, link):
-        first = link.layer * PARAMETERS
+    def _needs(self, step):
+        first = step.layer * PARAMETERS
         return self.needs[first : first + PARAMETERS]
 
     def _layout_of(self, source):
@@ -205,48 +212,52 @@ class _FakeGradients:
         if is_input(source):
             _accumulate(self.inputs, ~source, grad, self.wide)
         else:
-            _accumulate(self.of_links, source, grad, False)
+            _accumulate(self.of_steps, source, grad, False)
 
     def undo(self, i, dtype):
-        """Undo a link whose output has a gradient.
+        """Backward pass of a step whose output has a gradient.
+
+        Args:
+            i (int): Index of the step.
+            dtype (torch.dtype): Dtype of the chain's inputs.
 
         Returns:
-            Tensor, optional: The gradient of what its convolution returned,
-            if that of anything before it is wanted.
+            Tensor, optional: Gradient of its convolution's output; None if
+            neither the convolution nor its input wants one.
         """
-        link, grad = self.links[i], self.of_links[i]
-        needs, first = self._needs(link), link.layer * PARAMETERS
-        needs_x = self._wants(link.source)
-        if link.follows is not Follows.NOTHING:
+        step, grad = self.steps[i], self.of_steps[i]
+        needs, first = self._needs(step), step.layer * PARAMETERS
+        needs_x = self._wants(step.source)
+        if step.epilogue is not Epilogue.NONE:
             grad = grad.new_empty_strided(*self._layout_of(i))
-        if link.follows not in (Follows.NOTHING, Follows.RELU):
+        if step.has_norm:
             for k in (2, 3):
                 if needs[k]:
                     vector = grad.new_empty(
                         grad.shape[1:2], dtype=torch.float32
                     )
                     _accumulate(self.of_parameters, first + k, vector, True)
-            if link.added is not None and self._wants(link.added):
-                self._add(link.added, torch.empty_like(grad))
+            if step.added is not None and self._wants(step.added):
+                self._add(step.added, torch.empty_like(grad))
         if not (needs_x or needs[0] or needs[1]):
             return None
         weight = self.parameters[first]
-        x = grad.new_empty_strided(*self._layout_of(link.source), dtype=dtype)
+        x = grad.new_empty_strided(*self._layout_of(step.source), dtype=dtype)
         grads = torch.ops.aten.convolution_backward.default(
             grad,
             x,
             weight,
             (grad.shape[1],),
-            link.stride,
-            link.padding,
-            link.dilation,
+            step.stride,
+            step.padding,
+            step.dilation,
             False,
-            (0,) * len(link.stride),
-            link.groups,
+            (0,) * len(step.stride),
+            step.groups,
             (needs_x, bool(needs[0]), bool(needs[1])),
         )
         if needs_x:
-            self._add(link.source, grads[0])
+            self._add(step.source, grads[0])
         for k in (0, 1):
             if needs[k]:
                 _accumulate(self.of_parameters, first + k, grads[1 + k], True)
@@ -268,17 +279,15 @@ def _fake_conv_chain_backward(
     observed,
     dtype,
 ):
-    links = read_links(plan)
+    steps = read_steps(plan)
     grads = _FakeGradients(
-        links, _read_layouts(layouts), parameters, needs, needs_inputs, wide
+        steps, _read_layouts(layouts), parameters, needs, needs_inputs, wide
     )
-    read = {s for link in links for s in (link.source, link.added)}
-    ends = [i for i in range(len(links)) if i not in read]
-    for i, grad in zip(ends, grad_outputs):
-        grads.of_links[i] = grad
+    for i, grad in zip(find_outputs(steps), grad_outputs):
+        grads.of_steps[i] = grad
     first = None
-    for i in reversed(range(len(links))):
-        if grads.of_links[i] is None or not grads.wanted[i]:
+    for i in reversed(range(len(steps))):
+        if grads.of_steps[i] is None or not grads.wanted[i]:
             continue
         grad = grads.undo(i, dtype)
         if observed and i == 0 and grad is not None:

@@ -35,10 +35,12 @@ def variance(sensitivity, bits):
 
 
 def check(sensitivity, total_bits, device):
-    row_bits, row_starts = ops.split_bits(sensitivity.to(device), total_bits)
+    row_bits, row_starts = ops.allocate_sample_bits(
+        sensitivity.to(device), total_bits
+    )
     assert row_bits.dtype == torch.uint8
     assert row_starts.dtype == torch.int32
-    expected = reference.split_bits(sensitivity, total_bits)
+    expected = reference.allocate_sample_bits(sensitivity, total_bits)
     assert torch.equal(row_bits.cpu(), expected[0])
     assert torch.equal(row_starts.cpu(), expected[1])
     bits = row_bits.tolist()
@@ -107,21 +109,23 @@ def test_numbers_that_are_none(device):
 
 
 def test_no_rows(device):
-    row_bits, row_starts = ops.split_bits(torch.zeros(0, device=device), 0)
+    row_bits, row_starts = ops.allocate_sample_bits(
+        torch.zeros(0, device=device), 0
+    )
     assert row_bits.shape == row_starts.shape == (0,)
 
 
 def test_not_contiguous(device):
     base = torch.rand(20, 2, device=device)
     assert torch.equal(
-        ops.split_bits(base[:, 1], 50)[0],
-        ops.split_bits(base[:, 1].contiguous(), 50)[0],
+        ops.allocate_sample_bits(base[:, 1], 50)[0],
+        ops.allocate_sample_bits(base[:, 1].contiguous(), 50)[0],
     )
 
 
 def test_opcheck(device):
     opcheck(
-        torch.ops.mmactnn.split_bits.default,
+        torch.ops.mmactnn.allocate_sample_bits.default,
         (torch.rand(9, device=device), 20),
     )
 
@@ -129,11 +133,11 @@ def test_opcheck(device):
 @in_turn(total_bits=[0, 2, 25, 10.0])
 def test_unknown_total_bits(total_bits, device):
     with pytest.raises(ValueError, match=f'3 to 24 .* got {total_bits}'):
-        ops.split_bits(torch.rand(3, device=device), total_bits)
+        ops.allocate_sample_bits(torch.rand(3, device=device), total_bits)
 
 
 def test_unknown_sensitivity(device):
     with pytest.raises(TypeError, match='float32, got torch.float64'):
-        ops.split_bits(torch.rand(3, device=device).double(), 9)
+        ops.allocate_sample_bits(torch.rand(3, device=device).double(), 9)
     with pytest.raises(ValueError, match=r'one dimension, got \(3, 1\)'):
-        ops.split_bits(torch.rand(3, 1, device=device), 9)
+        ops.allocate_sample_bits(torch.rand(3, 1, device=device), 9)

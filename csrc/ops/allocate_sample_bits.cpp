@@ -8,12 +8,13 @@
 namespace mmactnn {
 
 // Sensitivity of at least one row, bits and starts of the rows; all bits.
-MMACTNN_KERNEL(split_bits, const Memory&, const Memory&, const Memory&,
-               int64_t);
+MMACTNN_KERNEL(allocate_sample_bits, const Memory&, const Memory&,
+               const Memory&, int64_t);
 
 namespace {
 
-std::tuple<Tensor, Tensor> split_bits(Tensor sensitivity, int64_t total_bits) {
+std::tuple<Tensor, Tensor> allocate_sample_bits(Tensor sensitivity,
+                                                int64_t total_bits) {
   STD_TORCH_CHECK(sensitivity.scalar_type() == ScalarType::Float &&
                       sensitivity.dim() == 1 && sensitivity.is_contiguous(),
                   "sensitivity must be a contiguous float32 tensor of one "
@@ -24,7 +25,8 @@ std::tuple<Tensor, Tensor> split_bits(Tensor sensitivity, int64_t total_bits) {
   const Tensor row_starts = empty(sensitivity, {rows}, ScalarType::Int);
   if (rows != 0) {
     OnDevice(sensitivity)
-        .run(split_bits_kernel, sensitivity, row_bits, row_starts, total_bits);
+        .run(allocate_sample_bits_kernel, sensitivity, row_bits, row_starts,
+             total_bits);
   }
   return {row_bits, row_starts};
 }
@@ -34,8 +36,10 @@ std::tuple<Tensor, Tensor> split_bits(Tensor sensitivity, int64_t total_bits) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mmactnn, m) {
   m.def(
-      "split_bits(Tensor sensitivity, int total_bits) "
+      "allocate_sample_bits(Tensor sensitivity, int total_bits) "
       "-> (Tensor row_bits, Tensor row_starts)");
 }
 
-MMACTNN_IMPL(m) { m.impl("split_bits", TORCH_BOX(&mmactnn::split_bits)); }
+MMACTNN_IMPL(m) {
+  m.impl("allocate_sample_bits", TORCH_BOX(&mmactnn::allocate_sample_bits));
+}
