@@ -18,23 +18,23 @@ ALIASES = dict(
 )
 _SHORT = {name: alias for alias, name in ALIASES.items()}
 
-# A rule's bits where it says nothing of them; None already means exact.
+# Bits of a rule that does not set them; None already means exact.
 SAME_BITS = 'same'
 
 
 class _Invalid(Exception):
-    """Raised by a check: what the setting must be, and the error to raise."""
+    """Failure of a check, with the expected value and the error to raise."""
 
 
 def checked(name, value, check, optional=False):
-    """A setting, after its check.
+    """Check a setting.
 
-    All settings of levels, rules and hooks are checked here.
+    All settings of levels, rules and hooks are checked by this function.
 
     Args:
         name (str): Name of the setting, for the message.
-        value (object): What somebody set it to.
-        check (Callable): Returns the value, one of the functions below.
+        value (object): Its value.
+        check (Callable): One of the functions below; returns the value.
         optional (bool, optional): Whether None is valid as it is. Defaults
             to False.
 
@@ -42,8 +42,8 @@ def checked(name, value, check, optional=False):
         object: The value, in the type that the package uses.
 
     Raises:
-        TypeError: If it is of a type that is never valid.
-        ValueError: If it is not valid otherwise.
+        TypeError: If the type is never valid.
+        ValueError: If the value is not valid.
     """
     if optional and value is None:
         return None
@@ -57,7 +57,7 @@ def checked(name, value, check, optional=False):
 
 
 def check_count(value):
-    """Check of a count, such as one of iterations."""
+    """Check a positive number, such as one of iterations."""
     if _is_number(value, numbers.Integral) and value >= 1:
         return int(value)
     raise _invalid_number(value, 'a whole number of 1 or more')
@@ -70,9 +70,9 @@ def _check_flag(value):
 
 
 def _check_mean_bits(value):
-    """Bits that may be a mean of the bits of several layers."""
+    """Check bits that may be a mean over several layers."""
     if _is_number(value, numbers.Real) and 1 <= value <= 8:
-        # 2.0 and 2 are one setting, and have one name.
+        # 2.0 and 2 are the same setting and need the same name.
         return int(value) if value == int(value) else float(value)
     raise _invalid_number(value, 'a number that lies within 1 and 8')
 
@@ -84,7 +84,7 @@ def _check_bits(value):
 
 
 def _check_relu_bits(value):
-    # The sign takes one of them.
+    # One of the bits is the sign.
     if _is_number(value, numbers.Integral) and 2 <= value <= 8:
         return int(value)
     raise _invalid_number(value, 'a whole number from 2 to 8')
@@ -104,7 +104,7 @@ def _check_group_size(value):
 
 
 def _check_rules(value):
-    """Rules as a tuple, from whatever a config may hold."""
+    """Make a tuple of rules from any form that configs have."""
     if isinstance(value, Mapping):
         return tuple(_make_rule(*item) for item in value.items())
     if isinstance(value, (list, tuple)) and all(
@@ -120,7 +120,7 @@ def _is_number(value, kind):
 
 
 def _invalid_number(value, expected):
-    """A number is of the right type, if not of a valid value."""
+    """Error for an invalid value: ValueError for numbers, else TypeError."""
     error = ValueError if _is_number(value, numbers.Real) else TypeError
     return _Invalid(expected, error)
 
@@ -133,13 +133,13 @@ def _assign(instance, **values):
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Rule:
-    """Settings of the layers of some names, whatever the level says.
+    """Settings that override the level's for layers by name.
 
     Attributes:
         pattern (str): Glob pattern of qualified names (``'backbone.*'``).
         bits (int | str, optional): Bits an element. None keeps the input
-            exactly. ``'same'`` leaves the bits to a rule before that matches
-            as well, else to the level. Defaults to ``'same'`` with a
+            exactly. ``'same'`` leaves the bits to an earlier rule that
+            matches, else to the level. Defaults to ``'same'`` with a
             ``group_size`` and to None without.
         group_size (int, optional): Elements a range: 64, 128, 256 or 512.
             None follows the model.
@@ -170,7 +170,7 @@ class Rule:
 
     @property
     def sets_bits(self):
-        """bool: Whether it says how many bits there are."""
+        """bool: Whether the rule sets bits."""
         return self.bits != SAME_BITS
 
 
@@ -188,7 +188,7 @@ def _make_rule(pattern, value):
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """A group of settings that are checked by the table of its class."""
+    """Group of settings, checked by the table of its class."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -214,34 +214,34 @@ class Compression(_Settings):
         linear_ops (float, optional): Bits an element of the input of
             convolutions and linear layers; None keeps it as torch does. A
             mean if ``adaptive``, else a whole number from 1 to 8.
-        norm (float, optional): The same for normalisation layers.
+        norm (float, optional): Bits an element of the input of normalisation
+            layers, likewise.
         act (int, optional): Bits an element of the derivative of smooth
-            activations (SiLU); None keeps their input as torch does. Its
-            rounding is noise to every layer before, and in a deep model adds
-            up over the activations: more than ``linear_ops`` and ``norm``,
-            and the same for all.
+            activations (SiLU), the same for all; None keeps their input as
+            torch does. The noise of its rounding reaches every layer before
+            and adds up over the activations of a deep model. It should
+            therefore exceed ``linear_ops`` and ``norm``.
         lossless_activations (bool): Whether activations, pooling and dropout
             keep masks, positions, shapes or seeds instead of tensors. Exact
             either way.
-        relu_bits (int): Bits an element of a normalised value that a fused
-            ReLU rectifies, the sign included: 2 to 8.
-        conv_module (int, optional): The same, if it is more, in MMCV's
-            ``ConvModule``, of which many heads are made. They are a small
-            part of what is kept; few blocks lie between them and the loss,
-            and over the levels of a pyramid their noise adds up. None is
-            ``relu_bits``.
+        relu_bits (int): Bits an element, 2 to 8 with the sign, of a
+            normalised value before a fused ReLU.
+        conv_module (int, optional): Bits that replace ``relu_bits``, if they
+            are more, in MMCV's ``ConvModule``, of which many heads consist.
+            These keep few tensors, but are close to the loss, and their noise
+            adds up over the levels of a pyramid. None is ``relu_bits``.
         image (int, optional): Bits an element of images (the input of a
             convolution of at most four channels) in a model with fused
-            blocks. Of the few layers that share out bits there they would get
-            too few. None keeps them as other inputs.
-        adaptive (bool): Whether bits are shared out by what they are worth:
-            among layers, and among the samples of each layer.
-        use_gradient (bool): Whether the shares of samples follow their
-            gradients in earlier epochs as well as their ranges. Takes sample
+            blocks, where few layers have adaptive bits and images would get
+            too few of them. None treats them as other inputs.
+        adaptive (bool): Whether bits are allocated by their benefit: to
+            layers, and to the samples of each layer.
+        use_gradient (bool): Whether bits of samples depend on their gradients
+            in earlier epochs as well as on their ranges. Needs sample
             indices, see :class:`mmactnn.AdaptivePrecision`.
-        rules (tuple[Rule]): Exceptions by name of layer, or a dict that makes
-            them, see :func:`get_level`; the last that matches counts. None of
-            them touches an exact level.
+        rules (tuple[Rule]): Exceptions by name of layer, or a dict of them,
+            see :func:`get_level`; of several rules that match the last one
+            applies. Rules have no effect at an exact level.
 
     Raises:
         ValueError, TypeError: If a value is not valid.
@@ -290,14 +290,14 @@ class Execution(_Settings):
     """Execution of compressed layers.
 
     Attributes:
-        fuse (bool): Whether normalisation, addition and ReLU of known blocks
-            run as one and share a payload (:mod:`mmactnn.fusion`). Their bits
-            are those of ``norm`` and ``linear_ops``, rounded down, and
+        fuse (bool): Whether normalisation, addition and ReLU of blocks run
+            fused and share a payload (:mod:`mmactnn.fusion`). Their bits are
+            those of ``norm`` and ``linear_ops``, rounded down, and
             ``relu_bits``.
         chunk_mib (float, optional): Most MiB (2^20 bytes) of input that the
-            backward pass of a convolution takes at once: it decodes a larger
-            one and computes its gradient piece by piece, in workspaces of the
-            size of a piece. None takes all.
+            backward pass of a convolution processes at once. A larger input
+            is decoded, and its gradient computed, piece by piece, with
+            workspaces of the size of a piece. None is no limit.
 
     Raises:
         ValueError, TypeError: If a value is not valid.
@@ -312,11 +312,11 @@ class Offload(_Settings):
     """Memory in which kept tensors wait for the backward pass.
 
     Attributes:
-        swap (bool): Whether they move to pinned host memory.
+        swap (bool): Whether kept tensors move to pinned host memory.
         max_host_mib (float, optional): Most MiB of host memory to pin. None
             is 80 % of what is available.
-        expandable (bool): Whether the caching allocator must be set to grow
-            its segments, against fragmentation.
+        expandable (bool): Whether the caching allocator must use expandable
+            segments, against fragmentation.
 
     Raises:
         ValueError, TypeError: If a value is not valid.
@@ -329,7 +329,7 @@ class Offload(_Settings):
 
 _PARTS = dict(compression=Compression, execution=Execution, offload=Offload)
 
-# Which part a setting belongs to.
+# Part of a level by setting.
 _HOME = {
     field.name: part
     for part, cls in _PARTS.items()
@@ -385,9 +385,9 @@ class Level:
 
     Attributes:
         name (str): Name, as in ActNN (arXiv:2104.14129, Sec. 5).
-        compression (Compression): What is kept.
-        execution (Execution): How compressed layers run.
-        offload (Offload): Where kept tensors wait.
+        compression (Compression): Bits of kept tensors.
+        execution (Execution): Execution of compressed layers.
+        offload (Offload): Memory of kept tensors.
 
     Each setting is also an attribute and an argument by itself, under its
     name in its part or the former one: ``conv`` (``linear_ops``), ``mask``
@@ -460,7 +460,7 @@ class Level:
         _assign(self, name=name, **parts)
 
     def __getattr__(self, name):
-        # Called for what is no field: a setting, under any of its names.
+        # Only called for names that are no fields: settings of the parts.
         setting = ALIASES.get(name, name)
         if setting not in _HOME:
             raise AttributeError(
@@ -478,14 +478,14 @@ class Level:
         return self.compression.exact
 
     def rule_for(self, name):
-        """The rule that holds for a layer.
+        """Find the rule for a layer.
 
         Args:
             name (str): Qualified name of the layer.
 
         Returns:
-            Rule, optional: The last that matches. If it leaves the bits to
-            others, they are those of the last one before that sets them.
+            Rule, optional: The last one that matches. If it sets no bits,
+            these come from the last matching rule that does.
         """
         if self.exact:
             return None
@@ -521,8 +521,8 @@ LEVELS = {
     for level in (
         # Bit-identical to torch; nothing is compressed.
         Level('L0', conv=None, norm=None, mask=False),
-        # Inputs of convolutions and linear layers only, and derivatives, of
-        # which the noise goes on and is therefore kept small.
+        # Inputs of convolutions and linear layers only, and derivatives, whose
+        # noise propagates and is therefore kept small.
         Level('L1', conv=4, norm=None, mask=True, act=8, chunk_mib=256),
         Level('L2', conv=4, norm=4, mask=True, act=4, chunk_mib=256),
         _L3,
@@ -532,7 +532,7 @@ LEVELS = {
         dataclasses.replace(_L3, name='L4', swap=True),
         # As L4, on an allocator that does not fragment.
         dataclasses.replace(_L3, name='L5', swap=True, expandable=True),
-        # Bit-identical to torch; what it keeps waits in host memory.
+        # Bit-identical to torch, with kept tensors in host memory.
         Level('swap', conv=None, norm=None, mask=False, swap=True),
     )
 }
@@ -540,19 +540,19 @@ DEFAULT_LEVEL = LEVELS['L3']
 
 
 def get_level(level):
-    """A level by name, or a variation of one.
+    """Get a level by name, or make a variation of one.
 
-    A variation is called by what it changes of the level that it is based
-    on, as in ``L3(conv=2.5,norm=2.5)``, unless it has a ``name``; by another
-    name if all of its settings are those of that level.
+    A variation without a ``name`` is named after its base and the changes, as
+    in ``L3(conv=2.5,norm=2.5)``. If all of its settings equal those of a named
+    level, it has the name of that level.
 
     Args:
-        level (str | dict | Level): One of :data:`LEVELS` by name; a dict of
-            settings that differ from those of the level ``base`` (by default
-            ``'L3'``; again a name, a dict or a level), by themselves or as
-            dicts ``compression``, ``execution`` and ``offload``; or a level
-            itself. ``rules`` may be a dict from patterns to bits, to None
-            (exact) or to dicts of ``bits`` and ``group_size``.
+        level (str | dict | Level): Name of one of :data:`LEVELS`; a level; or
+            a dict of settings that differ from those of the level ``base`` (a
+            name, a dict or a level, by default ``'L3'``), by themselves or in
+            dicts ``compression``, ``execution`` and ``offload``. ``rules``
+            may be a dict from patterns to bits, to None (exact) or to dicts
+            of ``bits`` and ``group_size``.
 
     Returns:
         Level: The level.
@@ -560,7 +560,7 @@ def get_level(level):
     Raises:
         ValueError: If there is no level of that name, no such setting, or a
             value is not valid.
-        TypeError: If it is nothing of these, or a value of no valid type.
+        TypeError: If ``level`` or a value has no valid type.
 
     Examples:
         >>> get_level(dict(base='L3', conv=2.5, rules={'head.*': 4})).conv
@@ -583,7 +583,7 @@ def get_level(level):
 
 
 def settings_of(level):
-    """What a level keeps, as plain data that a checkpoint can hold.
+    """Compression settings of a level as plain data, for checkpoints.
 
     Args:
         level (Level): The level.
@@ -633,7 +633,7 @@ def _with_string_keys(mapping):
 
 
 def _canonical_name(base, parts):
-    """The name of a level by its settings: equal ones have equal names."""
+    """Name of a level by its settings, equal for equal settings."""
     for level in LEVELS.values():
         if all(getattr(level, part) == parts[part] for part in parts):
             return level.name

@@ -17,8 +17,8 @@ class _Linear(Function):
         x, w, b = cast(dtype, input, weight, bias)
         output = F.linear(x, w, b)
         if output._is_view():
-            # In the shape of the matrix product: the next layer may overwrite
-            # the output of a custom function only if that is no view.
+            # Not a view of the matrix product: autograd forbids the next layer
+            # to overwrite a view from a custom function.
             output = torch.ops.aten._unsafe_view(output, output.shape)
 
         needs_input, needs_weight = ctx.needs_input_grad[:2]

@@ -1,4 +1,4 @@
-"""Turns the layers of a model into compressed ones, and back."""
+"""Conversion of a model's layers to compressed ones, and back."""
 
 import fnmatch
 from typing import NamedTuple
@@ -30,16 +30,16 @@ from .report import (
     Unfused,
 )
 
-# Smaller codes stay on the device: the call would cost more than it saves.
+# Bytes of codes below which swapping costs more than it saves.
 _MIN_SWAPPED_CODES = MIB // 4
 
-# What an image has: colours and maybe depth or transparency.
+# Channels of an image: colours and depth or transparency.
 _MAX_IMAGE_CHANNELS = 4
 
 # Layers that keep nothing large for the backward pass.
 _KEEP_NOTHING = (
     nn.Identity,
-    # Empty ones.
+    # Containers without children.
     nn.ModuleList,
     nn.Sequential,
     nn.Upsample,
@@ -59,28 +59,29 @@ def convert_model(
     num_samples=None,
     filter_fn=None,
 ):
-    """Make the layers of a model keep codes instead of activations.
+    """Convert the layers of a model to compressed ones, in place.
 
-    Modules that are known to call functions where they could call layers
-    (:mod:`mmactnn.adapters`) get these layers first.
+    Compressed layers keep codes instead of activations. Functions that a
+    module calls become layers first, if there is an adapter for the module
+    (:mod:`mmactnn.adapters`).
 
-    Works in place by giving modules another class: parameters, buffers,
-    hooks, ``state_dict`` keys, optimisers and wrappers such as
-    DistributedDataParallel stay valid. Layers that are compressed already
-    take the new level (but keep bits and group size that their constructor
-    fixed, at every level but L0), so that the level of a model can be changed
-    at any time; those that the filters leave out stay what they are.
+    Modules only change their class: parameters, buffers, hooks,
+    ``state_dict`` keys, optimisers and wrappers such as
+    DistributedDataParallel stay valid. The level of a model can be changed
+    at any time by another call. Bits and group size from a layer's
+    constructor override the level's, except at L0. Layers that the filters
+    exclude are not changed.
 
     Args:
         model (nn.Module): The model, with or without a wrapper.
         level (str | dict | Level, optional): Level, see
             :func:`mmactnn.get_level`. Defaults to ``'L3'``.
-        include (Sequence[str | type], optional): Convert only what matches
-            one of these: a glob pattern of qualified names
-            (``'backbone.*'``), the name of a class (``'Conv2d'``) or a class.
-            Defaults to everything.
-        exclude (Sequence[str | type], optional): Leave what matches one of
-            these, even if included. Defaults to nothing.
+        include (Sequence[str | type], optional): Filters, of which a layer
+            must match one: glob patterns of qualified names
+            (``'backbone.*'``), names of classes (``'Conv2d'``) or classes.
+            Defaults to all layers.
+        exclude (Sequence[str | type], optional): Filters, of which a layer
+            must match none. Defaults to ().
         group_size (int, optional): Elements that share a range. Valid values
             are 64, 128, 256 and 512. Defaults to 256.
         generator (RoundingGenerator, optional): Source of random bits for
@@ -88,20 +89,20 @@ def convert_model(
             ``torch.manual_seed``.
         num_samples (int, optional): Size of the dataset, for levels with
             ``use_gradient``; see :class:`mmactnn.AdaptivePrecision`.
-        filter_fn (Callable, optional): Maps a layer and its qualified name,
-            as in ``filter_fn(module, name)``, to whether it may be converted,
-            beside ``include`` and ``exclude``. Defaults to all.
+        filter_fn (Callable, optional): Function ``filter_fn(module, name)``
+            of a layer and its qualified name that returns whether to convert
+            it, in addition to ``include`` and ``exclude``. Defaults to all.
 
     Returns:
-        ConversionReport: What was converted, what was left, and why. Prints
-        as a summary.
+        ConversionReport: Layers that were converted, and those that were
+        left, with the reason. Prints as a summary.
 
     Raises:
         ValueError: If the level or the group size is unknown, a pattern
-            matches no layer, or the level follows gradients of samples and
+            matches no layer, or the level has ``use_gradient`` and
             ``num_samples`` is not given.
-        RuntimeError: If the level wants expandable segments of the CUDA
-            allocator, and there are none.
+        RuntimeError: If the level requires expandable segments of the CUDA
+            allocator, and it does not use them.
         TypeError: If ``model`` is not a module, a filter neither a string
             nor a class, or ``filter_fn`` no function of two arguments.
     """
@@ -109,7 +110,7 @@ def convert_model(
         raise TypeError(
             f'model must be an nn.Module, got {type(model).__name__}'
         )
-    # First, while nothing here holds layers.
+    # First, before local variables refer to layers.
     shared = shared_layers(model)
     level = get_level(level)
     generator = generator or RoundingGenerator()
@@ -139,7 +140,7 @@ def convert_model(
     rectified = {
         layer: level.rectified
         for fusion in found.fusions.values()
-        # Codes of a ReLU's output are for the convolutions that read it.
+        # A ReLU keeps codes of its output for the convolutions that read it.
         for layer in (
             fusion.norms
             if level.conv is None
@@ -171,7 +172,7 @@ def convert_model(
                 cache,
             )
         )
-    # Nothing is left to fail: a call that raises has changed no layer.
+    # All checks are done: a call that raises has not changed any layer.
     for module in model.modules():
         if is_fused(module):
             unfuse(module)
@@ -184,24 +185,16 @@ def convert_model(
         _convert(item, twins.get(item.module, item.module), quantizer)
         for item, quantizer in zip(chosen, quantizers)
     )
-    blocks = []
-    for name, fusion in found.fusions.items():
-        blocks.append(
-            Fused(
-                name,
-                type(fusion.module).__name__,
-                len(fusion.norms),
-                fusion.patterns,
-            )
-        )
-        fuse(fusion.module, fusion.runner)
+    fused = tuple(
+        _fuse(name, fusion) for name, fusion in found.fusions.items()
+    )
     _swap(model, level)
     unfused = {**found.unfused, **adaptable.refused}
     return ConversionReport(
         level.name,
         converted,
         tuple(left),
-        tuple(blocks),
+        fused,
         adapted,
         tuple(
             Unfused(name, type(module).__name__, reason)
@@ -226,27 +219,20 @@ class _Chosen(NamedTuple):
 
 
 def _choose_layers(model, plans, include, exclude, filter_fn):
-    """Layers to convert, and those that are left with the reason."""
+    """Find layers to convert, and reasons for leaving the others."""
     chosen, left = [], []
     for name, module in _all_modules(model, plans):
         entry, reason = default_registry.find_layer(module)
         if entry is not None:
             reason = entry.layer.why_exact(module)
+        if reason is None:
+            reason = _why_filtered(name, module, include, exclude, filter_fn)
+        elif next(module.children(), None) is not None:
+            # Children of a container are listed by themselves.
+            continue
+        elif entry is None and isinstance(module, _KEEP_NOTHING):
+            reason = 'keeps nothing'
         if reason is not None:
-            # Containers hold what is listed by itself.
-            if next(module.children(), None) is None:
-                if entry is None and isinstance(module, _KEEP_NOTHING):
-                    reason = 'keeps nothing'
-                left.append(Left(name, type(module).__name__, reason))
-            continue
-        excluded = exclude.matches(name, module)
-        included = include is None or include.matches(name, module)
-        if excluded or not included:
-            reason = 'excluded' if excluded else 'not included'
-            left.append(Left(name, type(module).__name__, reason))
-            continue
-        if filter_fn is not None and not filter_fn(module, name):
-            reason = 'filter_fn says no'
             left.append(Left(name, type(module).__name__, reason))
             continue
         target = entry.layer
@@ -259,12 +245,26 @@ def _choose_layers(model, plans, include, exclude, filter_fn):
     return chosen, left
 
 
+def _why_filtered(name, module, include, exclude, filter_fn):
+    """Reason why filters exclude a layer, or None."""
+    # Both are called for every layer: filters record what they match.
+    excluded = exclude.matches(name, module)
+    included = include is None or include.matches(name, module)
+    if excluded:
+        return 'excluded'
+    if not included:
+        return 'not included'
+    if filter_fn is not None and not filter_fn(module, name):
+        return 'filter_fn says no'
+    return None
+
+
 def _fuses(level):
     return bool(level.fuse and level.norm is not None and level.mask)
 
 
 def _coded_relus(plans, level):
-    """ReLUs of adapters that stand right behind a convolution."""
+    """ReLUs of adapters right behind a convolution."""
     if not _fuses(level) or level.conv is None:
         return []
     return [
@@ -276,7 +276,7 @@ def _coded_relus(plans, level):
 
 
 def _is_lone(fusion):
-    """Whether a block is one convolution with what follows it."""
+    """Whether a block is one convolution with its epilogue."""
     (plan, *_) = fusion.runner.plans
     return len(plan.steps) == 1 and plan.is_simple
 
@@ -288,7 +288,7 @@ def _set_chains(model, uses_chains):
 
 
 def _replace_shared(model, layers):
-    """Put twins in the place of layers that are not this model's alone.
+    """Replace layers that are shared with other models by twins.
 
     Returns:
         dict[nn.Module, nn.Module]: Twins by the layers that they replace.
@@ -303,7 +303,7 @@ def _replace_shared(model, layers):
 
 
 def revert_model(model):
-    """Make compressed layers plain ones again, in place.
+    """Revert compressed layers to plain ones, in place.
 
     Args:
         model (nn.Module): The model.
@@ -316,7 +316,7 @@ def revert_model(model):
     swap = attached_swap(model)
     if swap is not None:
         swap.detach()
-    # Lists, because adapters drop their layers.
+    # Lists, since adapters drop their layers.
     for module in list(model.modules()):
         if is_fused(module):
             unfuse(module)
@@ -332,14 +332,13 @@ def revert_model(model):
 
 
 def get_precision(model):
-    """What shares out the bits of a model.
+    """Get the adaptive precision of a model.
 
     Args:
         model (nn.Module): A model that was converted at an adaptive level.
 
     Returns:
-        AdaptivePrecision: For :meth:`AdaptivePrecision.set_samples`, for its
-        state, and for the bits in force.
+        AdaptivePrecision: The object that allocates the bits of the model.
 
     Raises:
         ValueError: If the model has none, or its parts have several.
@@ -354,7 +353,7 @@ def get_precision(model):
 
 
 def _all_modules(model, plans):
-    """All modules of a model, and the layers that it is about to get."""
+    """All modules of a model, including layers that adapters will add."""
     for name, module in named_modules(model):
         yield name, module
         if module in plans:
@@ -362,14 +361,14 @@ def _all_modules(model, plans):
 
 
 def _install(plan):
-    """Adapt a module; what the report says of it."""
+    """Adapt a module, and make its entry of the report."""
     source = type(plan.module).__name__
     plan.install()
     return Adapted(plan.name, source, plan.target.__name__, tuple(plan.layers))
 
 
 def _precisions(model):
-    """What the layers of a model take their bits from."""
+    """Adaptive precisions of the layers of a model."""
     return {
         module.quantizer.layer_bits.precision
         for module in model.modules()
@@ -390,7 +389,7 @@ def _make_precision(level, num_samples):
 
 
 def _reads_images(module):
-    """Whether a layer is a convolution of very few channels."""
+    """Whether a layer is a convolution of as few channels as an image has."""
     return (
         isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         and module.groups == 1
@@ -399,9 +398,9 @@ def _reads_images(module):
 
 
 def _find_fusions(model, level, chosen):
-    """Blocks of a model that a level fuses.
+    """Find blocks of a model that a level fuses.
 
-    Layers that the filters leave out take part as they are.
+    Layers that the filters exclude take part with their present settings.
     """
     targets = {
         module: type(module)
@@ -422,7 +421,7 @@ def _find_fusions(model, level, chosen):
 
 
 def _swap(model, level):
-    """Let a model swap, or no more, as its level says."""
+    """Start or stop swapping, according to the level."""
     before = attached_swap(model)
     if before is not None:
         before.detach()
@@ -440,7 +439,15 @@ def _require_rules_used(level, names):
             )
 
 
+def _fuse(name, fusion):
+    """Fuse a block, and make its entry of the report."""
+    source = type(fusion.module).__name__
+    fuse(fusion.module, fusion.runner)
+    return Fused(name, source, len(fusion.norms), fusion.patterns)
+
+
 def _convert(item, module, quantizer):
+    """Convert a layer, and make its entry of the report."""
     source = type(module).__name__
     if isinstance(module, QuantizedLayer):
         module.quantizer = quantizer

@@ -7,7 +7,7 @@ from ..registry import default_registry
 
 
 class Filter:
-    """Patterns of names and classes, and which of them matched."""
+    """Patterns of names and classes; records which of them matched."""
 
     def __init__(self, argument, patterns):
         if isinstance(patterns, (str, type)):
@@ -23,14 +23,14 @@ class Filter:
         self._patterns = tuple(patterns)
 
     def matches(self, name, module):
-        """Whether any pattern matches; remembers those that do."""
+        """Whether any pattern matches; records those that do."""
         hits = [p for p in self._patterns if self._match(p, name, module)]
         for pattern in hits:
             self._unused.pop(pattern, None)
         return bool(hits)
 
     def require_all_used(self):
-        """Raise if a pattern matched nothing: most likely a typing error."""
+        """Raise if a pattern matched nothing, most likely a typing error."""
         if self._unused:
             patterns = ', '.join(repr(pattern) for pattern in self._unused)
             raise ValueError(
@@ -40,8 +40,8 @@ class Filter:
 
     @staticmethod
     def _match(pattern, name, module):
-        # A compressed layer still answers to the class it came from, and a
-        # subclass that computes as its parent to the parent's.
+        # A compressed layer also matches the name of its original class, and a
+        # subclass that computes as its parent that of the parent.
         classes = {type(module)}
         if isinstance(module, QuantizedLayer):
             classes.add(module.plain_class)

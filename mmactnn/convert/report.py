@@ -10,11 +10,11 @@ class Converted:
 
     Attributes:
         name (str): Qualified name in the model.
-        source (str): Class it had before.
-        target (str): Class it has now.
-        bits (float, optional): Bits an element, 0 where nothing is kept; None
-            for exact, which keeps what torch does.
-        adaptive (bool): Whether they are a mean that is shared out.
+        source (str): Class before.
+        target (str): Class now.
+        bits (float, optional): Bits an element; 0 where nothing is kept; None
+            if it keeps as much as torch's layer.
+        adaptive (bool): Whether the bits are adaptive, and ``bits`` a mean.
     """
 
     name: str
@@ -26,12 +26,12 @@ class Converted:
 
 @dataclasses.dataclass(frozen=True)
 class Left:
-    """A layer that was left alone.
+    """A layer that is not compressed.
 
     Attributes:
         name (str): Qualified name in the model.
-        source (str): Its class.
-        reason (str): Why.
+        source (str): Class of the layer.
+        reason (str): Reason for leaving it.
     """
 
     name: str
@@ -41,14 +41,14 @@ class Left:
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """A block whose normalisation, addition and ReLU run as one.
+    """A block that runs fused.
 
     Attributes:
         name (str): Qualified name in the model.
-        source (str): Its class.
-        norms (int): How many normalisations it has that are fused.
-        patterns (tuple[str]): Names of the patterns that its places fit; none
-            if its parts run together, and nothing else.
+        source (str): Class of the block.
+        norms (int): Number of fused normalisations.
+        patterns (tuple[str]): Names of the patterns that it matches; empty if
+            it only runs its children as one chain.
     """
 
     name: str
@@ -59,13 +59,13 @@ class Fused:
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """A module of another package that an adapter has taken the place of.
+    """A module of another package that has the class of an adapter.
 
     Attributes:
         name (str): Qualified name in the model.
-        source (str): Class it had before.
-        target (str): Class it has now.
-        layers (tuple[str]): Names of the layers that it has got.
+        source (str): Class before.
+        target (str): Class now.
+        layers (tuple[str]): Names of the layers that it got.
     """
 
     name: str
@@ -80,8 +80,8 @@ class Unfused:
 
     Attributes:
         name (str): Qualified name in the model.
-        source (str): Its class.
-        reason (str): Why.
+        source (str): Class of the block.
+        reason (str): Reason for not fusing it.
     """
 
     name: str
@@ -91,11 +91,11 @@ class Unfused:
 
 @dataclasses.dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did.
+    """Result of a conversion.
 
     Attributes:
         level (str): Name of the level.
-        converted (tuple[Converted]): Layers that are compressed now.
+        converted (tuple[Converted]): Layers that are compressed.
         left (tuple[Left]): Layers that are not, with the reason.
         fused (tuple[Fused]): Blocks that run fused.
         adapted (tuple[Adapted]): Modules that have an adapter's class.

@@ -1,4 +1,4 @@
-"""Counting of what a model keeps for the backward pass, and where."""
+"""Measurement of the memory that a model keeps for its backward pass."""
 
 from .breakdown import Breakdown, Category, Entry
 from .location import Locator, Place, Source

@@ -1,4 +1,4 @@
-"""What each part of a model keeps, and what torch would have it keep."""
+"""Breakdown of kept memory by the parts of a model."""
 
 import collections
 import dataclasses
@@ -9,12 +9,12 @@ from ..fusion import is_fused
 from ..layers import QuantizedLayer
 from ..modules.naming import named_modules
 
-# What is named in one line about what is left.
+# Number of causes in the one-line summary.
 _NAMED = 3
 
 
 class Category(enum.Enum):
-    """What is kept."""
+    """Kind of kept tensors."""
 
     COMPRESSED = 'compressed'
     """Codes and their ranges."""
@@ -23,23 +23,23 @@ class Category(enum.Enum):
     LEFT = 'left'
     """Tensors as they are."""
     LOSS = 'loss'
-    """Whatever the losses keep, see :class:`Locator`."""
+    """Tensors that losses keep, see :class:`Locator`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What one place in a model keeps.
+    """Memory that one place in a model keeps.
 
     Attributes:
         module (str): Qualified name of the module.
-        type (str): Its class.
+        type (str): Class of the module.
         source (str): Line of the call, as in ``rpn_head.py:104``; empty for
             layers.
         python_module (str): Dotted name of the Python module of that line.
-        category (Category): What is kept.
-        exact_bytes (int): What torch would have kept.
-        kept_bytes (int): What is kept.
-        note (str): Why it is left, or the text of the line.
+        category (Category): Kind of kept tensors.
+        exact_bytes (int): Bytes that torch would have kept.
+        kept_bytes (int): Bytes that are kept.
+        note (str): Reason for leaving the layer, or the text of the line.
     """
 
     module: str
@@ -59,10 +59,10 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Breakdown:
-    """What the parts of a model keep in one forward pass.
+    """Memory that the parts of a model keep in one forward pass.
 
     A storage counts once, for the part that kept it first, so that entries
-    add up to what :class:`mmactnn.ActivationMeter` has counted.
+    add up to the totals of :class:`mmactnn.ActivationMeter`.
 
     Attributes:
         entries (tuple[Entry]): Parts, the one that keeps most first.
@@ -72,12 +72,13 @@ class Breakdown:
 
     @classmethod
     def of(cls, meter, model, report=None):
-        """Break down what a meter has counted.
+        """Break down the count of a meter.
 
         Args:
-            meter (ActivationMeter): It has counted with a :class:`Locator`.
+            meter (ActivationMeter): A meter with a :class:`Locator`.
             model (nn.Module): The model.
-            report (ConversionReport, optional): Tells why layers were left.
+            report (ConversionReport, optional): Source of reasons for leaving
+                layers.
 
         Returns:
             Breakdown: The parts.
@@ -94,17 +95,17 @@ class Breakdown:
 
     @property
     def exact_bytes(self):
-        """int: What torch would have kept, losses included."""
+        """int: Bytes that torch would have kept, losses included."""
         return sum(e.exact_bytes for e in self.entries)
 
     @property
     def kept_bytes(self):
-        """int: What is kept, losses included."""
+        """int: Bytes that are kept, losses included."""
         return sum(e.kept_bytes for e in self.entries)
 
     @property
     def ratio(self):
-        """float: How many times less is kept than torch would keep."""
+        """float: ``exact_bytes`` over ``kept_bytes``."""
         return self.exact_bytes / self.kept_bytes if self.kept_bytes else 1.0
 
     def kept_in(self, category):
@@ -137,14 +138,14 @@ class Breakdown:
         return self.kept_in(Category.LEFT) / kept if kept else 0.0
 
     def causes(self, category):
-        """What entries of one category come from.
+        """Causes of the entries of one category.
 
         Args:
             category (Category): The category.
 
         Returns:
-            list[tuple[str, int]]: Lines of code and classes of layers, and
-            the bytes that are kept there, most first.
+            list[tuple[str, int]]: Lines of code or classes of layers, and the
+            bytes that they keep, in descending order.
         """
         sizes = collections.Counter()
         for entry in self._of(category):
@@ -152,7 +153,7 @@ class Breakdown:
         return sizes.most_common()
 
     def __str__(self):
-        """What is left, in one line."""
+        """Summary of uncompressed memory, in one line."""
         left = self.kept_in(Category.LEFT)
         loss = self.kept_in(Category.LOSS)
         text = (

@@ -1,4 +1,4 @@
-"""Where in a model, and where in its source, something is being computed."""
+"""Location of a running computation in a model and in its source."""
 
 import linecache
 import sys
@@ -9,17 +9,16 @@ from torch import nn
 
 from ..modules.naming import named_modules
 
-# Calls inside of these are a layer's own doing, not a line of the model's.
+# Packages whose lines are part of a layer, not of the model.
 _LIBRARIES = {'torch', 'mmactnn'}
 
-# How packages call the modules where their losses are, perhaps after what
-# they are losses of (`focal_loss`).
+# Names of Python modules with losses, or their last word (`focal_loss`).
 _LOSSES = {'loss', 'losses'}
 
-# What is in the names of torch's functional losses.
+# Parts of the names of torch's functional losses.
 _FUNCTIONAL_LOSSES = ('loss', 'cross_entropy', 'kl_div')
 
-# What torch runs a module's forward pass through.
+# Functions through which torch runs a module's forward pass.
 _CALLS = {'__call__', '_call_impl', '_wrapped_call_impl'}
 
 
@@ -41,20 +40,20 @@ class Source(NamedTuple):
 
     @property
     def text(self):
-        """str: What is written there."""
+        """str: The text of the line."""
         return linecache.getline(self.file, self.line).strip()
 
 
 class Place(NamedTuple):
-    """Where something is being computed.
+    """Location of a computation.
 
     Attributes:
-        module (str, optional): Qualified name of the innermost module of the
-            model that is running, ``''`` for the model itself; None if none
-            of them is.
-        source (Source, optional): The line that calls into torch; None where
-            the module is a layer of torch's or of this package's.
-        loss (bool): Whether it belongs to the losses.
+        module (str, optional): Qualified name of the innermost running module
+            of the model, ``''`` for the model itself; None if no module is
+            running.
+        source (Source, optional): Line that calls into torch; None if the
+            module is a layer of torch or of this package.
+        loss (bool): Whether the computation belongs to the losses.
     """
 
     module: str | None
@@ -63,13 +62,13 @@ class Place(NamedTuple):
 
 
 class Locator:
-    """Tells where in a model the calling code is running.
+    """Locates the calling code in a model.
 
-    It reads the call stack, so that nothing is hooked into the model and
-    methods count that are no module's ``forward``.
+    It reads the call stack: the model needs no hooks, and methods other than
+    ``forward`` are recognised.
 
-    What counts as part of the losses, looked for from the innermost call
-    outwards:
+    A computation belongs to the losses if one of these is found, from the
+    innermost call outwards:
 
     1. code of a Python module or package called ``loss``, ``losses`` or
        ``*_loss`` (``mmdet.models.losses``, ``torch.nn.modules.loss``), modules
@@ -77,11 +76,11 @@ class Locator:
     2. a method of a module of the model with ``loss`` in its name
        (``loss_by_feat``), other than the ``loss`` of the model itself, which
        runs all of it;
-    3. what runs while no module of the model does, once they have returned
+    3. code outside of all modules of the model, once these have returned
        their outputs.
 
-    A module's forward pass ends the search: what a head computes in
-    ``forward`` is no loss, even if its ``loss`` called it.
+    A module's forward pass ends the search: computations in a head's
+    ``forward`` are no loss, even if its ``loss`` called it.
 
     Args:
         model (nn.Module): The model.
@@ -91,7 +90,7 @@ class Locator:
         self._names = {m: name for name, m in named_modules(model)}
 
     def __call__(self):
-        """Look where the caller is running.
+        """Locate the caller.
 
         Returns:
             Place: The place.
@@ -120,14 +119,14 @@ def _running_module(frame):
     variables = frame.f_locals
     owner = variables.get('self')
     if isinstance(variables, dict):
-        # Before Python 3.13 the frame holds on to this copy of its variables
-        # and would keep tensors alive that it has dropped itself.
+        # Before Python 3.13 the frame keeps this copy of its variables, and
+        # with it tensors that its function has already dropped.
         variables.clear()
     return owner if isinstance(owner, nn.Module) else None
 
 
 def _source(frame):
-    """The line that a frame is at, or None in a library."""
+    """Current line of a frame, or None in a library."""
     name = frame.f_globals.get('__name__', '')
     if name.partition('.')[0] in _LIBRARIES:
         return None
@@ -154,5 +153,5 @@ def _is_loss(frame, owner, module):
 
 
 def _of_losses(name):
-    """Whether a Python module is part of what computes losses."""
+    """Whether a Python module computes losses, by its name."""
     return any(p.rpartition('_')[2] in _LOSSES for p in name.split('.'))

@@ -1,4 +1,4 @@
-"""Counts what a forward pass keeps for the backward pass."""
+"""Meter of the memory that a forward pass keeps for the backward pass."""
 
 import collections
 import contextlib
@@ -17,11 +17,11 @@ from ..registry import default_registry
 
 
 class Counted(NamedTuple):
-    """Bytes that a place of the program accounts for.
+    """Bytes that a place in the program keeps.
 
     Attributes:
-        exact (int): What torch would have kept without compression.
-        saved (int): What is kept.
+        exact (int): Bytes that torch would have kept without compression.
+        saved (int): Bytes that are kept.
     """
 
     exact: int
@@ -29,22 +29,22 @@ class Counted(NamedTuple):
 
 
 class ActivationMeter:
-    """What one forward pass keeps for its backward pass.
+    """Meter of the memory that one forward pass keeps.
 
     A storage counts once, however many tensors share it, and with its full
-    size; parameters and buffers of the model do not count, nor does what a
-    backward pass recomputes (checkpointing).
+    size. Parameters and buffers of the model do not count, nor do tensors
+    that a backward pass recomputes (checkpointing).
 
     Args:
         model (nn.Module): The model that is measured.
-        locate (Callable, optional): Called while something is kept, without
-            arguments; tells where, as something that can be hashed, for
+        locate (Callable, optional): Called without arguments whenever a
+            tensor is kept; returns its place, a hashable object, for
             :meth:`by_place`. Defaults to one place for all.
     """
 
     def __init__(self, model, locate=None):
         self._locate = locate or (lambda: None)
-        # Its hooks lie over this object's and tell what they see.
+        # Its hooks hide this object's, and report the tensors that they get.
         self.swap = attached_swap(model)
         self._own = _Storages()
         self.own(model)
@@ -53,8 +53,8 @@ class ActivationMeter:
         self._exact = _Storages()
         self._layers_saved = _Storages()
         self._layers_exact = _Storages()
-        # What stands for what: from the storage of a payload's first tensor
-        # to the storages that torch would have kept in its place.
+        # Maps the storage of a payload's first tensor to the storages that
+        # torch would have kept in its place.
         self._replaced = {}
         self._payloads = _Storages()
 
@@ -65,7 +65,7 @@ class ActivationMeter:
 
     @property
     def swapped_bytes(self):
-        """int: Those of them that are kept on the host."""
+        """int: Bytes of ``saved_bytes`` that are on the host."""
         return self._swapped.nbytes
 
     @property
@@ -95,24 +95,24 @@ class ActivationMeter:
 
     @property
     def ratio(self):
-        """float: How many times less is kept than torch would keep."""
+        """float: ``exact_bytes`` over ``saved_bytes``."""
         return self.exact_bytes / self.saved_bytes if self.saved_bytes else 1.0
 
     @property
     def layers_ratio(self):
-        """float: The same for the compressed layers alone."""
+        """float: ``layers_exact_bytes`` over ``layers_saved_bytes``."""
         saved = self.layers_saved_bytes
         return self.layers_exact_bytes / saved if saved else 1.0
 
     def by_place(self):
-        """The same bytes, by where they came from.
+        """Bytes by place.
 
         A storage belongs to the place that kept it first, so that places add
         up to ``exact_bytes`` and ``saved_bytes``.
 
         Returns:
-            dict[tuple[Hashable, bool], Counted]: By the place, and by whether
-            a compressed layer keeps codes or a mask there, or nothing.
+            dict[tuple[Hashable, bool], Counted]: Bytes by place and by
+            whether a compressed layer replaces tensors there.
         """
         exact, saved = self._exact.by_origin(), self._saved.by_origin()
         return {
@@ -121,7 +121,7 @@ class ActivationMeter:
         }
 
     def own(self, module):
-        """Count the parameters and buffers of a module no more.
+        """Exclude the parameters and buffers of a module from the count.
 
         Args:
             module (nn.Module): The model, or a part that has gathered its
@@ -131,15 +131,15 @@ class ActivationMeter:
             self._own.add(tensor)
 
     def replace(self, kept, exact):
-        """Count what a compressed layer replaces.
+        """Count tensors that a compressed layer replaces.
 
-        It counts once autograd really saves what is kept: inside of a
-        checkpointed block it does not.
+        They count once autograd really saves the layer's tensors, which it
+        does not inside of a checkpointed block.
 
         Args:
-            kept (tuple[Tensor]): Tensors that the layer hands to autograd ...
-            exact (tuple[Tensor]): ... in place of those that torch would
-                have kept.
+            kept (tuple[Tensor]): Tensors that the layer saves.
+            exact (tuple[Tensor]): Tensors that torch would have saved in
+                their place.
         """
         if _in_backward() or not self._is_listening():
             return
@@ -147,7 +147,7 @@ class ActivationMeter:
         if kept:
             for tensor in kept:
                 self._payloads.add(tensor)
-            # Several layers may share what is then saved once.
+            # Several layers may share a payload, which is saved once.
             key = kept[0].untyped_storage()._cdata
             replaced = self._replaced.setdefault(key, replaced)
         origin = self._locate(), True
@@ -173,8 +173,8 @@ class ActivationMeter:
     def pack(self, tensor):
         """Hook for every tensor that autograd saves; counts it."""
         self.observe(tensor, swapped=False)
-        # Not the tensor itself: an output saved by its own node would own
-        # that node, and neither was ever freed without a backward pass.
+        # Detached: an output that its own node saves would own that node, and
+        # without a backward pass neither would be freed.
         return tensor.detach()
 
     def _count(self, tensor):
@@ -206,12 +206,12 @@ class ActivationMeter:
 
 
 class LayerMeter(NamedTuple):
-    """What a layer tells about its calls while they are measured.
+    """Connection of a layer to a meter.
 
     Attributes:
-        meter (ActivationMeter): The count.
-        rule (Callable): Maps a call to what torch would have kept, see
-            :func:`mmactnn.registry.register_layer`.
+        meter (ActivationMeter): The meter.
+        rule (Callable): Maps a call to the tensors that torch would have
+            kept, see :func:`mmactnn.registry.register_layer`.
     """
 
     meter: ActivationMeter
@@ -224,10 +224,10 @@ class LayerMeter(NamedTuple):
 
 
 class _Storages:
-    """A set of storages, their size and what each was first added for.
+    """Set of storages with their sizes and the places that kept them first.
 
-    Weak references keep no memory alive, but keep the identity of a freed
-    storage from being given to another one.
+    Weak references do not keep memory alive, but prevent that a new storage
+    gets the identity of a freed one.
     """
 
     def __init__(self):
@@ -271,17 +271,17 @@ def _identity(tensor):
 
 @contextlib.contextmanager
 def measure_activations(model, locate=None):
-    """Measure what forward passes inside of the block keep for backward.
+    """Measure the memory that forward passes in a context keep.
 
     Costs host time only: no synchronisation with the device.
 
     Args:
         model (nn.Module): The model, converted or not.
-        locate (Callable, optional): Tells where something is kept; see
+        locate (Callable, optional): Returns the place of a tensor; see
             :class:`ActivationMeter` and :class:`mmactnn.memory.Locator`.
 
     Yields:
-        ActivationMeter: Counts up as the model runs.
+        ActivationMeter: The meter, which counts as the model runs.
 
     Examples:
         >>> with mmactnn.measure_activations(model) as meter:

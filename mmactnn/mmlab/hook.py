@@ -21,11 +21,11 @@ from .samples import SampleIndex
 
 
 class ActNNHook(Hook):
-    """Convert the model, seed its rounding, log what it saves.
+    """Convert the model, seed its rounding, and log memory.
 
     Conversion happens in ``before_run``: after the runner has wrapped the
-    model and exchanged its normalisation layers, before it initialises or
-    loads weights. It therefore also reaches layers that no config can name,
+    model and replaced its normalisation layers, before it initialises or
+    loads weights. It therefore also converts layers that no config can name,
     and those that the runner has turned back into plain ones.
 
     Logged as ``actnn/...`` with every record of the training log:
@@ -41,20 +41,20 @@ class ActNNHook(Hook):
     ``peak_mib``        most memory allocated on the GPU in any step after
                         the warm-up, in MiB; without a GPU the largest
                         resident size of the process
-    ``warmup_peak_mib`` the same of the first steps and, while cuDNN tries
-                        out algorithms, of those with images of a new size:
+    ``warmup_peak_mib`` the same for the first steps and, while cuDNN tries
+                        out algorithms, steps with images of a new size:
                         mostly workspaces. Only with a GPU
     =================== ==================================================
 
     Activations are counted on the host in the iterations that are logged;
-    nothing waits for the device. After the first one, a line of the log tells
-    what the model leaves uncompressed, and where; all of it is told by
-    ``tools/analysis_tools/memory_report.py``.
+    nothing waits for the device. After the first one, a line of the log
+    summarises uncompressed memory and its places;
+    ``tools/analysis_tools/memory_report.py`` prints the complete list.
 
     Args:
         level (str | dict | Level, optional): See :func:`mmactnn.get_level`.
             Defaults to ``'L3'``. ``'L0'`` is exact training, bit for bit.
-            With ``use_gradient`` the hook tells which samples a batch holds.
+            With ``use_gradient`` the hook passes on the indices of samples.
         include (list[str], optional): See :func:`mmactnn.convert_model`.
         exclude (list[str], optional): See :func:`mmactnn.convert_model`.
         group_size (int, optional): Elements that share a range. Valid values
@@ -90,7 +90,7 @@ class ActNNHook(Hook):
         self._samples = None
         self._precision = None
         self._converted = False
-        # Of the conversion, until it is known what is left in the model.
+        # Report of the conversion, until uncompressed memory is logged.
         self._report = None
         self._layers = ()
         self._loaded = None
@@ -106,12 +106,12 @@ class ActNNHook(Hook):
             runner (Runner): The runner.
 
         Raises:
-            RuntimeError: If the config asks for something that compressed
-                layers cannot work with, or names them and ends with none, or
-                lists more than one of these hooks.
+            RuntimeError: If the config has a setting that is incompatible
+                with compressed layers, names compressed layers but the model
+                has none, or lists several of these hooks.
         """
-        # Evaluation builds no optimizer; compressed layers would be plain
-        # ones in it anyway. After training it comes here once more.
+        # Evaluation builds no optimizer and needs no compressed layers. It may
+        # also come here after training.
         if self._converted or not isinstance(
             runner.optim_wrapper, (OptimWrapper, OptimWrapperDict)
         ):
@@ -154,17 +154,17 @@ class ActNNHook(Hook):
             )
 
     def before_train(self, runner):
-        """Go on with the rounding of a run that is resumed.
+        """Restore the state of rounding if a run is resumed.
 
         Args:
             runner (Runner): The runner.
 
         Raises:
-            ValueError: If other layers were compressed in that run.
+            ValueError: If the resumed run compressed other layers.
         """
         loaded = self._loaded
         if loaded is None or runner.iter == 0:
-            return  # weights to start from, not a run to go on with
+            return  # initial weights, not a run to resume
         _require_same_layers(loaded.get('layers'), self._layers)
         changes = _compare_settings(loaded, self.level)
         if changes is not None:
@@ -177,7 +177,7 @@ class ActNNHook(Hook):
         self.generator.manual_seed(loaded['seed'], stream=get_rank())
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        """Number the rounding of this iteration; start to measure it.
+        """Set the offset of rounding, and start to measure memory.
 
         Args:
             runner (Runner): The runner.
@@ -190,8 +190,8 @@ class ActNNHook(Hook):
         if self._samples is not None:
             self._precision.set_samples(self._samples.lookup(data_batch))
         if self._precision is not None and get_world_size() > 1:
-            # Some processes may call no adaptive layer in this iteration, a
-            # mask head without instances say, and all have to count it.
+            # All processes have to count this pass, even if some of them call
+            # no adaptive layer, such as a mask head without instances.
             self._precision.begin_pass()
         self._peak.begin_step(data_batch)
         if self._measured and not self._is_due(batch_idx):
@@ -206,7 +206,7 @@ class ActNNHook(Hook):
     def after_train_iter(
         self, runner, batch_idx, data_batch=None, outputs=None
     ):
-        """Log what the iteration kept.
+        """Log the memory that the iteration kept.
 
         Args:
             runner (Runner): The runner.
@@ -216,7 +216,7 @@ class ActNNHook(Hook):
         """
         if self._precision is not None:
             self._precision.end_pass()
-        # In every iteration: LoggerHook may reset the counter after any.
+        # In every iteration, since LoggerHook may reset the counter after any.
         self._peak.end_step()
         if self._meter is None:
             return
@@ -244,7 +244,7 @@ class ActNNHook(Hook):
             )
 
     def after_train_epoch(self, runner):
-        """Log how the bits are shared out.
+        """Log the allocation of bits.
 
         Args:
             runner (Runner): The runner.
@@ -253,7 +253,7 @@ class ActNNHook(Hook):
             runner.logger.info(_describe(self._precision.bits))
 
     def before_save_checkpoint(self, runner, checkpoint):
-        """Put the state of the rounding into the checkpoint.
+        """Save the state of rounding to the checkpoint.
 
         Args:
             runner (Runner): The runner.
@@ -269,7 +269,7 @@ class ActNNHook(Hook):
             checkpoint['actnn']['precision'] = self._precision.state_dict()
 
     def after_load_checkpoint(self, runner, checkpoint):
-        """Keep the state until it is known whether the run is resumed.
+        """Keep the state for :meth:`before_train`, if the run is resumed.
 
         Args:
             runner (Runner): The runner.
@@ -337,7 +337,7 @@ def _require_same_layers(saved, now):
 
 
 def _compare_settings(loaded, level):
-    """What differs between a saved level and one, as text; None if nothing."""
+    """Describe differences between a saved level and one; None if equal."""
     saved, now = loaded.get('settings'), settings_of(level)
     if saved is None:  # a checkpoint of an earlier version
         return None if loaded['level'] == level.name else ''

@@ -1,4 +1,4 @@
-"""What ``tools/train.py`` and ``tools/test.py`` have in common.
+"""Common code of ``tools/train.py`` and ``tools/test.py``.
 
 Importing this module imports ``mmactnn``, which teaches MMEngine to resolve
 ``mmactnn::`` and ``mmseg::`` bases; it has to happen before a config is read.
@@ -29,15 +29,15 @@ from .hook import ActNNHook
 
 
 class UsageError(ValueError):
-    """A mistake in a command line, or in what it names."""
+    """Mistake in a command line, or in a file that it names."""
 
 
 @contextlib.contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """End the process with a message, not a traceback, for users' mistakes.
+    """Turn users' mistakes into a message without a traceback, as a context.
 
     Raises:
-        SystemExit: For a :class:`UsageError` and for files that are missing.
+        SystemExit: For a :class:`UsageError` or a missing file.
     """
     try:
         yield
@@ -49,13 +49,13 @@ def told_in_one_line() -> Iterator[None]:
 class CPUDistributedDataParallel(MMDistributedDataParallel):
     """``MMDistributedDataParallel`` for processes without a GPU.
 
-    torch refuses any model with a SyncBatchNorm there, since its own layer
-    cannot run. ``QSyncBatchNorm`` can; and a layer that was left torch's own
-    says so when it is called.
+    torch's class refuses models with a SyncBatchNorm there, since torch's
+    layer cannot run. ``QSyncBatchNorm`` can, and torch's own layer raises
+    when it is called.
 
     Args:
         module (nn.Module): The model.
-        device_ids (list[int], optional): GPUs; there are none.
+        device_ids (list[int], optional): Ignored, as there are no GPUs.
         **kwargs: As the base class.
     """
 
@@ -70,11 +70,11 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
 class CPUFullyShardedDataParallel(MMFullyShardedDataParallel):
     """``MMFullyShardedDataParallel`` for processes without a GPU.
 
-    torch looks for an accelerator unless it is told to do without.
+    torch selects an accelerator unless a device is given.
 
     Args:
         module (nn.Module): The model.
-        device_id (int, optional): Number of the GPU; there is none.
+        device_id (int, optional): Ignored, as there is no GPU.
         **kwargs: As the base class.
     """
 
@@ -113,15 +113,15 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         default='none',
         help='what started the processes of a distributed job',
     )
-    # Launchers have passed either spelling.
+    # Both spellings exist among launchers.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
 
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config and merge the common arguments into it.
 
-    The work directory is the one of the command line, else the one in the
-    config, else ``./work_dirs/<name of the config file>``.
+    The work directory comes from the command line, else from the config, and
+    defaults to ``./work_dirs/<name of the config file>``.
 
     Args:
         args (argparse.Namespace): Arguments that include those of
@@ -131,8 +131,8 @@ def load_config(args: argparse.Namespace) -> Config:
         Config: The merged config.
 
     Raises:
-        UsageError: If there is no such file, an option sets nothing in it, or
-            an argument of ``ActNNHook`` is not valid.
+        UsageError: If the file does not exist, an option has no effect, or an
+            argument of ``ActNNHook`` is not valid.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     _require_file(args.config)
@@ -151,7 +151,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def _require_file(path: str) -> None:
-    """Raise for a config that is not there; name one that is like it."""
+    """Raise if a config does not exist, and suggest a similar name."""
     if os.path.isfile(path):
         return
     folder, name = os.path.split(path)
@@ -177,10 +177,11 @@ def _merge_options(cfg: Config, options: dict) -> None:
 
 
 def _check_option(cfg: Config, option: str) -> None:
-    """Raise for an option that is one letter off a key of the config.
+    """Raise for an option that is likely a misspelt key of the config.
 
-    New keys are valid. A level by name on the way becomes a variation of it,
-    so that ``custom_hooks.0.level.conv=4`` finds a dict to change.
+    New keys are valid. The name of a level within the path is replaced by a
+    variation of the level, so that ``custom_hooks.0.level.conv=4`` has a dict
+    to change.
     """
     holder, path = cfg._cfg_dict, option.split('.')
     for i, key in enumerate(path):
@@ -194,7 +195,7 @@ def _check_option(cfg: Config, option: str) -> None:
             holder = holder[int(key)]
             continue
         if not isinstance(holder, dict):
-            return  # MMEngine's error
+            return  # MMEngine raises its own error
         if key not in holder:
             close = difflib.get_close_matches(key, holder, 1, cutoff=0.85)
             if close:
@@ -213,7 +214,7 @@ def _check_option(cfg: Config, option: str) -> None:
 
 
 def _check_hooks(cfg: Config) -> None:
-    """Raise if ``ActNNHook`` would not take its arguments."""
+    """Raise if an argument of ``ActNNHook`` is not valid."""
     for i, hook in enumerate(cfg.get('custom_hooks') or ()):
         if not isinstance(hook, dict):
             continue
@@ -231,9 +232,9 @@ def _check_hooks(cfg: Config) -> None:
 
 
 def _complete_loaders(cfg: Config) -> None:
-    """Give data loaders what MMPretrain's own tools give them.
+    """Add settings to data loaders that MMPretrain's own tools add.
 
-    Its recipes leave it out.
+    Its recipes omit them.
     """
     for split in ('train', 'val', 'test'):
         loader = cfg.get(f'{split}_dataloader')
@@ -248,9 +249,9 @@ def _complete_loaders(cfg: Config) -> None:
 def check_data(cfg: Config, splits: Iterable[str]) -> None:
     """Check that the files a config reads exist, before anything is built.
 
-    Annotation files and image folders of the splits' datasets (inside
-    wrappers too) and annotation files of their evaluators are looked for.
-    Paths on a remote storage backend are not.
+    These are annotation files and image folders of the splits' datasets, also
+    within wrappers, and annotation files of their evaluators. Paths on a
+    remote storage backend are not checked.
 
     Args:
         cfg (Config): The config.
@@ -258,8 +259,8 @@ def check_data(cfg: Config, splits: Iterable[str]) -> None:
             ``'val'`` and ``'test'``.
 
     Raises:
-        FileNotFoundError: If any path is missing. The one message lists all
-            of them and says what to do.
+        FileNotFoundError: If any path is missing. The message lists all of
+            them, and the remedy.
     """
     missing = {}
     for split in splits:
@@ -278,7 +279,7 @@ def check_data(cfg: Config, splits: Iterable[str]) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the config's runner, on a GPU or without one.
+    """Build the runner of a config, with or without a GPU.
 
     Args:
         cfg (Config): The merged config.
@@ -288,7 +289,7 @@ def build_runner(cfg: Config) -> Runner:
 
     Raises:
         RuntimeError: If a distributed job without a GPU was started by
-            anything but torchrun.
+            another launcher than torchrun.
     """
     notes = []
     if cfg.launcher != 'none' and not torch.cuda.is_available():
@@ -303,12 +304,11 @@ def build_runner(cfg: Config) -> Runner:
 
 
 def leave_process_group() -> None:
-    """End the process group of a distributed job that went well.
+    """Destroy the process group of a distributed job that succeeded.
 
-    Threads of a group that is still there when the interpreter ends may abort
-    the process, and the launcher then calls the job a failure. A model in DDP
-    holds on to the group: drop the runner before. Nobody leaves while another
-    process may still need it.
+    If a group exists when the interpreter ends, its threads may abort the
+    process, which the launcher reports as a failure. A model in DDP refers to
+    the group: delete the runner first. All processes wait for each other.
     """
     if is_distributed():
         torch_dist.barrier()
@@ -320,15 +320,15 @@ def leave_process_group() -> None:
 def _distribute_on_cpu(cfg: Config) -> list[str]:
     """Set up a process group of CPU processes, and a model wrapper for it.
 
-    MMEngine's own set-up selects a CUDA device for each process, and hands
+    MMEngine's own set-up selects a CUDA device for each process, and passes
     device ids to DDP or FSDP; torch refuses both without a GPU. The runner
-    leaves a process group that is there already alone.
+    uses an existing process group.
 
     Args:
         cfg (Config): The merged config; its model wrapper is adapted.
 
     Returns:
-        list[str]: What differs from the config, for the log.
+        list[str]: Deviations from the config, for the log.
     """
     if cfg.launcher != 'pytorch':
         raise RuntimeError(
@@ -355,10 +355,10 @@ def _distribute_on_cpu(cfg: Config) -> list[str]:
 
 
 def _model_wrapper(cfg: Config) -> ConfigDict:
-    """The config of the model wrapper, with what the runner adds by itself.
+    """Config of the model wrapper, with the runner's defaults.
 
     Args:
-        cfg (Config): The merged config; gets the part if it has none.
+        cfg (Config): The merged config; a missing part is added.
 
     Returns:
         ConfigDict: The part of the config, with a ``type``.
@@ -384,7 +384,7 @@ def _model_wrapper(cfg: Config) -> ConfigDict:
 
 
 def _iter_datasets(dataset: dict | None) -> Iterator[dict]:
-    """Yield the innermost datasets, those that name files."""
+    """Yield the innermost datasets, which name files."""
     if not dataset:
         return
     inner = dataset.get('datasets') or [dataset.get('dataset')]
@@ -396,7 +396,7 @@ def _iter_datasets(dataset: dict | None) -> Iterator[dict]:
 
 
 def _dataset_paths(dataset: dict) -> Iterator[tuple[str, str]]:
-    """Yield kind and path of what a dataset reads, as it joins them."""
+    """Yield kind and path of a dataset's files, joined as it does."""
     if not _is_local(dataset):
         return
     prefixes = dataset.get('data_prefix') or {}
@@ -405,7 +405,7 @@ def _dataset_paths(dataset: dict) -> Iterator[tuple[str, str]]:
     named = [('annotation file', dataset.get('ann_file'))]
     named += [(f"folder '{key}'", path) for key, path in prefixes.items()]
     for kind, path in named:
-        # An empty name stands for "none", or for the data root itself.
+        # An empty name means no file, or the data root itself.
         if not path or not isinstance(path, str):
             continue
         path = os.path.join(dataset.get('data_root') or '', path)

@@ -1,29 +1,30 @@
-"""Peak memory of training steps, apart from that of the warm-up."""
+"""Peak memory of training steps, separate from the warm-up."""
 
 import resource
 
 import torch
 
-# cuDNN tries out algorithms, libraries take workspaces, the optimizer makes
-# its state, and blocks run layer by layer in the first two, which report what
-# rounding does, and as one from the third on.
+# Steps of the warm-up. cuDNN tries out algorithms, libraries allocate
+# workspaces, and the optimizer makes its state. In the first two steps, which
+# report to adaptive precision, blocks run layer by layer.
 _WARMUP_STEPS = 3
 
 
 class PeakMemory:
     """Largest memory of a GPU in training steps.
 
-    The first steps are no measure of those that follow: with
-    ``cudnn_benchmark=True`` the workspaces of all algorithms that cuDNN tries
-    out may take many times what a step needs, and again with each new size of
-    the images. Their peak is kept apart. The GPU's counter is reset after
-    them, so that the ``memory`` of ``LoggerHook``, which resets the counter
-    as well, leaves them out. Elsewhere it is only read.
+    The first steps are not representative: with ``cudnn_benchmark=True`` the
+    workspaces of all algorithms that cuDNN tries out may exceed the memory of
+    a step many times, also later with each new size of the images. Their peak
+    is recorded separately. The GPU's counter is reset after them, so that
+    they are not part of ``memory`` of ``LoggerHook``, which resets the
+    counter as well. Otherwise the counter is only read.
 
     Without a GPU the peak is the largest resident size of the process.
 
     Args:
-        cuda (module, optional): For the tests. Defaults to ``torch.cuda``.
+        cuda (module, optional): Replaced by tests. Defaults to
+            ``torch.cuda``.
 
     Attributes:
         peak_bytes (int, optional): Peak of the steps after the warm-up; None
@@ -40,10 +41,10 @@ class PeakMemory:
         self._warms_up = True
 
     def begin_step(self, batch):
-        """Note the start of a step.
+        """Register the start of a step.
 
         Args:
-            batch (object): What the model is about to see.
+            batch (object): Batch of the step.
         """
         if not self._cuda.is_available():
             return
@@ -54,12 +55,12 @@ class PeakMemory:
             self._sizes.add(size)
         self._warms_up = self._steps_left > 0 or is_new
         if self._warms_up and self._steps_left <= 0:
-            # Whatever was since the last step, such as a validation.
+            # Excludes work since the last step, such as a validation.
             self._take('peak_bytes')
             self._cuda.reset_peak_memory_stats()
 
     def end_step(self):
-        """Note the end of a step, before anybody resets the counter."""
+        """Register the end of a step, before others reset the counter."""
         if not self._cuda.is_available():
             # Linux counts in KiB.
             usage = resource.getrusage(resource.RUSAGE_SELF)

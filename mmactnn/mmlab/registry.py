@@ -1,8 +1,8 @@
 """Names for configs, in MMEngine's root registries and in our own.
 
-Root names resolve as plain ``type='QConv2d'`` under every default scope once
-``mmactnn`` is imported; those of the child registries as
-``type='mmactnn.QConv2d'`` without any import.
+Once ``mmactnn`` is imported, ``type='QConv2d'`` resolves under every default
+scope by the root registries; ``type='mmactnn.QConv2d'`` resolves by the child
+registries without any import.
 """
 
 import importlib.metadata
@@ -24,7 +24,7 @@ HOOKS = Registry(
 
 
 def _builder(path):
-    """What builds a class that is not to be imported before."""
+    """Make a function that imports a class when it is built."""
 
     def build(*args, **kwargs):
         return pkgutil.resolve_name(path)(*args, **kwargs)
@@ -34,7 +34,7 @@ def _builder(path):
 
 
 def _register_layer(entry):
-    """Let configs name a compressed layer."""
+    """Register a compressed layer for configs."""
     for registry in (ROOT_MODELS, MODELS):
         registry.register_module(name=list(entry.names), module=entry.layer)
 
@@ -46,7 +46,7 @@ for _registry in (ROOT_MODELS, MODELS):
 
 
 def register_hook(cls):
-    """Make a hook's own class known, in place of what builds it.
+    """Register a hook's class in place of the function that builds it.
 
     Args:
         cls (type): The hook.
@@ -55,7 +55,7 @@ def register_hook(cls):
         registry.register_module(cls.__name__, force=True, module=cls)
 
 
-# Hooks import most of MMEngine, which may be half imported now.
+# Hooks import most of MMEngine, which may be only partly imported now.
 for _registry in (ROOT_HOOKS, HOOKS):
     _registry.register_module(
         'ActNNHook', module=_builder('mmactnn.hooks:ActNNHook')
@@ -65,9 +65,9 @@ for _registry in (ROOT_HOOKS, HOOKS):
 def _name_packages():
     """Make ``_base_ = 'mmactnn::...'`` and ``'mmseg::...'`` resolve.
 
-    MMEngine looks configs up by the names of distributions in a fixed table.
-    It has no entry for this package, and one for MMSegmentation that does
-    not hold for distributions of other names (``onedl-mmsegmentation``).
+    MMEngine finds configs by names of distributions, in a fixed table. It has
+    no entry for this package, and the one for MMSegmentation is wrong for
+    distributions of other names (``onedl-mmsegmentation``).
     """
     MODULE2PACKAGE.setdefault('mmactnn', 'mmactnn')
     try:

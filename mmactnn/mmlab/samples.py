@@ -1,16 +1,15 @@
-"""Which samples of the dataset a batch holds."""
+"""Indices of a batch's samples in the dataset."""
 
 
 class SampleIndex:
     """Numbers the samples of a dataset, through wrappers and concatenations.
 
-    A sample is told by the path of its image, else by its ``img_id``, else
-    by its ``sample_idx``: whatever the pipeline packs. Indices of samples
-    that are repeated are equal; those of concatenated datasets follow one
-    another.
+    Samples are identified by the path of the image, else by ``img_id``, else
+    by ``sample_idx``, depending on what the pipeline packs. Repeated samples
+    have equal indices; indices of concatenated datasets are consecutive.
 
     Args:
-        dataset (Dataset): MMEngine's, of any OpenMMLab package.
+        dataset (Dataset): MMEngine dataset of any OpenMMLab package.
     """
 
     _KEYS = ('img_path', 'img_id')
@@ -23,16 +22,16 @@ class SampleIndex:
         return sum(len(leaf) for leaf in self._leaves)
 
     def lookup(self, data_batch):
-        """The indices of a batch's samples.
+        """Find the indices of a batch's samples.
 
         Args:
             data_batch (dict): From the data loader, with ``data_samples``.
 
         Returns:
-            list[int]: One for each sample, 0 to ``len(self) - 1``.
+            list[int]: An index for each sample, 0 to ``len(self) - 1``.
 
         Raises:
-            RuntimeError: If the samples do not say which they are.
+            RuntimeError: If the samples have no identification.
         """
         if not isinstance(data_batch, dict):
             raise RuntimeError(
@@ -68,7 +67,7 @@ class SampleIndex:
         return self._places[key]
 
     def _read(self):
-        """Places of all samples, without loading an image."""
+        """Read identifications of all samples, without images."""
         places = {key: {} for key in self._KEYS}
         paths = {}
         start = 0
@@ -79,8 +78,8 @@ class SampleIndex:
                     for key in self._KEYS:
                         if key in info:
                             places[key].setdefault(info[key], start + i)
-                    # Two datasets may number other images alike; such a
-                    # number tells nothing.
+                    # Two datasets may give one number to different images;
+                    # such a number is ambiguous.
                     name, path = info.get('img_id'), info.get('img_path')
                     if paths.setdefault(name, path) != path:
                         places['img_id'][name] = None

@@ -1,4 +1,4 @@
-"""Models that configs of OpenMMLab describe, and synthetic data for them."""
+"""Models from configs of OpenMMLab, and synthetic data for them."""
 
 import argparse
 import functools
@@ -19,21 +19,20 @@ OBJECTS = 8
 
 
 def build_task(config, images):
-    """Build the model of a config, and let it train on images.
+    """Build the model of a config, and a function that computes its loss.
 
-    They go to the model directly, as its data preprocessor would hand them
-    over, with random ground truth: neither pretrained weights nor data sets
-    are read.
+    Images go to the model directly, as from its data preprocessor, with
+    random ground truth: neither pretrained weights nor data sets are read.
 
     Args:
-        config (Config): From :func:`load_config`; loses its pretrained
-            weights.
-        images (Tensor[N, 3, H, W]): The batch. Where a model is given several
-            views of an image, the others are random.
+        config (Config): From :func:`load_config`; pretrained weights are
+            removed from it.
+        images (Tensor[N, 3, H, W]): The batch. For models that take several
+            views of an image, the other ones are random.
 
     Returns:
         tuple[nn.Module, Callable]: The model, in training mode and on the
-        device of the images; and what computes its loss.
+        device of the images; the function, without arguments.
     """
     scope = config.default_scope
     drop_pretrained(config.model)
@@ -41,7 +40,7 @@ def build_task(config, images):
     with DefaultScope.overwrite_default_scope(scope):
         model = MODELS.build(config.model)
         model.init_weights()
-    # As the runner does where there is one process.
+    # As the runner does in a single process.
     model = revert_sync_batchnorm(model).to(images.device).train()
     samples = make_samples(config, images)
     inputs = images
@@ -49,11 +48,12 @@ def build_task(config, images):
     if views:
         others = [torch.randn_like(images) for _ in range(views - 1)]
         inputs = [images, *others]
-        # Averages of weights ask how long the training is to be.
+        # Averages of weights need the length of the training.
         MessageHub.get_current_instance().update_info('max_iters', 1)
 
     def compute_loss():
-        # Not model.loss: swapping and compilation begin at the call.
+        # Not model.loss, since hooks for swapping and compilation run at the
+        # call of the model.
         losses = model(inputs, samples, mode='loss')
         return model.parse_losses(losses)[0]
 
@@ -64,8 +64,8 @@ def load_config(name, options=()):
     """Read a config.
 
     Args:
-        name (str): Its path, or ``package::path`` for one that an installed
-            package brings along.
+        name (str): Its path, or ``package::path`` for one of an installed
+            package.
         options (Sequence[str], optional): Overrides ``KEY=VALUE``. Defaults
             to none.
 
@@ -73,8 +73,8 @@ def load_config(name, options=()):
         Config: The config.
 
     Raises:
-        ValueError: If there is no such package or file, or it is not of
-            MMDetection, MMSegmentation or MMPretrain.
+        ValueError: If there is no such package or file, or the config is not
+            for MMDetection, MMSegmentation or MMPretrain.
     """
     path = Path(name)
     package, colons, inside = name.partition('::')
@@ -101,10 +101,10 @@ def load_config(name, options=()):
 
 
 def drop_pretrained(config):
-    """Let a model start from random weights.
+    """Remove pretrained weights, so that a model starts from random ones.
 
     Args:
-        config (ConfigDict): Of the model, changed in place.
+        config (ConfigDict): Config of the model, changed in place.
     """
     for part in list(_walk(config)):
         if part.get('pretrained') is not None:
@@ -116,16 +116,16 @@ def drop_pretrained(config):
 
 
 def count_classes(config):
-    """How many classes every head of a model knows.
+    """Number of classes that all heads of a model have.
 
     Args:
-        config (ConfigDict): Of the model.
+        config (ConfigDict): Config of the model.
 
     Returns:
-        int: The least number that any part of it names.
+        int: The smallest number of classes in the config.
 
     Raises:
-        ValueError: If none does.
+        ValueError: If the config has none.
     """
     keys = ('num_classes', 'num_things_classes')
     counts = [
@@ -143,13 +143,13 @@ def count_classes(config):
 
 
 def count_views(config):
-    """How many views of each image a model learns from.
+    """Number of views of each image that a model learns from.
 
     Args:
         config (Config): The config.
 
     Returns:
-        int: Their number; 0 for models that take images as they are.
+        int: The number; 0 for models that take single images.
     """
     loader = config.get('train_dataloader') or {}
     for part in _walk(loader.get('dataset')):
@@ -191,7 +191,7 @@ def _make_detection(config, classes, shape, generator):
 
     height, width = shape['img_shape']
     size = torch.tensor([width, height])
-    # Anything between an eighth and a half of the image, wholly inside.
+    # Boxes from an eighth to a half of the image, within the image.
     extent = size * (0.125 + 0.375 * _uniform((OBJECTS, 2), generator))
     corner = (size - extent) * _uniform((OBJECTS, 2), generator)
     instances = InstanceData(
@@ -199,7 +199,7 @@ def _make_detection(config, classes, shape, generator):
         labels=torch.randint(classes, (OBJECTS,), generator=generator),
     )
     sample = DetDataSample(metainfo=shape)
-    # The preprocessor pads what the heads learn from.
+    # The preprocessor pads ground truth, too.
     padded = config.get('data_preprocessor') or {}
     if padded.get('pad_mask'):
         instances.masks = _box_masks(instances.bboxes, height, width)
@@ -240,7 +240,7 @@ _MAKERS = dict(
 
 
 def _box_masks(boxes, height, width):
-    """Masks that fill their boxes, as data sets' are stored."""
+    """Masks that fill their boxes, in the form of data sets."""
     from mmdet.structures.mask import BitmapMasks
 
     masks = torch.zeros(len(boxes), height, width, dtype=torch.uint8)

@@ -1,21 +1,21 @@
-"""Registration of names as soon as MMEngine is there, and never before.
+"""Registration of names as soon as MMEngine is imported, and not before.
 
-Importing :mod:`mmactnn` must not import MMEngine, which takes seconds and is
-of no use to those who train without it.
+Importing :mod:`mmactnn` must not import MMEngine, which takes seconds and may
+not be needed.
 """
 
 import sys
 import warnings
 
-# All that registration needs of MMEngine. The package itself may be half
+# Modules of MMEngine that registration needs. The package itself may be partly
 # imported then: its optimizers import transformers, which may import anything.
 _AWAITED = 'mmengine.registry'
 
 
 class _Waiting:
-    """Finder of ``sys.meta_path`` that finds nothing, but sees what is loaded.
+    """Finder of ``sys.meta_path`` that finds nothing, but observes imports.
 
-    It leaves when the names are registered.
+    It removes itself when the names are registered.
     """
 
     def find_spec(self, name, path=None, target=None):
@@ -41,7 +41,7 @@ class _Waiting:
         try:
             _register()
         except Exception as error:
-            # Whoever imports MMEngine is not to fail because of us.
+            # An error here must not break the import of MMEngine.
             warnings.warn(
                 'mmactnn cannot register its layers and its hook with '
                 f'MMEngine: {type(error).__name__}: {error}',
@@ -49,10 +49,9 @@ class _Waiting:
             )
 
     def _watch(self, loader):
-        """Finish when a loader is through.
+        """Call :meth:`finish` after a loader has loaded its module.
 
-        The loader stays the module's own, and is again as it was after the
-        one call.
+        The loader's method is replaced for one call only.
         """
         try:
             execute = loader.exec_module
@@ -68,7 +67,7 @@ class _Waiting:
 
 
 def register_when_loaded():
-    """Register the names now if MMEngine is loaded, else when it will be."""
+    """Register the names now if MMEngine is loaded, else once it is."""
     if _is_loaded():
         _register()
     elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):

@@ -1,4 +1,4 @@
-"""Keeps saved tensors in pinned host memory between forward and backward."""
+"""Offload of saved tensors to pinned host memory."""
 
 from .host_swap import HostSwap, attached_swap
 

@@ -1,18 +1,19 @@
-"""What torch's CUDA allocator is set to."""
+"""Settings of torch's CUDA allocator."""
 
 import os
 
 import torch
 
-# In the order in which torch looks for them; the second is the older name.
+# In the order in which torch reads them; the second is the older name.
 _VARIABLES = ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF')
 
 
 def require_expandable_segments():
     """Check that the CUDA allocator uses expandable segments.
 
-    It reads its settings once, when a process starts to use the GPU. From
-    then on this checks the settings in force, before that the environment.
+    The allocator reads its settings once, when a process starts to use the
+    GPU. From then on this function checks the settings in force, before that
+    the environment.
 
     Raises:
         RuntimeError: If there is no GPU, or the allocator keeps segments of
@@ -52,13 +53,13 @@ def _in_force():
 
 
 def _in_environment():
-    """Whether the environment asks for them, and what it says."""
+    """Whether the environment enables them, and the value of its variable."""
     for name in _VARIABLES:
         value = os.environ.get(name)
         if value:
             options = [option.strip() for option in value.split(',')]
             pairs = [option.partition(':') for option in options]
-            # The last one wins.
+            # The last of several values applies.
             chosen = [
                 setting.strip()
                 for key, _, setting in pairs

@@ -1,4 +1,4 @@
-"""What is swapped out, and in which order it comes back."""
+"""Engine of swapping: choice of tensors, and order of their return."""
 
 import collections
 import contextlib
@@ -12,20 +12,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .host_pool import HostPool
 
-# A view that reads less of its storage than this is swapped by itself. What
-# reads more takes the whole storage along: its siblings will be saved, too.
+# Share of a storage below which a view is swapped by itself. A larger view
+# swaps the whole storage, as other views of it are likely saved, too.
 _SMALL_VIEW = 0.25
-# Addresses of a partial copy keep this much of their alignment, on which the
-# choice of kernels depends.
+# Alignment in bytes that addresses of a partial copy keep, since the choice of
+# kernels depends on it.
 _ALIGNMENT = 512
 
 
 class SwapEngine:
     """Pack and unpack hooks that keep tensors on the host.
 
-    Copies run on streams of their own, and memory is never waited for by the
-    host: what a copy reads or writes is kept alive until a stream has waited
-    for that copy. Not more than a window of such memory is kept in either
+    Copies run on streams of their own, and the host never waits for memory:
+    tensors that a copy reads or writes are kept alive until a stream has
+    waited for that copy. Such memory is limited to a window in each
     direction; beyond it the computation waits for the copies.
 
     Args:
@@ -45,13 +45,13 @@ class SwapEngine:
         self._window_bytes = window_bytes
         self._own = frozenset()
         self._pass = _Pass()
-        # By storage and version; what a payload stands for cannot change.
+        # Keys are storage and version, as the content of a payload is fixed.
         self._payloads = weakref.WeakValueDictionary()
         self._leaving = _InFlight(transport)
         self._arriving = _InFlight(transport)
         self._ahead = []
-        # Backward passes free payloads in threads of their own, the garbage
-        # collector anywhere: they leave their memory here.
+        # Freed extents. Backward passes free payloads in threads of their own,
+        # the garbage collector in any.
         self._returned = collections.deque()
         self._lock = threading.RLock()
 
@@ -79,7 +79,7 @@ class SwapEngine:
             self._settle()
 
     def settle(self):
-        """Give back the memory of all copies, in the order of streams."""
+        """Release the memory of all copies, in the order of streams."""
         with self._lock:
             self._settle()
             self._leaving.release_beyond(0)
@@ -92,10 +92,10 @@ class SwapEngine:
             tensor (Tensor): The tensor.
 
         Returns:
-            object: Stands for it.
+            object: Placeholder, for :meth:`unpack`.
 
         Raises:
-            RuntimeError: If host memory does not suffice.
+            RuntimeError: If there is not enough host memory.
         """
         swapped = self._is_swapped(tensor)
         if self.observer is not None:
@@ -134,13 +134,13 @@ class SwapEngine:
             tensor.device != self.device
             or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
             or tensor.layout != torch.strided
-            # Lazy bits of a tensor are not in its bytes.
+            # Lazy conjugation or negation is not part of the bytes.
             or tensor.is_conj()
             or tensor.is_neg()
         ):
             return False
         storage = tensor.untyped_storage()
-        # The size of the storage counts: a view keeps all of it.
+        # By size of the storage, all of which a view keeps.
         return (
             storage.nbytes() >= max(self._min_bytes, 1)
             and storage._cdata not in self._own
@@ -170,9 +170,9 @@ class SwapEngine:
         return _Payload(storage, start, end, extent, copied, self._returned)
 
     def _bring(self, payload):
-        """The payload's storage on the device, maybe still being filled."""
-        # As long as anybody holds it there is nothing to fetch: the copy
-        # under way, the caller of the model, an earlier unpack.
+        """Storage of the payload on the device; a copy may still fill it."""
+        # The original storage may still be alive, kept by a running copy, the
+        # caller of the model or an earlier unpack.
         storage = payload.place.storage()
         if storage is not None:
             return storage
@@ -191,7 +191,7 @@ class SwapEngine:
         return storage
 
     def _hand_over(self, tensor, place):
-        """Make a tensor ready for the stream that asks for it."""
+        """Make a tensor ready for the current stream."""
         if place.arrived is None:
             return
         current = self._transport.current_stream()
@@ -201,13 +201,14 @@ class SwapEngine:
             self._transport.share(tensor, current)
 
     def _fetch_ahead(self, packed):
-        """Fetch what is needed next: a window of what was saved before."""
+        """Fetch payloads that are needed next: a window of earlier ones."""
         room = self._window_bytes
         wanted = set()
         for payload in packed.earlier_payloads():
             if payload in wanted:
                 continue
-            # One at least, or tensors of more than a window never overlap.
+            # At least one, or tensors larger than a window would never overlap
+            # with computation.
             if wanted and payload.nbytes > room:
                 break
             room -= payload.nbytes
@@ -227,7 +228,7 @@ class SwapEngine:
 
 
 class _Version:
-    """Notices that a tensor is modified after it was saved.
+    """Check that a tensor was not modified after it was saved.
 
     Autograd leaves that check to the hooks.
     """
@@ -238,7 +239,7 @@ class _Version:
         self._size = tensor.size()
 
     def check(self):
-        # Aliases share one counter.
+        # Aliases share a version counter.
         current = self._alias._version
         if current != self._saved:
             raise RuntimeError(
@@ -250,17 +251,17 @@ class _Version:
 
 
 class _Kept:
-    """A tensor that stays where it is."""
+    """Saved tensor that stays on the device."""
 
     def __init__(self, tensor):
-        # Not the tensor itself: an output saved by its own node would own
-        # that node, and neither was ever freed without a backward pass.
+        # Detached: an output that its own node saves would own that node, and
+        # without a backward pass neither would be freed.
         self.tensor = tensor.detach()
         self.version = _Version(tensor, self.tensor)
 
 
 class _Pass:
-    """What one forward pass swaps out, in this order."""
+    """Payloads that one forward pass swaps out, in order."""
 
     def __init__(self):
         self.refs = []
@@ -273,11 +274,11 @@ class _Pass:
 
 
 class _Swapped:
-    """A tensor whose bytes are in a payload."""
+    """Saved tensor whose bytes are in a payload."""
 
     def __init__(self, tensor, payload, owner, position):
         self.payload = payload
-        # An alias without the memory.
+        # An alias without memory.
         alias = tensor.detach()
         alias.data = alias.new_empty(0)
         self.version = _Version(tensor, alias)
@@ -295,7 +296,7 @@ class _Swapped:
         )
 
     def earlier_payloads(self):
-        """Payloads of what was saved before, the last one first."""
+        """Payloads that were saved before, the last one first."""
         for i in range(self._position - 1, -1, -1):
             other = self._pass.refs[i]()
             if other is not None:
@@ -306,14 +307,14 @@ class _Payload:
     """Bytes of a storage on the host, for all tensors that share them."""
 
     def __init__(self, storage, start, end, extent, copied, returned):
-        # Weak, but keeps the identity from being given to another storage.
+        # Weak, but prevents that a new storage gets the same identity.
         self._origin = StorageWeakRef(storage)
         self.start, self._end = start, end
         self.extent = extent
         self.copied = copied
         self._returned = returned
         self.place = _Place(self._origin, 0, None, None, None)
-        # The storage on the device, while it is fetched ahead.
+        # Storage on the device, while it is prefetched.
         self.held = None
 
     def __del__(self):
@@ -328,12 +329,13 @@ class _Payload:
 
 
 class _Place(NamedTuple):
-    """Where a payload lies on the device, as long as somebody holds it.
+    """Location of a payload on the device, while its storage is alive.
 
     Attributes:
         ref (StorageWeakRef): The storage.
         start (int): Byte of the original storage that it starts with.
-        arrived (object, optional): Event; None for the original itself.
+        arrived (object, optional): Event of the copy's end; None for the
+            original storage.
         number (int, optional): Number of the copy.
         stream (object, optional): Stream that owns the memory.
     """
@@ -360,11 +362,11 @@ class _Copy(NamedTuple):
 
 
 class _InFlight:
-    """Tensors that copies of one direction still use, oldest first.
+    """Tensors that copies in one direction still use, oldest first.
 
-    A tensor's memory goes back to the stream that is current when it comes
-    here; it does so when that stream has waited for the copy, or when the
-    copy is done.
+    The memory of a tensor returns to the stream that was current when the
+    tensor was added, once that stream has waited for the copy, or the copy is
+    done.
     """
 
     def __init__(self, transport):
@@ -383,21 +385,21 @@ class _InFlight:
         return copy.number
 
     def release_done(self):
-        """Release what is done already."""
+        """Release tensors of copies that are done."""
         while self._copies and self._transport.is_done(self._copies[0].event):
             self._pop()
 
     def release_beyond(self, nbytes):
-        """Have the streams wait until no more than this is left."""
+        """Make streams wait until at most ``nbytes`` are left."""
         while self._copies and self.nbytes > nbytes:
             copy = self._pop()
             self._transport.wait(copy.stream, copy.event)
 
     def release_through(self, number, waited):
-        """Release all up to a copy that a stream has just waited for."""
+        """Release tensors up to a copy that a stream has waited for."""
         while self._copies and self._copies[0].number <= number:
             copy = self._pop()
-            # Copies of one direction are done in order.
+            # Copies in one direction finish in order.
             if copy.stream != waited:
                 self._transport.wait(copy.stream, copy.event)
 
@@ -411,14 +413,14 @@ class _InFlight:
 
 
 def _range(name):
-    """A range in a profiler's trace; without one it costs nothing."""
+    """Range in a profiler's trace; free of cost without a profiler."""
     if torch.autograd._profiler_enabled():
         return record_function(name)
     return contextlib.nullcontext()
 
 
 def _byte_range(tensor, storage_bytes):
-    """The part of a storage that is copied for one of its tensors."""
+    """Part of a storage to copy for one of its tensors."""
     size = tensor.element_size()
     start = tensor.storage_offset() * size
     span = sum(

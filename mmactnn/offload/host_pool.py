@@ -1,4 +1,4 @@
-"""Pinned host memory that is allocated once and used again."""
+"""Pool of pinned host memory."""
 
 import os
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 from ..codes.units import MIB
 
-# Of what a device copies fast; also what torch aligns its blocks to.
+# Alignment for fast copies, in bytes, which torch uses for its blocks, too.
 _ALIGNMENT = 512
-# Torch rounds pinned blocks up to powers of two: what is less than a slab
-# comes out of one, so that only the largest tensors pay for that.
+# torch rounds pinned blocks up to powers of two. Smaller pieces come from
+# slabs of this size, so that only the largest tensors waste memory.
 _SLAB_BYTES = 64 * MIB
-# Pinned memory is lost to everybody else, data loading included.
+# Share of available memory, as other uses such as data loading need the rest.
 _DEFAULT_SHARE = 0.8
 
 
@@ -30,23 +30,23 @@ class Extent(NamedTuple):
 
 
 class HostPool:
-    """Hands out pieces of pinned memory.
+    """Allocates pieces of pinned memory.
 
     It grows up to a limit and never shrinks: pinning blocks the host until
-    the device is idle, so that a steady state must not allocate. Neighbours
-    that are free are one piece again, whatever the order of sizes was.
+    the device is idle, so that a steady state must not allocate. Free
+    neighbours are merged, so that any order of sizes can be served.
 
     Args:
         allocate (Callable): Makes a pinned uint8 tensor of a number of
             bytes.
-        max_bytes (int): Most that it allocates.
+        max_bytes (int): Limit of pinned memory.
     """
 
     def __init__(self, allocate, max_bytes):
         self._allocate = allocate
         self._max_bytes = max_bytes
         self._slabs = []
-        # Of every slab its free pieces, by address.
+        # Free pieces of every slab, by address.
         self._free = []
         self.nbytes = 0
         self.used_bytes = 0
@@ -58,11 +58,11 @@ class HostPool:
             nbytes (int): Bytes.
 
         Returns:
-            Extent: The piece; at least as large.
+            Extent: The piece, of at least that size.
 
         Raises:
-            RuntimeError: If that takes more than the limit, or more than the
-                system can pin.
+            RuntimeError: If the limit would be exceeded, or the system cannot
+                pin the memory.
         """
         nbytes = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         piece = self._best_fit(nbytes)
@@ -80,7 +80,7 @@ class HostPool:
         return taken
 
     def give(self, extent):
-        """Take a piece back.
+        """Release a piece.
 
         Args:
             extent (Extent): From :meth:`take`.
@@ -98,11 +98,11 @@ class HostPool:
         free.insert(index, extent)
 
     def view(self, extent, nbytes):
-        """The memory of a piece.
+        """View the memory of a piece.
 
         Args:
             extent (Extent): The piece.
-            nbytes (int): How much of it.
+            nbytes (int): Bytes, from its start.
 
         Returns:
             Tensor[nbytes]: uint8.
@@ -149,11 +149,11 @@ class HostPool:
 
 
 def default_max_bytes():
-    """How much a process may pin unless it is told otherwise.
+    """Default limit of the memory that a process pins.
 
     Returns:
-        int: A share of the memory that is available, the processes of one
-        launch on this machine counted.
+        int: Bytes; a share of the available memory, divided by the number of
+        processes of the launch on this machine.
     """
     available = min(_available_bytes(), _container_bytes())
     processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
@@ -168,13 +168,13 @@ def _available_bytes():
 
 
 def _container_bytes():
-    """What the control group leaves; without one, anything."""
+    """Bytes that the control group has left; infinite without one."""
     group = Path('/sys/fs/cgroup')
     try:
         limit = int((group / 'memory.max').read_text())
         return limit - int((group / 'memory.current').read_text())
     except (OSError, ValueError):
-        # No version 2 of control groups, or no limit ('max').
+        # Not version 2 of control groups, or no limit ('max').
         return float('inf')
 
 

@@ -1,4 +1,4 @@
-"""Swaps what a model's forward pass saves to the host."""
+"""Swapping of a model's saved tensors to the host."""
 
 import itertools
 import threading
@@ -16,18 +16,18 @@ from .transport import CudaTransport
 
 
 class HostSwap:
-    """Keeps what autograd saves in pinned host memory.
+    """Keeps saved tensors of a model in pinned host memory.
 
     While the model runs forward with gradients enabled, tensors on its GPU
     that autograd saves are copied to the host and freed; the backward pass
     fetches them ahead of time. Copies run beside the computation and never
     block the host. Gradients are the same, bit for bit.
 
-    Parameters and buffers stay, and so does what is small. A tensor that
-    somebody else still holds is not fetched, but read where it is.
+    Parameters, buffers and small tensors stay on the device. A tensor that is
+    still alive on the device is not fetched.
 
-    A copy of the model (``copy.deepcopy``, pickle) swaps by itself, with
-    streams and memory of its own.
+    A copy of the model (``copy.deepcopy``, pickle) swaps with streams and
+    memory of its own.
 
     Args:
         model (nn.Module): The model, with or without a wrapper, on one GPU.
@@ -84,7 +84,7 @@ class HostSwap:
 
     @property
     def model(self):
-        """nn.Module: The model; None if it is gone."""
+        """nn.Module: The model; None if it was deleted."""
         return self._model()
 
     @property
@@ -99,15 +99,15 @@ class HostSwap:
 
     @property
     def window_bytes(self):
-        """int: Device memory that copies under way hold at the moment."""
+        """int: Device memory that running copies hold at the moment."""
         return self._engine.window_bytes if self._engine else 0
 
     @property
     def observer(self):
         """Callable: Called with each saved tensor and whether it is swapped.
 
-        Hooks that were there before this object's see none of the tensors
-        that the model saves: only the innermost pair of hooks is called.
+        Only the innermost pair of hooks is called, so that hooks from before
+        this object's see none of the model's saved tensors.
         """
         return self._observer
 
@@ -118,7 +118,7 @@ class HostSwap:
             self._engine.observer = observer
 
     def attach(self):
-        """Start to swap.
+        """Start swapping.
 
         Returns:
             HostSwap: This object.
@@ -130,16 +130,16 @@ class HostSwap:
             raise RuntimeError(
                 'the model swaps already; detach() that HostSwap first'
             )
-        # Before all others: the second of the two is also called when one of
-        # them fails.
+        # Before all other hooks; the second one is also called if one of them
+        # raises.
         self.model.register_forward_pre_hook(self._enter, prepend=True)
         self.model.register_forward_hook(self._leave, always_call=True)
         return self
 
     def detach(self):
-        """Stop to swap.
+        """Stop swapping.
 
-        What is on the host can still be fetched by a backward pass.
+        A backward pass can still fetch tensors from the host.
         """
         model = self.model
         if model is None or attached_swap(model) is not self:
@@ -154,7 +154,7 @@ class HostSwap:
             self._engine.settle()
 
     def is_on_top(self):
-        """bool: Whether what is saved now would come to this object."""
+        """bool: Whether tensors that are saved now reach this object."""
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         return (
             hooks is not None
@@ -164,8 +164,8 @@ class HostSwap:
 
     def _enter(self, module, args):
         entered = self._entered()
-        # Hooks that are there already would be covered by a second pair,
-        # also those that checkpointing has put on top of them.
+        # A second pair would hide existing hooks, and those that checkpointing
+        # has added on top.
         inside = any(hooks is not None for hooks in entered)
         entered.append(None)
         if inside or not torch.is_grad_enabled():
@@ -188,19 +188,19 @@ class HostSwap:
 
     def _leave(self, module, args, output):
         entered = self._entered()
-        # Empty if somebody's hook failed before this object's was called.
+        # Empty if another hook raised before this object's was called.
         hooks = entered.pop() if entered else None
         if hooks is not None:
             hooks.__exit__()
 
     def _entered(self):
-        """The forward passes under way, of this thread as hooks are."""
+        """Running forward passes of this thread, to which hooks belong."""
         if not hasattr(self._local, 'entered'):
             self._local.entered = []
         return self._local.entered
 
     def _engine_for(self, module):
-        """The engine, or None if a model is only tried out on the CPU."""
+        """The engine, or None if the model runs on the CPU."""
         device = self._device_of(module)
         if device is None:
             return None
@@ -238,7 +238,7 @@ class HostSwap:
         )
 
     def __getstate__(self):
-        """For copies and pickle: settings alone, and whose they are."""
+        """For copies and pickle: settings and the model only."""
         return dict(
             settings=(
                 self.min_bytes,
@@ -261,7 +261,7 @@ class HostSwap:
 
 
 def attached_swap(model):
-    """The object that swaps what a model saves.
+    """Find the object that swaps a model's saved tensors.
 
     Args:
         model (nn.Module): The model.

@@ -1,4 +1,4 @@
-"""Copies between a GPU and pinned host memory, beside the computation."""
+"""Asynchronous copies between a GPU and pinned host memory."""
 
 import torch
 
@@ -6,9 +6,9 @@ import torch
 class CudaTransport:
     """Streams, events and pinned memory of one GPU.
 
-    Nothing here blocks the host but :meth:`allocate_host`. All else is
-    ordered by the device: each of the two copy streams waits for what it
-    reads and for what it overwrites.
+    Only :meth:`allocate_host` blocks the host. Everything else is ordered on
+    the device: each of the two copy streams waits for the data that it reads
+    and for readers of the memory that it overwrites.
 
     Args:
         device (torch.device): The GPU.
@@ -18,7 +18,7 @@ class CudaTransport:
 
     def __init__(self, device):
         self.device = device
-        # One for each direction, so that both can be busy.
+        # A stream for each direction, so that both can be busy.
         self._out = torch.cuda.Stream(device)
         self._in = torch.cuda.Stream(device)
 
@@ -51,7 +51,7 @@ class CudaTransport:
             torch.cuda.Event: Passes when the copy is done.
         """
         self._out.wait_stream(self.current_stream())
-        # What an earlier fetch still reads must not be overwritten.
+        # An earlier fetch may still read the memory that is overwritten.
         self._out.wait_stream(self._in)
         with torch.cuda.stream(self._out):
             host.copy_(source, non_blocking=True)
@@ -68,8 +68,8 @@ class CudaTransport:
             copied (torch.cuda.Event): From :meth:`copy_out`.
 
         Returns:
-            tuple[Tensor[N], torch.cuda.Event]: uint8 on the device, and when
-            it is there.
+            tuple[Tensor[N], torch.cuda.Event]: uint8 on the device, and the
+            event of the copy's end.
         """
         # Allocated on the stream that uses it, where its memory may have
         # belonged to a kernel that still runs.
@@ -85,7 +85,7 @@ class CudaTransport:
 
         Args:
             stream (torch.cuda.Stream): From :meth:`current_stream`.
-            event (torch.cuda.Event): What it waits for.
+            event (torch.cuda.Event): Event to wait for.
         """
         stream.wait_event(event)
 
