@@ -1,4 +1,4 @@
-// What this binary was built with, as JSON; read by mmactnn/extension.py.
+// Build information as JSON, which mmactnn/extension.py reads.
 #include <torch/headeronly/version.h>
 
 #define MMACTNN_STRINGIFY(x) #x

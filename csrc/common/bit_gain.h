@@ -1,8 +1,8 @@
-// What one bit more gains a row.
+// Gain of a row by another bit.
 //
 // Stochastic rounding to b bits has a variance of c / (2^b - 1)^2, c being the
-// row's sensitivity. What the next bit saves shrinks with every bit, so that
-// handing out bits one by one, each to the row that gains most, is optimal.
+// row's sensitivity. The gain of the next bit falls with every bit, so that
+// allocating bits one by one, each to the row that gains most, is optimal.
 #pragma once
 
 #include <cfloat>
@@ -18,7 +18,7 @@ constexpr MMACTNN_HOST_DEVICE double variance_factor(int bits) {
   return 1.0 / (levels * levels);
 }
 
-// What one bit more than `bits` saves at sensitivity 1.
+// Decrease of the variance by a bit more than `bits`, at sensitivity 1.
 constexpr MMACTNN_HOST_DEVICE float unit_gain(int bits) {
   return static_cast<float>(variance_factor(bits) - variance_factor(bits + 1));
 }
@@ -30,7 +30,7 @@ MMACTNN_HOST_DEVICE float clamp_sensitivity(float value) {
   return value < FLT_MAX ? value : FLT_MAX;  // NaN and inf are the largest
 }
 
-// What one bit more than `bits` gains, as an integer of the same order.
+// Gain of a bit more than `bits`, as an integer of the same order.
 MMACTNN_HOST_DEVICE uint32_t gain_key(float sensitivity, int bits) {
   constexpr float kUnitGain[kMaxBits] = {
       0.0f,         unit_gain(1), unit_gain(2), unit_gain(3),

@@ -5,8 +5,8 @@
 
 namespace mmactnn {
 
-// What the statistics of batches are averaged in. Mean and variance are both
-// there or both not, and of one dtype.
+// Running averages of batch statistics. Mean and variance are both set or both
+// null, and have the same dtype.
 struct RunningStats {
   Memory mean;
   Memory var;
@@ -15,7 +15,7 @@ struct RunningStats {
   double momentum;
 };
 
-// Where statistics go, float32 [C]; what nobody wants is left out.
+// Outputs of statistics, float32 [C]; null if not wanted.
 struct StatsOutputs {
   Memory mean;
   Memory var;  // biased

@@ -1,4 +1,4 @@
-// Where the channels of a tensor are.
+// Layout of the channels of a tensor.
 #pragma once
 
 #include <cstdint>

@@ -176,7 +176,7 @@ MMACTNN_HOST_DEVICE constexpr int fraction_bits(uint32_t max_code) {
   return max_code < 128u ? 16 : 15;
 }
 
-// What a value is multiplied with before its random bits are added.
+// Factor of a value before its random bits are added.
 MMACTNN_HOST_DEVICE float encode_scale(Range range, uint32_t max_code) {
   if (range.step == 0.0f) return 0.0f;
   const auto ones = static_cast<float>(1 << fraction_bits(max_code));

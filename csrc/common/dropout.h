@@ -1,4 +1,4 @@
-// Which elements dropout keeps, from the random bits of their place.
+// Choice of the elements that dropout keeps, by random bits of their place.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>

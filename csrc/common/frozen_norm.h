@@ -27,7 +27,7 @@ struct FrozenChannel {
   }
 };
 
-// Those of all channels, where kernels read them.
+// Parameters of all channels, in memory that kernels read.
 struct FrozenParameters {
   const float* mean;
   const float* var;

@@ -1,4 +1,4 @@
-// How a tensor is cut into rows, groups and blocks, and where their codes are.
+// Division of a tensor into rows, groups and blocks, and layout of codes.
 //
 // A row is one sample (dimension 0) in memory order; groups of `group_size`
 // elements and blocks of 8 begin anew with every row, so that any range of
@@ -32,7 +32,7 @@ struct Geometry {
   MMACTNN_HOST_DEVICE int64_t groups() const { return rows * groups_per_row(); }
 };
 
-// Where the codes of one row are.
+// Location of the codes of one row.
 struct RowCodes {
   int bits;       // 0: nowhere, see CodeLayout
   int64_t begin;  // its first byte
@@ -41,8 +41,8 @@ struct RowCodes {
 // A bit width that is known at run time only.
 constexpr int kAnyBits = 0;
 
-// How the codes of all rows lie in memory: of one width and without gaps, or,
-// where `row_bits` is set, of a width for each row.
+// Layout of the codes of all rows: of one width and without gaps, or, if
+// `row_bits` is set, with a width for each row.
 struct CodeLayout {
   int64_t row_blocks;         // of every row, with padding
   int64_t first_row;          // that indices count from

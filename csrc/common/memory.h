@@ -11,12 +11,12 @@ class Tensor;
 
 namespace mmactnn {
 
-// Of tensors that have none of the others nobody asks.
+// kOther stands for dtypes that no kernel distinguishes.
 enum class Dtype { kFloat, kHalf, kBFloat16, kOther };
 
 class Memory {
  public:
-  // Where there is no tensor.
+  // For a missing tensor.
   Memory() = default;
   // Implicit, as kernels get what the ops have. The tensor keeps it alive.
   Memory(const torch::stable::Tensor& tensor);
@@ -27,7 +27,7 @@ class Memory {
   void* mutable_data_ptr() const { return data_; }
   int64_t numel() const { return numel_; }
   Dtype dtype() const { return dtype_; }
-  // Of the first three.
+  // Bytes an element, for the first three dtypes.
   int element_size() const { return dtype_ == Dtype::kFloat ? 4 : 2; }
 
  private:

@@ -10,7 +10,7 @@
 
 namespace mmactnn {
 
-// What the gradients of a normalisation are computed from.
+// Kinds of codes for the gradients of a normalisation.
 enum class NormCodes {
   kPlain,  // plain codes, no rectifier
   kSplit,  // split codes, whose kinds are the mask of the rectifier

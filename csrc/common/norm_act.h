@@ -7,7 +7,7 @@
 
 namespace mmactnn {
 
-// What is kept for the backward pass.
+// Kinds of payloads for the backward pass.
 enum class NormActPayload {
   kPlain,           // plain codes of the normalised input
   kSplit,           // split ones, where a rectifier follows at once
@@ -18,8 +18,8 @@ enum class NormActPayload {
 // The zeroed codes have a random stream of their own.
 constexpr uint64_t kZeroedStream = uint64_t{1} << 63;
 
-// Of a layer without weight or bias: neither number changes a value, and the
-// sum with -0 leaves both zeros as they are.
+// Stand-ins for a missing weight and bias, which change no value: adding -0
+// preserves both zeros.
 constexpr float kNoWeight = 1.0f;
 constexpr float kNoBias = -0.0f;
 

@@ -1,4 +1,4 @@
-// What the kernels of norm_act() get, and where they write.
+// Inputs and outputs of the kernels of norm_act().
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What the kernels of a normalisation's gradients get, and where they write.
+// Inputs and outputs of the kernels of a normalisation's gradients.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +27,8 @@ struct NormSums {
   Memory grad;
   float* gradients;  // [C]
   float* products;   // [C], of the gradients with the normalised input
-  // What norm_grad_input() multiplies with and subtracts, [3, C]: scale, then
-  // means. Nothing if nobody wants them, and then of no use is what follows.
+  // Scale and means for norm_grad_input(), [3, C]. Null if not wanted, and the
+  // fields below are unused then.
   Memory factors;
   const float* weight;  // null: none
   const float* invstd;

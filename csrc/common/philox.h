@@ -17,15 +17,15 @@ constexpr uint32_t kPhiloxMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u;
 constexpr uint32_t kPhiloxWeyl1 = 0xBB67AE85u;
 
-// Which random stream an op uses: `seed` is the key, `offset` the upper half of
-// the counter; what the lower half counts is up to the op.
+// Random stream of an op: `seed` is the key, `offset` the upper half of the
+// counter. Each op defines its own use of the lower half.
 struct PhiloxStream {
   uint64_t seed;
   uint64_t offset;
 };
 
-// A stream that is known where the op runs: a CUDA graph, which repeats all
-// numbers that it was captured with, counts in memory instead.
+// A stream whose offset is completed on the device: a CUDA graph repeats all
+// numbers that it was captured with, and so counts in memory.
 struct CountedStream {
   PhiloxStream first;
   const int64_t* device_offset;  // on the device of the op; null: 0

@@ -50,8 +50,8 @@ MMACTNN_HOST_DEVICE uint32_t split_value_code(uint32_t code, int bits) {
   return code & max_split_code(bits);
 }
 
-// What a special code of the positive kind stands for where there is no
-// minus infinity, and three codes are enough.
+// Special code of the positive kind where minus infinity cannot occur, so that
+// three codes are enough.
 MMACTNN_HOST_DEVICE uint32_t encode_zeroed_special(float value, Range range) {
   if (is_nan(value) || is_nan(range.low)) return 2u;
   return is_finite(value) ? 0u : 1u;

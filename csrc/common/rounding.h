@@ -30,7 +30,7 @@ struct BlockBits {
   MMACTNN_HOST_DEVICE BlockBits(const PhiloxBlock& random, int half)
       : word{random.word[2 * half], random.word[2 * half + 1]} {}
 
-  // Of element `i` (0 to 7).
+  // Random bits of element `i` (0 to 7).
   MMACTNN_HOST_DEVICE uint32_t bits16(int i) const {
     const uint64_t twice = word[i / 4] * UINT64_C(0x100000001);
     return static_cast<uint32_t>(twice >> (8 * (i % 4))) & 0xFFFFu;

@@ -1,7 +1,6 @@
-// Convolutions, each with what follows it, that read one another's output: one
-// call of an op for all of them, because each call, and what a caller does
-// between two, takes longer than the kernels for small tensors. Made of other
-// ops, which run on any device that has them.
+// Chain of convolutions with their epilogues, in one call of an op: for small
+// tensors, calls and the work of the caller between them take longer than the
+// kernels. It consists of other ops, and runs on any device that has these.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -27,11 +26,11 @@ namespace {
 using OptionalTensors = std::vector<std::optional<Tensor>>;
 using Integers = std::vector<int64_t>;
 
-// Of the lists of tensors that come with each layer.
+// Numbers of tensors of each layer in the lists.
 constexpr size_t kParameters = 4;  // weight, bias; scale and shift
 constexpr size_t kBuffers = 3;  // running mean and variance, count of batches
 
-// Of the output, of any convolution.
+// Output padding of all convolutions.
 constexpr std::array<int64_t, kMaxDims> kNoPadding{};
 
 // Bytes of the input of a convolution from which on its two gradients are
@@ -55,8 +54,8 @@ Tensor with_strides(const Tensor& tensor, Sizes strides) {
   return copy;
 }
 
-// While it lives, the calls within an op record nothing: its gradients are
-// those of an op of their own.
+// Disables autograd while it lives: the gradients of the chain come from an op
+// of their own.
 class NoGrad {
  public:
   NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) {
@@ -70,7 +69,7 @@ class NoGrad {
   bool before_;
 };
 
-// How many layers the parameters are of.
+// Number of layers in a list of parameters.
 size_t count_layers(const OptionalTensors& parameters) {
   const size_t layers = parameters.size() / kParameters;
   STD_TORCH_CHECK(parameters.size() == layers * kParameters,
@@ -114,7 +113,7 @@ class Forward {
     std::vector<int64_t> readers;
     for (const Step& step : steps) readers.push_back(step.readers);
     outputs_.resize(steps.size());
-    // What nobody is going to read any more need not live on.
+    // Frees outputs that no later step reads.
     const auto release = [&](const Source& source) {
       if (source.is_input()) return;
       const size_t i = source.index();
@@ -164,7 +163,7 @@ class Forward {
     return source.is_input() ? inputs_[index] : *outputs_[index];
   }
 
-  // Unless somebody has done so, for this chain or another layer.
+  // Unless it has a payload already, from this chain or another layer.
   void encode_input(size_t n) {
     if (formats_[n].kind == PayloadKind::kNone || !codes_[n].empty()) return;
     codes_[n] = encode(inputs_[n], formats_[n], seed_, draw_++);
@@ -223,8 +222,8 @@ conv_chain(std::vector<Tensor> inputs, OptionalTensors parameters,
           on_host(forward.layouts())};
 }
 
-// Adds to a sum that may be empty yet; `wide` ones are of float32 from the
-// second part on. The stable API has no addition.
+// Adds to a sum that may still be empty; `wide` sums are float32 from the
+// second part on. The stable API has no addition, but a subtraction.
 void accumulate(std::optional<Tensor>& total, const Tensor& part, bool wide) {
   if (!total) {
     total = part;
@@ -290,7 +289,7 @@ class Backward {
                       "grad_outputs are too few: ", grad_outputs.size());
       grad_steps_[i] = grad_outputs[end++];
     }
-    // As the graph of the layers goes: what came last is first.
+    // In reverse order, as in the graph of the layers.
     for (size_t i = steps.size(); i-- > 0;) {
       if (!grad_steps_[i] || !wanted_[i]) continue;
       Tensor grad = std::move(*grad_steps_[i]);
@@ -302,7 +301,7 @@ class Backward {
       undo_epilogue(i, grad, needs_conv);
       if (!needs_conv) continue;
       if (observed_ && i == 0) {
-        // What the op returns must not be what it got.
+        // An op must not return its argument.
         first = step.epilogue == Epilogue::kNone ? torch::stable::clone(grad)
                                                  : grad;
       }
@@ -322,13 +321,13 @@ class Backward {
                        [](int64_t wanted) { return wanted != 0; });
   }
 
-  // Whether it, or anything before it, wants a gradient.
+  // Whether a source, or anything before it, wants a gradient.
   bool is_wanted(const Source& source) const {
     return source.is_input() ? needs_inputs_[source.index()] != 0
                              : wanted_[source.index()];
   }
 
-  // As the layers' graph adds: in the dtype of what the gradient is of.
+  // As autograd adds: in the dtype of the tensor that the gradient is of.
   void add_grad(const Source& source, const Tensor& grad) {
     auto& sums = source.is_input() ? grad_inputs : grad_steps_;
     accumulate(sums[source.index()], grad, wide_ && source.is_input());
@@ -341,7 +340,7 @@ class Backward {
     return layouts_[grad_inputs.size() + step];
   }
 
-  // From the gradient of what follows a convolution to that of its output.
+  // Turns the gradient of a step's output into that of its convolution's.
   void undo_epilogue(size_t i, Tensor& grad, bool needs_conv) {
     const Step& step = plan_.steps()[i];
     if (step.epilogue == Epilogue::kNone) return;
@@ -370,7 +369,7 @@ class Backward {
     if (needs_conv) grad = results[2];
   }
 
-  // What a convolution read.
+  // Decodes the input of a convolution.
   Tensor decode_source(const Source& source) const {
     const size_t i = source.index();
     if (source.is_input()) {
@@ -404,7 +403,7 @@ class Backward {
     const int64_t* need = &needs_[step.layer * kParameters];
     const bool needs_weight = need[0] != 0, needs_bias = need[1] != 0;
     if (needs_weight || needs_bias) {
-      // That of a bias alone reads it, too, on a CPU.
+      // On a CPU the gradient of a bias alone reads the input, too.
       const Tensor x = decode_source(step.source);
       const bool all = !needs_x || x.numel() * x.element_size() < kLarge;
       const std::optional<Tensor> grad_x = convolution_backward(
@@ -415,10 +414,10 @@ class Backward {
                                 {true, false, false});
   }
 
-  // What a convolution read, for ops that use nothing of it but its shape. On
-  // CUDA its memory is that of the weight: a tensor must have some. On the CPU
-  // it is as large as it says, and not written to, which costs nothing: ops may
-  // convert the layout of all their arguments there, and so read them.
+  // Stands for the input of a convolution in ops that only use its shape. On
+  // CUDA it refers to the memory of the weight, since a tensor must have some.
+  // On the CPU it has memory that is never written to, which costs nothing:
+  // there ops may convert the layout of all their arguments, and so read them.
   Tensor placeholder_source(const Step& step) const {
     const size_t i = step.source.index();
     const Layout& layout = step.source.is_input() ? layouts_[i] : layout_of(i);

@@ -1,4 +1,4 @@
-// What is kept of the input of a chain.
+// Payload of a chain's input: format, encoding and decoding.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -15,7 +15,7 @@
 
 namespace mmactnn {
 
-// How; in the ops' `formats`.
+// Kinds of payloads, in `formats` of the ops.
 enum class PayloadKind : int64_t {
   kNone = -1,
   kPlain = 0,
@@ -24,14 +24,14 @@ enum class PayloadKind : int64_t {
   kZeroed = 3
 };
 
-// `bits` are those of all samples together where they share them out, and not
-// looked at where they have done so.
+// `bits` are bits a code; for kRows their sum over all samples, which is only
+// used to encode.
 struct Format {
   PayloadKind kind;
   int64_t bits;
   int64_t group_size;
 
-  // How many tensors are kept.
+  // Number of tensors in the payload.
   size_t num_saved() const {
     switch (kind) {
       case PayloadKind::kNone:
@@ -48,7 +48,7 @@ struct Format {
   }
 };
 
-// Of each of so many inputs.
+// Reads the formats of a number of inputs.
 inline std::vector<Format> read_formats(const std::vector<int64_t>& formats,
                                         size_t inputs) {
   STD_TORCH_CHECK(formats.size() == inputs * 3,
@@ -85,7 +85,7 @@ inline std::vector<Tensor> encode(const Tensor& input, const Format& format,
   return {codes, ranges, bits, starts};
 }
 
-// Decodes what encode() returned, or a layer that made the input.
+// Decodes a payload from encode() or from the layer that made the input.
 inline Tensor decode(const std::optional<Tensor>* codes, const Format& format,
                      const Layout& layout, ScalarType dtype) {
   STD_TORCH_CHECK(format.kind != PayloadKind::kNone,

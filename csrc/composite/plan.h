@@ -1,4 +1,4 @@
-// What a chain is made of, as the ops get it: lists of numbers.
+// Plan of a chain, which ops receive as a list of numbers.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -14,7 +14,7 @@
 
 namespace mmactnn {
 
-// What follows a convolution; these numbers are in the plan.
+// Operations behind a convolution, by their numbers in the plan.
 enum class Epilogue : int64_t {
   kNone = 0,
   kReLU = 1,      // kept as zeroed codes
@@ -24,8 +24,8 @@ enum class Epilogue : int64_t {
 
 constexpr int64_t kMaxDims = 3;
 
-// What a step reads: the output of a step before it, by its index, or an input
-// of the chain, by the index's complement.
+// Tensor that a step reads: the output of an earlier step, by its index, or an
+// input of the chain, by the complement of its index.
 class Source {
  public:
   explicit Source(int64_t reference) : reference_(reference) {}
@@ -39,7 +39,7 @@ class Source {
   int64_t reference_;
 };
 
-// The numbers of a list, one by one.
+// Reads the numbers of a list one by one.
 template <typename Value>
 class Reader {
  public:
@@ -52,7 +52,7 @@ class Reader {
 
   Value next() { return *next(1).begin(); }
 
-  // Where they lie: as long as the list lives.
+  // A view of the list.
   Values next(int64_t count) {
     STD_TORCH_CHECK(count >= 0 && static_cast<size_t>(count) <= left_.size(),
                     name_, " is shorter than what it describes");
@@ -66,12 +66,12 @@ class Reader {
   Values left_;
 };
 
-// One convolution and what follows it.
+// A convolution and its epilogue.
 struct Step {
   Source source;
-  // What is added before the ReLU.
+  // Tensor that is added before the ReLU.
   std::optional<Source> added;
-  // Which of the lists of parameters, buffers and settings are its.
+  // Index in the lists of parameters, buffers and settings.
   size_t layer;
   Sizes stride;
   Sizes padding;
@@ -82,14 +82,14 @@ struct Step {
   int64_t bits;
   int64_t act_bits;
   int64_t group_size;
-  // How often other steps read its output.
+  // Number of times that other steps read its output.
   int64_t readers = 0;
 
   bool is_output() const { return readers == 0; }
   bool has_norm() const {
     return epilogue == Epilogue::kNorm || epilogue == Epilogue::kNormReLU;
   }
-  // How many tensors are kept of what follows.
+  // Number of tensors that the epilogue saves.
   size_t num_saved() const {
     if (epilogue == Epilogue::kNone) return 0;
     return has_norm() ? (added ? 5 : 3) : 2;
@@ -99,7 +99,7 @@ struct Step {
 // The steps, which point into `plan`.
 class Plan {
  public:
-  // For so many inputs and layers.
+  // For given numbers of inputs and layers.
   Plan(const std::vector<int64_t>& plan, size_t inputs, size_t layers)
       : inputs_(inputs), layers_(layers) {
     Reader<int64_t> reader("plan", plan);

@@ -18,8 +18,8 @@ struct NextBit {
   int bits;  // of the row so far
   int64_t row;
 
-  // Whether it comes after another. Equal gains go to the row with the fewest
-  // bits, then to the first.
+  // Whether this bit comes after another one. Of equal gains that of the row
+  // with fewer bits comes first, then that of the lower row.
   bool operator<(const NextBit& other) const {
     return std::tuple(gain, -bits, -row) <
            std::tuple(other.gain, -other.bits, -other.row);

@@ -30,8 +30,8 @@ struct ShiftedSums {
   }
 };
 
-// Of the channels from `begin` to `end`; each is summed by one thread, in
-// memory order.
+// Statistics of the channels from `begin` to `end`; one thread sums each of
+// them, in memory order.
 template <typename T>
 void sum_channels(const T* input, const Channels& channels, int64_t begin,
                   int64_t end, ShiftedSums& sums) {

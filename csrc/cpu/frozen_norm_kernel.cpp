@@ -13,8 +13,8 @@
 namespace mmactnn {
 namespace {
 
-// What lies side by side of a row: elements of one channel or, channels last,
-// one of each.
+// Adjacent elements of a row: of one channel or, with channels last, one of
+// each channel.
 template <typename T, typename ChannelOf>
 void run_piece(T* values, const T* residual, int64_t count, bool relu,
                const ChannelOf& channel_of) {

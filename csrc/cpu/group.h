@@ -1,4 +1,4 @@
-// How the kernels of the host read a tensor: group by group.
+// Access of CPU kernels to a tensor, group by group.
 #pragma once
 
 #include <algorithm>

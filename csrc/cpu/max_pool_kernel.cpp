@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kGrainElements = 8192;
 
-// Where an element lies in a tensor [outer, height, width, inner].
+// Location of an element in a tensor [outer, height, width, inner].
 struct Place {
   int64_t outer;
   int32_t row;

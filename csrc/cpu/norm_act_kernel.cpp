@@ -32,7 +32,7 @@ struct Parameters {
   }
 };
 
-// What is known of a group before it is coded.
+// Values of a group before encoding.
 struct GroupValues {
   int64_t count;
   float normal[kMaxGroup];

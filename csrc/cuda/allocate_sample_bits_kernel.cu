@@ -11,8 +11,8 @@ namespace {
 // Steps from one width to the next of a row: from 1 to 2 bits and so on.
 constexpr int kSteps = kMaxBits - 1;
 
-// How many steps of all rows, taken by all threads, `counts(sensitivity)`
-// counts.
+// Sum of `counts(sensitivity)`, a number of steps, over all rows; all threads
+// take part.
 template <typename Counts>
 __device__ int count_steps(const float* sensitivity, int rows,
                            const Counts& counts) {

@@ -40,7 +40,7 @@ struct Bounds {
     return {__shfl_xor_sync(0xFFFFFFFFu, low, step),
             __shfl_xor_sync(0xFFFFFFFFu, high, step)};
   }
-  // Those of `lanes` threads; all of a warp call it.
+  // Bounds over `lanes` threads; all threads of a warp call it.
   __device__ __forceinline__ Bounds of_lanes(int lanes) const {
     Bounds all = *this;
 #pragma unroll
@@ -85,8 +85,8 @@ struct PackedBounds {
       high = __hmax2(high, as_pair<T>(block.word[w]));
     }
   }
-  // Of `lanes` threads: the smallest, and the largest with its sign changed,
-  // are the halves of one register.
+  // Bounds over `lanes` threads. The minimum and the negated maximum are the
+  // halves of one register.
   __device__ __forceinline__ Bounds of_lanes(int lanes) const {
     const uint32_t lows = pair_bits(low);
     const uint32_t highs = pair_bits(high) ^ 0x80008000u;

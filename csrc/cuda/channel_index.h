@@ -1,4 +1,4 @@
-// Which channels the elements of a block are of.
+// Channels of the elements of a block.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,8 @@
 
 namespace mmactnn {
 
-// Of the blocks of 8 elements of a row, which has less than 2^31 elements.
+// Index of channels for the blocks of 8 elements of a row, which has less than
+// 2^31 elements.
 struct ChannelIndex {
   Divider by_period;  // elements of a channel or, channels last, channels
   uint32_t channels;
@@ -20,7 +21,7 @@ struct ChannelIndex {
   // Blocks begin where 8 of every parameter lie on a 16-byte boundary.
   bool vectorized;
 
-  // What the elements from the first of a block on are of.
+  // Channel of the first element of a block, and position in it.
   struct Place {
     uint32_t channel;
     uint32_t left;  // elements of this channel that follow each other from here
@@ -59,7 +60,7 @@ __device__ __forceinline__ float load_channel(const float* source,
   return source == nullptr ? none : source[channel];
 }
 
-// Those of the channels of a block or of half of one, where vectorized().
+// Parameters of the channels of a block, or of half of one where vectorized().
 template <int kItems = kBlock>
 struct ChannelWords {
   float item[kItems];

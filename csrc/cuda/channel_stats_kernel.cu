@@ -28,7 +28,7 @@ struct Moments {
   float squares;  // of the differences from the mean
 };
 
-// Of the sums of `count` differences from `shift` and of their squares.
+// Moments from sums of `count` differences from `shift` and of their squares.
 __device__ __forceinline__ Moments make_moments(float count, float shift,
                                                 float sum, float squares) {
   if (count == 0.0f) return {0.0f, 0.0f};
@@ -36,7 +36,7 @@ __device__ __forceinline__ Moments make_moments(float count, float shift,
   return {shift + mean, squares - sum * mean};
 }
 
-// What the squares become about another mean.
+// Sum of squares about another mean.
 __device__ __forceinline__ float squares_about(float mean, float count,
                                                Moments moments) {
   const float distance = moments.mean - mean;
@@ -69,7 +69,7 @@ struct Outputs {
   float* invstd;
 };
 
-// What the statistics of batches are averaged in.
+// Running averages of batch statistics.
 struct Running {
   void* mean;  // null if there are none
   void* var;
@@ -96,7 +96,7 @@ struct Running {
   }
 };
 
-// What becomes of the moments of a channel over all splits.
+// Makes the outputs from moments of a channel over all splits.
 struct Finish {
   Outputs outputs;
   Running running;

@@ -1,6 +1,6 @@
-// How kernels go over the channels of a tensor: by pieces of kItems elements
-// that lie side by side, a block of codes where all blocks are aligned and one
-// element else; a thread block takes a split of the pieces of some channels.
+// Iteration of kernels over the channels of a tensor: by pieces of kItems
+// adjacent elements, a block of codes where all blocks are aligned, else one
+// element. A thread block takes a split of the pieces of some channels.
 #pragma once
 
 #include <algorithm>
@@ -58,7 +58,7 @@ inline Splits make_splits(int64_t total, int64_t step, int64_t across,
   return {static_cast<uint32_t>(count), size, total};
 }
 
-// Where the pieces of a split are: `local` counts from its begin.
+// Location of the pieces of a split; `local` counts from its begin.
 struct PieceIndex {
   uint32_t row;
   uint32_t piece;  // within the row's part
@@ -194,7 +194,7 @@ Columns make_columns(const Channels& channels, bool one_row, int blocks) {
           Divider(static_cast<uint32_t>(channels.plane))};
 }
 
-// What a thread reads: `count` pixels of the split, one every `step`.
+// Pixels that a thread reads: `count` of the split, one every `step`.
 struct ColumnCursor {
   uint32_t lane;    // column within the thread block
   uint32_t pixel;   // first that this thread reads

@@ -51,7 +51,7 @@ struct Elements {
   int count;
 };
 
-// What becomes of the values of a block's elements, by channel.
+// Scale and shift of a block's elements, by channel.
 struct Affine {
   const float* weight;  // null: none
   const float* bias;    // null: none
@@ -138,7 +138,7 @@ class SplitDecoder {
   __device__ __forceinline__ bool kept(uint32_t code) const {
     return split_positive(code, bits_);
   }
-  // Of a code that is kept.
+  // Value of a code of an element that passes.
   __device__ __forceinline__ float value(uint32_t code, Range range) const {
     const uint32_t whole = split_value_code(code, bits_);
     return range.special() ? decode_special(whole, range, max_code())

@@ -11,7 +11,7 @@
 namespace mmactnn {
 namespace {
 
-// Whose constants fit into shared memory.
+// Limit up to which constants fit into shared memory.
 constexpr int64_t kMaxChannels = 4096;
 
 // Elements that the threads of a thread block take side by side.
@@ -50,9 +50,9 @@ struct FrozenNorm {
   }
 };
 
-// How threads go over a tensor of whole blocks: they lie side by side over
-// `width` elements, over as many more for each blockIdx.y, and go on by
-// `stride` until `end`. The blocks of a thread are all of the same channels.
+// Iteration of threads over a tensor of whole blocks: adjacent threads cover
+// `width` elements, each blockIdx.y the next `width`, and all advance by
+// `stride` until `end`. All blocks of a thread have the same channels.
 struct FrozenWalk {
   int64_t width;
   int64_t stride;

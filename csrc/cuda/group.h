@@ -1,5 +1,5 @@
-// How the kernels of the GPU read a tensor: group by group, a group by a warp
-// or a part of one.
+// Access of GPU kernels to a tensor: group by group, each by a warp or a part
+// of one.
 #pragma once
 
 #include <algorithm>
@@ -74,8 +74,8 @@ __device__ __forceinline__ Group locate(const Launch& launch, uint32_t index,
 constexpr int kBlocksPerThread = 4;
 constexpr int kSharedItems = kBlock * kBlocksPerThread;
 
-// What one thread holds of a group: blocks `lane`, `lane` + `lanes` and so on.
-// What lies past the end of the group repeats its first element, so that it
+// Share of a group that one thread holds: blocks `lane`, `lane` + `lanes` and
+// so on. Elements past the end of the group repeat its first one, so that they
 // cannot widen the range.
 template <typename T>
 struct Share {

@@ -1,4 +1,4 @@
-// What every launcher needs: the current stream, launch limits and the dtypes
+// Common parts of launchers: the current stream, launch limits and the dtypes
 // as C++ types of the device. The device of the tensors is the current one.
 #pragma once
 

@@ -11,7 +11,7 @@
 namespace mmactnn {
 namespace {
 
-// Where an element lies in a tensor [outer, height, width, inner].
+// Location of an element in a tensor [outer, height, width, inner].
 struct Place {
   int32_t outer;
   int32_t row;
@@ -36,7 +36,7 @@ struct Locator {
   }
 };
 
-// What is the same for all launches of an op.
+// Constants of all launches of an op.
 struct Layout {
   Pool pool;
   Locator locate;

@@ -119,7 +119,7 @@ __device__ __forceinline__ Coding select_by_flag(uint32_t flags, int i,
   return selected;
 }
 
-// What is known of the groups of a tensor.
+// Knowledge of the groups of a tensor at compile time.
 enum class NormActShape {
   kColumns,  // whole ones, ChannelIndex::vectorized
   kWhole,    // whole ones
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormResident)
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const bool odd = lane % 2 != 0;
   // Whole warps stay: shuffles name every lane of the warp.
-  // Those past the end read the first group, and write nothing.
+  // Threads past the end read the first group, and write nothing.
   const bool inside = index < launch.groups;
   const uint32_t group = inside ? index : 0u;
   const uint32_t row = launch.by_groups_per_row.quotient(group);
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormResident)
       }
     }
     if (left < kBlock) {
-      // What is past the end repeats the first, so that it widens no range.
+      // Elements past the end repeat the first one, to widen no range.
 #pragma unroll
       for (int i = 1; i < kBlock; ++i) {
         if (i >= left) {

@@ -1,5 +1,4 @@
-// How kernels read a normalised input, and the mask of its rectifier, from
-// codes.
+// Decoding of a normalised input, and of the mask of its rectifier, in kernels.
 #pragma once
 
 #include <cstdint>
@@ -39,8 +38,8 @@ struct NormPayload {
   int act_bits;
 };
 
-// What a thread reads of kItems elements: a block where kItems is 8, else one
-// element that may lie anywhere.
+// Codes of kItems elements that a thread reads: a block where kItems is 8, else
+// one element at any place.
 template <typename T, int kBits, NormCodes kCodes, int kItems>
 struct NormPiece {
   static constexpr bool kSplit = kCodes == NormCodes::kSplit;
@@ -85,13 +84,13 @@ struct NormPiece {
     ranges = reinterpret_cast<const Ranges*>(payload.ranges)[group];
   }
 
-  // Where the piece is in a tensor.
+  // Address of the piece in a tensor.
   template <typename U>
   __device__ __forceinline__ U* in(U* data) const {
     return data + int64_t{offset} * kItems;
   }
 
-  // Of element `i`.
+  // Code of element `i`.
   __device__ __forceinline__ uint32_t code(int i, int bits) const {
     return static_cast<uint32_t>(codes >> (i * bits)) & max_code_of(bits);
   }

@@ -27,12 +27,11 @@ constexpr int kFactoredAtOnce = kItems == kBlock ? 2 : 4;
 template <int kBits, int kWanted>
 constexpr int kResident = kBits == kAnyBits ? kWanted - 1 : kWanted;
 
-// What becomes of the sums of a channel over all splits.
+// Makes the outputs from sums of a channel over all splits.
 struct SumsOutputs {
   float* gradients;  // [C]
   float* products;   // [C], of the gradients with the normalised input
-  // What grad_input() multiplies with and subtracts, [3, C]: scale, then means;
-  // null if nobody wants them.
+  // Scale and means for grad_input(), [3, C]; null if not wanted.
   float* factors;
   const float* weight;  // null: none
   const float* invstd;
@@ -62,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
                       float* __restrict__ partial, SumsOutputs outputs,
                       NormPayload payload, Planes planes) {
   using Piece = NormPiece<T, kBits, kCodes, kItems>;
-  // What is written takes registers, too.
+  // Outputs take registers, too.
   constexpr int kAtOnce = kCodes == NormCodes::kMask && kItems == kBlock
                               ? 2
                               : kPiecesAtOnce<T, kItems>;
@@ -301,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 3>)
   }
 }
 
-// What a launcher knows of a checked call.
+// Arguments of a launcher, from a checked call.
 struct Call {
   Channels channels;
   NormPayload payload;

@@ -38,7 +38,7 @@ __device__ __forceinline__ uint32_t codes_as_bytes(uint32_t codes) {
   return (codes | codes << (8 - kBits)) & (max_code_of(kBits) * 0x01010101u);
 }
 
-// What split codes of a range become in a channel of this weight and bias.
+// Outputs for all split codes of a range, in a channel of some weight and bias.
 template <typename T, int kBits>
 class OutputTable {
  public:

@@ -41,7 +41,7 @@ __device__ __forceinline__ void with_encoder(int bits, const Body& body) {
   }
 }
 
-// What a thread of quantize_kernel() holds and where its codes go.
+// Elements that a thread of quantize_kernel() holds, and place of its codes.
 template <typename T>
 struct GroupCodes {
   Share<T> share;
@@ -65,7 +65,7 @@ struct GroupCodes {
   }
 };
 
-// How codes of kBits are made; of kAnyBits, of any width below kMaxBits.
+// Encoder of kBits; with kAnyBits, of any width below kMaxBits.
 template <int kBits>
 struct Width {
   static constexpr bool kAny = kBits == kAnyBits;
@@ -306,7 +306,7 @@ __device__ __forceinline__ void decode_group(const uint8_t* source, Range range,
   }
 }
 
-// Of kBits, see quantize_kernel().
+// Codes of kBits, see quantize_kernel().
 template <typename T, int kBits, int kGroup>
 __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(const uint8_t* __restrict__ codes,

@@ -1,4 +1,4 @@
-// How the kernels that fuse a rectifier make codes of one kind of elements.
+// Encoding of one kind of elements in kernels that fuse a rectifier.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace mmactnn {
 
-// How the elements of one kind are coded.
+// Parameters to encode the elements of one kind.
 struct Coding {
   float low;
   float scale;  // NaN: the codes are special

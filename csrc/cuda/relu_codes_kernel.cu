@@ -50,8 +50,8 @@ __device__ __forceinline__ uint32_t rectify(PackedBlock<T>& block) {
 // more, kernels spill where the GPU does not compare bfloat16 by itself.
 constexpr int kReluResident = 3;
 
-// Of kBits, or of `any_bits` with kAnyBits. `output` may be `input`: neither
-// is __restrict__.
+// Codes of kBits, or of `any_bits` with kAnyBits. `output` may be `input`, so
+// that neither is __restrict__.
 template <typename T, int kBits, int kGroup>
 __global__ void __launch_bounds__(kThreads, kReluResident)
     relu_codes_kernel(const T* input, T* output, uint8_t* __restrict__ codes,
@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(kThreads, kReluResident)
   } else {
 #pragma unroll
     for (int b = 0; b < kBlocksPerThread; ++b) {
-      // What is past the end repeats the first of the block, so that it widens
-      // no range, or is 0, which is in none.
+      // Elements past the end repeat the first one of the block, or are 0, so
+      // that they widen no range.
       block[b] = {};
       if (left_of(b) > 0) {
         block[b].load(input + base + begin_of(b), 0, left_of(b));
@@ -183,7 +183,7 @@ struct BlockRows {
 template <typename T>
 constexpr int kBlocksAtOnce = sizeof(T) == sizeof(float) ? 2 : 4;
 
-// Of kBits, or of `any_bits` with kAnyBits.
+// Codes of kBits, or of `any_bits` with kAnyBits.
 template <typename T, int kBits>
 __global__ void __launch_bounds__(kThreads)
     relu_codes_backward_kernel(const T* __restrict__ grad_output,

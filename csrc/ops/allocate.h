@@ -75,7 +75,7 @@ inline torch::stable::Tensor empty(const torch::stable::Tensor& like,
                        {strides.data(), sizes.size()}, dtype);
 }
 
-// Of shape, strides and dtype of a dense tensor.
+// A tensor with the shape, strides and dtype of a dense one.
 inline torch::stable::Tensor empty_dense_like(
     const torch::stable::Tensor& like) {
   return empty_strided(like, like.sizes(), like.strides(), like.scalar_type());
@@ -95,7 +95,7 @@ inline torch::stable::Tensor empty_row_codes(const torch::stable::Tensor& like,
                torch::headeronly::ScalarType::Byte);
 }
 
-// Of `width` numbers a group: a pair for each range.
+// Ranges of `width` numbers a group: a pair for each range.
 inline torch::stable::Tensor empty_ranges(const torch::stable::Tensor& like,
                                           const Geometry& geometry,
                                           int64_t width = 2) {

@@ -22,8 +22,8 @@ std::tuple<Results...> unpack_stack(const StableIValue* stack,
   return {torch::stable::detail::to<Results>(stack[I])...};
 }
 
-// What an op without overloads returns. The arguments are of the types of its
-// schema, in its order, and all of them: defaults are not filled in.
+// Calls an op without overloads. The arguments must be all those of its schema,
+// with its types and in its order: there are no defaults.
 template <typename... Results, typename... Arguments>
 std::tuple<Results...> call(const char* op, const Arguments&... arguments) {
   constexpr size_t kSlots = std::max(sizeof...(Arguments), sizeof...(Results));

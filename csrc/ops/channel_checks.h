@@ -1,4 +1,4 @@
-// What the ops of a fused normalisation check of their arguments.
+// Argument checks of the ops of a fused normalisation.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

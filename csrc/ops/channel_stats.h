@@ -13,7 +13,7 @@
 
 namespace mmactnn {
 
-// Of the batch, which are averaged in the running ones, too.
+// Statistics of the batch; updates the running ones, too.
 MMACTNN_KERNEL(batch_stats, const Memory&, const Channels&, double,
                const RunningStats&, const StatsOutputs&);
 // The running ones in place of the batch's.

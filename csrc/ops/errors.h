@@ -1,7 +1,7 @@
-// What torch says of a call of the stable API that failed.
+// Message of torch for a failed call of the stable API.
 #pragma once
 
-// Of torch >= 2.13; null before.
+// Exists in torch >= 2.13; null before.
 extern "C" __attribute__((weak)) const char*
 torch_exception_get_what_without_backtrace();
 

@@ -13,7 +13,7 @@
 
 namespace mmactnn {
 
-// Of a tensor with elements.
+// For a tensor with elements.
 MMACTNN_KERNEL(norm_act, const NormActArguments&, const Channels&,
                const Geometry&, const NormActOutputs&);
 

@@ -12,7 +12,7 @@
 
 namespace mmactnn {
 
-// Of a gradient of the output with elements.
+// For a gradient of the output with elements.
 MMACTNN_KERNEL(norm_grad_sums, const Memory&, const NormArguments&,
                const NormSums&);
 // Gradients of output and input. Of NormCodes::kMask the former are those that

@@ -1,4 +1,4 @@
-// What both sides check of rectified codes.
+// Checks of rectified codes, for encoding and decoding.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,4 +1,4 @@
-// How an op is registered once for both devices, and finds its kernels.
+// Registration of an op for both devices, and choice of its kernel.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
