@@ -1,4 +1,4 @@
-"""Builds the extension ``mmactnn._C`` and the package around it.
+"""Build of the package and its extension ``mmactnn._C``.
 
 The extension uses torch's stable ABI and Python's limited API only: one
 binary serves every torch >= 2.10 and Python >= 3.10, with and without a GPU.
@@ -47,7 +47,7 @@ def find_cuda_home():
         homes.append(Path(nvcc).resolve().parent.parent)
     homes = [Path(home) for home in (*homes, '/usr/local/cuda') if home]
     for home in homes:
-        # An nvcc on the PATH may be a wrapper far from its toolkit.
+        # An nvcc on the PATH may be a wrapper outside of its toolkit.
         if (home / 'bin/nvcc').exists() and (
             home / 'include/cuda_runtime.h'
         ).exists():
@@ -70,14 +70,14 @@ def cuda_release(cuda_home):
 
 
 def compression_flag(release):
-    """The flag of nvcc that makes kernels take the least room in the binary.
+    """Flag of nvcc that compresses kernels in the binary best.
 
     The driver unpacks a kernel's module when it is first launched.
 
     Args:
         release (str): Version of the toolkit.
     """
-    # What this mode makes is for drivers of CUDA 13, which the toolkit's
+    # Binaries of this mode need a driver of CUDA 13, which the toolkit's
     # runtime needs anyway.
     if int(release.split('.')[0]) >= 13:
         return '--compress-mode=size'
@@ -99,7 +99,7 @@ def extension():
     common = [f'-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}', '-std=c++20']
     host = [
         '-O3',
-        # Codes must not depend on the compiler's taste for fused
+        # Codes must not depend on the compiler's choice of fused
         # multiply-adds.
         '-ffp-contract=off',
         '-fvisibility=hidden',
@@ -125,7 +125,7 @@ def extension():
         ]
         flags['nvcc'] = [
             *common,
-            # Of the code that launches kernels; theirs is always -O3.
+            # For host code that launches kernels; kernels have -O3 anyway.
             '-O1',
             '-Xcompiler',
             '-fvisibility=hidden',
@@ -139,7 +139,7 @@ def extension():
             ],
             include_dirs=[str(Path(cuda_home, 'include'))],
             library_dirs=[str(Path(cuda_home, 'lib64'))],
-            # Static, so that the binary loads where there is no CUDA.
+            # Static, so that the binary loads without CUDA.
             libraries=['cudart_static', 'dl', 'rt', 'pthread'],
         )
     return cpp_extension.CppExtension(
@@ -155,7 +155,7 @@ def extension_arguments():
     """Arguments of ``setup()`` that concern the extension.
 
     Raises:
-        RuntimeError: If there is no torch to build with.
+        RuntimeError: If torch is missing.
     """
     if os.getenv('MMACTNN_WITH_OPS') == '0':
         return dict(cmdclass=dict(build_py=BuildPyWithMim))

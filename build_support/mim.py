@@ -1,10 +1,10 @@
-"""Puts configs and tools where OpenMMLab looks for them: ``mmactnn/.mim``.
+"""Installation of configs and tools to ``mmactnn/.mim``, for OpenMMLab.
 
 MIM and ``_base_ = 'mmactnn::...'`` read an installed package's
 ``.mim/configs``, ``.mim/tools`` and ``.mim/model-index.yml``. They are added
-by the build command rather than staged in the source tree before it, because
-only the command knows what it is building: a wheel gets copies and leaves the
-tree untouched, an editable install gets links into the tree.
+by the build command rather than staged in the source tree before it, since
+only the command knows the kind of the build: a wheel gets copies and leaves
+the tree untouched, an editable install gets links into the tree.
 """
 
 import os
@@ -84,6 +84,6 @@ def _sources() -> list[Path]:
 
 
 def _clear(mim_dir: Path) -> None:
-    # rmtree removes the links of an editable install, not what they point to.
+    # rmtree removes the links of an editable install, not their targets.
     if mim_dir.exists():
         shutil.rmtree(mim_dir)

@@ -1,5 +1,5 @@
-# Turns the activation compression of mmactnn on. Mix it into any config and
-# hand the layer types to what takes them:
+# Enables the activation compression of mmactnn. Mix it into any config and
+# pass the layer types to options of the model:
 #
 #   _base_ = ['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
 #             '../_base_/actnn.py']

@@ -11,8 +11,8 @@ _base_ = [
     '../_base_/actnn.py',
 ]
 
-# Of the norm_cfg only the type: this backbone's norms are frozen. Of the
-# transformer the hook converts what is not attention or layer normalization.
+# Only the type of norm_cfg, as the backbone's norms are frozen. The hook
+# converts all of the transformer but attention and layer normalization.
 model = dict(
     backbone=dict(
         conv_cfg=_base_.actnn.conv_cfg,

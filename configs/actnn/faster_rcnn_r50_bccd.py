@@ -21,10 +21,10 @@ _base_ = [
     '../_base_/actnn.py',
 ]
 
-# From scratch nothing can be frozen, and normalization in neck and box head
-# as well is what makes a short schedule converge. In the box head it is that
-# of groups: what is sampled in training, a quarter of it cells, has other
-# statistics than the proposals of a test.
+# From scratch no stage can be frozen, and a short schedule only converges with
+# normalization in neck and box head, too. The box head has group
+# normalization, since samples in training, a quarter of them cells, have other
+# statistics than proposals in tests.
 model = dict(
     backbone=dict(
         frozen_stages=-1,

@@ -11,7 +11,7 @@ _base_ = [
     '../_base_/actnn.py',
 ]
 
-# Of the norm_cfg only the type: this backbone's norms are frozen. QFPN calls
+# Only the type of norm_cfg, as the backbone's norms are frozen. QFPN calls
 # a layer where its parent calls F.relu.
 model = dict(
     backbone=dict(

@@ -1,9 +1,9 @@
-# What the backbone of mocov2_r18_digits.py knows of digits: top-1 accuracy of
-# a linear classifier on its frozen features.
+# Linear probe of the backbone of mocov2_r18_digits.py: top-1 accuracy of a
+# linear classifier on its frozen features.
 #
 #   python tools/train.py configs/actnn/linear_probe_r18_digits.py
 #
-# Of another checkpoint, such as the exact twin's:
+# For another checkpoint, such as the exact twin's:
 #
 #   --cfg-options model.backbone.init_cfg.checkpoint=CHECKPOINT
 _base_ = [

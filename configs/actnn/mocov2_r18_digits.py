@@ -1,5 +1,5 @@
 # MoCo v2 with a half-width ResNet-18 on handwritten digits, no label read:
-# some minutes on one GPU. linear_probe_r18_digits.py tells what it learnt.
+# some minutes on one GPU. linear_probe_r18_digits.py evaluates its features.
 #
 #   python tools/dataset_converters/digits.py data/digits_classes \
 #       --layout classes
@@ -17,7 +17,7 @@ data_preprocessor = dict(
     to_rgb=True,
 )
 
-# Colours and lightness of digit and ground say nothing of the digit.
+# Colours and lightness are independent of the digit.
 view_pipeline = [
     dict(type='RandomResizedCrop', scale=32, crop_ratio_range=(0.4, 1.0)),
     dict(

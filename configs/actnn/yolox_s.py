@@ -9,7 +9,7 @@
 _base_ = 'mmdet::yolox/yolox_s_8xb8-300e_coco.py'
 custom_imports = dict(imports=['mmactnn'], allow_failed_imports=False)
 
-# Of the norm_cfg only the type: this recipe has a momentum of its own. The
+# Only the type of norm_cfg, as this recipe has a momentum of its own. The
 # hook converts Swish.
 model = dict(
     backbone=dict(

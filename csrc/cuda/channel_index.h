@@ -21,7 +21,7 @@ struct ChannelIndex {
   // Blocks begin where 8 of every parameter lie on a 16-byte boundary.
   bool vectorized;
 
-  // Channel of the first element of a block, and position in it.
+  // Channel of an element, and the run of that channel from there.
   struct Place {
     uint32_t channel;
     uint32_t left;  // elements of this channel that follow each other from here

@@ -119,7 +119,7 @@ __device__ __forceinline__ Coding select_by_flag(uint32_t flags, int i,
   return selected;
 }
 
-// Knowledge of the groups of a tensor at compile time.
+// Shape of the groups of a tensor, as far as kernels are compiled for it.
 enum class NormActShape {
   kColumns,  // whole ones, ChannelIndex::vectorized
   kWhole,    // whole ones

@@ -1,9 +1,9 @@
-"""Compares an exact and a compressed run of one config.
+"""Comparison of an exact and a compressed run of one config.
 
 ``python tools/analysis_tools/compare_runs.py EXACT_WORK_DIR OURS_WORK_DIR``
 reads the scalars that both runs logged, before and after being resumed. The
-exact run is the same config at level L0: its hook keeps nothing compressed but
-logs the same quantities. What a run has not logged is a dash.
+exact run is the same config at level L0: its hook compresses nothing but
+logs the same quantities. A dash stands for a quantity that a run did not log.
 """
 
 import argparse
@@ -45,17 +45,17 @@ def read_run(work_dir: Path) -> RunLog:
 
 
 def common_metric(runs: list[RunLog], named: str | None) -> str | None:
-    """The metric to compare.
+    """Choose the metric to compare.
 
     Args:
         runs (list[RunLog]): The runs.
-        named (str | None): Name that the user has given.
+        named (str | None): Name from the user.
 
     Returns:
         str | None: A metric that all runs have; None if there is none.
 
     Raises:
-        ValueError: If a run lacks the metric that was named.
+        ValueError: If a run lacks the named metric.
     """
     if named is None:
         first, *others = (run.metrics for run in runs)
@@ -71,7 +71,7 @@ def common_metric(runs: list[RunLog], named: str | None) -> str | None:
 
 
 def compare(runs: list[RunLog], metric: str | None) -> Table:
-    """Tabulate what both runs kept, took and reached.
+    """Tabulate memory, time and results of both runs.
 
     Args:
         runs (list[RunLog]): The exact and the compressed run.
@@ -80,7 +80,7 @@ def compare(runs: list[RunLog], metric: str | None) -> Table:
     Returns:
         Table: One row for each quantity.
     """
-    # Where both runs have come: a loss of a longer training would be lower.
+    # At the last common step: the loss of a longer training would be lower.
     end = min(max(run.train) for run in runs)
 
     def logged(run, key):
@@ -109,7 +109,7 @@ def compare(runs: list[RunLog], metric: str | None) -> Table:
     if metric is not None:
         curves = [run.curve(metric) for run in runs]
         common = curves[0].keys() & curves[1].keys()
-        # Without one in common, the last of each.
+        # Without a common step, the last one of each run.
         steps = [max(common or curve) for curve in curves]
         at = ' and '.join(map(str, dict.fromkeys(steps)))
         table.add_row(
@@ -120,7 +120,7 @@ def compare(runs: list[RunLog], metric: str | None) -> Table:
 
 
 def notices(runs: list[RunLog], metric: str | None) -> list[str]:
-    """Lines on what the table leaves out.
+    """Lines about quantities that the table omits.
 
     Args:
         runs (list[RunLog]): The exact and the compressed run.

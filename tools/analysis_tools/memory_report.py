@@ -1,23 +1,23 @@
-"""Which layer keeps what for the backward pass, exact and compressed.
+"""Memory that layers keep for the backward pass, exact and compressed.
 
     python tools/analysis_tools/memory_report.py CONFIG [CONFIG ...]
 
-Builds the model of a config, converts it as its ActNNHook would, trains it
-forward on random images and lists what autograd keeps. No data set, weights
-or GPU are needed. Configs of installed packages are named by the package, as
-in mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.
+Builds the model of a config, converts it as its ActNNHook would, runs a
+forward pass on random images and lists the tensors that autograd keeps. No
+data set, weights or GPU are needed. Configs of installed packages are named by
+the package, as in mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.
 
-exact      what torch would keep
-kept       what is kept
+exact      bytes that torch would keep
+kept       bytes that are kept
 losses     saved by code of a package called losses, by methods such as
            loss_by_feat, or once the model has returned; counted apart
-left       kept as it is, losses excluded
-left / exact  its share in what torch would keep, losses excluded from both
-left / kept   its share in what is kept, losses excluded from both
+left       kept uncompressed, losses excluded
+left / exact  its share in exact, losses excluded from both
+left / kept   its share in kept, losses excluded from both
 
-A tensor counts once, for the layer that keeps it first: a layer behind that
-has codes of its own of the same tensor is listed with exact 0. Parameters and
-buffers do not count. MiB = 2^20 bytes.
+A tensor counts once, for the layer that keeps it first: another layer that has
+its own codes of the same tensor is listed with exact 0. Parameters and buffers
+do not count. MiB = 2^20 bytes.
 """
 
 import argparse
@@ -44,7 +44,7 @@ _DTYPES = dict(fp16=torch.float16, bf16=torch.bfloat16)
 _HOOK_TYPES = ('ActNNHook', 'mmactnn.ActNNHook')
 _HOOK_SETTINGS = ('level', 'include', 'exclude', 'group_size')
 
-# Characters of a line, where there is no terminal to ask, and of a note.
+# Width of a line without a terminal, and of a note, in characters.
 _WIDTH = 180
 _NOTE_WIDTH = 60
 
@@ -54,12 +54,12 @@ _USAGE = 2
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was measured of one config.
+    """Measurement of one config.
 
     Attributes:
         config (str): The config.
         level (str): Level of the conversion.
-        breakdown (Breakdown): What its model keeps.
+        breakdown (Breakdown): Memory that its model keeps.
     """
 
     config: str
@@ -141,18 +141,18 @@ def parse_args(argv=None):
 
 
 def measure(name, args):
-    """Convert the model of a config, and count what it keeps.
+    """Convert the model of a config, and measure its memory.
 
     Args:
         name (str): The config.
         args (argparse.Namespace): From :func:`parse_args`.
 
     Returns:
-        Report: The count.
+        Report: The measurement.
 
     Raises:
         SystemExit: If there is no such config, its hook cannot convert the
-            model, or it names compressed layers and ends with none.
+            model, or it names compressed layers but the model has none.
     """
     torch.manual_seed(0)
     with _explained(name):
@@ -185,7 +185,7 @@ def measure(name, args):
 
 
 def hook_settings(config):
-    """How the hook of a config would convert its model.
+    """Settings with which the hook of a config converts its model.
 
     Args:
         config (Config): The config.
@@ -201,7 +201,7 @@ def hook_settings(config):
 
 
 def make_table(report, top):
-    """Tabulate what the parts of a model keep.
+    """Tabulate the memory of the parts of a model.
 
     Args:
         report (Report): The model.
@@ -225,7 +225,7 @@ def make_table(report, top):
             entry.source or 'layer',
             *_sizes(entry.exact_bytes, entry.kept_bytes),
             entry.category.value,
-            # Code, in which brackets are no markup.
+            # Code: brackets are no markup.
             Text(entry.note),
         )
     rest = Breakdown(entries[top:])
@@ -279,7 +279,7 @@ def as_dict(report):
         report (Report): The model.
 
     Returns:
-        dict: What json can hold.
+        dict: Figures, serialisable as json.
     """
     whole = report.breakdown
     return dict(
@@ -305,11 +305,11 @@ def main(argv=None):
         argv (list[str], optional): Arguments. Defaults to the process's own.
     """
     args = parse_args(argv)
-    # Models tell how they initialise each weight.
+    # Silence models, which log the initialisation of each weight.
     MMLogger.get_instance('memory_report', log_level='WARNING')
     console = Console()
     if not console.is_terminal:
-        # A log has no width of its own.
+        # A log has no width.
         console = Console(width=_WIDTH)
     reports = [measure(name, args) for name in args.configs]
     if args.summary or len(reports) > 1:
@@ -329,13 +329,13 @@ def main(argv=None):
 
 
 def summarize(report):
-    """What a model keeps, in two lines.
+    """Summarise the memory of a model in two lines.
 
     Args:
         report (Report): The model.
 
     Returns:
-        str: Totals by what is kept, and what is left.
+        str: Totals by category, and uncompressed memory.
     """
     whole = report.breakdown
     parts = ', '.join(
@@ -350,7 +350,7 @@ def summarize(report):
 
 @contextlib.contextmanager
 def _explained(name):
-    """Exit with what a user has to change about a config."""
+    """Exit with a message on a mistake in a config, as a context."""
     try:
         yield
     except (ValueError, RuntimeError) as error:

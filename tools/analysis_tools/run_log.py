@@ -1,10 +1,10 @@
-"""Scalars that a training has logged, those of its resumed parts included."""
+"""Scalars from the logs of a training, including resumed parts."""
 
 import json
 import numbers
 
-# Names of metrics, or their ends behind a slash: the first that was logged
-# stands for a run.
+# Names of metrics, or their last parts after a slash. The first one that was
+# logged represents a run.
 METRICS = (
     'bbox_mAP',
     'segm_mAP',
@@ -18,15 +18,15 @@ METRICS = (
     'mAcc',
 )
 
-# Entries of a line that are no metrics.
+# Entries of a line other than metrics.
 _BOOKKEEPING = ('step', 'iter', 'epoch', 'time', 'data_time', 'memory', 'lr')
 
 
 class RunLog:
     """Scalars of a training.
 
-    Parts of a training are in folders named by their time. Where a later part
-    begins, an earlier one ends: it was resumed from a checkpoint before.
+    Parts of a training are in folders named by their time. An earlier part
+    ends where a later one begins, as that was resumed from a checkpoint.
 
     Attributes:
         train (dict[int, dict]): Scalars by iteration.
@@ -48,7 +48,7 @@ class RunLog:
                 part = train if training else evaluations
                 part[values['step']] = values
             if train and min(train) <= min(self.train, default=0):
-                # Begun anew.
+                # Started again from the beginning.
                 self.evaluations = {}
             self.train = _continue(self.train, train)
             self.evaluations = _continue(self.evaluations, evaluations)
@@ -107,7 +107,7 @@ class RunLog:
 
 
 def choose_metric(names):
-    """The metric that stands for a run.
+    """Choose the metric that represents a run.
 
     Args:
         names (Sequence[str]): Names of metrics.
@@ -124,7 +124,7 @@ def choose_metric(names):
 
 
 def _continue(earlier, later):
-    """Values by step, as far as the later ones do not repeat them."""
+    """Join values by step; earlier ones end where later ones begin."""
     end = min(later, default=float('inf'))
     kept = {step: value for step, value in earlier.items() if step < end}
     return kept | later

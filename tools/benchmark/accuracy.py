@@ -2,18 +2,18 @@
 
     python tools/benchmark/accuracy.py CONFIG ... --per-gpu 4 --out DIR
 
-Trains every config from every seed at every level with tools/train.py,
-several side by side on each GPU, and compares, at the last evaluation that
-all runs of a config have, the means of its metric. Losses and metrics are in
-DIR/results.json, checkpoints and logs in a folder of each run beside it. The
-first of --levels is what the others are compared with. With --probe CONFIG
-PROBE, what CONFIG learns without labels is measured by training PROBE, a
-config, on its backbone. By default all GPUs are used; --gpus 0 is the CPU. A
-command that is started again goes on from the last checkpoints and trains
-nothing that has finished; without configs, it reports what DIR holds.
+Trains every config from every seed at every level with tools/train.py, several
+side by side on each GPU, and compares the means of its metric at the last
+evaluation that all runs of a config have. Losses and metrics are written to
+DIR/results.json, checkpoints and logs to a folder of each run beside it. The
+first of --levels is the reference of the comparison. With --probe CONFIG
+PROBE, the self-supervised CONFIG is evaluated by training PROBE, a config, on
+its backbone. By default all GPUs are used; --gpus 0 is the CPU. A command that
+is started again resumes from the last checkpoints and skips finished runs;
+without configs, it reports the results in DIR.
 
-The hook, ActNNHook, must be the first custom hook of the configs. Times mean
-nothing where trainings share a GPU. The exit status is 1 if a run failed.
+ActNNHook must be the first custom hook of the configs. Times are meaningless
+where trainings share a GPU. The exit status is 1 if a run failed.
 """
 
 import asyncio
@@ -67,10 +67,10 @@ def parse_args(argv=None):
 
 
 def begin(runs, results):
-    """Enter runs into results; return those that are not finished."""
+    """Add runs to the results; return unfinished ones."""
     earlier = {run.name: run for run in map(results.trial, results.rows)}
     for run in runs:
-        # Runs of one name have one work directory.
+        # Runs of the same name share a work directory.
         if earlier.get(run.name, run) != run:
             raise ValueError(
                 f'the results hold {earlier[run.name]}, got {run}: other '
@@ -82,7 +82,7 @@ def begin(runs, results):
 
 
 def describe(row):
-    """A run in a line: what has become of it and what it has reached."""
+    """Describe the state and results of a run in a line."""
     text = '{config} {level} seed {seed}: {result}'.format(**row)
     if row.get('message'):
         text += f' ({row["message"]})'
@@ -93,9 +93,9 @@ def describe(row):
 
 
 def train(args, results, console):
-    """Train runs, keep and print what they reach; return failures by name."""
+    """Train runs, save and print their results; return failures by name."""
     folder, failures, probes = args.out.resolve(), {}, dict(args.probe)
-    # Levels of a config and seed side by side.
+    # Levels of the same config and seed are neighbours.
     runs = [
         Run(config, level, seed, tuple(args.cfg_options), probes.get(config))
         for config in args.configs

@@ -1,14 +1,15 @@
-"""How far the gradients of compressed training are from exact ones.
+"""Error of the gradients of compressed training.
 
-A ResNet-50 of torchvision and one batch of smooth random images, no weight
-update. For every level, after some steps that let adaptive bits settle:
+It takes a ResNet-50 of torchvision and one batch of smooth random images,
+without weight updates. For every level, after some steps in which adaptive
+bits settle:
 
 error  mean over draws of |g^ - g| / |g|, over all parameters
-mean   the same of the mean of all draws
-expected  what the latter is if rounding is unbiased: error / sqrt(draws)
+mean   the same for the mean of all draws
+expected  value of mean if rounding is unbiased: error / sqrt(draws)
 
-and the error of each kind of parameter. A level is a line of json. The exit
-status is 1 if a level failed.
+and the error of each kind of parameter, as a line of json for each level. The
+exit status is 1 if a level failed.
 """
 
 import contextlib
@@ -30,8 +31,8 @@ LEVELS = (
     'L2:{"conv": 2, "norm": 2}',
     'L3:{"conv": 4, "norm": 4}',
     'L3',
-    # Of fused blocks the convolutions' inputs, the sums and the rectified
-    # values at 4 bits, the normalised values before a sum at 3.
+    # In fused blocks inputs of convolutions, sums and rectified values have 4
+    # bits, normalised values before a sum 3.
     'L3:{"conv": 4, "norm": 3, "rectified": 4}',
     'L3:{"use_gradient": true}',
 )
@@ -142,7 +143,7 @@ def measure(args, name, exact, images, labels):
 def main(argv=None):
     """Measure every level, print a json line for each."""
     args = parse_args(argv)
-    # Rounding is to be seen, not that of the multiplications.
+    # Without TF32, whose rounding would hide that of the codes.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     images, labels = make_batch(args)

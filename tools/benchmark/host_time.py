@@ -1,20 +1,20 @@
-"""Time of training steps, and of the host's part, of systems by turns.
+"""Time of training steps, and of the host in them, for systems in turns.
 
     python tools/benchmark/host_time.py --batch-size 2 --image-size 800 1344 \
         --model mmdet::retinanet/retinanet_r50_fpn_1x_coco.py
 
-Models in training by several systems live side by side in one process and take
-turns, so that what disturbs the machine disturbs all of them. For where steps
-are short, or the GPU waits for the host.
+Several systems train models side by side in one process and take turns, so
+that disturbances of the machine affect all of them. It is for short steps, or
+steps in which the GPU waits for the host.
 
 step   median milliseconds from calling a step until the device has done it
 25 %   of the steps take no longer than this, and 75 % than that
-host   median milliseconds until the call returns; a model that waits for
-       results of the device itself has its waiting in here
+host   median milliseconds until the call returns, including any waiting of
+       the model for results of the device
 ratio  step over that of the first system
 
-No two systems can run here that change the whole process, such as levels that
-want settings of the allocator. The exit status is 1 if a system failed.
+Systems that change the whole process, such as levels that need settings of the
+allocator, cannot run together. The exit status is 1 if a system failed.
 """
 
 import pandas
@@ -57,7 +57,7 @@ def measure(args):
     for _ in range(args.turns):
         for system in [s for s in trainings if s not in failures]:
             with output.catching(failures, system):
-                # What the others have left in caches counts for none.
+                # An untimed step refills caches after another system.
                 training = trainings[system]
                 training.step()
                 for _ in range(args.steps):

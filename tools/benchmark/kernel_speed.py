@@ -1,4 +1,4 @@
-"""Speed of the kernels beside the device's own copy.
+"""Speed of the kernels relative to the device's copy.
 
     python tools/benchmark/kernel_speed.py [--out kernels.json]
 
@@ -24,10 +24,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def median_ms(function, written, repeats=50, warmup=10):
     """Median time of a call, which writes so many bytes, in milliseconds.
 
-    Before a call the cache holds nothing that the call reads, as between
-    layers, and as much that waits to be written to memory as the call itself
-    will leave there: what writes little would otherwise be charged for what
-    was written before, up to the size of the cache.
+    Before a call the cache holds no data that the call reads, as between
+    layers, and as much unwritten data as the call itself will leave there.
+    Otherwise a call that writes little would also be charged for earlier
+    writes, up to the size of the cache.
     """
     others = torch.zeros(2**26, dtype=torch.int32, device='cuda')
     largest = torch.empty((), dtype=torch.int32, device='cuda')
@@ -94,7 +94,7 @@ def rows(x):
     )
     split = partial(ops.allocate_sample_bits, energies, 2 * len(x))
     yield 'allocate sample bits', [energies], split(), split
-    # All of 2 bits, to compare with the kernel of that width, and all widths.
+    # All samples at 2 bits, to compare with that kernel, and mixed widths.
     plain = torch.full((len(x),), 2, device=x.device)
     mixed = torch.arange(len(x), device=x.device) % 8 + 1
     for name, bits in (('2 bit', plain), ('1 to 8 bit', mixed)):
@@ -116,7 +116,7 @@ def norm_grads(x):
     vectors = vector, torch.stack([vector, vector])
     for bits in (2, 3, 4):
         codes, ranges = ops.quantize(x, bits, seed=1)
-        # Any codes are split codes, too: here of one range for both kinds.
+        # Any codes are valid split codes, here with one range for both kinds.
         split_ranges = torch.cat([ranges, ranges], -1)
         for name, pair in (('norm', ranges), ('norm relu', split_ranges)):
             format = dict(bits=bits, group_size=256, relu=pair is split_ranges)
@@ -161,7 +161,7 @@ def norms(x):
 
 def rectifiers(x):
     """Yield likewise: ReLUs that keep a mask, or codes of their output."""
-    # The first call in place leaves nothing to rectify; the work is the same.
+    # After the first call in place nothing is negative; the work is the same.
     y, mask = x.clone(), ops.relu_mask(x)[1]
     backward = partial(ops.relu_mask_backward, x, mask)
     yield 'relu forward', [x], [x, mask], partial(ops.relu_mask, x)

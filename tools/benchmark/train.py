@@ -1,4 +1,4 @@
-"""Speed and memory of training, by exact, compressed and other systems.
+"""Speed and memory of training with exact, compressed and other systems.
 
     python tools/benchmark/train.py --systems exact L3 --batch-size 64 128
 
@@ -13,15 +13,16 @@ systems  exact, checkpoint, save_on_cpu, compile, compile:SHARE, levels by
          precision (exact+fp16)
 
 images_per_s     batch size over the median time of a step
-activations_mib  what autograd saves, on the host included
-on_host_mib      those of them that wait in host memory, and
-pinned_mib       the memory there that is pinned
-peak_mib         most that the CUDA allocator handed out in the timed steps
+activations_mib  tensors that autograd saves, on the host included
+on_host_mib      those of them that are in host memory
+pinned_mib       pinned host memory
+peak_mib         most memory that the CUDA allocator allocated in the timed
+                 steps
 overlapped       with --trace, the share of copies between host and device
                  during which a kernel runs
 
 MiB = 2^20 bytes. With --out, results are written after each measurement, and
-a run that is started again measures only what is missing. Without a GPU
+a run that is started again only makes missing measurements. Without a GPU
 (--device cpu) there is no peak. The exit status is 1 if a measurement failed;
 running out of memory is a result.
 """

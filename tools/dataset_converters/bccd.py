@@ -11,8 +11,8 @@ Either way the result is::
     OUT/images/*.jpg
     OUT/annotations/{train,val,test}.json    RBC = 1, WBC = 2, Platelets = 3
 
-Boxes are clipped to their image; what is left with less than a pixel of width
-or height is skipped and reported.
+Boxes are clipped to their image; boxes with less than a pixel of width or
+height are skipped and reported.
 
 Example:
     python tools/dataset_converters/bccd.py BCCD_Dataset/BCCD data/bccd
@@ -34,7 +34,7 @@ CATEGORY_IDS = {'RBC': 1, 'WBC': 2, 'Platelets': 3}
 
 @dataclass(frozen=True)
 class Record:
-    """An image and what is in it.
+    """An image and its objects.
 
     Args:
         path (Path): The image file.
@@ -51,7 +51,7 @@ def require_file(path, needed_by):
 
     Args:
         path (Path): The path.
-        needed_by (Path): What refers to it, for the message.
+        needed_by (Path): File that refers to it, for the message.
 
     Returns:
         Path: ``path``.
@@ -169,7 +169,7 @@ def read_coco(root, split):
 
 
 def find_reader(root):
-    """Choose the reader by what is in the input folder.
+    """Choose the reader by the content of the input folder.
 
     Args:
         root (Path): The input folder.
@@ -351,7 +351,7 @@ def parse_args(argv=None):
 
 
 def main():
-    """Convert what the command line names."""
+    """Convert the set of the command line."""
     args = parse_args()
     convert(args.root, args.out)
 

@@ -88,7 +88,7 @@ MIN_CONTRAST = 70
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the files of a layout go, what its categories are, its defaults.
+    """Paths, categories and defaults of a layout.
 
     Args:
         image_dir (str): Folder of a split's images; ``{split}`` is replaced
@@ -353,7 +353,7 @@ def write_split(out, split, num_images, sources, layout, options):
         split (str): ``'train'`` or ``'val'``.
         num_images (int): Number of images.
         sources (np.ndarray[M], int): Rows of ``load_digits()`` to draw from.
-        layout (Layout): Where files go.
+        layout (Layout): Paths and categories.
         options (argparse.Namespace): ``image_size``, ``digits``, ``scale``
             and ``seed`` of :func:`parse_args`.
     """
@@ -408,8 +408,8 @@ def write_annotations(images, annotations, layout, path):
     """Write the COCO json of a split.
 
     Args:
-        images (list[dict]): COCO's descriptions of the images ...
-        annotations (list[dict]): ... and of their digits.
+        images (list[dict]): COCO's descriptions of the images.
+        annotations (list[dict]): COCO's descriptions of the digits.
         layout (Layout): Has the categories.
         path (Path): File to write.
     """
@@ -566,7 +566,7 @@ def parse_args(argv=None):
 
 
 def describe_default(option):
-    """Say what an option is in each layout.
+    """Describe the default of an option in each layout.
 
     Args:
         option (str): Name of the option.
@@ -582,7 +582,7 @@ def describe_default(option):
 
 
 def main():
-    """Make the set that the command line asks for."""
+    """Make the set of the command line."""
     make_dataset(parse_args())
 
 

@@ -3,6 +3,5 @@
 import sys
 from pathlib import Path
 
-# What a training has logged is read as by compare_runs.py; tools/ is no
-# package.
+# Logs are read by code of compare_runs.py, which is not in a package.
 sys.path.append(str(Path(__file__).parents[2] / 'analysis_tools'))

@@ -6,7 +6,7 @@ from shared.output import make_figure
 def plot(summary):
     """Losses and, if there are evaluations, metric over time.
 
-    Of each level the mean of the seeds, and the band that they lie in.
+    For each level the mean and the range of the seeds.
     """
     panels = [(summary.losses, 'iteration', 'training loss')]
     if len(summary.evaluations):
@@ -22,7 +22,7 @@ def plot(summary):
                 axes.set_xticks(steps)
             low, high = values.min(axis=1), values.max(axis=1)
             band = axes.fill_between(steps, low, high, alpha=0.2)
-            # With a line, so that the band of a single step is seen, too.
+            # With a line, so that the range of a single step is visible.
             band.set(color=line.get_color(), linewidth=1)
         axes.set(xlabel=x_label, ylabel=y_label)
     seeds = ', '.join(map(str, summary.seeds))

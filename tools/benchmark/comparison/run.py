@@ -17,7 +17,7 @@ class Run:
 
     The first custom hook of the config is ``ActNNHook``; options override its
     settings by ``KEY=VALUE``. A probe is the path of a config that is trained
-    afterwards, on the backbone that this has left, and measures it.
+    afterwards on the trained backbone, to evaluate it.
     """
 
     config: str
@@ -28,13 +28,13 @@ class Run:
 
     @property
     def name(self):
-        """str: Its name, and that of its work directory."""
+        """str: Name of the run and of its work directory."""
         return f'{Path(self.config).stem}_{self.level}_{self.seed}'
 
     async def train(self, folder, environment, timeout=None):
-        """Train this and its probe, from where an earlier call has left off.
+        """Train the run and its probe, or resume them.
 
-        ``log.txt`` in their work directories in a folder gets what they print.
+        Their output goes to ``log.txt`` in their work directories.
         The result is that of :func:`shared.processes.run_logged`.
         """
 

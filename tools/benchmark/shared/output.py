@@ -16,7 +16,7 @@ from rich.text import Text
 
 
 def make_parser(description):
-    """Parser of a command line, whose help is the text of a module."""
+    """Parser of a command line, with a module's docstring as its help."""
     style = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(
         description=description, formatter_class=style
@@ -24,7 +24,7 @@ def make_parser(description):
 
 
 def check_positive(parser, args, *names):
-    """Report settings, or lists of them, that are less than 1."""
+    """Exit if settings, or items of lists, are less than 1."""
     for name in names:
         value = getattr(args, name)
         if min(value if isinstance(value, (list, tuple)) else [value]) < 1:
@@ -32,14 +32,14 @@ def check_positive(parser, args, *names):
 
 
 def require_matplotlib(parser):
-    """Report that figures cannot be drawn."""
+    """Exit if matplotlib is missing."""
     if importlib.util.find_spec('matplotlib') is None:
         parser.error('--plot needs pip install "mmactnn[benchmark]"')
 
 
 def make_figure(panels=1, size=(7, 4.5)):
     """A figure of panels of a size in inches, and their axes as a list."""
-    # Not pyplot: there need not be a display.
+    # Not pyplot, which needs a display.
     from matplotlib.figure import Figure
 
     size = (size[0] * panels, size[1])
@@ -50,7 +50,7 @@ def make_figure(panels=1, size=(7, 4.5)):
 def make_console():
     """The terminal, or a log with lines wide enough for tables."""
     console = Console()
-    # A log has no width of its own.
+    # A log has no width.
     return console if console.is_terminal else Console(width=180)
 
 
@@ -62,7 +62,7 @@ def make_progress(console):
 
 def make_table(rows, title=None, columns=None, formats=None):
     """Table of rows or a frame for the terminal, with formats by column."""
-    # Of objects, so that a whole number beside a gap stays one.
+    # Dtype object, so that integers beside gaps do not become floats.
     frame = pandas.DataFrame(rows, dtype=object).reindex(columns=columns)
     columns = (Column(name, overflow='fold') for name in frame.columns)
     table = Table(*columns, title=title)
@@ -99,7 +99,7 @@ def publish(rows, args, title='', device='cuda', formats=None):
 
 @contextlib.contextmanager
 def catching(failures, name):
-    """Print an error of a trial and note it by name, so that others go on."""
+    """Record and print an error of a trial, so that others continue."""
     try:
         yield
     except Exception as error:

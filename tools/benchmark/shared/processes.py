@@ -1,4 +1,4 @@
-"""Processes that end together with what they have started."""
+"""Processes that end together with their children."""
 
 import asyncio
 import contextlib
@@ -36,8 +36,8 @@ async def run_logged(command, environment, log_path, timeout=None):
 
 
 async def _execute(command, environment, log, timeout):
-    """Exit status of a command, or None if it took too long."""
-    # In a session of its own, with its workers and compilers.
+    """Exit status of a command, or None after a timeout."""
+    # In a session of its own, so that its children can be ended, too.
     process = await asyncio.create_subprocess_exec(
         *map(str, command),
         env=environment,
@@ -51,14 +51,14 @@ async def _execute(command, environment, log, timeout):
     except asyncio.TimeoutError:
         return None
     finally:
-        # Too late, or an interrupt.
+        # Timeout or interrupt.
         if process.returncode is None:
-            # It may have ended without asyncio having noticed yet.
+            # It may already have ended, unknown to asyncio.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
 
 
 def exit_on_sigterm():
-    """Let SIGTERM raise an exception, upon which processes are ended."""
+    """Make SIGTERM raise an exception, so that child processes are ended."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -1,4 +1,4 @@
-"""Rows of results, in files that are complete at any time."""
+"""Rows of results in files that are always complete."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas
 
-# Results of a trial; the first two say something about what was measured.
+# Results of a trial; the first two are valid measurements.
 OK = 'ok'
 OUT_OF_MEMORY = 'out of memory'
 TIMEOUT = 'timeout'
@@ -17,7 +17,7 @@ FINISHED = (OK, OUT_OF_MEMORY)
 
 
 class Results:
-    """Rows of trials of a dataclass and their figures, which a folder keeps.
+    """Rows of trials, of a dataclass, with their figures, kept in a folder.
 
     ``results.json`` is read again, ``results.csv`` is for other programs.
     """
@@ -45,7 +45,7 @@ class Results:
         return next((r for r in self.rows if self.trial(r) == trial), None)
 
     def put(self, trial, figures):
-        """Row of a trial with new figures in place of earlier ones."""
+        """Replace the figures in the row of a trial."""
         row, earlier = dataclasses.asdict(trial) | figures, self.find(trial)
         if earlier is None:
             self.rows.append(row)
@@ -57,13 +57,13 @@ class Results:
 
 
 def write_rows(path, rows, csv=False):
-    """Replace a json file by rows, one a line; and a csv file beside it.
+    """Write rows to a json file, one a line, and to a csv file beside it.
 
     The latter has all but the samples of curves.
     """
     texts = {path: '[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n'}
     if csv:
-        # Of objects, so that a whole number beside a gap stays one.
+        # Dtype object, so that integers beside gaps do not become floats.
         frame = pandas.DataFrame(rows, dtype=object)
         frame = frame.drop(columns='samples', errors='ignore')
         texts[path.with_suffix('.csv')] = frame.to_csv(index=False)

@@ -7,7 +7,7 @@ from shared.results import FINISHED, OK, OUT_OF_MEMORY
 
 from .models import scale_resnet
 
-# Smallest size that is tried of each quantity.
+# Smallest size to try, by quantity.
 QUANTITIES = {'batch': 1, 'image-size': 32, 'depth': 50, 'width': 1}
 
 
@@ -52,7 +52,7 @@ def search_largest(fits, minimum, step):
 
 
 class _Failed(Exception):
-    """A measurement failed, and not for want of memory."""
+    """A measurement failed for another reason than memory."""
 
 
 def _resize(trial, quantity, size):

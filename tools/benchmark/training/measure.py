@@ -19,8 +19,8 @@ from .systems import parse_system
 
 _DTYPES = dict(fp16=torch.float16, bf16=torch.bfloat16)
 
-# Words of errors about memory that are not of torch's own class: those of the
-# allocator of the CPU, of CUDA itself and of its libraries.
+# Words in errors about memory that have another class than torch's own: from
+# the CPU's allocator, CUDA and its libraries.
 _OUT_OF_MEMORY = re.compile(
     "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"
 )
@@ -37,14 +37,14 @@ class Training:
         self.model, self.compute_loss = build_task(trial)
         self.system.prepare(self.model, trial.batch_size)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        # Random images teach nothing: the rate only has to keep it finite.
+        # Images are random: the rate only has to keep the loss finite.
         self.optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
         self.dtype = _DTYPES.get(trial.precision)
         scales = self.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scales)
 
     def step(self, meter=None):
-        """Loss of a step, in which a meter counts what is saved."""
+        """Loss of a step, during which a meter counts saved tensors."""
         self.optimizer.zero_grad()
         batch_size, amp = self.trial.batch_size, self.dtype is not None
         with (
@@ -92,7 +92,7 @@ class Training:
         )
 
     def measure_activations(self):
-        """Figures of what one step keeps for the backward pass."""
+        """Figures of the memory that one step keeps for the backward pass."""
         with mmactnn.measure_activations(self.model) as meter:
             loss = self.step(meter).item()
         pinned, swap = 0, attached_swap(self.model)
@@ -134,7 +134,7 @@ def measure(trial):
 
 
 def limit_memory(device, limit_mib):
-    """Let this process have no more MiB of the GPU, if there is a limit."""
+    """Limit the GPU memory of this process, if ``limit_mib`` is given."""
     if limit_mib is None:
         return
     if device.type != 'cuda':
@@ -143,7 +143,7 @@ def limit_memory(device, limit_mib):
         )
     total = torch.cuda.get_device_properties(device).total_memory
     share = min(1.0, limit_mib * MIB / total)
-    # Some versions of torch take no device without an index.
+    # Some versions of torch need a device with an index.
     torch.cuda.set_per_process_memory_fraction(share, device.index or 0)
 
 

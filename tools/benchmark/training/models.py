@@ -1,4 +1,4 @@
-"""Models and one batch of synthetic data for each."""
+"""Models, each with one batch of synthetic data."""
 
 import re
 
@@ -23,7 +23,7 @@ def build_task(trial):
         layout = torch.channels_last
     size, device = (trial.batch_size, 3, *trial.image_size), trial.device
     if is_config(trial.model):
-        # Imports MMEngine, which classifiers do not need.
+        # Imported here, as it imports MMEngine, which classifiers do not need.
         from mmactnn.mmlab import synthetic
 
         config = synthetic.load_config(trial.model, trial.cfg_options)
@@ -81,10 +81,10 @@ def scale_resnet(name, **size):
 
 
 def resnet_blocks(depth):
-    """Blocks in the stages of a ResNet, as those of torchvision go on.
+    """Number of blocks in the stages of a ResNet of any depth.
 
-    The third stage takes what is added, three layers a block. The others are
-    those of ResNet-50, or from 152 layers on those of ResNet-152.
+    The third stage has the additional blocks, three layers each. The other
+    stages are those of ResNet-50, or from 152 layers on those of ResNet-152.
     """
     first, second, last = 3, 8 if depth >= 152 else 4, 3
     # The stem and the classifier are a layer each.

@@ -9,7 +9,7 @@ from .trial import file_name, short_name
 
 
 def write_plots(rows, folder):
-    """Draw what rows have something for as png files; yield their paths."""
+    """Draw all figures that rows have data for, as png; yield their paths."""
     for model, group in pandas.DataFrame(rows).groupby('model', sort=False):
         for plot in (plot_throughput, plot_memory, plot_timeline):
             figure = plot(group)
@@ -48,7 +48,7 @@ def plot_throughput(rows):
 def plot_memory(rows):
     """Activations and peak of systems, or None if none trained.
 
-    Of the batch and image size that most of them have trained with.
+    For the batch and image size with which most of them trained.
     """
     trained = rows[rows.result == OK]
     if trained.empty:
@@ -58,7 +58,7 @@ def plot_memory(rows):
     trained = trained[[other == size for other in sizes]]
     figure, (axes,) = output.make_figure()
     bars = trained.set_index('system')[['activations_mib', 'peak_mib']]
-    # Without a GPU there is no peak.
+    # There is no peak without a GPU.
     bars.astype(float).fillna(0).plot.bar(ax=axes, rot=20, width=0.8)
     batch, (height, width) = size
     axes.set(xlabel='', ylabel=f'MiB, batch {batch} of {height}x{width}')

@@ -1,4 +1,4 @@
-"""Ways to train a model that are measured side by side."""
+"""Systems that train models, to be compared."""
 
 import contextlib
 import dataclasses
@@ -15,8 +15,8 @@ from mmactnn.offload import attached_swap
 
 from .trial import PRECISIONS
 
-# Switches of OpenMMLab's models and of torchvision's DenseNets that recompute
-# blocks, and classes of the blocks of models without one.
+# Attributes of models of OpenMMLab, and of torchvision's DenseNets, that
+# enable checkpointing, and classes of blocks for models without one.
 _SWITCHES = ('with_cp', 'memory_efficient')
 _BLOCKS = ('BasicBlock', 'Bottleneck')
 
@@ -25,7 +25,7 @@ _KINDS = ('exact', 'checkpoint', 'save_on_cpu', 'compile')
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """A way to train.
+    """A way to train a model.
 
     Its ``budget`` is the share of the activations that a compiled model may
     keep, ``window_mib`` the device memory of copies of a level that swaps.
@@ -60,7 +60,7 @@ class System:
             model.compile()
 
     def forward_context(self, model, batch_size, meter=None):
-        """Context of a forward pass, whose own hooks tell a meter, too."""
+        """Context of a forward pass; its hooks also report to a meter."""
         if self.kind == 'save_on_cpu':
             return _SaveOnCPU(next(model.parameters()).is_cuda, meter)
         if self.level is not None and self.level.use_gradient:
@@ -70,7 +70,7 @@ class System:
 
 
 def parse_system(name):
-    """A system by name; a ValueError says that there is none.
+    """Make a system by name; raises ValueError if there is none.
 
     ``exact``, ``checkpoint`` (blocks are computed again), ``save_on_cpu``
     (torch's), ``compile``, ``compile:0.3`` (keeping that share of the
@@ -106,7 +106,7 @@ def parse_system(name):
 
 
 def checkpoint_blocks(model):
-    """Let blocks be computed again, by a model's own switches if it can."""
+    """Checkpoint the blocks of a model, by its own attributes if possible."""
     found, blocks = False, []
     for module in model.modules():
         if type(module).__name__ in _BLOCKS:
@@ -126,7 +126,7 @@ def checkpoint_blocks(model):
 
 
 class _SaveOnCPU(save_on_cpu):
-    """As torch's, and a meter hears of it: only hooks on top are called."""
+    """torch's class, but reports to a meter, whose hooks it hides."""
 
     def __init__(self, pin_memory, meter=None):
         super().__init__(pin_memory=pin_memory)

@@ -1,4 +1,4 @@
-"""Profile of training steps: memory, and copies beside computation."""
+"""Profile of training steps: memory, and copies during computation."""
 
 import json
 import tempfile
@@ -27,9 +27,9 @@ def profile_steps(training, path=None, steps=2):
 def follow_memory(events, on_gpu):
     """Milliseconds and MiB after each allocation and release.
 
-    The memory is what the GPU's allocator has handed out, or else what the
-    CPU's has since the profile began. The time is that of the host, which
-    calls the allocator ahead of the computation.
+    The memory is that of the GPU's allocator, or on a CPU the memory allocated
+    since the profile began. The time is that of the host, which calls the
+    allocator ahead of the computation.
     """
     samples = sorted(
         (event['ts'], event['args']['Total Allocated'])
@@ -44,7 +44,7 @@ def follow_memory(events, on_gpu):
 def overlap(events):
     """Milliseconds of kernels and of copies between host and device.
 
-    And the share of the latter while one of the former runs.
+    Also the share of copies during which a kernel runs.
     """
     kernels = _spans(events, 'kernel', '')
     copies = _spans(events, 'gpu_memcpy', 'HtoD', 'DtoH')
