@@ -109,7 +109,7 @@ def test_no_arrow_upwards():
 
 
 def test_no_cycle_within_a_part():
-    """Of modules; a package's ``__init__`` may import all of them."""
+    """Imports of modules; an ``__init__`` may import all of its package."""
     arrows = {
         module: {
             target

@@ -125,7 +125,7 @@ def test_official_recipe_is_untouched(name):
     # All that differs is which layers are built, and the hook.
     model = without_defaults(plain(ours.pop('model')))
     expected = without_defaults(stock.pop('model'))
-    # What is the default there has to be named here.
+    # Layers that are defaults upstream have to be named here.
     for default in pop_unnamed_layers(model, expected):
         assert default in UNNAMED.get(name, [])
     assert model == expected

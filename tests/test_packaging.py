@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.tools import ROOT
 
-# What belongs to no source distribution; copying it would take long.
+# Folders outside of the source distribution, slow to copy.
 LEFT_OUT = shutil.ignore_patterns(
     '.*', 'build', 'dist', 'data', 'work_dirs', '__pycache__', '*.egg-info'
 )
@@ -51,7 +51,7 @@ def pip(*arguments, cwd, **environ):
 
 
 def files_below(folder):
-    """What ``folder`` of the source tree installs, relative to the root."""
+    """Files of the source tree's ``folder`` that are installed."""
     return {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / folder).rglob('*')

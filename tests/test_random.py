@@ -252,7 +252,7 @@ class TestCapture:
         )
 
     def warm(self, generator):
-        """What an eager draw on the GPU leaves behind."""
+        """Counter of a generator after an eager draw on the GPU."""
         counter = torch.zeros(1, dtype=torch.int64)
         generator._counters[self.GPU] = counter
         return counter
@@ -263,7 +263,7 @@ class TestCapture:
         draws = [generator.next(self.GPU) for _ in range(100)]
         assert all(draw.offset_tensor is counter for draw in draws)
         assert counter.item() == 100
-        # Of an own key each, also of those that are drawn without a graph.
+        # Each has a key of its own, also different from that of eager draws.
         keys = {draw.seed for draw in draws}
         assert len(keys) == 100 and generator.next(CPU).seed not in keys
         assert all(0 <= key < 2**64 for key in keys)

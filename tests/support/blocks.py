@@ -152,7 +152,7 @@ def _sequential():
     )
 
 
-# What to build, and how many of its normalisations are fused.
+# Blocks to build, with the number of their fused normalisations.
 BLOCKS = {
     'torchvision basic': (lambda: _torchvision('BasicBlock'), 2),
     'torchvision basic, stride': (lambda: _torchvision('BasicBlock', 2), 3),
@@ -189,7 +189,7 @@ BLOCKS = {
         lambda: _stem('mmpretrain', 'ResNet_CIFAR'),
         5,
     ),
-    # Those that end in an addition are not.
+    # Normalisations before an addition are not fused.
     'mmseg HRNet': (_hrnet, 27),
     'mmpretrain neck': (_non_linear_neck, 1),
     'mmpretrain neck of three': (lambda: _non_linear_neck(3), 2),

@@ -1,4 +1,4 @@
-"""What tests of chains have in common."""
+"""Helpers for tests of chains."""
 
 from support.layers import assert_same_bits
 

@@ -25,7 +25,7 @@ def train(config, ranks, *options, cwd, nodes=1):
 
 
 def load_states(work_dir, ranks):
-    """What the processes ended with, which they have just written."""
+    """Load the final states that the processes have written."""
     states = []
     for rank in range(ranks):
         file = work_dir / f'rank{rank}.pth'

@@ -1,4 +1,4 @@
-"""What two processes train, and the same by hand in one."""
+"""Trainings in two processes, and the same by hand in one."""
 
 import functools
 import os
@@ -223,7 +223,7 @@ def train_by_runner(
 
 
 def train_by_hand(model=None, wrapper=None, checkpointed=None, accumulates=1):
-    """What two processes should get: torch's layers, and one process.
+    """Expected result of two processes: torch's layers in one process.
 
     Args:
         model (dict, optional): See :func:`train_by_runner`.

@@ -34,7 +34,7 @@ NORM_SHAPES = (
 )
 # Enough elements for every split of a channel, of whole groups and not.
 LONG_SHAPES = ((32, 16, 128, 128), (32, 24, 100, 101))
-# Of batch norm alone, before a ReLU, and before a residual sum and a ReLU.
+# Batch norm alone, before a ReLU, and before a residual sum and a ReLU.
 NORM_MODES = ((False, False), (True, False), (True, True))
 # Odd and even numbers of outputs, a warp and less, several planes, lines of
 # whole blocks.
@@ -73,7 +73,7 @@ def run_quantize(x, bits, group_size):
 
 
 def run_rows(x, group_size):
-    """Split bits by energies, quantise and dequantise samples."""
+    """Allocate bits by range energies, quantise and dequantise samples."""
     energies = ops.sample_range_energy(x.cuda(), group_size)
     torch.testing.assert_close(
         energies.cpu(), ops.sample_range_energy(x, group_size)

@@ -1,4 +1,4 @@
-"""What the examples of docs/extending.md do, from outside of the package.
+"""Checks of the examples in docs/extending.md, from outside of the package.
 
 Runs in a process of its own, in the folder that the examples are written to;
 prints the results as JSON.

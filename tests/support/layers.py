@@ -1,4 +1,4 @@
-"""What the tests of layers share: twins, bitwise equality, counters."""
+"""Helpers for tests of layers: twins, bitwise equality, counters."""
 
 import contextlib
 import copy
@@ -8,7 +8,7 @@ import torch
 from mmactnn import convert_model
 from mmactnn.codes.quantizer import LayerQuantizer
 
-# Relative error of what rounding must not touch: that of float32 itself,
+# Relative error of exact results: that of float32 itself,
 # with fast convolutions, and far below that of codes.
 FLOAT32_ERROR = 1e-5
 

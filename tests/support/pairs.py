@@ -49,7 +49,7 @@ def pairs(where=None, /, **axes):
         if where is None or where(**row_of(places))
     ]
     missing = set().union(*map(parts_of, candidates))
-    # What a row adds only shrinks: a bound that is still the best is met.
+    # The gain of a row only shrinks, so that an outdated gain is a bound.
     queue = [(-len(missing), place) for place in range(len(candidates))]
     found = []
     while missing:
@@ -181,7 +181,7 @@ def _in_turn(groups, unless, extra):
                 with case(name):
                     test(*args, **row, **kwargs)
 
-        # What pytest has to supply.
+        # Arguments that pytest has to supply.
         signature = inspect.signature(test)
         rows = next(iter(groups.values()))
         own = next(iter(rows.values() if isinstance(rows, Mapping) else rows))

@@ -1,4 +1,4 @@
-"""What the tests of the adaptive precision train."""
+"""Networks and training for tests of adaptive precision."""
 
 import torch
 from torch import nn

@@ -78,7 +78,7 @@ class RecipeRun:
         return model.parse_losses(model(**data, mode='loss'))[0]
 
     def measure(self, model):
-        """What a model keeps of the batch.
+        """Measure the memory that a model keeps of the batch.
 
         Args:
             model (nn.Module): The model.

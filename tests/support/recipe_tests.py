@@ -1,4 +1,4 @@
-"""What holds for every shipped recipe, whatever its toolbox."""
+"""Tests of all shipped recipes, of any toolbox."""
 
 import math
 
@@ -44,7 +44,7 @@ class RecipeTests:
 
     @pytest.fixture(scope='class')
     def kept(self, run):
-        """What the model keeps that was trained: in all, and by places."""
+        """Memory of the trained model: in all, and by places."""
         # Bits that were shared out anew start as they did at first.
         convert_model(run.model, run.config.custom_hooks[0].level)
         return run.measure(run.model)
@@ -68,7 +68,7 @@ class RecipeTests:
         assert exact > 0 < saved
 
     def test_hook_converts(self, run):
-        # What is left of these would be activations kept in full.
+        # Uncompressed tensors of these would be whole activations.
         left = {type(m) for m in run.model.modules()}
         assert not left & {
             nn.Conv2d,
@@ -106,7 +106,7 @@ class RecipeTests:
             model.load_state_dict(run.state, strict=True)
 
     def test_hook_alone_keeps_as_little(self, run, stock, kept):
-        """Which types a config names makes no difference to what is kept."""
+        """Memory does not depend on the types that a config names."""
         convert_model(stock, run.config.custom_hooks[0].level)
         ours, _ = kept
         alone, _ = run.measure(stock)

@@ -11,7 +11,7 @@ from mmengine.structures import InstanceData
 CLASSES = 5
 SIZE = 96
 
-# What the config can name; the rest is left to the conversion.
+# Types that the config can name; the conversion adds the rest.
 Q_CONV = dict(type='QConv2d')
 Q_NORM = dict(type='QBN2d', requires_grad=True)
 

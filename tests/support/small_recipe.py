@@ -25,7 +25,7 @@ _CAPS = dict(
     num_last_epochs=-1,
     queue_len=8 * BATCH,
 )
-# Of the sizes of detectors' images, whose ratios matter: 640 pixels and 800
+# Images of detectors, whose ratios of sizes matter: 640 pixels and 800
 # become 96.
 _SCALE = 0.12
 # Side of all other images, in pixels; and from where on they are made small.
@@ -34,7 +34,7 @@ _SIZE, _LARGE = 64, 100
 _train = load_tool('train.py')
 
 
-# Of one method and others that differ from it in depth, data or schedule, the
+# Among recipes of one method that differ in depth, data or schedule, the
 # smallest is trained; test_configs.py builds the others, which --all-recipes
 # trains. So it is with what is a part of another one: Mask R-CNN has all of
 # Faster R-CNN, and UPerNet the pooling of PSPNet.
@@ -265,7 +265,7 @@ def _small(node, toolbox, name=None):
 
 
 def _is_size(node):
-    """Whether it is a width and a height of large images."""
+    """Whether a value is width and height of large images."""
     return (
         isinstance(node, (list, tuple))
         and len(node) == 2
@@ -274,7 +274,7 @@ def _is_size(node):
 
 
 def _side(pixels, toolbox):
-    """What a side of an image becomes, in multiples of 32 for strides."""
+    """Reduced side of an image, a multiple of 32 for strides."""
     if toolbox != 'mmdet':
         return _SIZE
     size = 32 * math.ceil(abs(pixels) * _SCALE / 32)

@@ -2,7 +2,7 @@
 
 from mmengine.config import Config
 
-# Those that add compression to a recipe of a toolbox and change nothing.
+# Recipes that only add compression to one of a toolbox.
 OFFICIAL = {
     'atss_r50': 'mmdet::atss/atss_r50_fpn_1x_coco.py',
     'byol_r50': 'mmpretrain::byol/byol_resnet50_16xb256-coslr-200e_in1k.py',

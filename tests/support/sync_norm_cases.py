@@ -1,4 +1,4 @@
-"""What the processes of the tests of QSyncBatchNorm do."""
+"""Functions for the processes of tests of QSyncBatchNorm."""
 
 import copy
 
@@ -253,7 +253,7 @@ def _alone(level, device):
 
 
 def _collectives(device):
-    """What several processes do, by one, and batch normalisation in float64.
+    """Reference: one process, and batch normalisation in float64.
 
     A layer that is alone leaves the collectives out.
 
@@ -293,6 +293,6 @@ def _collectives(device):
 
 
 def _report_of_mmcv(mode):
-    """What a conversion says of MMCV's layer of a ``stats_mode``."""
+    """Report of a conversion on MMCV's layer with a ``stats_mode``."""
     norm = MMSyncBatchNorm(CHANNELS, stats_mode=mode)
     return str(convert_model(nn.Sequential(norm)))

@@ -23,7 +23,7 @@ class Pack:
 
     def __call__(self, info):
         generator = torch.Generator().manual_seed(info['seed'])
-        # Of unequal contrast, so that gradients differ.
+        # Unequal contrast, so that gradients differ.
         scale = 4 ** (info['seed'] % 4 - 2)
         image = scale * torch.randn(3, 16, 16, generator=generator)
         meta = {key: info[key] for key in self.meta_keys if key in info}

@@ -50,7 +50,7 @@ def fpn(**kwargs):
 
 
 RELU = dict(add_extra_convs='on_output', relu_before_extra_convs=True)
-# What is built, its counterpart, and the layers that this calls.
+# Config of the module, its adapter, and the layers that this calls.
 CASES = {
     'RPNHead': (lambda: RPNHead(6, feat_channels=6), QRPNHead, ['relu']),
     'FPN, pooling': (fpn, QFPN, ['extra_pool']),

@@ -1,4 +1,4 @@
-"""How tensors are cut into pieces."""
+"""Division of tensors into pieces."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_pieces(samples, nbytes, share):
 
 
 def test_no_rest():
-    # Of a ResNet-50's first stage at batch 256: four quarters.
+    # The first stage of ResNet-50 at batch 256: four quarters.
     parts = list(pieces(256, 784 * MIB, 256 * MIB))
     assert [part.start for part in parts] == [0, 64, 128, 192]
 

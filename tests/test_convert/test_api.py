@@ -253,7 +253,7 @@ class TestTypes:
 
     @pytest.mark.parametrize('make', [wrappers.Linear, wrappers.Conv2d])
     def test_no_samples(self, make, device):
-        # What MMCV's wrappers are for: heads of images without any object.
+        # As MMCV's wrappers support it: heads of images without objects.
         model = make(4, 3, *(1,) * (make is wrappers.Conv2d)).to(device)
         convert_model(model)
         size = (0, 4, 5, 5) if make is wrappers.Conv2d else (0, 4)

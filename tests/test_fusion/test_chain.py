@@ -173,7 +173,7 @@ def test_layers_that_somebody_has_replaced(name, layer, other, left):
     x = make_input().requires_grad_()
     y = block(x)
     assert torch.allclose(y, exact(x), atol=1e-5)
-    # What is not replaced may still be one.
+    # The other ones may still run as a chain.
     assert nodes(y).count('_ChainBackward') == left
     y.sum().backward()
 
@@ -249,7 +249,7 @@ def test_what_is_kept_and_counted():
             with saved_tensors() as saved:
                 twin(x)
             kept = {t.data_ptr(): t.nbytes for t in saved}
-            # Those are there anyway.
+            # These exist anyway.
             for parameter in twin.parameters():
                 kept.pop(parameter.data_ptr(), None)
             found.append(
@@ -411,5 +411,5 @@ def test_reports_are_made():
     names = {
         layer.name for layer in precision.layers if layer.report is not None
     }
-    # What reads the input; the others are rectified before.
+    # Only layers that read the input; the others read rectified tensors.
     assert names == {'downsample.0'}

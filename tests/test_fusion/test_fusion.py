@@ -29,7 +29,7 @@ from mmactnn.fusion import chain, is_fused
 
 # Codes of 8 bits throughout.
 FINE = dict(base='L2', conv=8, norm=8, rectified=8)
-# What is fused at L3, and no bits that follow what happened before.
+# As L3 for fused blocks, without bits that depend on earlier passes.
 FIXED = dict(base='L2', conv=2, norm=2, rectified=3)
 RANDOM = ('mmpretrain drop path',)
 
@@ -349,7 +349,7 @@ def test_writes_over_convolutions_nobody_looks_at(name):
         patch.setattr(chain, '_MAX_BYTES', 0)
         block(x)
     assert len(written) == len(convs)
-    # What ends in the block's output or is rectified holds nothing below 0.
+    # Rectified tensors and the block's output are not negative.
     assert all(float(out.min()) == 0 for out in written)
 
 
@@ -390,7 +390,7 @@ def test_rules_and_filters():
     report = convert_model(block, dict(rules=dict(bn1=6)))
     assert block.bn1.quantizer.fused_bits == (6, 7, 6)
     assert fused_of(report) == 3
-    # What the filters leave out takes part as it is.
+    # Layers that the filters exclude take part unchanged.
     report = convert_model(block, 'L2', include=['bn3'])
     assert fused_of(report) == 3
     assert block.bn1.quantizer.fused_bits == (6, 7, 6)

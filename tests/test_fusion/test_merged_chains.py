@@ -328,7 +328,7 @@ def test_the_first_block_of_a_stage_is_large(monkeypatch):
     twin = copy.deepcopy(part)
     monkeypatch.setattr(chain, '_MAX_BYTES', 0)
     expected, _ = run(twin, inputs)
-    # What it returns is smaller, and so is what lies within it.
+    # Its output is smaller, and so are the tensors within it.
     monkeypatch.setattr(chain, '_MAX_BYTES', inputs[0].nbytes - 1)
     found, chains = run(part, inputs)
     assert chains == 2

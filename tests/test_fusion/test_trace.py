@@ -212,7 +212,7 @@ def change_function(block):
     ids=lambda value: value.__name__,
 )
 def test_guarded(forward, change):
-    """What a trace has read is followed when it changes."""
+    """Changes of values that a trace has read take effect."""
     ours = make(forward)
     stock = copy.deepcopy(ours)
     convert_model(ours, 'L3')

@@ -1,4 +1,4 @@
-"""Mixed precision: what is kept, and what an overflow does."""
+"""Mixed precision: kept tensors, and overflows."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def make_resnet(level, device):
 
 
 def lower_dtypes(device):
-    """What autocast offers there."""
+    """Dtypes of autocast on a device."""
     return [torch.bfloat16, torch.float16][: 2 if device.type == 'cuda' else 1]
 
 

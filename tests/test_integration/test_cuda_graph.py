@@ -15,7 +15,7 @@ from mmactnn import QConv2d, QDropout, convert_model, get_precision
 from mmactnn.codes.cache import PayloadCache
 from mmactnn.offload import HostSwap
 
-# What is fused at L3, and no bits that follow what happened before.
+# As L3 for fused blocks, without bits that depend on earlier passes.
 FIXED = dict(base='L2', conv=2, norm=2, rectified=3)
 # The samples share bits.
 ADAPTIVE = dict(base='L3', conv=2.5, norm=2.5)
@@ -157,7 +157,7 @@ class TestReplays:
             replay()
             error = relative_error(found['output'], expected['output'])
             assert error < FLOAT32_ERROR
-            # Of codes of this batch: those of another one err by 1 or more.
+            # From codes of this batch; those of another one err by 1 or more.
             key = '3.conv1.weight'
             assert relative_error(found[key], expected[key]) < 0.7
 
@@ -247,7 +247,7 @@ class TestReplays:
 
 
 class TestRefusals:
-    """What the host decides cannot be captured."""
+    """Decisions of the host cannot be captured."""
 
     def test_swapping(self, monkeypatch):
         net = make_net()
@@ -256,7 +256,7 @@ class TestRefusals:
         pretend_capture(monkeypatch)
         with pytest.raises(RuntimeError, match='swapping to the host'):
             loss_of(net, make_batch('cpu'))
-        # What keeps nothing swaps nothing.
+        # A model that keeps nothing swaps nothing.
         with torch.no_grad():
             net(make_batch('cpu')[0])
 
@@ -269,7 +269,7 @@ class TestRefusals:
         precision.set_samples(range(8))
         gradients(net, batch)
         pretend_capture(monkeypatch)
-        # Of the pass before nothing is left: ranges decide.
+        # Nothing is left of the earlier pass: ranges decide.
         gradients(net, batch)
         precision.set_samples(range(8))
         with pytest.raises(RuntimeError, match='samples'):

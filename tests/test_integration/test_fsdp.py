@@ -14,7 +14,7 @@ LEVELS = ('L0', 'L3')
 
 @pytest.fixture(scope='module')
 def results():
-    """What each process came to, of a case at a level."""
+    """Results of each process, by case and level."""
     trained = train_in_two_processes(run_fsdp)
     return lambda name, level: [found[name, level] for found in trained]
 

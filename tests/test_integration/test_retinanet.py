@@ -38,7 +38,7 @@ def _exact_numerics():
 
 @pytest.fixture
 def device(device):
-    """Where MMCV has the one op that RetinaNet trains with."""
+    """Devices for which MMCV has the op that RetinaNet trains with."""
     try:
         sigmoid_focal_loss(
             torch.zeros(1, 1, device=device),
@@ -285,7 +285,7 @@ class TestCheckpointedBlocks:
 
 
 def test_sync_norm_of_one_process(device):
-    """What the runner makes of SyncBN is compressed all the same."""
+    """Layers that the runner makes from SyncBN are compressed, too."""
     model = stock(device, norm_cfg=dict(type='SyncBN'), norm_eval=False)
     model = revert_sync_batchnorm(model)
     report = convert_model(model)

@@ -37,7 +37,7 @@ def assert_same_weights(actual, expected):
 
 
 def private_parts(model):
-    """What no two models may share."""
+    """Objects that two models must not share."""
     quantizers = [
         m.quantizer for m in model.modules() if isinstance(m, QuantizedLayer)
     ]
@@ -228,7 +228,7 @@ class TestGAN:
         nets, plain = make_gan(level, device), make_gan(None, device)
         losses = train_gan(nets, device)
         expected = train_gan(plain, device)
-        # What is compressed is the gradient, not the forward pass. Kernels of
+        # Only gradients depend on codes, not the forward pass. Kernels of
         # a GPU add up in another order than torch's.
         rel = 0 if device.type == 'cpu' else 1e-6
         assert losses[0] == pytest.approx(expected[0], rel=rel, abs=0)

@@ -1,4 +1,4 @@
-"""What holds for every layer that keeps codes of its input."""
+"""Tests of all layers that keep codes of their input."""
 
 import contextlib
 import copy

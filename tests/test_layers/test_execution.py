@@ -64,7 +64,7 @@ def assert_near(found, expected):
 class TestCalls:
     @pytest.mark.parametrize('level', ['L2', 'L3'])
     def test_few_of_the_package(self, level):
-        """What a small convolution takes on the host, it takes in calls."""
+        """The host's time of a small convolution depends on its calls."""
         root = str(Path(mmactnn.__file__).parent)
         conv = nn.Sequential(nn.Conv2d(8, 8, 3))
         convert_model(conv, dict(base=level, fuse=False))
@@ -108,7 +108,7 @@ class TestPatches:
         monkeypatch.setattr(
             cls, name, lambda self, *args: original(self, *args) + 1
         )
-        # Of running statistics, lest they differ.
+        # Batch norm stays in eval mode, with the same statistics.
         ours.train(cls is not nn.BatchNorm2d)
         found = ours(x.requires_grad_())
         torch.testing.assert_close(found, expected + 1)
@@ -341,7 +341,7 @@ def test_every_example(name):
     plain = copy.deepcopy(layer)
     plain.revert_()
     x = torch.randn(size)
-    # Of these torch has none, or none on a CPU.
+    # torch has no such layers, or none on a CPU.
     if not name.startswith(('QSync', 'QBatchNorm,')):
         found = [m.eval()(x.requires_grad_() * 1) for m in (layer, plain)]
         assert torch.equal(*found)

@@ -112,7 +112,7 @@ def test_frozen_gate_keeps_no_input(x, factor, monkeypatch):
 
 
 def test_payload_is_shared(x, factor, device, monkeypatch):
-    """What is gated and read by a convolution, too, is packed once."""
+    """An input that a convolution reads, too, is packed once."""
     packed = count_packs(monkeypatch)
     x = x.requires_grad_() * 1
     conv = QConv2d(4, 4, 1, device=device)

@@ -202,7 +202,7 @@ class TestStatistics:
             assert z.square().mean().sqrt() < 2
         few_means = draws.view(-1, few, 4).mean(1)
         z = (few_means - exact) / (variance / few).sqrt()
-        # Of 64 numbers; no rounding at all would make it 0.
+        # Over 64 numbers; without any rounding it would be 0.
         assert z.square().mean().sqrt() > 0.6
 
     @pytest.mark.parametrize('bits', [1, 2, 4])

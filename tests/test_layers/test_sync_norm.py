@@ -75,7 +75,7 @@ def test_as_one_process(name, kept, device):
             sees_codes = key == 'inputs' and name != 'eval' and not exact
             limit = 0.015 if half or sees_codes else FLOAT32_ERROR
             error = torch.cat(parts).double() - expected[key][step]
-            # Of two values a channel the input's gradient all but vanishes:
+            # With two values a channel the input's gradient all but vanishes:
             # to be compared with the output's.
             assert error.norm() < limit * make_data(case)[step][1].norm()
     for key in expected.keys() & {'running_mean', 'running_var'}:

@@ -1,4 +1,4 @@
-"""What is said of the parts of a model against what was counted."""
+"""Breakdown by parts of a model against the count of the meter."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_parts_add_up(level, dtype, x):
 
 
 def test_codes_in_place_of_a_mask(x):
-    """What they keep is rounded."""
+    """Layers that round the tensors that they keep."""
     from mmcv.cnn import ConvModule
 
     block = ConvModule(C, C, 1)

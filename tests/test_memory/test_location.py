@@ -1,4 +1,4 @@
-"""Where saved tensors are said to come from."""
+"""Places of saved tensors."""
 
 import inspect
 import weakref
@@ -14,7 +14,7 @@ from mmactnn.memory import Locator
 
 
 def in_python_module(name, source):
-    """What a Python module of that name would define."""
+    """Execute code as a Python module of that name."""
     namespace = dict(__name__=name, torch=torch, nn=nn, F=F)
     exec(compile(source, f'/{name}.py', 'exec'), namespace)
     return namespace
@@ -116,7 +116,7 @@ def saved_at(model, run):
 
 @pytest.fixture(scope='module')
 def places():
-    """Where a detector's tensors are saved, as strings."""
+    """Places where a detector saves tensors, as strings."""
     model = Detector()
     x = torch.randn(2, 4)
     found = saved_at(model, lambda: model(x))
@@ -199,7 +199,7 @@ def test_compressed_and_fused_layers():
 
 
 def test_recomputed_blocks():
-    """What a checkpoint saves is a call of the module around it."""
+    """Tensors of a checkpoint belong to a call of the module around it."""
 
     class Model(nn.Module):
         def __init__(self):

@@ -367,7 +367,7 @@ def test_meter_is_taken_off(device):
 
 
 def test_no_memory_is_held(device):
-    """What was counted is freed as soon as the graph is."""
+    """Counted tensors are freed together with the graph."""
     model = Plain().to(device)
     convert_model(model, 'L0')
     x = torch.randn(2, 3, 12, 12, device=device)

@@ -417,7 +417,7 @@ class TestLog:
         assert run(steps) == (9000, 9500)
 
     def test_runs_before_the_logger(self, tmp_path):
-        # Which resets the peak of the GPU's memory that we read.
+        # It resets the peak of the GPU's memory that we read.
         names = [type(h).__name__ for h in make_runner(tmp_path, ACTNN).hooks]
         assert names.index('ActNNHook') < names.index('LoggerHook')
 

@@ -1,4 +1,4 @@
-"""What visualizer backends are told, read back from their files."""
+"""Output of visualizer backends, read back from their files."""
 
 import json
 from collections import OrderedDict

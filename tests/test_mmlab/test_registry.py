@@ -452,7 +452,7 @@ FIRSTS = ('mmengine.model', 'mmengine.optim', 'mmcv.cnn')
 
 @pytest.fixture(scope='module')
 def printed(tmp_path_factory):
-    """What pieces of code print, by their name."""
+    """Output of pieces of code, by their name."""
     folder = tmp_path_factory.mktemp('packages')
     (folder / 'transformers').mkdir()
     (folder / 'transformers' / '__init__.py').write_text(

@@ -1,4 +1,4 @@
-"""Which samples a batch holds, for levels that follow their gradients."""
+"""Indices of a batch's samples, for levels with ``use_gradient``."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def _no_pauses(monkeypatch):
 
 
 def lookup(dataset, places):
-    """What the index says of items of a dataset."""
+    """Indices of items of a dataset."""
     batch = pseudo_collate([dataset[i] for i in places])
     return SampleIndex(dataset).lookup(batch)
 

@@ -425,7 +425,7 @@ def test_what_is_not_next_is_given_back(transport):
 
 
 def test_streams():
-    """What was fetched for one stream may be used on another."""
+    """A tensor fetched for one stream may be used on another."""
     twin, swap = swapping(Chain(1), window_mib=1)
     twin(torch.ones(1))
     engine, streams = swap._engine, transport_of(swap)
@@ -803,7 +803,7 @@ def test_cuda_limit(cuda):
 
 
 def test_cuda_memory_is_not_reused_too_early(cuda):
-    """What is freed is overwritten at once, while copies are late."""
+    """Freed memory is overwritten at once, while copies are late."""
 
     class Overwriting(Chain):
         def forward(self, x):

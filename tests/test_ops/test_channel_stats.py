@@ -228,7 +228,7 @@ def test_opcheck(device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 class TestCuda:
-    """What only exists on a GPU."""
+    """Behaviour that only exists on a GPU."""
 
     @pytest.mark.parametrize('channels_last', [False, True])
     @pytest.mark.parametrize(

@@ -120,9 +120,9 @@ def run_backward(
     needs_inputs=(True,),
     observed=False,
 ):
-    """Of all parameters, unless ``needs`` says otherwise.
+    """Run the backward pass, for all parameters unless ``needs`` is given.
 
-    ``made`` are codes and formats of the inputs, what is kept, and layouts.
+    ``made`` are codes and formats of inputs, kept tensors and layouts.
     """
     codes, formats, kept, layouts = made
     parameters, _ = flatten(layers)
@@ -178,7 +178,7 @@ def test_forward_is_that_of_the_ops(names, dtype, channels_last, device):
     assert len(kept) == len(expected_kept)
     for found, tensor in zip(kept, expected_kept):
         assert_same_bits(found, tensor)
-    # Of the input and each output: dimensions, shape and strides.
+    # Dimensions, shape and strides of the input and each output.
     layouts = layouts.tolist()
     assert len(layouts) == (len(steps) + 1) * 9
     assert layouts[:9] == [4, *x.shape, *x.stride()]
@@ -403,7 +403,7 @@ def test_gradients_of_links_that_branch_and_join(device):
         if expected is None:
             assert tensor is None
             continue
-        # Those of biases before a normalisation are zero.
+        # Gradients of biases before a normalisation are zero.
         scale = expected.grad.norm() + 4
         assert (tensor.double() - expected.grad).norm() / scale < 0.03
     assert found[1] is None
@@ -463,7 +463,7 @@ def peak_bytes(function):
 
 
 def test_outputs_are_released():
-    """What only the chain reads does not live until it ends."""
+    """Tensors that only the chain reads are freed before it ends."""
     x = torch.randn(2, 8, 256, 256)
     steps = [
         make_step(ops.Epilogue.RELU, i - 1 if i else INPUT, 0)

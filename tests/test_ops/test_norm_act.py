@@ -91,7 +91,7 @@ def assert_as_specified(found, expected):
     for actual, wanted in zip(found, expected):
         if wanted.numel():
             assert actual.stride() == wanted.stride()
-        # Which zero, and which NaN, is nobody's business.
+        # Sign of zero and bits of NaN are not specified.
         actual, wanted = actual.cpu(), wanted
         if actual.is_floating_point():
             actual, wanted = actual + 0.0, wanted + 0.0
@@ -148,7 +148,7 @@ def test_outputs_beyond_the_dtype(mode, dtype, device):
     expected = reference.dequantize_split(
         *(a.cpu() for a in arguments), *layout
     )
-    # What is infinite in float32 stays so, and the rest is clamped.
+    # Infinities of float32 stay, and the rest is clamped.
     assert (found.abs() >= torch.finfo(dtype).max).any()
     assert_same_bits(found.cpu() + 0.0, expected + 0.0)
 

@@ -351,7 +351,7 @@ def test_opcheck(kind, device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 class TestCuda:
-    """What only exists on a GPU."""
+    """Behaviour that only exists on a GPU."""
 
     @parametrize_pairs(
         shape=[

@@ -340,7 +340,7 @@ def test_codes_that_do_not_fit(device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 class TestCuda:
-    """What only exists on a GPU."""
+    """Behaviour that only exists on a GPU."""
 
     def test_side_stream(self):
         x = torch.randn(64, 4096, device='cuda')

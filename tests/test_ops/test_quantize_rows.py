@@ -266,7 +266,7 @@ def test_codes_that_do_not_fit(device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 class TestCuda:
-    """What only exists on a GPU."""
+    """Behaviour that only exists on a GPU."""
 
     def test_widths_on_another_device(self):
         row_bits, row_starts, total = make_widths(2, 'cpu')

@@ -1,4 +1,4 @@
-"""What holds for all ops."""
+"""Tests of all ops."""
 
 import ast
 from pathlib import Path

@@ -54,7 +54,7 @@ def decode(codes, ranges, like, bits, group_size):
 
 
 def assert_same_values(actual, expected):
-    # Which zero is nobody's business.
+    # The sign of zero is not specified.
     assert_same_bits(actual.cpu() + 0.0, expected.cpu() + 0.0)
 
 
@@ -358,7 +358,7 @@ def test_opcheck(bits, device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 class TestCuda:
-    """What only exists on a GPU."""
+    """Behaviour that only exists on a GPU."""
 
     @pytest.mark.skipif(
         torch.cuda.is_available()

@@ -118,6 +118,6 @@ def test_leaving_a_process_group(tmp_path):
 
 
 def names_of_threads():
-    """Of this process, those of libraries included."""
+    """Threads of this process, including those of libraries."""
     files = Path('/proc/self/task').glob('*/comm')
     return {file.read_text().strip() for file in files}

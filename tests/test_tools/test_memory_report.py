@@ -137,7 +137,7 @@ def test_code_is_printed_as_it_is(make_config, capsys):
 
 
 def test_settings(make_config, tmp_path, capsys):
-    """Those of the config's hook, but for what the command line says."""
+    """Settings of the config's hook, overridden by the command line."""
     out = tmp_path / 'report.json'
     config = make_config(norm='QBN2d', exclude=[])
     arguments = [config, '--shape', '32', '48', '--out', str(out)]

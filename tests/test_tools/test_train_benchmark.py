@@ -414,7 +414,7 @@ def test_command_line(hungry, tmp_path, monkeypatch, capsys):
             return dict(result=ERROR, message='KeyError: 8', log='all of it')
         return dict(result=OK if trial.batch_size <= 4 else OUT_OF_MEMORY)
 
-    # What trained or ran out of memory is known; what failed is tried again.
+    # Results and running out of memory are kept; failures are tried again.
     monkeypatch.setattr(train, 'run_trial', run)
     with pytest.raises(SystemExit, match='batch 8 of 8x8: error KeyError: 8'):
         train.main([*argv, '4', '8', '5'])
