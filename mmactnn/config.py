@@ -314,7 +314,7 @@ class Offload(_Settings):
     Attributes:
         swap (bool): Whether kept tensors move to pinned host memory.
         max_host_mib (float, optional): Most MiB of host memory to pin. None
-            is 80 % of what is available.
+            is 80 % of the available memory.
         expandable (bool): Whether the caching allocator must use expandable
             segments, against fragmentation.
 

@@ -32,7 +32,7 @@ class Draw(NamedTuple):
 
 
 class RoundingGenerator:
-    """Numbers the tensors that are rounded, so that no two round alike.
+    """Generator of seeds and offsets, different for every rounded tensor.
 
     The random bits themselves are made in the kernels by a counter-based
     generator from ``(seed, offset)``; this object hands out the pairs. It
@@ -44,11 +44,11 @@ class RoundingGenerator:
     :func:`manual_seed`. As long as it is not, that is
     ``torch.initial_seed()``; all start anew when it changes.
 
-    A CUDA graph repeats the numbers that it was captured with. What is drawn
-    for one therefore has a key of its own and a counter on the device, which
-    the graph itself moves on: each replay rounds anew. The counters belong to
-    this object and to this process; they are in no copy and in no saved
-    state, and go on counting whatever the seed.
+    A CUDA graph repeats the numbers that it was captured with. A draw for a
+    graph therefore has a key of its own and a counter on the device, which
+    the graph itself increments: each replay rounds anew. The counters belong
+    to this object and to this process; they are not part of copies and saved
+    states, and are not reset by a seed.
 
     Args:
         seed (int, optional): Seed. Defaults to that of the default generator.
@@ -150,12 +150,16 @@ class RoundingGenerator:
         return Draw(self._key, offset)
 
     def state_dict(self):
-        """dict: What :meth:`load_state_dict` needs to go on from here."""
+        """State with which :meth:`load_state_dict` resumes.
+
+        Returns:
+            dict: Seed, stream and offset.
+        """
         self._follow()
         return dict(seed=self.seed, stream=self._stream, offset=self._offset)
 
     def load_state_dict(self, state):
-        """Go on from a saved state.
+        """Resume from a saved state.
 
         Args:
             state (dict): From :meth:`state_dict`.
@@ -186,7 +190,7 @@ class RoundingGenerator:
         return Draw(_mix(self._key ^ _mix(offset)), 0, counter)
 
     def __getstate__(self):
-        """For copies and pickle: without what captured graphs count with."""
+        """For copies and pickle: without the counters of captured graphs."""
         return {**self.__dict__, '_counters': {}}
 
     def _make_key(self, seed):

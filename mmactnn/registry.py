@@ -380,7 +380,7 @@ def register_layer(
 
     Raises:
         TypeError: If the class is no :class:`mmactnn.QuantizedLayer` of the
-            parent, or there is no rule for what torch keeps.
+            parent, or ``saved_by_torch`` is missing.
         ValueError: If class, parent, alias or name is registered already.
     """
 

@@ -1,7 +1,7 @@
-// The number format of the codes: how a group's range is kept, how a value
-// becomes a code and a code a value. Host and device share every operation
-// (none is contracted to a fused multiply-add), so their codes are equal bit
-// for bit, and equal to those of mmactnn/ops/reference.py.
+// The number format of the codes: ranges of groups, encoding and decoding of
+// values. Host and device share every operation (none is contracted to a fused
+// multiply-add), so their codes are equal bit for bit, and equal to those of
+// mmactnn/ops/reference.py.
 //
 // A group of values is kept as unsigned codes of `bits` bits and a pair of
 // bfloat16 numbers, `low` and `step`; code c stands for low + c * step. `low`
@@ -9,7 +9,7 @@
 // and stochastic rounding stays unbiased.
 //
 // NaN and inf: a group that holds one has step = NaN and `low` the middle of
-// its finite values; its codes then tell what stands where (Special below).
+// its finite values; its codes then give the place of each (Special below).
 // One bit cannot tell them apart and decodes each as NaN.
 #pragma once
 
@@ -154,7 +154,7 @@ MMACTNN_HOST_DEVICE Range make_range(Extent extent, uint32_t max_code) {
   const auto [low, high, all_finite] = extent;
   const float nan = bits_float(0x7FC00000u);
   if (all_finite) {
-    // Adding +0 turns -0 into +0: which zero is smaller is nobody's business.
+    // Adding +0 turns -0 into +0, so that the order of zeros does not matter.
     const float base = bfloat16_down(add(low, 0.0f));
     const float span = add(high, -base);
     if (span == 0.0f) return {base, 0.0f};
@@ -197,7 +197,7 @@ MMACTNN_HOST_DEVICE float encode_scale(Range range, uint32_t max_code) {
 #endif
 }
 
-// The random bits of an element as what its scaled value is added to.
+// Random bits of an element as a float to which its scaled value is added.
 MMACTNN_HOST_DEVICE float rounding_of(uint32_t random16, int fraction) {
   return bits_float(kIntegerFloat | random16 >> (16 - fraction));
 }

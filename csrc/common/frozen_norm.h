@@ -1,5 +1,5 @@
-// A normalisation whose numbers are constants, with what follows it, of one
-// element; nothing is kept of it.
+// Normalisation by constants with addition and ReLU of one element; nothing is
+// kept.
 #pragma once
 
 #include <cmath>

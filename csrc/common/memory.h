@@ -18,7 +18,7 @@ class Memory {
  public:
   // For a missing tensor.
   Memory() = default;
-  // Implicit, as kernels get what the ops have. The tensor keeps it alive.
+  // Implicit, as ops pass tensors to kernels. The tensor keeps it alive.
   Memory(const torch::stable::Tensor& tensor);
   Memory(const std::optional<torch::stable::Tensor>& tensor);
 

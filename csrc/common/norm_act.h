@@ -1,4 +1,4 @@
-// A normalisation with what follows it, of one element: host and device share
+// Normalisation with addition and ReLU of one element. Host and device share
 // every operation, each of which is rounded by itself, as in reference.py.
 #pragma once
 

@@ -21,9 +21,9 @@ struct NormArguments {
   int64_t act_bits;  // `bits` if there are none
 };
 
-// Sums over the channels, and what is computed from them.
+// Sums over channels, and factors computed from them.
 struct NormSums {
-  // The gradients that pass; of NormCodes::kMask only.
+  // Gradients that pass; only with NormCodes::kMask.
   Memory grad;
   float* gradients;  // [C]
   float* products;   // [C], of the gradients with the normalised input

@@ -1,10 +1,10 @@
-// The random bits that elements are rounded with.
+// Random bits for rounding elements.
 //
-// Each element has 16 that are uniform, which is all that an unbiased rounding
-// needs. Four elements share a word of 32 bits, and element i has its bytes i
-// (the lower) and i + 1. What neighbours are rounded to has a covariance, then,
-// of at most 2^-10 of a squared step: the shared byte matters to the one only
-// where its other byte is just that of the threshold, one in 256.
+// Each element has 16 uniform bits, which is all that unbiased rounding needs.
+// Four elements share a word of 32 bits: element i has bytes i (the lower) and
+// i + 1. Rounded neighbours therefore have a covariance, of at most 2^-10 of a
+// squared step: the shared byte only matters to one of them if its other byte
+// equals that of the threshold, one time in 256.
 //
 // A call of Philox serves a block of 8 elements of either half of a group. It
 // is counted by the block of the first half.

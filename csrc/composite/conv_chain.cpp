@@ -33,11 +33,11 @@ constexpr size_t kBuffers = 3;  // running mean and variance, count of batches
 // Output padding of all convolutions.
 constexpr std::array<int64_t, kMaxDims> kNoPadding{};
 
-// Bytes of the input of a convolution from which on its two gradients are
-// computed one after the other: a call more, which is short beside the kernels
-// for tensors of this size, and the input need not live beside its gradient.
-// mmactnn/autograd/conv.py does so for single layers, and from a lower size on:
-// a chain is there to spare the host calls.
+// Bytes of the input of a convolution from which on its two gradients come from
+// two calls, so that the input and its gradient need not live together. Another
+// call is short compared with the kernels for tensors of this size. The limit
+// for single layers, in mmactnn/autograd/conv.py, is lower: a chain is there to
+// save calls.
 constexpr int64_t kLarge = int64_t{48} << 20;
 
 // A tensor of these strides; a copy only if they differ.
@@ -311,7 +311,7 @@ class Backward {
   }
 
   OptionalTensors grad_inputs;
-  std::optional<Tensor> first;  // of what the first convolution returned
+  std::optional<Tensor> first;  // of the first convolution's output
   OptionalTensors grads;        // of parameters
 
  private:

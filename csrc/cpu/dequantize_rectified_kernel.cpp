@@ -16,7 +16,7 @@ namespace mmactnn {
 namespace {
 
 // Calls `decoder(group, place, code)` for every element, by its place in its
-// row, and writes what it returns.
+// row, and writes the result.
 template <typename T, typename Decoder>
 void decode_elements(const Memory& codes, const Geometry& geometry, int bits,
                      T* output, const Decoder& decoder) {

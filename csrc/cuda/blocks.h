@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Calls `body(block, values)`, on the device, with the 8 elements of every
-// block; what it leaves in `values` is written to `target`, which may be
+// block, and writes the resulting `values` to `target`, which may be
 // `source`.
 template <typename T, typename Body>
 void map_blocks(const T* source, T* target, int64_t numel, const Body& body,

@@ -39,7 +39,7 @@ struct ChannelIndex {
   }
 };
 
-// `parameters` are those of all channels; null are what a layer does not have.
+// `parameters` are those of all channels; null for those that a layer lacks.
 inline ChannelIndex index_channels(
     const Channels& channels, std::initializer_list<const void*> parameters) {
   const bool aligned = std::all_of(

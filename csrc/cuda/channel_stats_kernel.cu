@@ -64,8 +64,8 @@ struct Partials {
 };
 
 struct Outputs {
-  float* mean;  // null if nobody wants it
-  float* var;   // null if nobody wants it
+  float* mean;  // null if not wanted
+  float* var;   // null if not wanted
   float* invstd;
 };
 
@@ -74,7 +74,7 @@ struct Running {
   void* mean;  // null if there are none
   void* var;
   Dtype dtype;
-  int64_t* batches;  // null if nobody counts them
+  int64_t* batches;  // null if not counted
   double momentum;
 
   template <typename R>

@@ -96,7 +96,8 @@ struct Planes {
 
 template <int kItems>
 Planes make_planes(const Channels& channels) {
-  // Twice what is resident: the channels may be just more than that.
+  // Twice the resident blocks, as there may be slightly more channels than
+  // those.
   constexpr int kBlocks = 8;
   check_indexable(channels);
   const int64_t plane = channels.plane;

@@ -47,7 +47,7 @@ class CodeFloats {
     }
   }
 
-  // The code of element `i`, less `offset`, times what step(i) is smaller.
+  // Code of element `i`, less `offset`, times the factor that step(i) lacks.
   template <typename Word>
   __device__ __forceinline__ float number(Word word, int i,
                                           uint32_t offset = 0) const {

@@ -147,7 +147,7 @@ class SplitDecoder {
   __device__ __forceinline__ float output(int i, float value) const {
     return block_.apply(i, value);
   }
-  // An infinite output stays what it is.
+  // An infinite output stays infinite.
   __device__ __forceinline__ float clamp(float output) const {
     return is_finite(output) ? clamp_finite(output, Number<T>::kLargest)
                              : output;
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeResident<T>)
   const uint32_t first = blockIdx.x * (kThreads * kDecodedPieces) + threadIdx.x;
   const uint32_t last = Piece::count(op) - 1u;
   Piece pieces[kDecodedPieces];
-  // Without a branch, which would wait for what is read in it.
+  // Without a branch, which would wait for the reads in it.
 #pragma unroll
   for (int p = 0; p < kDecodedPieces; ++p) {
     pieces[p].load(op, min(first + p * kThreads, last));

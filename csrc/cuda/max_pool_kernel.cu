@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t first_row = at.row * Window::kStride - Window::kPadding;
   const int32_t first_column = at.column * Window::kStride - Window::kPadding;
   const T* source = input + at.outer * layout.input_plane + at.inner * kItems;
-  // All reads first; what is outside is never larger than anything.
+  // All reads first; elements outside are never larger than others.
   Items<T, kItems> items[kKernel][kKernel];
 #pragma unroll
   for (int i = 0; i < kKernel; ++i) {
@@ -209,8 +209,8 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t first_row = at.row * Window::kStride - Window::kPadding;
   const bool left = at.column != 0;
   const T* source = input + at.outer * layout.input_plane + at.column * kBlock;
-  // All reads first, see fixed_pool_kernel(). What is outside is read
-  // where something else is, and loses.
+  // All reads first, see fixed_pool_kernel(). For taps outside another element
+  // is read and ignored.
   PackedBlock<T> blocks[kKernel];
   T before[kKernel];
   bool inside[kKernel];
@@ -416,8 +416,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Calls `body(layout, first, count)` for as many planes at a time as 32-bit
-// indices can count; `height`, `width` and `inner` are what threads are
-// counted by.
+// indices can count. There are `height` * `width` * `inner` threads a plane.
 template <typename Body>
 void for_each_launch(const Pool& pool, int32_t height, int32_t width,
                      int64_t inner, bool pairs, const Body& body) {

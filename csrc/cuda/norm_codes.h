@@ -107,8 +107,8 @@ struct NormPiece {
   // Calls `body(i, passed, grad, normal)` with every element: whether its
   // gradient passes the rectifier, the gradient and the normalised input. With
   // kPassed the latter may be any number where the gradient does not pass. In
-  // a group with NaN or inf what does not pass is given as a 0 that does, so
-  // that products with it are what they are in reference.py.
+  // a group with NaN or inf an element that does not pass is given as a 0 that
+  // does, so that products with it equal those in reference.py.
   template <bool kPassed, typename Body>
   __device__ __forceinline__ void for_each(const NormPayload& payload,
                                            const Body& body) const {

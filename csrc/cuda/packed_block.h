@@ -109,8 +109,8 @@ template <int kBits>
 __device__ __forceinline__ CodeWord<kBits> pack_sums(const uint32_t* sums,
                                                      int bits, int fraction) {
   if constexpr (kBits != kAnyBits && kBits <= 4) {
-    // Codes i and i + 4 go into the halves of a register, with what is above
-    // the fraction of kIntegerFloat; that is subtracted once for all.
+    // Codes i and i + 4 go into the halves of a register, with the bits of
+    // kIntegerFloat above its fraction; these are subtracted once for all.
     constexpr uint32_t kAbove = kIntegerFloat >> 16;
     uint32_t halves = 0, excess = 0;
 #pragma unroll

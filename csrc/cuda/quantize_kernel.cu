@@ -27,9 +27,9 @@ __device__ __forceinline__ void with_width(int bits, const Body& body) {
   }
 }
 
-// The same, but kAnyBits for all widths below kMaxBits, which differ in little
-// but what is written: a kernel that begins has to read its instructions, too,
-// those of one width after those of another where rows are sorted by width.
+// The same, but kAnyBits for all widths below kMaxBits, which mainly differ in
+// the written codes: kernels of single widths would each have to load their
+// instructions, one after the other where rows are sorted by width.
 template <int kBits, typename Body>
 __device__ __forceinline__ void with_encoder(int bits, const Body& body) {
   if constexpr (kBits != kAnyBits) {
@@ -160,12 +160,12 @@ __device__ __forceinline__ void encode_special_group(const GroupCodes<T>& group,
   store_group<kBits, false>(group, words);
 }
 
-// The thread blocks that a multiprocessor has registers for, at least.
+// Minimum of thread blocks for which a multiprocessor has registers.
 template <typename T>
 constexpr int kQuantizeResident = sizeof(T) == 2 ? 5 : 4;
 
-// The width is kBits or, with kAnyBits, what the layout says: one kernel of
-// that kind serves the widths that need no speed, and rows of several widths.
+// The width is kBits or, with kAnyBits, that of the layout: one such kernel
+// serves widths that are rarely used, and rows of several widths.
 template <typename T, int kBits, int kGroup>
 __global__ void __launch_bounds__(kThreads, kQuantizeResident<T>)
     quantize_kernel(const T* __restrict__ input, uint8_t* __restrict__ codes,
@@ -247,9 +247,9 @@ __device__ __forceinline__ auto load_step(const uint8_t* source, int begin) {
   return word;
 }
 
-// Decodes what one thread holds of a whole group, each step's elements written
-// as one word of 16 bytes; returns false and does not if the group does not
-// decode plainly.
+// Decodes a thread's share of a whole group and writes the elements of each
+// step as one word of 16 bytes. Returns false, without writing, if the group
+// has special codes.
 template <typename T, int kBits>
 __device__ __forceinline__ bool decode_plain_group(const uint8_t* source,
                                                    Range range,

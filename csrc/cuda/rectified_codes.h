@@ -54,7 +54,7 @@ __device__ __forceinline__ uint32_t special_sum(float value,
 
 // The zeroed codes of a block of a rectifier's output, whose positive elements
 // have a bit each in `flags`. `special`: a group of the warp may have special
-// codes. `rounding(i)`: what element `i` is rounded with.
+// codes. `rounding(i)`: random bits of element `i`.
 template <int kBits, typename T, typename Rounding>
 __device__ __forceinline__ CodeWord<kBits> zeroed_word(
     const PackedBlock<T>& output, uint32_t flags, const Coding& coding,

@@ -20,8 +20,7 @@
 namespace mmactnn {
 namespace {
 
-// Sets what a rectifier stops to 0; returns a bit for each element that it
-// lets pass.
+// Rectifies a block; returns a bit for each element that passes.
 template <typename T>
 __device__ __forceinline__ uint32_t rectify(PackedBlock<T>& block) {
   uint32_t flags = 0;

@@ -19,8 +19,8 @@ namespace mmactnn {
 
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-// Uninitialised, of `sizes` and `strides`. What goes through the stable
-// dispatcher costs the host several times as much.
+// An uninitialised tensor of `sizes` and `strides`. Calls of the stable
+// dispatcher instead would take the host several times as long.
 inline torch::stable::Tensor allocate(Sizes sizes, Sizes strides,
                                       torch::headeronly::ScalarType dtype,
                                       int32_t device_type,

@@ -19,8 +19,8 @@ inline void check_rectified_bits(const char* name, int64_t bits) {
                   bits);
 }
 
-// The geometry of a gradient whose rectifier has these zeroed codes. They tell
-// what passes without their ranges: the groups are of any size.
+// Geometry of a gradient whose rectifier has these zeroed codes. The mask does
+// not depend on ranges, so that groups can have any size.
 inline Geometry check_zeroed_codes(const Tensor& grad_output,
                                    const Tensor& codes, int64_t bits) {
   constexpr int64_t kAnyGroup = 512;

@@ -11,7 +11,7 @@
 #include "../common/memory.h"
 #include "tensor_checks.h"
 
-// Whether there are kernels for the GPU: setup.py names the toolkit then.
+// setup.py defines the version in builds with kernels for the GPU.
 #ifdef MMACTNN_CUDA_VERSION
 #define MMACTNN_WITH_CUDA(...) __VA_ARGS__
 #else
@@ -20,7 +20,7 @@
 
 namespace mmactnn {
 
-// One kernel for each device, with arguments of these types.
+// Kernels of an op for each device, with arguments of these types.
 template <typename... Arguments>
 struct Kernel {
   using Launcher = void(Arguments...);
@@ -29,7 +29,7 @@ struct Kernel {
   Launcher* cuda;  // null in a build without kernels for the GPU
 };
 
-// While it lives, the device of a tensor is the current one.
+// Makes the device of a tensor the current one while it lives.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& tensor) : on_gpu_(!tensor.is_cpu()) {
@@ -49,7 +49,7 @@ class OnDevice {
 }  // namespace mmactnn
 
 // Declares cpu::name and cuda::name, which cpu/ and cuda/ define, and the
-// Kernel name_kernel of both. What follows the name are the arguments' types.
+// Kernel name_kernel of both. Types of arguments follow the name.
 #define MMACTNN_KERNEL(name, ...)                               \
   namespace cpu {                                               \
   void name(__VA_ARGS__);                                       \
@@ -59,7 +59,7 @@ class OnDevice {
     &cpu::name, MMACTNN_WITH_CUDA(&cuda::name)                  \
   }
 
-// Begins a body of `m.impl(...)`, which is run for every device with kernels.
+// Begins a body of `m.impl(...)`, which runs for every device with kernels.
 #define MMACTNN_IMPL(m)                                                 \
   static void mmactnn_implement(torch::stable::detail::StableLibrary&); \
   STABLE_TORCH_LIBRARY_IMPL(mmactnn, CPU, library) {                    \

@@ -1,4 +1,4 @@
-// The check of what is added to a normalised tensor.
+// Check of the residual that is added to a normalised tensor.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

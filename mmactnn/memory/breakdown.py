@@ -121,7 +121,7 @@ class Breakdown:
 
     @property
     def left_share(self):
-        """float: Bytes left uncompressed over what torch would have kept.
+        """float: Bytes left uncompressed over bytes that torch would keep.
 
         From 0 to 1; losses count in neither.
         """
@@ -130,7 +130,7 @@ class Breakdown:
 
     @property
     def left_share_of_kept(self):
-        """float: Bytes left uncompressed over what is kept.
+        """float: Bytes left uncompressed over bytes that are kept.
 
         From 0 to 1; losses count in neither.
         """

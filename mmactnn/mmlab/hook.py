@@ -33,7 +33,7 @@ class ActNNHook(Hook):
     =================== ==================================================
     ``saved_mib``       kept for the backward pass by the whole model, in
                         MiB
-    ``exact_mib``       what torch would have kept
+    ``exact_mib``       memory that torch would have kept
     ``ratio``           the second over the first
     ``layers_ratio``    the same for the compressed layers alone
     ``host_mib``        how much of it has been swapped to the host, at

@@ -35,7 +35,7 @@ class HostSwap:
             device. Defaults to 1 MiB, below which a copy costs the host more
             than it saves.
         max_host_mib (float, optional): Most host memory to pin, in MiB.
-            Defaults to 80 % of what is available, shared among the processes
+            Defaults to 80 % of available memory, shared among the processes
             of a launch (``LOCAL_WORLD_SIZE``).
         window_mib (float, optional): Device memory, in MiB, that copies under
             way may hold in each direction. Beyond it the computation waits

@@ -14,7 +14,7 @@ def fake(op):
         op (str): Name of the op.
 
     Returns:
-        Callable: A decorator of the function, which takes what the op takes.
+        Callable: A decorator of the function, which has the op's arguments.
     """
 
     def register(function):
@@ -33,7 +33,7 @@ def decomposition(op):
         op (str): Name of the op.
 
     Returns:
-        Callable: A decorator of the function, which takes what the op takes.
+        Callable: A decorator of the function, which has the op's arguments.
     """
 
     def register(function):

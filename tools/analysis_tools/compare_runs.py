@@ -19,7 +19,7 @@ from run_log import RunLog, choose_metric
 # One logged line is a noisy sample of loss and time.
 LAST_LINES = 10
 
-# Exit code for what the user has to change.
+# Exit code for users' mistakes.
 _USAGE = 2
 
 

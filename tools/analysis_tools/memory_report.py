@@ -48,7 +48,7 @@ _HOOK_SETTINGS = ('level', 'include', 'exclude', 'group_size')
 _WIDTH = 180
 _NOTE_WIDTH = 60
 
-# Exit code for what the user has to change.
+# Exit code for users' mistakes.
 _USAGE = 2
 
 
