@@ -330,7 +330,7 @@ class Offload(_Settings):
 _PARTS = dict(compression=Compression, execution=Execution, offload=Offload)
 
 # Part of a level by setting.
-_HOME = {
+_PART_OF = {
     field.name: part
     for part, cls in _PARTS.items()
     for field in dataclasses.fields(cls)
@@ -361,15 +361,15 @@ def _by_part(changes):
     found = {part: {} for part in _PARTS}
     for key, value in changes.items():
         setting = ALIASES.get(key, key)
-        if setting not in _HOME:
-            known = ['base', 'name', *_PARTS, *_HOME, *ALIASES]
+        if setting not in _PART_OF:
+            known = ['base', 'name', *_PARTS, *_PART_OF, *ALIASES]
             close = difflib.get_close_matches(key, known, 1)
             advice = f', did you mean {close[0]!r}?' if close else ''
             raise ValueError(
                 f'a level has the fields {", ".join(known)}; got {key!r}'
                 + advice
             )
-        part = found[_HOME[setting]]
+        part = found[_PART_OF[setting]]
         if setting in part:
             raise ValueError(
                 f'{_SHORT[setting]} and {setting} are names of one setting; '
@@ -462,11 +462,11 @@ class Level:
     def __getattr__(self, name):
         # Only called for names that are no fields: settings of the parts.
         setting = ALIASES.get(name, name)
-        if setting not in _HOME:
+        if setting not in _PART_OF:
             raise AttributeError(
                 f'{type(self).__name__!r} object has no attribute {name!r}'
             )
-        return getattr(getattr(self, _HOME[setting]), setting)
+        return getattr(getattr(self, _PART_OF[setting]), setting)
 
     def __repr__(self):
         parts = (self.compression, self.execution, self.offload)
@@ -610,10 +610,10 @@ def _vary(base=DEFAULT_LEVEL.name, name=None, **changes):
                 raise ValueError(
                     f'{key} is set twice, by itself and in {part}'
                 )
-            if _HOME.get(ALIASES.get(key, key), part) != part:
+            if _PART_OF.get(ALIASES.get(key, key), part) != part:
                 raise ValueError(
                     f'{key} is no setting of {part}, but of '
-                    f'{_HOME[ALIASES.get(key, key)]}'
+                    f'{_PART_OF[ALIASES.get(key, key)]}'
                 )
             changes[key] = value
     parts = {
@@ -640,7 +640,7 @@ def _canonical_name(base, parts):
     root = LEVELS.get(base.name.split('(')[0], base)
     changed = [
         f'{_SHORT.get(setting, setting)}={_text(value)}'
-        for setting, part in _HOME.items()
+        for setting, part in _PART_OF.items()
         if (value := getattr(parts[part], setting))
         != getattr(getattr(root, part), setting)
     ]

@@ -10,7 +10,7 @@ from ..layers import QuantizedLayer
 from ..modules.naming import named_modules
 
 # Number of causes in the one-line summary.
-_NAMED = 3
+_MAX_CAUSES = 3
 
 
 class Category(enum.Enum):
@@ -162,8 +162,8 @@ class Breakdown:
             f'({self.left_share:.1%}), losses ({loss / MIB:.1f} MiB) apart'
         )
         causes = self.causes(Category.LEFT)
-        named = [f'{c} {size / MIB:.1f}' for c, size in causes[:_NAMED]]
-        if causes[_NAMED:]:
+        named = [f'{c} {size / MIB:.1f}' for c, size in causes[:_MAX_CAUSES]]
+        if causes[_MAX_CAUSES:]:
             named.append('...')
         return f'{text}: {", ".join(named)}' if named else text
 
