@@ -14,12 +14,12 @@ from .quantize import as_int64
 
 __all__ = [
     'ChainPlan',
+    'ChainStep',
     'Encoding',
     'Epilogue',
-    'PayloadKind',
-    'ChainStep',
     'NOT_ENCODED',
     'PARAMETERS',
+    'PayloadKind',
     'conv_chain',
     'conv_chain_backward',
     'is_input',

@@ -1,4 +1,4 @@
-"""Random streams that are counted in memory, of every op that has one."""
+"""Offset tensors of all ops that take one."""
 
 import pytest
 import torch
