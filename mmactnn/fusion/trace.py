@@ -1,12 +1,12 @@
 """Block-local traces: the calls of one module's forward pass as a graph."""
 
 import contextlib
+import dataclasses
 import dis
 import functools
 import inspect
 import operator
 import sys
-from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -102,7 +102,8 @@ class Untraceable(Exception):
     """Reason why the forward pass of a module has no trace."""
 
 
-class Trace(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trace:
     """Calls of a module's forward pass.
 
     Attributes:
@@ -123,12 +124,12 @@ class Trace(NamedTuple):
     takes: type
     only_training: bool
 
-    @property
+    @functools.cached_property
     def inputs(self):
         """tuple[fx.Node]: The placeholders."""
         return tuple(n for n in self.nodes if n.op == 'placeholder')
 
-    @property
+    @functools.cached_property
     def calls(self):
         """tuple[fx.Node]: All calls."""
         return tuple(
