@@ -182,16 +182,17 @@ def trace_block(module, cls):
             defaults[parameter.name] = parameter.default
     if len(defaults) == len(parameters):
         raise Untraceable('it takes no tensor')
-    traces = [_trace(module, cls, defaults, torch.Tensor)]
-    if isinstance(traces[0], Untraceable):
+    results = [_trace(module, cls, defaults, torch.Tensor)]
+    if _tells_apart(functions):
+        results.append(_trace(module, cls, defaults, list))
+    traces = tuple(t for t in results if isinstance(t, Trace))
+    if not traces:
         # Heads and necks of classifiers take the features in a tuple.
         in_tuple = _trace(module, cls, defaults, tuple)
         if isinstance(in_tuple, Untraceable):
-            raise traces[0]
-        return (in_tuple,)
-    if _tells_apart(functions):
-        traces.append(_trace(module, cls, defaults, list))
-    return tuple(t for t in traces if isinstance(t, Trace))
+            raise results[0]
+        traces = (in_tuple,)
+    return traces
 
 
 def _tells_apart(functions):

@@ -257,6 +257,24 @@ def test_sums_into_the_other_operand_run_as_written():
     torch.testing.assert_close(ours(x), stock(x), rtol=1e-4, atol=1e-5)
 
 
+def test_blocks_that_take_nothing_but_a_list():
+    def forward(self, x):
+        assert isinstance(x, list)
+        return self.body(torch.cat(x, 1))
+
+    ours, stock = make(forward), make(forward)
+    report = convert_model(ours, 'L3')
+    assert report.fused[0].norms == 1
+    x = torch.randn(2, 4, 6, 6)
+    inputs = [x[:, :1], x[:, 1:]]
+    torch.testing.assert_close(
+        ours(inputs), stock(inputs), rtol=1e-4, atol=1e-5
+    )
+    for module in (ours, stock):
+        with pytest.raises(AssertionError):
+            module(x)
+
+
 def test_copies_compute_with_their_own_children():
     block = nn.Sequential(
         nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)
