@@ -2,12 +2,18 @@
 
 from typing import NamedTuple
 
-from torch import fx
+from torch import fx, nn
+from torch.nn.modules import pooling
 
 from ..ops import source_of_input
 from ..registry import default_registry
 from .chain import Layers
+from .eligibility import kind_of
 from .sites import ConvNormAct, Site
+
+
+# Shortcuts that change the resolution have one.
+_POOLS = (pooling._AvgPoolNd, pooling._MaxPoolNd, nn.Identity)
 
 
 def resolve(module, path):
@@ -261,8 +267,24 @@ def _is_pure(item, module, plans):
     """Whether a step depends on nothing but values: no random numbers."""
     if isinstance(item, Site):
         return True
-    return (
-        item.op == 'call_module' and module.get_submodule(item.target) in plans
+    if item.op != 'call_module':
+        return False
+    part = module.get_submodule(item.target)
+    return part in plans and _draws_nothing(part, plans)
+
+
+def _draws_nothing(part, plans):
+    """Whether a part is known to draw no random numbers of torch."""
+    plan = plans.get(part)
+    if plan is None:
+        return isinstance(part, _POOLS) or kind_of(type(part)) is not None
+    return all(
+        step.kind == 'site'
+        or (
+            step.kind == 'call_module'
+            and _draws_nothing(resolve(part, step.target), plans)
+        )
+        for step in plan.steps
     )
 
 

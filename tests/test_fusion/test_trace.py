@@ -275,6 +275,30 @@ def test_blocks_that_take_nothing_but_a_list():
             module(x)
 
 
+def test_random_numbers_are_drawn_in_the_order_of_the_forward_pass():
+    def forward(self, x):
+        y = self.norm(self.conv(self.drop(x)))
+        return self.relu(y + self.shortcut(x))
+
+    def make_block():
+        block = make(forward)
+        block.drop = nn.Dropout(0.5)
+        block.shortcut = nn.Sequential(
+            nn.Dropout(0.5), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+        )
+        return block
+
+    ours, stock = make_block(), make_block()
+    stock.load_state_dict(ours.state_dict())
+    convert_model(ours, 'L3', exclude=['*drop*', 'shortcut.0'])
+    assert is_fused(ours) and is_fused(ours.shortcut)
+    x, outputs = torch.randn(2, 4, 6, 6), []
+    for module in (ours, stock):
+        torch.manual_seed(1)
+        outputs.append(module(x))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
 def test_copies_compute_with_their_own_children():
     block = nn.Sequential(
         nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)
