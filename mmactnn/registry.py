@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from .modules.functions import computes_as, functions_of
+from .modules.functions import computes_as, find_static, functions_of
 
 
 class LayerEntry(NamedTuple):
@@ -185,7 +185,7 @@ class Registry:
             if base in self.adapters:
                 adapter, fingerprints = self.adapters[base]
                 same = all(
-                    inspect.getattr_static(cls, name, None) is value
+                    find_static(cls, name) is value
                     for name, value in adapter._functions.items()
                 )
                 return (adapter, fingerprints) if same else None

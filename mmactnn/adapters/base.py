@@ -9,8 +9,9 @@ import textwrap
 import torch
 from torch import nn
 
+from ..fusion.eligibility import may_fuse
 from ..modules.execution import is_ordinary, is_transformed
-from ..modules.functions import functions_of
+from ..modules.functions import find_static, functions_of
 
 
 class Adapter:
@@ -128,6 +129,10 @@ class Adapter:
         """
         return not fingerprints or fingerprint(cls._functions) in fingerprints
 
+    def may_chain(self):
+        """bool: Whether layers may run together, in this call."""
+        return self.uses_chains and may_fuse()
+
     def _can_adapt(self, args, kwargs):
         if (
             not self.training
@@ -139,7 +144,7 @@ class Adapter:
         cls, own = type(self), self.__dict__
         plain = cls.plain_class
         if any(
-            name in own or inspect.getattr_static(plain, name) is not value
+            name in own or find_static(plain, name) is not value
             for name, value in cls._functions.items()
         ):
             return False

@@ -28,7 +28,7 @@ class FPNAdapter(Adapter):
     def adapted_forward(self, inputs):
         """Merge feature maps from the top down; see ``FPN``."""
         run_laterals = run_outputs = run_each
-        if self.uses_chains:
+        if self.may_chain():
             if '_parallel' not in self.__dict__:
                 self.__dict__['_parallel'] = ParallelConvs(), ParallelConvs()
             run_laterals, run_outputs = self.__dict__['_parallel']

@@ -34,7 +34,7 @@ class QRPNHead(Adapter, RPNHead):
         """See ``RPNHead``."""
         modules = self._modules
         conv, layers = modules['rpn_conv'], None
-        if self.uses_chains and not len(conv._modules):
+        if not len(conv._modules) and self.may_chain():
             layers = [
                 Layers(conv, None, modules['relu'], source_of_input(0)),
                 Layers(modules['rpn_cls'], None, None, 0),
@@ -69,7 +69,7 @@ class QRetinaHead(Adapter, RetinaHead):
             (*self.reg_convs, self.retina_reg),
         )
         layers = [None, None]
-        if self.uses_chains:
+        if self.may_chain():
             layers = [row_of_layers(tower) for tower in towers]
         both = None
         if None not in layers:

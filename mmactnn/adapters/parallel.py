@@ -1,10 +1,11 @@
 """Chains over several feature maps: convolutions and head levels."""
 
 import weakref
+from typing import NamedTuple
 
 from ..fusion.chain import ChainRunner, Layers, count_large
 from ..fusion.eligibility import has_hooks, is_convolution, is_watched
-from ..fusion.plan import append_layers, chain_layers
+from ..fusion.plan import append_layers, chain_layers, resolve
 from ..fusion.runner import plan_to_merge
 from ..fusion.trace import Untraceable, trace_block
 from ..ops import source_of_input
@@ -25,6 +26,37 @@ def run_each(convs, inputs):
     return [conv(inputs.pop()) for conv in convs]
 
 
+class _LoneCall(NamedTuple):
+    """The only call of a module's forward pass.
+
+    Attributes:
+        path (tuple[str], optional): Names that lead to the part that is
+            called; None if the module does more.
+        guards (Guards, optional): What its trace rests on.
+        seen (dict): See :meth:`Guards.hold`.
+    """
+
+    path: tuple | None
+    guards: object
+    seen: dict
+
+
+def _find_lone_call(module):
+    try:
+        (trace,) = trace_block(module, type(module))
+    except (Untraceable, ValueError):
+        return _LoneCall(None, None, {})
+    calls = trace.calls
+    path = None
+    if (
+        len(calls) == 1
+        and calls[0].op == 'call_module'
+        and trace.output.args == calls
+    ):
+        path = tuple(calls[0].target.split('.'))
+    return _LoneCall(path, trace.guards, {})
+
+
 class ParallelConvs:
     """Runs convolutions, each on an input of its own, as one chain.
 
@@ -34,7 +66,7 @@ class ParallelConvs:
 
     def __init__(self):
         self._run_chain = ChainRunner()
-        self._traces = weakref.WeakKeyDictionary()
+        self._lone = weakref.WeakKeyDictionary()
 
     def __reduce__(self):
         return type(self), ()
@@ -66,23 +98,14 @@ class ParallelConvs:
             return module
         if is_watched(module):
             return None
-        cls = type(module)
-        if module not in self._traces:
-            try:
-                (trace,) = trace_block(module, cls)
-            except (Untraceable, ValueError):
-                trace = None
-            self._traces[module] = trace
-        trace = self._traces[module]
-        if (
-            trace is None
-            or len(trace.calls) != 1
-            or trace.calls[0].op != 'call_module'
-            or trace.output.args != trace.calls
-            or not trace.guards.hold(module, cls)
+        lone = self._lone.get(module)
+        if lone is None:
+            lone = self._lone[module] = _find_lone_call(module)
+        if lone.path is None or not lone.guards.hold(
+            module, type(module), lone.seen
         ):
             return None
-        conv = module.get_submodule(trace.calls[0].target)
+        conv = resolve(module, lone.path)
         return conv if is_convolution(conv) else None
 
 

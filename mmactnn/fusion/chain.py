@@ -9,11 +9,11 @@ from ..autograd import run_chain
 from ..autograd.autocast import lower_dtype
 from ..codes.units import MIB
 from ..layers import QReLU
-from ..modules.execution import is_observed, is_ordinary, is_transformed
+from ..modules.execution import is_ordinary
 from ..ops import PARAMETERS
 from ..ops.capture import is_capturing
 from ..ops.quantize import VALID_DTYPES
-from .eligibility import CHAINED_CONVS, NORMS, are_functions_intact
+from .eligibility import CHAINED_CONVS, NORMS
 from .prepared import prepare
 
 # Up to this size of the input of a convolution. A chain saves time on the
@@ -122,7 +122,7 @@ class ChainRunner:
         return type(self), (self._for_each,)
 
     def __call__(self, layers, inputs):
-        """Run the layers.
+        """Run the layers, where :func:`.eligibility.may_fuse` holds.
 
         Args:
             layers (Sequence[Layers]): The layers.
@@ -140,10 +140,7 @@ class ChainRunner:
         if (
             dtype not in VALID_DTYPES
             or not all(map(is_ordinary, inputs))
-            or is_observed()
-            or is_transformed()
             or is_capturing()
-            or not are_functions_intact()
         ):
             return None
         seen = _look(layers)

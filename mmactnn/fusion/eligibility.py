@@ -1,8 +1,8 @@
 """Conditions under which layers may run as part of something larger."""
 
 import functools
-import inspect
 
+import torch
 from torch import nn
 
 from ..layers import (
@@ -19,7 +19,8 @@ from ..layers import (
     QReLU,
     QSyncBatchNorm,
 )
-from ..modules.functions import functions_of
+from ..modules.execution import is_observed, is_transformed
+from ..modules.functions import find_static, functions_of
 
 NORMS = (QBatchNorm, QBatchNorm1d, QBatchNorm2d, QBatchNorm3d, QSyncBatchNorm)
 CHAINED_CONVS = (QConv1d, QConv2d, QConv3d)
@@ -66,6 +67,21 @@ def are_functions_intact():
     return True
 
 
+def may_fuse():
+    """Whether layers may run as part of something larger, now.
+
+    Returns:
+        bool: False where no gradient is recorded, something reads along, or
+        a function of torch's layers was replaced.
+    """
+    return (
+        torch.is_grad_enabled()
+        and not is_transformed()
+        and not is_observed()
+        and are_functions_intact()
+    )
+
+
 @functools.lru_cache(maxsize=1024)
 def kind_of(cls):
     """The compressed or plain layer class that a class computes as.
@@ -80,7 +96,7 @@ def kind_of(cls):
     for base in cls.__mro__:
         if base in NORMS or base in _CONVS or base is QReLU:
             same = all(
-                inspect.getattr_static(cls, name, None) is function
+                find_static(cls, name) is function
                 for name, function in functions_of(base).items()
             )
             return base if same else None

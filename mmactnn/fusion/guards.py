@@ -1,5 +1,6 @@
 """What a trace rests on, compared when its plan runs."""
 
+from operator import is_
 from types import ModuleType
 from typing import NamedTuple
 
@@ -132,10 +133,12 @@ def freeze(value, depth=0):
     if isinstance(value, (list, tuple, dict, set, frozenset)):
         if len(value) <= _MAX_ITEMS and depth < _MAX_DEPTH:
             items = value.items() if isinstance(value, dict) else value
-            return _Frozen(
-                type(value),
-                tuple(freeze(item, depth + 1) for item in items),
-            )
+            frozen = tuple(freeze(item, depth + 1) for item in items)
+            # One that cannot change, nor anything in it, is found again by
+            # its identity.
+            if type(value) is tuple and all(map(is_, value, frozen)):
+                return value
+            return _Frozen(type(value), frozen)
     return value
 
 
@@ -149,7 +152,11 @@ def _equals(value, frozen):
         return all(map(_equals, items, frozen.items))
     if isinstance(frozen, _PLAIN):
         return type(value) is type(frozen) and value == frozen
-    return False
+    return (
+        type(value) is type(frozen) is tuple
+        and len(value) == len(frozen)
+        and all(map(_equals, value, frozen))
+    )
 
 
 def make_guards(module, cls, calls, parts):

@@ -2,12 +2,18 @@
 
 from typing import NamedTuple
 
-from torch import fx
+from torch import fx, nn
+from torch.nn.modules import pooling
 
 from ..ops import source_of_input
 from ..registry import default_registry
 from .chain import Layers
+from .eligibility import kind_of
 from .sites import ConvNormAct, Site
+
+
+# Shortcuts that change the resolution have one.
+_POOLS = (pooling._AvgPoolNd, pooling._MaxPoolNd, nn.Identity)
 
 
 def resolve(module, path):
@@ -261,8 +267,24 @@ def _is_pure(item, module, plans):
     """Whether a step depends on nothing but values: no random numbers."""
     if isinstance(item, Site):
         return True
-    return (
-        item.op == 'call_module' and module.get_submodule(item.target) in plans
+    if item.op != 'call_module':
+        return False
+    part = module.get_submodule(item.target)
+    return part in plans and _draws_nothing(part, plans)
+
+
+def _draws_nothing(part, plans):
+    """Whether a part is known to draw no random numbers of torch."""
+    plan = plans.get(part)
+    if plan is None:
+        return isinstance(part, _POOLS) or kind_of(type(part)) is not None
+    return all(
+        step.kind == 'site'
+        or (
+            step.kind == 'call_module'
+            and _draws_nothing(resolve(part, step.target), plans)
+        )
+        for step in plan.steps
     )
 
 
@@ -362,36 +384,42 @@ def chain_layers(module, plan, start, end, runner_of):
         tuple[list[Layers], list[int]] | None: The layers, and the slots of
         what they read; None if one of the steps does more.
     """
-    layers, inputs, places = [], [], {}
-    for step in plan.steps[start:end]:
-        sources = []
-        for slot in step.args:
-            if slot.index not in places:
-                places[slot.index] = source_of_input(len(inputs))
-                inputs.append(slot.index)
-            sources.append(places[slot.index])
+    layers, sources = [], _Sources()
+    steps = plan.steps[start:end]
+    if not _append_steps(layers, module, steps, sources, runner_of):
+        return None
+    return layers, sources.inputs
+
+
+class _Sources(dict):
+    """Sources of values by slot; those that no step fills are inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.inputs = []
+
+    def __missing__(self, slot):
+        source = self[slot] = source_of_input(len(self.inputs))
+        self.inputs.append(slot)
+        return source
+
+
+def _append_steps(layers, module, steps, sources, runner_of):
+    for step in steps:
+        read = [sources[slot.index] for slot in step.args]
         if step.kind == 'site':
-            layers.append(_layers_of(module, step.target, sources))
-        elif not _append_part(module, step, sources, layers, runner_of):
-            return None
-        places[step.output] = len(layers) - 1
-    return layers, inputs
-
-
-def _layers_of(module, site, sources):
-    conv, norm, act, *_ = members_of(module, site)
-    return Layers(conv, norm, act, *sources)
-
-
-def _append_part(module, step, sources, layers, runner_of):
-    part = resolve(module, step.target)
-    plan = runner_of(part)
-    if plan is None:
-        return False
-    made = chain_layers(part, plan, 0, len(plan.steps), runner_of)
-    if made is None or made[1] != [0]:
-        return False
-    append_layers(layers, made[0], sources[0])
+            conv, norm, act, *_ = members_of(module, step.target)
+            layers.append(Layers(conv, norm, act, *read))
+        else:
+            part = resolve(module, step.target)
+            plan = runner_of(part)
+            # Its only input has the first of its slots.
+            if plan is None or len(plan.names) != 1:
+                return False
+            inner = dict(enumerate(read))
+            if not _append_steps(layers, part, plan.steps, inner, runner_of):
+                return False
+        sources[step.output] = len(layers) - 1
     return True
 
 

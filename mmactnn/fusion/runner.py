@@ -2,9 +2,9 @@
 
 import torch
 
-from ..modules.execution import is_observed, is_ordinary, is_transformed
+from ..modules.execution import is_ordinary
 from .chain import ChainRunner, count_large
-from .eligibility import are_functions_intact, has_hooks, is_watched
+from .eligibility import has_hooks, is_watched, may_fuse
 from .plan import Slot, chain_layers, members_of, resolve
 
 
@@ -49,7 +49,7 @@ class BlockRunner:
             tuple[Plan, list] | None: None if the class's own forward pass
             has to run.
         """
-        if not torch.is_grad_enabled() or is_transformed() or is_observed():
+        if not may_fuse():
             return None
         for plan in self.plans:
             trace = plan.trace
@@ -58,7 +58,6 @@ class BlockRunner:
                 inputs is not None
                 and _fit(inputs, trace.takes)
                 and (module.training or _is_frozen(plan, inputs))
-                and are_functions_intact()
                 and trace.guards.hold(module, cls, self.seen)
             ):
                 return plan, inputs

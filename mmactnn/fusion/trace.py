@@ -1,12 +1,12 @@
 """Block-local traces: the calls of one module's forward pass as a graph."""
 
 import contextlib
+import dataclasses
 import dis
 import functools
 import inspect
 import operator
 import sys
-from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -102,7 +102,8 @@ class Untraceable(Exception):
     """Reason why the forward pass of a module has no trace."""
 
 
-class Trace(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trace:
     """Calls of a module's forward pass.
 
     Attributes:
@@ -123,12 +124,12 @@ class Trace(NamedTuple):
     takes: type
     only_training: bool
 
-    @property
+    @functools.cached_property
     def inputs(self):
         """tuple[fx.Node]: The placeholders."""
         return tuple(n for n in self.nodes if n.op == 'placeholder')
 
-    @property
+    @functools.cached_property
     def calls(self):
         """tuple[fx.Node]: All calls."""
         return tuple(
@@ -181,16 +182,17 @@ def trace_block(module, cls):
             defaults[parameter.name] = parameter.default
     if len(defaults) == len(parameters):
         raise Untraceable('it takes no tensor')
-    traces = [_trace(module, cls, defaults, torch.Tensor)]
-    if isinstance(traces[0], Untraceable):
+    results = [_trace(module, cls, defaults, torch.Tensor)]
+    if _tells_apart(functions):
+        results.append(_trace(module, cls, defaults, list))
+    traces = tuple(t for t in results if isinstance(t, Trace))
+    if not traces:
         # Heads and necks of classifiers take the features in a tuple.
         in_tuple = _trace(module, cls, defaults, tuple)
         if isinstance(in_tuple, Untraceable):
-            raise traces[0]
-        return (in_tuple,)
-    if _tells_apart(functions):
-        traces.append(_trace(module, cls, defaults, list))
-    return tuple(t for t in traces if isinstance(t, Trace))
+            raise results[0]
+        traces = (in_tuple,)
+    return traces
 
 
 def _tells_apart(functions):

@@ -116,7 +116,7 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         """
         count = None
         if self._counts():
-            count = self.num_batches_tracked
+            count = self._buffer('num_batches_tracked')
         return *self._running_stats(), count
 
     def _counts(self):
@@ -209,7 +209,12 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         """
         if self.training and not self.track_running_stats:
             return None, None
-        return self.running_mean, self.running_var
+        return self._buffer('running_mean'), self._buffer('running_var')
+
+    def _buffer(self, name):
+        # Attributes are looked for in several places before this one.
+        buffers = self._buffers
+        return buffers[name] if name in buffers else getattr(self, name)
 
     def uses_batch_stats(self):
         """bool: Whether the statistics are those of the batch."""

@@ -257,6 +257,48 @@ def test_sums_into_the_other_operand_run_as_written():
     torch.testing.assert_close(ours(x), stock(x), rtol=1e-4, atol=1e-5)
 
 
+def test_blocks_that_take_nothing_but_a_list():
+    def forward(self, x):
+        assert isinstance(x, list)
+        return self.body(torch.cat(x, 1))
+
+    ours, stock = make(forward), make(forward)
+    report = convert_model(ours, 'L3')
+    assert report.fused[0].norms == 1
+    x = torch.randn(2, 4, 6, 6)
+    inputs = [x[:, :1], x[:, 1:]]
+    torch.testing.assert_close(
+        ours(inputs), stock(inputs), rtol=1e-4, atol=1e-5
+    )
+    for module in (ours, stock):
+        with pytest.raises(AssertionError):
+            module(x)
+
+
+def test_random_numbers_are_drawn_in_the_order_of_the_forward_pass():
+    def forward(self, x):
+        y = self.norm(self.conv(self.drop(x)))
+        return self.relu(y + self.shortcut(x))
+
+    def make_block():
+        block = make(forward)
+        block.drop = nn.Dropout(0.5)
+        block.shortcut = nn.Sequential(
+            nn.Dropout(0.5), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+        )
+        return block
+
+    ours, stock = make_block(), make_block()
+    stock.load_state_dict(ours.state_dict())
+    convert_model(ours, 'L3', exclude=['*drop*', 'shortcut.0'])
+    assert is_fused(ours) and is_fused(ours.shortcut)
+    x, outputs = torch.randn(2, 4, 6, 6), []
+    for module in (ours, stock):
+        torch.manual_seed(1)
+        outputs.append(module(x))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
 def test_copies_compute_with_their_own_children():
     block = nn.Sequential(
         nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)
