@@ -1,4 +1,4 @@
-"""The split of bits against a heap, brute force and the specification."""
+"""Allocation of bits against a heap, brute force and the specification."""
 
 import heapq
 import itertools

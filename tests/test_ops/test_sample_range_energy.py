@@ -1,4 +1,4 @@
-"""The spread of samples against torch."""
+"""Range energy of samples against torch."""
 
 import math
 
