@@ -2,21 +2,7 @@
 
 from .adapters import Adapter
 from .layers import QuantizedLayer
-from .registry import ADAPTER_NAMES, default_registry
-
-
-def type_names():
-    """Names that configs have for compressed layers and adapters.
-
-    Returns:
-        set[str]: The names, without scope.
-    """
-    names = {
-        name
-        for entry in default_registry.layers.values()
-        for name in entry.names
-    }
-    return names | ADAPTER_NAMES.keys()
+from .registry import default_registry
 
 
 def require_named_layers(model, config, include, exclude):
@@ -32,7 +18,7 @@ def require_named_layers(model, config, include, exclude):
     Raises:
         RuntimeError: If none of the named layers is left in the model.
     """
-    named = _named_types(config, type_names())
+    named = _named_types(config, default_registry.config_names)
     if named and not any(
         isinstance(m, QuantizedLayer) for m in model.modules()
     ):

@@ -57,6 +57,55 @@ class PatternEntry(NamedTuple):
     layers: tuple
 
 
+class AdapterEntry(NamedTuple):
+    """An adapter and the class that it stands for.
+
+    Attributes:
+        adapter (type): Subclass of :class:`mmactnn.adapters.Adapter`.
+        target (type): Class whose instances it adapts.
+        names (tuple[str]): Names in configs.
+        fingerprints (tuple[str]): Known sources of the target.
+    """
+
+    adapter: type
+    target: type
+    names: tuple
+    fingerprints: tuple
+
+
+class ConfigNames:
+    """Base of what takes the names of registered classes for configs."""
+
+    def holder(self, name):
+        """Class of somebody else that a name stands for in configs.
+
+        Args:
+            name (str): The name.
+
+        Returns:
+            object, optional: None if the name is free.
+        """
+        raise NotImplementedError
+
+    def add(self, names, cls):
+        """Let configs name a class.
+
+        Args:
+            names (Sequence[str]): Its names, all of them free.
+            cls (type): The class.
+        """
+        raise NotImplementedError
+
+    def add_lazily(self, name, path):
+        """Let configs name a class that is imported when it is built.
+
+        Args:
+            name (str): Its name.
+            path (str): ``'module:class'``.
+        """
+        raise NotImplementedError
+
+
 class Registry:
     """Registered layers, patterns and adapters.
 
@@ -69,7 +118,8 @@ class Registry:
         self.patterns = {}
         self.adapters = {}
         self._providers = {}
-        self._listeners = []
+        self._provided = {}
+        self._subscribers = []
         self._by_parent = {}
         self._by_alias = {}
 
@@ -100,18 +150,41 @@ class Registry:
         )
         self.layers[layer] = self._by_parent[parent] = entry
         self._by_alias.update(dict.fromkeys(aliases, entry))
-        for listener in self._listeners:
-            listener(entry)
+        for subscriber in self._subscribers:
+            subscriber.add(names, layer)
 
-    def subscribe(self, listener):
-        """Call a function for every layer, registered now or later.
+    @property
+    def config_names(self):
+        """set[str]: Names of all layers and adapters in configs."""
+        entries = (*self.layers.values(), *self.adapters.values())
+        names = {name for entry in entries for name in entry.names}
+        return names | self._provided.keys()
+
+    def subscribe(self, subscriber):
+        """Add names of all layers and adapters, registered now or later.
 
         Args:
-            listener (Callable): Takes a :class:`LayerEntry`.
+            subscriber (ConfigNames): Takes the names.
+
+        Returns:
+            list[str]: Messages about names that others have; the classes
+            keep the rest of theirs.
         """
-        for entry in self.layers.values():
-            listener(entry)
-        self._listeners.append(listener)
+        clashes = []
+
+        def is_free(name):
+            holder = subscriber.holder(name)
+            if holder is not None:
+                clashes.append(f'the name {name!r} is that of {holder!r}')
+            return holder is None
+
+        for name, path in self._provided.items():
+            if is_free(name):
+                subscriber.add_lazily(name, path)
+        for entry in (*self.layers.values(), *self.adapters.values()):
+            subscriber.add(tuple(filter(is_free, entry.names)), entry[0])
+        self._subscribers.append(subscriber)
+        return clashes
 
     def _taken(self, layer, parent, names, aliases):
         if layer in self.layers:
@@ -123,11 +196,18 @@ class Registry:
             if alias in self._by_alias:
                 other = self._by_alias[alias].layer.__name__
                 return f'{alias} has {other} already'
-        used = {n: e for e in self.layers.values() for n in e.names}
+        return self._holder_of(names)
+
+    def _holder_of(self, names):
+        entries = (*self.layers.values(), *self.adapters.values())
+        used = {n: entry[0].__name__ for entry in entries for n in entry.names}
         for name in names:
             if name in used:
-                other = used[name].layer.__name__
-                return f'the name {name!r} is that of {other}'
+                return f'the name {name!r} is that of {used[name]}'
+            for subscriber in self._subscribers:
+                holder = subscriber.holder(name)
+                if holder is not None:
+                    return f'configs have the name {name!r} for {holder!r}'
         return None
 
     def add_pattern(self, match, name, layers):
@@ -146,7 +226,7 @@ class Registry:
             raise ValueError(f'a pattern {name!r} is registered already')
         self.patterns[name] = PatternEntry(match, layers)
 
-    def add_adapter(self, adapter, target, fingerprints):
+    def add_adapter(self, adapter, target, names, fingerprints):
         """See :func:`register_adapter`."""
         if not (isinstance(target, type) and issubclass(target, nn.Module)):
             raise TypeError(
@@ -165,11 +245,21 @@ class Registry:
                 'stands for'
             )
         if target in self.adapters:
-            other = self.adapters[target][0].__name__
+            other = self.adapters[target].adapter.__name__
             raise ValueError(
                 f'{target.__name__} has the adapter {other} already'
             )
-        self.adapters[target] = adapter, tuple(fingerprints)
+        names = (adapter.__name__, *names)
+        taken = self._holder_of(names)
+        if taken:
+            raise ValueError(
+                f'{adapter.__name__} cannot be registered: {taken}'
+            )
+        self.adapters[target] = AdapterEntry(
+            adapter, target, names, tuple(fingerprints)
+        )
+        for subscriber in self._subscribers:
+            subscriber.add(names, adapter)
 
     def find_adapter(self, cls):
         """Find the adapter of a class, or of one that it computes as.
@@ -178,28 +268,34 @@ class Registry:
             cls (type): Class of a module.
 
         Returns:
-            tuple[type, tuple[str]] | None: Adapter and fingerprints.
+            AdapterEntry, optional: None if there is none.
         """
         self._load_providers(cls)
         for base in cls.__mro__:
             if base in self.adapters:
-                adapter, fingerprints = self.adapters[base]
+                entry = self.adapters[base]
                 same = all(
                     find_static(cls, name) is value
-                    for name, value in adapter._functions.items()
+                    for name, value in entry.adapter._functions.items()
                 )
-                return (adapter, fingerprints) if same else None
+                return entry if same else None
         return None
 
-    def add_provider(self, package, module):
+    def add_provider(self, package, module, names=()):
         """Import a module as soon as a model has a class of a package.
 
         Args:
             package (str): Import name of the package.
             module (str): Name of the module, which registers adapters and
                 patterns for classes of the package.
+            names (Sequence[str], optional): Classes of the module that
+                configs can name before it is imported.
         """
         self._providers[package] = module
+        for name in names:
+            self._provided[name] = path = f'{module}:{name}'
+            for subscriber in self._subscribers:
+                subscriber.add_lazily(name, path)
 
     def _load_providers(self, cls):
         for base in cls.__mro__:
@@ -328,14 +424,14 @@ def _add_direct_bases(layer, parent):
 
 
 default_registry = Registry()
-for _package in ('mmcv', 'mmdet', 'mmseg'):
-    default_registry.add_provider(_package, f'mmactnn.adapters.{_package}')
-
-# Names of adapters in configs. Adapters are not imported until needed.
-ADAPTER_NAMES = {
-    'QFPN': 'mmactnn.adapters.mmdet:QFPN',
-    'QRPNHead': 'mmactnn.adapters.mmdet:QRPNHead',
-}
+for _package, _names in {
+    'mmcv': ['QSwish'],
+    'mmdet': ['QFPN', 'QRPNHead', 'QRetinaHead'],
+    'mmseg': [],
+}.items():
+    default_registry.add_provider(
+        _package, f'mmactnn.adapters.{_package}', _names
+    )
 
 
 def is_alias(layer, plain):
@@ -422,13 +518,15 @@ def register_pattern(name, *, layers=()):
     return decorate
 
 
-def register_adapter(target, *, fingerprints=()):
+def register_adapter(target, *, names=(), fingerprints=()):
     """Class decorator: let an adapter take the place of a class.
 
     Args:
         target (type): Class whose instances are adapted, the parent of the
             adapter. Its subclasses are adapted, too, unless they override a
             function that the adapter replaces.
+        names (Sequence[str], optional): Names in configs besides that of the
+            class.
         fingerprints (Sequence[str], optional): Hashes of the sources that
             the adapter was written for, see
             :func:`mmactnn.adapters.base.fingerprint`; with any other source
@@ -441,11 +539,12 @@ def register_adapter(target, *, fingerprints=()):
     Raises:
         TypeError: If the class is no :class:`mmactnn.adapters.Adapter` of
             the target.
-        ValueError: If the target has an adapter already.
+        ValueError: If the target has an adapter already, or configs have a
+            name for something else.
     """
 
     def decorate(adapter):
-        default_registry.add_adapter(adapter, target, fingerprints)
+        default_registry.add_adapter(adapter, target, names, fingerprints)
         return adapter
 
     return decorate

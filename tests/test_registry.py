@@ -1,5 +1,6 @@
 """Registrations that do not fit: one error each, and nothing stays behind."""
 
+import importlib
 import operator
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from torch import fx, nn
 
 from mmactnn import QReLU, SmoothLayer, convert_model
-from mmactnn.adapters import Adapter
+from mmactnn.adapters import Adapter, find_adapters
+from mmactnn.adapters.base import fingerprint
 from mmactnn.fusion import Site
-from mmactnn.registry import Registry, default_registry
+from mmactnn.registry import ConfigNames, Registry, default_registry
 
 
 class Plain(nn.Module):
@@ -214,10 +216,105 @@ class TestAdapters:
     )
     def test_does_not_fit(self, registry, adapter, target, message):
         with pytest.raises(TypeError, match=message):
-            registry.add_adapter(adapter, target, ())
+            registry.add_adapter(adapter, target, (), ())
         assert not registry.adapters
 
     def test_registered_twice(self, registry):
-        registry.add_adapter(QDoubled, Doubled, ())
+        registry.add_adapter(QDoubled, Doubled, (), ())
         with pytest.raises(ValueError, match='has the adapter QDoubled'):
-            registry.add_adapter(QDoubledToo, Doubled, ())
+            registry.add_adapter(QDoubledToo, Doubled, (), ())
+
+    def test_other_sources_are_refused(self, registry):
+        known = fingerprint(QDoubled._functions)
+        for fingerprints, adapted in (
+            ((), True),
+            (['0' * 16, known], True),
+            (['0' * 16], False),
+        ):
+            registry.adapters.clear()
+            registry.add_adapter(QDoubled, Doubled, (), fingerprints)
+            found = find_adapters(nn.Sequential(Doubled()), registry)
+            assert bool(found.plans) is adapted
+            assert bool(found.refused) is not adapted
+        _, reason = found.refused['0']
+        assert 'is not the one that the adapter QDoubled' in reason
+
+    def test_fingerprints_are_of_what_is_computed(self):
+        class Known:
+            def forward(self, x):
+                return self.relu(x + 1)
+
+        class Alike:
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                """Annotated, documented and laid out in another way."""
+                return self.relu(
+                    x + 1  # and commented
+                )
+
+        class Other:
+            def forward(self, x):
+                return self.relu(x + 2)
+
+        known, alike, other = (
+            fingerprint({'forward': cls.forward})
+            for cls in (Known, Alike, Other)
+        )
+        assert known == alike != other
+
+    def test_those_of_the_package_know_the_installed_sources(self):
+        for name in ('mmdet', 'mmseg'):
+            importlib.import_module(f'mmactnn.adapters.{name}')
+        entries = default_registry.adapters.values()
+        assert len(entries) >= 6
+        for entry in entries:
+            assert entry.fingerprints
+            assert entry.adapter.matches_source(entry.fingerprints)
+
+
+class Names(ConfigNames):
+    """Config names in a dict."""
+
+    def __init__(self, **taken):
+        self.names = taken
+
+    def holder(self, name):
+        return self.names.get(name)
+
+    def add(self, names, cls):
+        self.names.update(dict.fromkeys(names, cls))
+
+    def add_lazily(self, name, path):
+        self.names[name] = path
+
+
+class TestConfigNames:
+    def test_of_now_and_of_later(self, registry):
+        names, rule = Names(), lambda call: ()
+        registry.add_layer(QPlain, Plain, ('P',), (), rule, None)
+        assert registry.subscribe(names) == []
+        registry.add_provider('package', 'its.module', ['QThere'])
+        registry.add_adapter(QDoubled, Doubled, ('D',), ())
+        assert names.names == {
+            'QPlain': QPlain,
+            'P': QPlain,
+            'QThere': 'its.module:QThere',
+            'QDoubled': QDoubled,
+            'D': QDoubled,
+        }
+        assert registry.config_names == names.names.keys()
+
+    def test_names_of_others(self, registry):
+        rule = lambda call: ()  # noqa: E731
+        registry.subscribe(Names(QPlain=int, D=str))
+        with pytest.raises(ValueError, match="'QPlain' for <class 'int'>"):
+            registry.add_layer(QPlain, Plain, (), (), rule, None)
+        with pytest.raises(ValueError, match="'D' for <class 'str'>"):
+            registry.add_adapter(QDoubled, Doubled, ('D',), ())
+        assert not registry.layers and not registry.adapters
+
+    def test_names_that_others_had_before(self, registry):
+        names, rule = Names(P=int), lambda call: ()
+        registry.add_layer(QPlain, Plain, ('P',), (), rule, None)
+        (clash,) = registry.subscribe(names)
+        assert clash == "the name 'P' is that of <class 'int'>"
+        assert names.names == {'P': int, 'QPlain': QPlain}

@@ -188,8 +188,24 @@ def derive(adapter, plain):
     return type(plain)(adapter.__name__, (adapter, plain), {})
 
 
+# Fields of a syntax tree that compute nothing, or that some versions of Python
+# lack.
+_NO_CODE = (
+    'annotation',
+    'ctx',
+    'decorator_list',
+    'kind',
+    'returns',
+    'type_comment',
+    'type_ignores',
+    'type_params',
+)
+
+
 def fingerprint(functions):
     """Hash of the sources of functions, without comments and layout.
+
+    It is the same under all versions of Python.
 
     Args:
         functions (dict[str, object]): The functions by name.
@@ -206,17 +222,22 @@ def fingerprint(functions):
             tree = ast.parse(source)
         except (OSError, TypeError, SyntaxError):
             return ''
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef):
-                # Annotations, docstrings and decorators compute nothing.
-                node.returns, node.decorator_list = None, []
-                for argument in ast.walk(node.args):
-                    if isinstance(argument, ast.arg):
-                        argument.annotation = None
-                first = node.body[0]
-                if isinstance(first, ast.Expr) and isinstance(
-                    first.value, ast.Constant
-                ):
-                    node.body = node.body[1:] or [ast.Pass()]
-        texts.append(ast.unparse(tree))
+        texts.append(f'{name}: {_structure(tree)}')
     return hashlib.sha256('\n'.join(texts).encode()).hexdigest()[:16]
+
+
+def _structure(node):
+    """Text of a syntax tree, without docstrings and annotations."""
+    if isinstance(node, list):
+        return f'[{", ".join(map(_structure, node))}]'
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
+        fields['body'] = node.body[1:]
+    texts = [
+        f'{name}={_structure(value)}'
+        for name, value in fields.items()
+        if name not in _NO_CODE and value not in (None, [])
+    ]
+    return f'{type(node).__name__}({", ".join(texts)})'

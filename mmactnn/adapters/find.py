@@ -66,11 +66,11 @@ def find_adapters(model, registry=default_registry):
     for name, module in named_modules(model):
         if isinstance(module, Adapter) or 'forward' in vars(module):
             continue
-        adapter = registry.find_adapter(type(module))
-        if adapter is None:
+        entry = registry.find_adapter(type(module))
+        if entry is None:
             continue
-        target, fingerprints = adapter
-        if not target.matches_source(fingerprints):
+        target = entry.adapter
+        if not target.matches_source(entry.fingerprints):
             refused[name] = (
                 module,
                 'its forward pass is not the one that the adapter '

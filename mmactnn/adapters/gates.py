@@ -9,7 +9,10 @@ from ..registry import register_adapter
 from .base import Adapter
 
 
-@register_adapter(ChannelAttention, fingerprints=())
+# That of MMDetection up to 3.3 has torch.cuda.amp.autocast.
+@register_adapter(
+    ChannelAttention, fingerprints=['45352f2421fef390', '58b690eb4ecc2d81']
+)
 class QChannelAttention(Adapter, ChannelAttention):
     """``ChannelAttention`` whose product is a layer.
 
@@ -31,7 +34,7 @@ class QChannelAttention(Adapter, ChannelAttention):
         return self.gate(x, self.act(self.fc(out)))
 
 
-@register_adapter(SELayer, fingerprints=())
+@register_adapter(SELayer, fingerprints=['3e40790642cd75a0'])
 class QSELayer(Adapter, SELayer):
     """``SELayer`` whose product is a layer.
 

@@ -11,7 +11,7 @@ from .base import Adapter
 from .parallel import HeadLevels, row_of_layers
 
 
-@register_adapter(RPNHead, fingerprints=())
+@register_adapter(RPNHead, fingerprints=['b8c6347d9a2ed90e'])
 class QRPNHead(Adapter, RPNHead):
     """``RPNHead`` whose ReLU is a layer.
 
@@ -47,7 +47,7 @@ class QRPNHead(Adapter, RPNHead):
         return self.rpn_cls(x), self.rpn_reg(x)
 
 
-@register_adapter(RetinaHead, fingerprints=())
+@register_adapter(RetinaHead, fingerprints=['2c082bccd5047d98'])
 class QRetinaHead(Adapter, RetinaHead):
     """``RetinaHead`` whose towers run as one chain.
 

@@ -10,7 +10,7 @@ from .heads import QRetinaHead, QRPNHead
 __all__ = ['QChannelAttention', 'QFPN', 'QRPNHead', 'QRetinaHead', 'QSELayer']
 
 
-@register_adapter(FPN, fingerprints=())
+@register_adapter(FPN, fingerprints=['97e61d45e7708762'])
 class QFPN(FPNAdapter, FPN):
     """``FPN`` whose extra levels come from layers.
 

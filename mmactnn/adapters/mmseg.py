@@ -6,8 +6,8 @@ from ..registry import register_adapter
 from .fpn import FPNAdapter
 
 
-@register_adapter(FPN, fingerprints=())
-class SegFPNAdapter(FPNAdapter, FPN):
+@register_adapter(FPN, fingerprints=['5d9054dbd2c9bbcd'])
+class QSegFPN(FPNAdapter, FPN):
     """MMSegmentation's ``FPN`` whose extra levels come from layers.
 
     Args:

@@ -11,7 +11,6 @@ from .chain import Layers
 from .eligibility import kind_of
 from .sites import ConvNormAct, Site
 
-
 # Shortcuts that change the resolution have one.
 _POOLS = (pooling._AvgPoolNd, pooling._MaxPoolNd, nn.Identity)
 

@@ -7,13 +7,14 @@ registries without any import.
 
 import importlib.metadata
 import pkgutil
+import warnings
 
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import Registry
 
-from ..registry import ADAPTER_NAMES, default_registry
+from ..registry import ConfigNames, default_registry
 
 MODELS = Registry(
     'model', parent=ROOT_MODELS, scope='mmactnn', locations=['mmactnn.layers']
@@ -30,19 +31,35 @@ def _builder(path):
         return pkgutil.resolve_name(path)(*args, **kwargs)
 
     build.__name__ = build.__qualname__ = path.split(':')[-1]
+    build.is_of_mmactnn = True
     return build
 
 
-def _register_layer(entry):
-    """Register a compressed layer for configs."""
-    for registry in (ROOT_MODELS, MODELS):
-        registry.register_module(name=list(entry.names), module=entry.layer)
+class _Names(ConfigNames):
+    """Names in MMEngine's root registry and in our own."""
+
+    def holder(self, name):
+        """See the base class."""
+        found = ROOT_MODELS.module_dict.get(name)
+        # A class replaces the builder that would have imported it.
+        return None if hasattr(found, 'is_of_mmactnn') else found
+
+    def add(self, names, cls):
+        """See the base class."""
+        for registry in (ROOT_MODELS, MODELS):
+            registry.register_module(list(names), force=True, module=cls)
+
+    def add_lazily(self, name, path):
+        """See the base class."""
+        self.add([name], _builder(path))
 
 
-default_registry.subscribe(_register_layer)
-for _registry in (ROOT_MODELS, MODELS):
-    for _name, _path in ADAPTER_NAMES.items():
-        _registry.register_module(name=_name, module=_builder(_path))
+_clashes = default_registry.subscribe(_Names())
+if _clashes:
+    warnings.warn(
+        f"MMEngine's registry has names of ours: {'; '.join(_clashes)}",
+        stacklevel=2,
+    )
 
 
 def register_hook(cls):
