@@ -1,6 +1,6 @@
 """Adapters for modules of other packages that cannot be traced.
 
-The module for another package is imported once a model has a class of that
+The module for a package is imported once a model has a class of that
 package, see :meth:`mmactnn.registry.Registry.add_provider`.
 """
 

@@ -1,4 +1,4 @@
-"""Base class of adapters, which replace classes of other packages."""
+"""Base class of adapters, and fingerprints of the sources they replace."""
 
 import ast
 import functools
@@ -15,14 +15,14 @@ from ..modules.functions import find_static, functions_of
 
 
 class Adapter:
-    """Mixin of classes that compute as their parent, with less memory.
+    """Mixin of subclasses that compute as their parent, with less memory.
 
-    For modules that cannot be traced, such as heads over feature levels.
-    Functions that they call become layers without parameters, which are then
-    converted as any other layer. An adapter has its parent's parameters and
-    ``state_dict`` keys; :meth:`convert_` turns any instance of the parent
-    into an adapter, :meth:`revert_` back. In evaluation, and under tracers and
-    observers, the parent's own forward pass runs.
+    Adapters serve modules that cannot be traced, such as heads over feature
+    levels. Functions that they call become layers without parameters, which
+    are converted like other layers. An adapter has its parent's parameters
+    and ``state_dict`` keys; :meth:`convert_` turns any instance of the parent
+    into an adapter, and :meth:`revert_` turns it back. In evaluation, and
+    under tracers and observers, the parent's own forward pass runs.
 
     Attributes:
         uses_chains (bool): Whether the model's level allows layers to run as
@@ -30,9 +30,9 @@ class Adapter:
     """
 
     uses_chains = True
-    # Methods of the parent that adapted_forward() replaces.
+    # Names of the parent's methods that adapted_forward() replaces.
     replaces = ('forward',)
-    # Names of those layers of make_layers() that are ReLUs right behind a
+    # Names of the layers of make_layers() that are ReLUs right behind a
     # convolution.
     coded_relus = ()
 
@@ -67,34 +67,30 @@ class Adapter:
 
         Returns:
             dict[str, QuantizedLayer]: New layers by their names in the
-            module; empty if no function that it calls keeps tensors.
+            module; empty if the module calls no function that keeps tensors.
         """
         return {}
 
     @classmethod
     def is_complete(cls):
-        """Whether the class defines all that an adapter needs.
+        """Whether the class is a valid adapter.
 
         Returns:
-            bool: False without :meth:`adapted_forward`, or if the parent has
-            no method of a name in ``replaces``.
+            bool: False without :meth:`adapted_forward`, or if the parent
+            lacks a method that is named in ``replaces``.
         """
         return (
             cls.adapted_forward is not Adapter.adapted_forward
             and cls._functions.keys() >= set(cls.replaces)
         )
 
-    @classmethod
-    def fits(cls, module):
-        """Whether an instance of the parent benefits from the adapter.
+    def adapted_forward(self, *args, **kwargs):
+        """Forward pass with the same results as the parent's.
 
         Args:
-            module (nn.Module): The instance.
+            *args: As the parent's.
+            **kwargs: As the parent's.
         """
-        return True
-
-    def adapted_forward(self, *args, **kwargs):
-        """Forward pass with the same results as the parent's."""
         raise NotImplementedError
 
     @classmethod
@@ -121,7 +117,7 @@ class Adapter:
 
     @classmethod
     def matches_source(cls, fingerprints):
-        """Whether the parent has a source that the adapter was written for.
+        """Whether the adapter was written for the parent's source.
 
         Args:
             fingerprints (Sequence[str]): Fingerprints of supported sources,
@@ -130,7 +126,12 @@ class Adapter:
         return not fingerprints or fingerprint(cls._functions) in fingerprints
 
     def may_chain(self):
-        """bool: Whether layers may run together, in this call."""
+        """Whether layers may run as a chain in this call.
+
+        Returns:
+            bool: False if the level has no chains, or where
+            :func:`mmactnn.fusion.eligibility.may_fuse` does not hold.
+        """
         return self.uses_chains and may_fuse()
 
     def _can_adapt(self, args, kwargs):
@@ -164,7 +165,7 @@ def _plain_class(cls):
 
 
 class _PlainClass:
-    """Class attribute: class that :meth:`Adapter.revert_` restores."""
+    """Class attribute with the class that :meth:`Adapter.revert_` restores."""
 
     def __get__(self, instance, owner):
         return _plain_class(owner)
@@ -188,9 +189,9 @@ def derive(adapter, plain):
     return type(plain)(adapter.__name__, (adapter, plain), {})
 
 
-# Fields of a syntax tree that compute nothing, or that some versions of Python
-# lack.
-_NO_CODE = (
+# Fields of a syntax tree that have no effect, or are missing in some versions
+# of Python.
+_IGNORED_FIELDS = (
     'annotation',
     'ctx',
     'decorator_list',
@@ -205,7 +206,7 @@ _NO_CODE = (
 def fingerprint(functions):
     """Hash of the sources of functions, without comments and layout.
 
-    It is the same under all versions of Python.
+    It does not depend on the version of Python.
 
     Args:
         functions (dict[str, object]): The functions by name.
@@ -222,22 +223,22 @@ def fingerprint(functions):
             tree = ast.parse(source)
         except (OSError, TypeError, SyntaxError):
             return ''
-        texts.append(f'{name}: {_structure(tree)}')
+        texts.append(f'{name}: {_dump(tree)}')
     return hashlib.sha256('\n'.join(texts).encode()).hexdigest()[:16]
 
 
-def _structure(node):
+def _dump(node):
     """Text of a syntax tree, without docstrings and annotations."""
     if isinstance(node, list):
-        return f'[{", ".join(map(_structure, node))}]'
+        return f'[{", ".join(map(_dump, node))}]'
     if not isinstance(node, ast.AST):
         return repr(node)
     fields = dict(ast.iter_fields(node))
     if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
         fields['body'] = node.body[1:]
     texts = [
-        f'{name}={_structure(value)}'
+        f'{name}={_dump(value)}'
         for name, value in fields.items()
-        if name not in _NO_CODE and value not in (None, [])
+        if name not in _IGNORED_FIELDS and value not in (None, [])
     ]
     return f'{type(node).__name__}({", ".join(texts)})'

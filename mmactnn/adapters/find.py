@@ -1,4 +1,4 @@
-"""Search for modules of a model that have an adapter."""
+"""Search for the modules of a model that have an adapter."""
 
 from typing import NamedTuple
 
@@ -10,14 +10,14 @@ from .base import Adapter
 
 
 class AdapterPlan(NamedTuple):
-    """A module that is to be adapted.
+    """Plan to adapt a module.
 
     Attributes:
         name (str): Qualified name in the model.
         module (nn.Module): The module, not yet adapted.
         target (type): The adapter.
-        layers (dict[str, nn.Module]): Layers that the module gets, plain
-            ones, by their names in the module.
+        layers (dict[str, nn.Module]): New layers of the module, plain ones,
+            by their names in the module.
     """
 
     name: str
@@ -38,14 +38,15 @@ class AdapterPlan(NamedTuple):
         self.target.convert_(self.module, self.layers)
 
 
-class Adaptable(NamedTuple):
+class FoundAdapters(NamedTuple):
     """Result of a search.
 
     Attributes:
         plans (dict[nn.Module, AdapterPlan]): Plans by module; modules that
             are adapted already have none.
         refused (dict[str, tuple[nn.Module, str]]): Modules whose adapter was
-            written for another forward pass, with the reason, by name.
+            written for another forward pass, with the reason, by qualified
+            name.
     """
 
     plans: dict
@@ -53,14 +54,15 @@ class Adaptable(NamedTuple):
 
 
 def find_adapters(model, registry=default_registry):
-    """Find modules of a model that can be adapted.
+    """Find the modules of a model that can be adapted.
 
     Args:
         model (nn.Module): The model, which is not changed.
-        registry (Registry, optional): Registry of adapters.
+        registry (Registry, optional): Registry of the adapters. Defaults to
+            that of the package.
 
     Returns:
-        Adaptable: The modules.
+        FoundAdapters: The modules.
     """
     plans, refused = {}, {}
     for name, module in named_modules(model):
@@ -82,4 +84,4 @@ def find_adapters(model, registry=default_registry):
             for key, layer in target.make_layers(module).items()
         }
         plans[module] = AdapterPlan(name, module, target, layers)
-    return Adaptable(plans, refused)
+    return FoundAdapters(plans, refused)

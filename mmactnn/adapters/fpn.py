@@ -1,10 +1,10 @@
-"""The feature pyramid that MMDetection and MMSegmentation share."""
+"""Adapter of the feature pyramid of MMDetection and MMSegmentation."""
 
 import torch.nn.functional as F
 
 from ..layers import QMaxPool2d, QReLU
 from .base import Adapter
-from .parallel import ParallelConvs, run_each
+from .parallel import ParallelConvs, run_convs
 
 
 class FPNAdapter(Adapter):
@@ -20,14 +20,14 @@ class FPNAdapter(Adapter):
         extra = module.num_outs - len(module.lateral_convs)
         if extra > 0 and not module.add_extra_convs:
             return dict(extra_pool=QMaxPool2d(1, stride=2))
-        # The first of the extra convolutions reads no ReLU.
+        # There is no ReLU before the first of the extra convolutions.
         if extra > 1 and module.relu_before_extra_convs:
             return dict(extra_relu=QReLU())
         return {}
 
     def adapted_forward(self, inputs):
         """Merge feature maps from the top down; see ``FPN``."""
-        run_laterals = run_outputs = run_each
+        run_laterals = run_outputs = run_convs
         if self.may_chain():
             if '_parallel' not in self.__dict__:
                 self.__dict__['_parallel'] = ParallelConvs(), ParallelConvs()
@@ -42,15 +42,15 @@ def run_fpn(neck, inputs, run_laterals, run_outputs):
         neck (nn.Module): An ``FPN`` that has the layers of
             :meth:`FPNAdapter.make_layers`.
         inputs (Sequence[Tensor[N, C, H, W]]): The maps, the finest first.
-        run_laterals (Callable): Runs the lateral convolutions, with the
-            arguments of :func:`run_each`.
-        run_outputs (Callable): Runs the convolutions of merged maps likewise.
+        run_laterals (Callable): Runs the lateral convolutions; takes the
+            arguments of :func:`run_convs`.
+        run_outputs (Callable): Runs the output convolutions, likewise.
 
     Returns:
         tuple[Tensor[N, O, H, W]]: The merged maps.
 
     Raises:
-        ValueError: If the neck takes another number of inputs.
+        ValueError: If the number of inputs is not that of the neck.
     """
     if len(inputs) != len(neck.in_channels):
         raise ValueError(
@@ -83,13 +83,13 @@ def run_fpn(neck, inputs, run_laterals, run_outputs):
 
 
 def _merge(neck, laterals):
-    """Add to each lateral map those of coarser levels."""
+    """Add the coarser maps to each lateral map."""
     for i in range(len(laterals) - 1, 0, -1):
         size = None
         if 'scale_factor' not in neck.upsample_cfg:
             size = laterals[i - 1].shape[2:]
-        # In place of the upsampled map, to which nothing else refers. An
-        # activation or a hook may have kept the lateral one.
+        # The sum overwrites the upsampled map, to which nothing else refers.
+        # An activation or a hook may have kept the lateral map.
         merged = F.interpolate(laterals[i], size=size, **neck.upsample_cfg)
         merged += laterals[i - 1]
         laterals[i - 1] = merged

@@ -1,4 +1,4 @@
-"""Adapters of MMDetection's attention, whose products become layers."""
+"""Adapters of MMDetection's channel attention."""
 
 import torch
 from mmdet.models.layers import SELayer
@@ -9,7 +9,7 @@ from ..registry import register_adapter
 from .base import Adapter
 
 
-# That of MMDetection up to 3.3 has torch.cuda.amp.autocast.
+# The first source, up to MMDetection 3.3, uses torch.cuda.amp.autocast.
 @register_adapter(
     ChannelAttention, fingerprints=['45352f2421fef390', '58b690eb4ecc2d81']
 )

@@ -2,13 +2,13 @@
 
 from mmdet.models.dense_heads import RetinaHead, RPNHead
 
-from ..fusion.chain import ChainRunner, Layers
+from ..fusion.chain import ChainLayer, ChainRunner
 from ..fusion.plan import append_layers
 from ..layers import QReLU
 from ..ops import source_of_input
 from ..registry import register_adapter
 from .base import Adapter
-from .parallel import HeadLevels, row_of_layers
+from .parallel import HeadRunner, layers_of_sequence
 
 
 @register_adapter(RPNHead, fingerprints=['b8c6347d9a2ed90e'])
@@ -36,11 +36,11 @@ class QRPNHead(Adapter, RPNHead):
         conv, layers = modules['rpn_conv'], None
         if not len(conv._modules) and self.may_chain():
             layers = [
-                Layers(conv, None, modules['relu'], source_of_input(0)),
-                Layers(modules['rpn_cls'], None, None, 0),
-                Layers(modules['rpn_reg'], None, None, 0),
+                ChainLayer(conv, None, modules['relu'], source_of_input(0)),
+                ChainLayer(modules['rpn_cls'], None, None, 0),
+                ChainLayer(modules['rpn_reg'], None, None, 0),
             ]
-        return _levels_of(self)(layers, x, self._run_level)
+        return _runner_of(self)(layers, x, self._run_level)
 
     def _run_level(self, x):
         x = self.relu(self.rpn_conv(x))
@@ -51,9 +51,9 @@ class QRPNHead(Adapter, RPNHead):
 class QRetinaHead(Adapter, RetinaHead):
     """``RetinaHead`` whose towers run as one chain.
 
-    For small feature maps a tower takes the host longer than the GPU. Both
-    towers, with the convolutions behind them, run as one chain over all small
-    levels. For a large level each tower is a chain.
+    For small feature maps the host limits the speed of a tower. Both towers,
+    with the convolutions behind them, run as one chain over all small levels.
+    For a large level each tower is a chain.
 
     Args:
         *args: As ``RetinaHead``.
@@ -70,7 +70,7 @@ class QRetinaHead(Adapter, RetinaHead):
         )
         layers = [None, None]
         if self.may_chain():
-            layers = [row_of_layers(tower) for tower in towers]
+            layers = [layers_of_sequence(tower) for tower in towers]
         both = None
         if None not in layers:
             both = []
@@ -83,7 +83,7 @@ class QRetinaHead(Adapter, RetinaHead):
                 for k, tower in enumerate(towers)
             ]
 
-        return _levels_of(self)(both, x, run_level)
+        return _runner_of(self)(both, x, run_level)
 
     def _run_tower(self, k, tower, layers, x):
         if layers is not None:
@@ -98,5 +98,5 @@ class QRetinaHead(Adapter, RetinaHead):
         return x
 
 
-def _levels_of(head):
-    return head.__dict__.setdefault('_head_levels', HeadLevels())
+def _runner_of(head):
+    return head.__dict__.setdefault('_head_runner', HeadRunner())

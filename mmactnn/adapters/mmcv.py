@@ -1,4 +1,4 @@
-"""Support of MMCV, imported once a model has one of its classes."""
+"""Layers for MMCV, imported once a model has one of its classes."""
 
 from mmcv.cnn.bricks.swish import Swish
 

@@ -1,4 +1,4 @@
-"""Support of MMDetection, imported once a model has one of its classes."""
+"""Adapters for MMDetection, imported once a model has one of its classes."""
 
 from mmdet.models.necks import FPN
 

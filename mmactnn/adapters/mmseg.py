@@ -1,4 +1,4 @@
-"""Support of MMSegmentation, imported once a model has one of its classes."""
+"""Adapters for MMSegmentation, imported once a model has its classes."""
 
 from mmseg.models.necks import FPN
 

@@ -1,17 +1,17 @@
-"""Chains over several feature maps: convolutions and head levels."""
+"""Chains over several feature maps: parallel convolutions, and heads."""
 
 import weakref
 from typing import NamedTuple
 
-from ..fusion.chain import ChainRunner, Layers, count_large
-from ..fusion.eligibility import has_hooks, is_convolution, is_watched
-from ..fusion.plan import append_layers, chain_layers, resolve
+from ..fusion.chain import ChainLayer, ChainRunner, count_oversized
+from ..fusion.eligibility import has_hooks, is_convolution, is_instrumented
+from ..fusion.plan import append_layers, collect_layers, resolve
 from ..fusion.runner import plan_to_merge
-from ..fusion.trace import Untraceable, trace_block
+from ..fusion.trace import UntraceableError, trace_block
 from ..ops import source_of_input
 
 
-def run_each(convs, inputs):
+def run_convs(convs, inputs):
     """Run convolutions, each on an input of its own.
 
     Args:
@@ -26,26 +26,26 @@ def run_each(convs, inputs):
     return [conv(inputs.pop()) for conv in convs]
 
 
-class _LoneCall(NamedTuple):
-    """The only call of a module's forward pass.
+class _SingleCall(NamedTuple):
+    """Forward pass that consists of a single call.
 
     Attributes:
         path (tuple[str], optional): Names that lead to the part that is
-            called; None if the module does more.
-        guards (Guards, optional): What its trace rests on.
-        seen (dict): See :meth:`Guards.hold`.
+            called; None if the forward pass is no single call.
+        guards (Guards, optional): Guards of the trace.
+        last_parts (dict): See :meth:`Guards.hold`.
     """
 
     path: tuple | None
     guards: object
-    seen: dict
+    last_parts: dict
 
 
-def _find_lone_call(module):
+def _find_single_call(module):
     try:
         (trace,) = trace_block(module, type(module))
-    except (Untraceable, ValueError):
-        return _LoneCall(None, None, {})
+    except (UntraceableError, ValueError):
+        return _SingleCall(None, None, {})
     calls = trace.calls
     path = None
     if (
@@ -54,70 +54,71 @@ def _find_lone_call(module):
         and trace.output.args == calls
     ):
         path = tuple(calls[0].target.split('.'))
-    return _LoneCall(path, trace.guards, {})
+    return _SingleCall(path, trace.guards, {})
 
 
 class ParallelConvs:
     """Runs convolutions, each on an input of its own, as one chain.
 
-    Convolutions of the largest inputs run alone. Copies and pickles start
-    afresh.
+    Convolutions of the largest inputs run by themselves. Copies and pickles
+    start without a plan.
     """
 
     def __init__(self):
         self._run_chain = ChainRunner()
-        self._lone = weakref.WeakKeyDictionary()
+        self._single_calls = weakref.WeakKeyDictionary()
 
     def __reduce__(self):
         return type(self), ()
 
     def __call__(self, convs, inputs):
-        """See :func:`run_each`; the largest input is first."""
+        """See :func:`run_convs`; the largest input is first."""
         # A slice of an nn.ModuleList would be a new module.
-        convs, alone = list(convs), count_large(inputs)
-        rest = inputs[alone:]
-        del inputs[alone:]
-        outputs = run_each(convs[:alone], inputs)
+        convs, oversized = list(convs), count_oversized(inputs)
+        rest = inputs[oversized:]
+        del inputs[oversized:]
+        outputs = run_convs(convs[:oversized], inputs)
         if rest:
-            outputs += self._run_rest(convs[alone:], rest)
+            outputs += self._run_rest(convs[oversized:], rest)
         return outputs
 
-    def _run_rest(self, convs, inputs):
-        lone = [self._lone_conv(conv) for conv in convs]
-        if None in lone:
-            return run_each(convs, inputs)
-        layers = [
-            Layers(conv, None, None, source_of_input(i))
-            for i, conv in enumerate(lone)
-        ]
-        return list(self._run_chain(layers, inputs) or run_each(convs, inputs))
+    def _run_rest(self, modules, inputs):
+        convs = [self._find_conv(module) for module in modules]
+        outputs = None
+        if None not in convs:
+            layers = [
+                ChainLayer(conv, None, None, source_of_input(i))
+                for i, conv in enumerate(convs)
+            ]
+            outputs = self._run_chain(layers, inputs)
+        return list(outputs or run_convs(modules, inputs))
 
-    def _lone_conv(self, module):
-        """The convolution, if a module consists of nothing else, or None."""
+    def _find_conv(self, module):
+        """Convolution that is all of a module's forward pass, or None."""
         if is_convolution(module):
             return module
-        if is_watched(module):
+        if is_instrumented(module):
             return None
-        lone = self._lone.get(module)
-        if lone is None:
-            lone = self._lone[module] = _find_lone_call(module)
-        if lone.path is None or not lone.guards.hold(
-            module, type(module), lone.seen
+        call = self._single_calls.get(module)
+        if call is None:
+            call = self._single_calls[module] = _find_single_call(module)
+        if call.path is None or not call.guards.hold(
+            module, type(module), call.last_parts
         ):
             return None
-        conv = resolve(module, lone.path)
+        conv = resolve(module, call.path)
         return conv if is_convolution(conv) else None
 
 
-class HeadLevels:
+class HeadRunner:
     """Runs the layers of a head with two outputs over feature levels.
 
-    All levels run as one chain, except for the largest ones if their maps or
+    All levels run as one chain, without the largest ones if their maps or
     outputs are too large.
     """
 
     def __init__(self):
-        # Keys are numbers of levels.
+        # Runners by number of levels.
         self._chains = {}
 
     def __reduce__(self):
@@ -127,28 +128,28 @@ class HeadLevels:
         """Run the layers.
 
         Args:
-            layers (Sequence[Layers], optional): The layers, with two outputs;
-                None if they do not run as a chain.
-            feats (Sequence[Tensor[N, C, H, W]]): The levels, the largest
+            layers (Sequence[ChainLayer], optional): The layers, with two
+                outputs; None if they do not run as a chain.
+            feats (Sequence[Tensor[N, C, H, W]]): Feature maps, the largest
                 first.
-            run_level (Callable): Runs the layers for one level, and returns
+            run_level (Callable): Runs the layers for one map, and returns
                 both outputs.
 
         Returns:
             tuple[list[Tensor[N, O, H, W]], list[Tensor[N, P, H, W]]]: The
             outputs, as heads of MMDetection return them.
         """
-        alone = len(feats) if layers is None else count_large(feats)
-        outputs = [run_level(x) for x in feats[:alone]]
-        while alone < len(feats):
-            rest = list(feats[alone:])
+        done = len(feats) if layers is None else count_oversized(feats)
+        outputs = [run_level(x) for x in feats[:done]]
+        while done < len(feats):
+            rest = list(feats[done:])
             run_chain = self._chains.setdefault(
                 len(rest), ChainRunner(for_each=True)
             )
             flat = run_chain(layers, rest)
             if run_chain.too_large:
                 outputs.append(run_level(rest[0]))
-                alone += 1
+                done += 1
                 continue
             if flat is None:
                 outputs += [run_level(x) for x in rest]
@@ -165,33 +166,36 @@ def layers_of(module):
         module (nn.Module): A convolution, or a fused block of one input.
 
     Returns:
-        list[Layers], optional: None if it does more, or if hooks or patches
-        could tell the difference.
+        list[ChainLayer], optional: None if a chain cannot run the module, or
+        if it has hooks or patches.
     """
     if next(module.children(), None) is None:
-        return [Layers(module, None, None, source_of_input(0))]
+        return [ChainLayer(module, None, None, source_of_input(0))]
     plan = plan_to_merge(module)
     if plan is None or has_hooks(module):
         return None
-    made = chain_layers(module, plan, 0, len(plan.steps), plan_to_merge)
-    return None if made is None or made[1] != [0] else made[0]
+    found = collect_layers(module, plan, 0, len(plan.steps), plan_to_merge)
+    if found is None:
+        return None
+    layers, input_slots = found
+    return layers if input_slots == [0] else None
 
 
-def row_of_layers(modules):
-    """Layers of modules that follow one another.
+def layers_of_sequence(modules):
+    """Layers of modules that run one after the other, as in a tower.
 
     Args:
         modules (Sequence[nn.Module]): The modules.
 
     Returns:
-        list[Layers], optional: None if one of them does more.
+        list[ChainLayer], optional: None if a chain cannot run one of them,
+        see :func:`layers_of`.
     """
     layers = []
     for module in modules:
-        own = layers_of(module)
-        if own is None:
+        others = layers_of(module)
+        if others is None:
             return None
-        append_layers(
-            layers, own, len(layers) - 1 if layers else source_of_input(0)
-        )
+        source = len(layers) - 1 if layers else source_of_input(0)
+        append_layers(layers, others, source)
     return layers

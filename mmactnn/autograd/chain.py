@@ -40,8 +40,9 @@ class Chain(NamedTuple):
 
     Attributes:
         plan (ChainPlan): The steps.
-        readers (list[LayerQuantizer | None]): For each input the settings of
-            the convolution that keeps it; None where it is only added.
+        input_quantizers (list[LayerQuantizer | None]): For each input the
+            quantizer of the convolution that keeps it; None for an input
+            that is only added.
         output_payloads (list[OutputPayload | None]): Payloads of the outputs;
             None where the next layer has to make one.
         casts (bool): Whether parameters have other dtypes than the op takes.
@@ -51,7 +52,7 @@ class Chain(NamedTuple):
     """
 
     plan: ops.ChainPlan
-    readers: list
+    input_quantizers: list
     output_payloads: list
     casts: bool
     generator: object
@@ -65,21 +66,21 @@ class _Call(NamedTuple):
         chain (Chain): The layers.
         dtype (torch.dtype, optional): That of autocast.
         buffers (list[Tensor | None]): See :func:`mmactnn.ops.conv_chain`.
-        made (list[Payload | None]): Payloads of the outputs, from the
+        payloads (list[Payload | None]): Payloads of the outputs, from the
             forward pass.
     """
 
     chain: Chain
     dtype: torch.dtype | None
     buffers: list
-    made: list
+    payloads: list
 
 
 class _Chain(Function):
     @staticmethod
     def forward(ctx, call, *tensors):
         chain = call.chain
-        count = len(chain.readers)
+        count = len(chain.input_quantizers)
         inputs, parameters = tensors[:count], tensors[count:]
         xs = inputs
         if call.dtype is not None:
@@ -87,7 +88,7 @@ class _Chain(Function):
         dtype, device = xs[0].dtype, xs[0].device
         ctx.casts = chain.casts or call.dtype is not None
         cast = _cast(parameters, dtype) if ctx.casts else parameters
-        payloads = _InputPayloads(chain.readers, inputs, xs)
+        payloads = _InputPayloads(chain.input_quantizers, inputs, xs)
         seed, offset, _ = chain.generator.next(
             device, payloads.draws + chain.plan.draws
         )
@@ -101,11 +102,11 @@ class _Chain(Function):
             offset=offset,
         )
         payloads.take(codes)
-        call.made.extend(
+        call.payloads.extend(
             spec and _output_payload(spec, output, own, cast)
             for output, spec in zip(outputs, chain.output_payloads)
         )
-        ctx.adaptive = _first_layer_bits(chain.readers)
+        ctx.adaptive = _first_layer_bits(chain.input_quantizers)
         ctx.probe = None
         if chain.observed:
             ctx.probe = payloads.probe()
@@ -151,7 +152,8 @@ class _InputPayloads:
     """Payloads of the inputs of a call.
 
     Args:
-        readers (list[LayerQuantizer | None]): See :class:`Chain`.
+        quantizers (list[LayerQuantizer | None]): Quantizer of each input, see
+            :attr:`Chain.input_quantizers`.
         inputs (Sequence[Tensor[N, *]]): The inputs.
         xs (Sequence[Tensor[N, *]]): The inputs, cast to autocast's dtype.
 
@@ -163,23 +165,25 @@ class _InputPayloads:
         draws (int): Number of payloads that the op makes.
     """
 
-    def __init__(self, readers, inputs, xs):
+    def __init__(self, quantizers, inputs, xs):
         self.payloads, self.encodings, self.draws = [], [], 0
-        self._first, self._is_first, self._xs = readers[0], False, xs
+        self._first, self._is_first, self._xs = quantizers[0], False, xs
         self._missing = []
-        for reader, input, x in zip(readers, inputs, xs):
+        for quantizer, input, x in zip(quantizers, inputs, xs):
             payload, encoding = None, ops.NOT_ENCODED
-            if reader is not None:
-                payload = reader.find_shared(input, x)
+            if quantizer is not None:
+                payload = quantizer.find_shared(input, x)
                 if payload is None:
                     self._is_first |= not self.payloads
-                    own = reader.encoding(x.shape[0])
+                    own = quantizer.encoding(x.shape[0])
                     if own is None or dense_rows(x) is not x:
                         # The op cannot make it.
-                        payload = reader.publish(input, x, reader.pack(x))
+                        payload = quantizer.publish(
+                            input, x, quantizer.pack(x)
+                        )
                     else:
                         place = len(self.payloads)
-                        self._missing.append((place, reader, input, x, own))
+                        self._missing.append((place, quantizer, input, x, own))
                         encoding = own
                         self.draws += 1
             self.payloads.append(payload)
@@ -192,13 +196,13 @@ class _InputPayloads:
             codes (Sequence[Tensor]): Second result of the op.
         """
         begin = 0
-        for place, reader, input, x, encoding in self._missing:
+        for place, quantizer, input, x, encoding in self._missing:
             end, bits = begin + encoding.num_tensors, encoding.bits
             if encoding.kind is ops.PayloadKind.ROWS:
                 bits /= x.shape[0]
             format = PayloadFormat.of(x, bits, encoding.group_size)
             payload = QuantizedTensor(format, *codes[begin:end])
-            self.payloads[place] = reader.publish(input, x, payload)
+            self.payloads[place] = quantizer.publish(input, x, payload)
             begin = end
 
     def probe(self):
@@ -233,9 +237,9 @@ class _InputPayloads:
         return codes, formats
 
 
-def _first_layer_bits(readers):
+def _first_layer_bits(quantizers):
     """Adaptive bits of any of the layers; None if bits are fixed."""
-    found = (reader and reader.layer_bits for reader in readers)
+    found = (q and q.layer_bits for q in quantizers)
     return next((bits for bits in found if bits is not None), None)
 
 
@@ -286,8 +290,8 @@ def run_chain(chain, inputs, parameters, buffers, dtype):
     outputs = _Chain.apply(call, *inputs, *parameters)
     if not isinstance(outputs, tuple):
         outputs = (outputs,)
-    cache = next(r for r in chain.readers if r is not None).cache
-    for output, payload in zip(outputs, call.made):
+    cache = next(q for q in chain.input_quantizers if q is not None).cache
+    for output, payload in zip(outputs, call.payloads):
         if payload is not None:
             cache.put(output, payload)
     return outputs

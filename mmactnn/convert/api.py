@@ -10,7 +10,7 @@ from ..codes.cache import PayloadCache
 from ..codes.quantizer import LayerQuantizer, OwnSettings
 from ..codes.units import MIB
 from ..config import DEFAULT_LEVEL, get_level
-from ..fusion import Found, find_fusions, fuse, is_fused, unfuse
+from ..fusion import FoundFusions, find_fusions, fuse, is_fused, unfuse
 from ..layers import QuantizedLayer
 from ..modules.naming import named_modules
 from ..modules.sharing import alias_of, shared_layers
@@ -278,7 +278,7 @@ def _coded_relus(plans, level):
 def _is_lone(fusion):
     """Whether a block is one convolution with its epilogue."""
     (plan, *_) = fusion.runner.plans
-    return len(plan.steps) == 1 and plan.is_simple
+    return len(plan.steps) == 1 and plan.is_mergeable
 
 
 def _set_chains(model, uses_chains):
@@ -416,7 +416,7 @@ def _find_fusions(model, level, chosen):
         if fuses and (rule is None or rule.bits is not None):
             targets[module] = target
     if not targets:
-        return Found({}, {})
+        return FoundFusions({}, {})
     return find_fusions(model, targets.get)
 
 

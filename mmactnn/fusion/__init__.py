@@ -1,20 +1,20 @@
-"""Blocks whose convolutions, normalisations, additions and ReLUs run as one.
+"""Fusion of convolutions, normalisations, additions and ReLUs.
 
-The forward pass of a block is traced when a model is converted; patterns over
-the trace find the places that kernels and chains stand for. What a trace rests
-on is compared whenever the block runs: where anything differs, and where
-somebody sees the tensors in between, the block's own forward pass runs.
+The forward pass of a block is traced when a model is converted, and patterns
+over the trace find the sites that kernels and chains replace. The guards of a
+trace are checked at every call: where one of them differs, or a hook needs the
+tensors in between, the block's own forward pass runs.
 """
 
 from .block import fuse, is_fused, plain_class_of, unfuse
-from .find import Found, Fusion, find_fusions, plan_again
+from .find import FoundFusions, Fusion, find_fusions, plan_again
 from .patterns import Block
 from .sites import ConvNormAct, Site
 
 __all__ = [
     'Block',
     'ConvNormAct',
-    'Found',
+    'FoundFusions',
     'Fusion',
     'Site',
     'find_fusions',
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def remove_fusions(model):
-    """Let all modules of a model compute by themselves again.
+    """Unfuse all blocks of a model, in place.
 
     Args:
         model (nn.Module): The model.

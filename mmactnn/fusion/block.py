@@ -1,4 +1,4 @@
-"""Fused blocks: modules whose class runs a plan in training."""
+"""Classes of fused blocks, whose forward pass runs a plan in training."""
 
 import functools
 
@@ -9,11 +9,11 @@ from ..modules.execution import call_outside_graph
 
 
 class FusedBlock:
-    """Mixin of the classes that fused blocks have.
+    """Mixin of the classes of fused blocks.
 
-    The class has the name, and with it the signature and the checks by name,
-    of the one that it stands for; its forward pass runs the plan where nobody
-    can tell, and that of its parent otherwise.
+    The class has the name and the signature of its parent, so that checks
+    by name go on to work. Its forward pass runs the plan where the result is
+    the same and no hook misses a call, and the parent's otherwise.
 
     Attributes:
         plain_class (type): Class of the block before it was fused.
@@ -27,13 +27,13 @@ class FusedBlock:
 
 @functools.cache
 def fused_class(cls):
-    """The class that a fused block has.
+    """The class of fused blocks for a plain class.
 
     Args:
-        cls (type): Its class before.
+        cls (type): Class of the block before it was fused.
 
     Returns:
-        type: A subclass, always the same one.
+        type: A subclass of it, the same at every call.
     """
 
     @functools.wraps(cls.forward)
@@ -85,13 +85,13 @@ def is_fused(module):
 
 
 def plain_class_of(module):
-    """The class that a module has when it is not fused.
+    """The class of a module without fusion.
 
     Args:
         module (nn.Module): The module.
 
     Returns:
-        type: Its class, or the one before it was fused.
+        type: Its class; that before the fusion if it is fused.
     """
     if isinstance(module, FusedBlock):
         return module.plain_class
@@ -103,12 +103,12 @@ def fuse(module, runner):
 
     Args:
         module (nn.Module): The module.
-        runner (BlockRunner): What runs it.
+        runner (BlockRunner): Runner of its plans.
     """
     cls = type(module)
     if not isinstance(module, FusedBlock):
         replace_class(module, cls, fused_class(cls))
-    # Past nn.Module's own check of what is assigned.
+    # Bypasses the checks of nn.Module.__setattr__.
     module.__dict__['_fused'] = runner
 
 

@@ -13,24 +13,24 @@ from ..modules.execution import is_ordinary
 from ..ops import PARAMETERS
 from ..ops.capture import is_capturing
 from ..ops.quantize import VALID_DTYPES
+from .chain_plan import plan_chain
 from .eligibility import CHAINED_CONVS, NORMS
-from .prepared import prepare
 
-# Up to this size of the input of a convolution. A chain saves time on the
-# host, which GPUs wait for at tensors smaller than this, and costs memory: the
-# gradients of its outputs live until the backward pass is through. All inputs
-# that it keeps, and all of several outputs, are no larger either.
+# Limit for the input of a convolution, for the sum of the inputs that a chain
+# keeps, and for the sum of several outputs. A chain saves time on the host,
+# which GPUs wait for at tensors smaller than this, and costs memory: the
+# gradients of its outputs live until the backward pass has ended.
 _MAX_BYTES = 128 * MIB
 
-# What prepare() and the rest here depend on, of a layer and its settings. Read
-# at every call, hence by what takes the least time.
+# State of a layer and its settings on which an execution plan depends. It is
+# read at every call, hence with as few operations as possible.
 _HOOKS = itemgetter(
     '_forward_hooks',
     '_forward_pre_hooks',
     '_backward_hooks',
     '_backward_pre_hooks',
 )
-_OF_CONV = itemgetter(
+_CONV_STATE = itemgetter(
     'training',
     'stride',
     'padding',
@@ -42,11 +42,11 @@ _OF_CONV = itemgetter(
     'out_channels',
     'quantizer',
 )
-_OF_NORM = itemgetter(
+_NORM_STATE = itemgetter(
     'training', 'momentum', 'eps', 'track_running_stats', 'quantizer'
 )
-_OF_RELU = itemgetter('training', 'quantizer')
-_OF_QUANTIZER = itemgetter(
+_RELU_STATE = itemgetter('training', 'quantizer')
+_QUANTIZER_STATE = itemgetter(
     'bits',
     'group_size',
     'generator',
@@ -58,15 +58,15 @@ _OF_QUANTIZER = itemgetter(
 )
 
 
-def count_large(inputs):
-    """How many feature maps are left out so that a chain takes the rest.
+def count_oversized(inputs):
+    """Number of leading feature maps that are too large for one chain.
 
     Args:
         inputs (Sequence[Tensor[N, C, *]]): The maps, the largest first.
 
     Returns:
-        int: The number of the first maps; all of them if even the last is
-        too large.
+        int: Number of maps to leave out so that the others fit together; all
+        of them if even the last one is too large.
     """
     total = sum(x.nbytes for x in inputs)
     for i, x in enumerate(inputs):
@@ -76,36 +76,37 @@ def count_large(inputs):
     return len(inputs)
 
 
-class Layers(NamedTuple):
-    """A convolution and what follows it.
+class ChainLayer(NamedTuple):
+    """Layer of a chain: a convolution with its normalisation and ReLU.
 
     Attributes:
-        conv (nn.Module, optional): A convolution; None if there is none, and
-            no chain ...
-        norm (nn.Module, optional): ... the normalisation of its output ...
-        relu (nn.Module, optional): ... and the ReLU of that. Only those that
-            no other layers read may have none.
-        source (int): What they read: the output of layers before them, by
-            their index, or an input (:func:`mmactnn.ops.source_of_input`).
-        added (int, optional): What is added before the ReLU, likewise.
+        conv (nn.Module, optional): The convolution; None, which no chain
+            supports, if the block has lost it.
+        norm (nn.Module, optional): Normalisation of its output.
+        relu (nn.Module, optional): ReLU of that. A layer without one must not
+            be read by other layers.
+        source (int): Value that it reads: the output of an earlier layer, by
+            its index, or an input (:func:`mmactnn.ops.source_of_input`).
+        residual (int, optional): Value that is added before the ReLU,
+            likewise.
     """
 
     conv: nn.Module
     norm: nn.Module | None
     relu: nn.Module | None
     source: int
-    added: int | None = None
+    residual: int | None = None
 
 
 class ChainRunner:
-    """Runs layers as one node of the graph, if nobody can tell.
+    """Runs layers as one node of the graph.
 
-    Keeps what it has made of the layers until something about them changes.
-    Copies and pickles start anew.
+    The execution plan is cached until the state of a layer changes. Copies
+    and pickles start without one.
 
     Args:
         for_each (bool, optional): Whether the layers, which read one input,
-            run for each of the inputs that they get. Defaults to False.
+            run for each of the inputs of a call. Defaults to False.
 
     Attributes:
         too_large (bool): Whether the last call has run nothing for the sizes
@@ -116,7 +117,7 @@ class ChainRunner:
         self.too_large = False
         self._for_each = for_each
         self._state = None
-        self._prepared = None
+        self._plan = None
 
     def __reduce__(self):
         return type(self), (self._for_each,)
@@ -125,11 +126,11 @@ class ChainRunner:
         """Run the layers, where :func:`.eligibility.may_fuse` holds.
 
         Args:
-            layers (Sequence[Layers]): The layers.
-            inputs (Sequence[Tensor[N, C, *]]): What they read.
+            layers (Sequence[ChainLayer]): The layers.
+            inputs (Sequence[Tensor[N, C, *]]): Their inputs.
 
         Returns:
-            tuple[Tensor[N, O, *]], optional: The outputs of those that no
+            tuple[Tensor[N, O, *]], optional: Outputs of the layers that no
             others read, input by input; None if the layers have to run one
             by one, and nothing has happened yet.
         """
@@ -143,54 +144,55 @@ class ChainRunner:
             or is_capturing()
         ):
             return None
-        seen = _look(layers)
-        if seen is None:
+        found = _read_state(layers)
+        if found is None:
             return None
-        state, parameters, buffers = seen
+        state, parameters, buffers = found
         state.append(len(inputs))
         if state != self._state:
             repeats = len(inputs) if self._for_each else 1
-            self._prepared = prepare(layers, repeats)
+            self._plan = plan_chain(layers, repeats)
             self._state = state
-        prepared = self._prepared
+        plan = self._plan
         if (
-            prepared is None
-            or not _go_together(parameters, first, lowered)
-            or not prepared.takes(inputs, dtype)
+            plan is None
+            or not _are_weights_valid(parameters, first, lowered)
+            or not plan.accepts(inputs, dtype)
         ):
             return None
-        self.too_large = not prepared.fits(inputs, dtype, _MAX_BYTES)
+        self.too_large = not plan.accepts_sizes(inputs, dtype, _MAX_BYTES)
         if self.too_large:
             return None
-        return run_chain(prepared.chain, inputs, parameters, buffers, lowered)
+        return run_chain(plan.chain, inputs, parameters, buffers, lowered)
 
 
-def _look(layers):
-    """See what the layers are now.
+def _read_state(layers):
+    """State, parameters and buffers of layers.
 
     Returns:
         tuple[list, list[Tensor | None], list[Tensor | None]], optional: All
-        that :func:`prepare` depends on, equal to that of another call if
+        that :func:`plan_chain` depends on, equal to that of another call if
         nothing has changed; parameters and buffers, see
-        :func:`mmactnn.autograd.run_chain`. None if one of the layers is none
-        that a chain runs, or somebody sees what goes in or out of it.
+        :func:`mmactnn.autograd.run_chain`. None if a layer has a class
+        that a chain does not support, hooks, a patched forward pass, or
+        statistics of several processes.
     """
     state, parameters, buffers = [], [], []
     for conv, norm, relu, *sources in layers:
         if type(conv) not in CHAINED_CONVS:
             return None
         own = conv.__dict__
-        of_conv = own['_parameters']
+        conv_parameters = own['_parameters']
         if (
             any(_HOOKS(own))
             or 'forward' in own
             or '_conv_forward' in own
-            or 'weight' not in of_conv
+            or 'weight' not in conv_parameters
         ):
             return None
-        parameters += of_conv['weight'], of_conv['bias']
-        state += conv, sources, _OF_CONV(own)
-        state.append(_OF_QUANTIZER(own['quantizer'].__dict__))
+        parameters += conv_parameters['weight'], conv_parameters['bias']
+        state += conv, sources, _CONV_STATE(own)
+        state.append(_QUANTIZER_STATE(own['quantizer'].__dict__))
         if norm is None:
             parameters += None, None
             buffers += None, None, None
@@ -203,24 +205,24 @@ def _look(layers):
                 or norm.stats_group() is not None
             ):
                 return None
-            of_norm, stats = own['_parameters'], own['_buffers']
-            parameters += of_norm['weight'], of_norm['bias']
+            norm_parameters, stats = own['_parameters'], own['_buffers']
+            parameters += norm_parameters['weight'], norm_parameters['bias']
             buffers += norm.next_buffers()
-            state += norm, _OF_NORM(own), stats['running_mean'] is None
-            state.append(_OF_QUANTIZER(own['quantizer'].__dict__))
+            state += norm, _NORM_STATE(own), stats['running_mean'] is None
+            state.append(_QUANTIZER_STATE(own['quantizer'].__dict__))
         if relu is not None:
             own = relu.__dict__
             if type(relu) is not QReLU or any(_HOOKS(own)) or 'forward' in own:
                 return None
-            state += relu, _OF_RELU(own), own['quantizer'].bits
+            state += relu, _RELU_STATE(own), own['quantizer'].bits
     state += [None if p is None else p.dtype for p in parameters]
     return state, parameters, buffers
 
 
-def _go_together(parameters, first, lowered):
-    """Whether convolutions take an input, and are trained.
+def _are_weights_valid(parameters, first, lowered):
+    """Whether all convolutions are trained and accept an input.
 
-    Torch's layers refuse some that do not go together.
+    Torch's layers refuse weights of another device or dtype.
     """
     device, dtype = first.device, first.dtype
     for weight in parameters[::PARAMETERS]:

@@ -1,4 +1,4 @@
-"""Conditions under which layers may run as part of something larger."""
+"""Conditions under which layers may run fused."""
 
 import functools
 
@@ -39,9 +39,9 @@ _CONVS = (
     QConvTranspose3d,
     *_TORCH_CONVS,
 )
-# Functions that fused code stands for. A patch of one of them, made for all
-# layers of a class, is seen by the layers themselves alone.
-_REPLACED = tuple(
+# Functions in place of which fused code runs, as (scope, name, function). It
+# would ignore a patch of one of them.
+_REPLACED_FUNCTIONS = tuple(
     (vars(owner), name, function)
     for cls in (
         *_TORCH_CONVS[:3],
@@ -60,19 +60,23 @@ _REPLACED = tuple(
 
 
 def are_functions_intact():
-    """bool: Whether torch's layers compute as when this was imported."""
-    for scope, name, function in _REPLACED:
+    """Whether the functions of torch's layers are those at import.
+
+    Returns:
+        bool: False if one of them was patched.
+    """
+    for scope, name, function in _REPLACED_FUNCTIONS:
         if scope.get(name) is not function:
             return False
     return True
 
 
 def may_fuse():
-    """Whether layers may run as part of something larger, now.
+    """Whether layers may run fused now.
 
     Returns:
-        bool: False where no gradient is recorded, something reads along, or
-        a function of torch's layers was replaced.
+        bool: False where no gradient is recorded, under transforms and
+        observers, and if a function of torch's layers was patched.
     """
     return (
         torch.is_grad_enabled()
@@ -83,15 +87,15 @@ def may_fuse():
 
 
 @functools.lru_cache(maxsize=1024)
-def kind_of(cls):
-    """The compressed or plain layer class that a class computes as.
+def base_layer_class(cls):
+    """The compressed or plain layer class whose functions a class has.
 
     Args:
         cls (type): Class of a layer.
 
     Returns:
-        type, optional: The class itself or a base of it whose functions it
-        leaves alone; None if fused code stands for neither.
+        type, optional: The class itself or a base of it, none of whose
+        functions it overrides; None if fused code supports neither.
     """
     for base in cls.__mro__:
         if base in NORMS or base in _CONVS or base is QReLU:
@@ -117,8 +121,8 @@ def has_hooks(layer):
     )
 
 
-def is_watched(layer):
-    """Whether hooks see a layer's tensors, or the instance was patched.
+def is_instrumented(layer):
+    """Whether a layer has hooks or a patched forward pass.
 
     Args:
         layer (nn.Module): The layer.
@@ -128,21 +132,21 @@ def is_watched(layer):
 
 
 def can_fuse_norm(norm):
-    """Whether a normalisation can run with what follows it, now.
+    """Whether a normalisation can run fused now.
 
     Args:
-        norm (nn.Module): What is in its place.
+        norm (nn.Module): The module in the place of the normalisation.
     """
-    return kind_of(type(norm)) in NORMS and not is_watched(norm)
+    return base_layer_class(type(norm)) in NORMS and not is_instrumented(norm)
 
 
 def can_skip_relu(relu):
-    """Whether a ReLU need not be called where its output is known.
+    """Whether fused code can run in place of a ReLU.
 
     Args:
-        relu (nn.Module): What is in its place.
+        relu (nn.Module): The module in the place of the ReLU.
     """
-    return kind_of(type(relu)) is QReLU and not is_watched(relu)
+    return base_layer_class(type(relu)) is QReLU and not is_instrumented(relu)
 
 
 def is_convolution(layer):
@@ -153,15 +157,13 @@ def is_convolution(layer):
     """
     own = layer.__dict__
     patched = 'forward' in own or '_conv_forward' in own
-    return kind_of(type(layer)) in _CONVS and not patched
+    return base_layer_class(type(layer)) in _CONVS and not patched
 
 
 def is_output_private(conv):
-    """Whether nobody but its reader sees what a convolution returns.
-
-    Exact classes only: a subclass may keep its output, or return another.
+    """Whether the output of a convolution may be overwritten.
 
     Args:
-        conv (nn.Module): What is in its place.
+        conv (nn.Module): The module in the place of the convolution.
     """
     return is_convolution(conv) and not has_hooks(conv)

@@ -1,4 +1,4 @@
-"""Search of a model for blocks that can run fused."""
+"""Search for the blocks of a model that can run fused."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from .eligibility import NORMS
 from .patterns import Block
 from .plan import choose_sites, make_plan, resolve
 from .runner import BlockRunner
-from .trace import Untraceable, trace_block
+from .trace import UntraceableError, trace_block
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
@@ -35,18 +35,19 @@ class Fusion(NamedTuple):
 
     @property
     def patterns(self):
-        """tuple[str]: Names of the patterns that places of it fit."""
+        """tuple[str]: Names of the patterns of its sites."""
         names = [s.pattern for p in self.runner.plans for s in p.sites]
         return tuple(dict.fromkeys(names))
 
 
-class Found(NamedTuple):
+class FoundFusions(NamedTuple):
     """Result of a search.
 
     Attributes:
         fusions (dict[str, Fusion]): Blocks to be fused, by qualified name.
         unfused (dict[str, tuple[nn.Module, str]]): Blocks with
-            normalisations that run layer by layer, and why.
+            normalisations that run layer by layer, with the reason, by
+            qualified name.
     """
 
     fusions: dict
@@ -54,15 +55,15 @@ class Found(NamedTuple):
 
 
 def find_fusions(model, class_of):
-    """Blocks of a model that can run fused.
+    """Find the blocks of a model that can run fused.
 
     Args:
         model (nn.Module): The model, converted or about to be.
-        class_of (Callable): Maps a layer to the compressed class that it has
-            or is about to have, where it takes part; else to None.
+        class_of (Callable): Maps a layer to its compressed class, present or
+            planned; to None if it takes no part.
 
     Returns:
-        Found: The blocks; nothing is installed.
+        FoundFusions: The blocks; the model is not changed.
     """
     search = _Search(class_of)
     modules = [
@@ -72,20 +73,21 @@ def find_fusions(model, class_of):
         and next(module.children(), None) is not None
     ]
     for name, module in reversed(modules):
-        search.look_at(name, module)
+        search.trace(name, module)
     for name, module in reversed(modules):
         search.plan(name, module)
-    return Found(search.fusions, search.unfused)
+    return FoundFusions(search.fusions, search.unfused)
 
 
 def plan_again(module):
-    """Plans of a block that comes from a pickle.
+    """Plan a block that comes from a pickle.
 
     Args:
         module (nn.Module): The block, with its layers compressed.
 
     Returns:
-        BlockRunner: Without plans if it cannot be traced any more.
+        BlockRunner: The runner; without plans if the block cannot be traced
+        any more.
     """
 
     def class_of(layer):
@@ -102,31 +104,40 @@ def plan_again(module):
 
 
 class _Search:
+    """State of a search.
+
+    Args:
+        class_of (Callable): See :func:`find_fusions`.
+
+    Attributes:
+        fusions (dict[str, Fusion]): See :class:`FoundFusions`.
+        unfused (dict[str, tuple[nn.Module, str]]): Likewise.
+    """
+
     def __init__(self, class_of):
         self.fusions = {}
         self.unfused = {}
         self._class_of = class_of
-        # Traces of one class hold for all modules that are alike.
-        self._known = {}
+        # By class: a trace holds for all modules of it on which its guards
+        # hold.
+        self._traces_of_class = {}
         self._traces = {}
-        self._sites = {}
         self._shortcuts = set()
         self._plans = {}
 
-    def look_at(self, name, module):
+    def trace(self, name, module):
         """Trace a module, and note which of its parts are shortcuts."""
         parts = list(_parts(module))
         classes = {self._class_of(part) for part in parts}
-        has_layers = any(map(self._is_asked_for, classes))
-        row = len(parts) > 1 and all(
+        has_layers = any(map(self._is_in_patterns, classes))
+        has_blocks = len(parts) > 1 and all(
             part in self._traces or type(part) is nn.Identity for part in parts
         )
-        if not has_layers and not row:
-            # The shortcut of a block may have a normalisation only.
+        if not has_layers and not has_blocks:
             return
         try:
-            traces = self._trace(module)
-        except Untraceable as reason:
+            traces = self._find_traces(module)
+        except UntraceableError as reason:
             if not classes.isdisjoint(NORMS):
                 self.unfused[name] = module, str(reason)
             return
@@ -139,8 +150,8 @@ class _Search:
                         part = module.get_submodule(node.target)
                         self._shortcuts.add(part)
 
-    def _is_asked_for(self, cls):
-        """Whether a pattern asks for blocks with a class of layers."""
+    def _is_in_patterns(self, cls):
+        """Whether a pattern is registered for a class of layers."""
         return cls is not None and any(
             not entry.layers or issubclass(cls, entry.layers)
             for entry in default_registry.patterns.values()
@@ -172,9 +183,10 @@ class _Search:
             reason = 'no pattern matches its forward pass'
             self.unfused[name] = module, reason
 
-    def _trace(self, module):
+    def _find_traces(self, module):
+        """Traces of a module, known ones where their guards hold."""
         cls = plain_class_of(module)
-        known = self._known.setdefault(cls, [])
+        known = self._traces_of_class.setdefault(cls, [])
         if 'forward' not in module.__dict__:
             for traces in known:
                 if all(trace.guards.hold(module, cls) for trace in traces):
@@ -185,7 +197,7 @@ class _Search:
 
 
 def _parts(module):
-    """Children of a module, those of its containers in their place."""
+    """Children of a module, with containers replaced by their children."""
     for child in module.children():
         if isinstance(child, _CONTAINERS):
             yield from _parts(child)

@@ -1,4 +1,4 @@
-"""What a trace rests on, compared when its plan runs."""
+"""Guards of a trace: values that it read, compared before its plan runs."""
 
 from operator import is_
 from types import ModuleType
@@ -15,55 +15,56 @@ _STRUCTURE = ('_parameters', '_buffers', '_modules')
 _MAX_ITEMS, _MAX_DEPTH = 64, 3
 
 
-class Own(NamedTuple):
+class ModuleGuards(NamedTuple):
     """Attributes of a module that a trace read by value.
 
     Attributes:
         path (tuple[str]): Names that lead to the module.
         values (tuple): Pairs of a name in the module's ``__dict__`` and its
             frozen value.
-        absent (tuple[str]): Names that are not in its ``__dict__``, so that
-            the class's attribute counts.
-        cls (tuple): Pairs of a name and the attribute that the class has.
+        absent (tuple[str]): Names that must not be in its ``__dict__``, where
+            they would hide the class's attribute.
+        class_attributes (tuple): Pairs of a name and the class's attribute.
         tables (tuple): Pairs of ``'_modules'``, ``'_parameters'`` or
-            ``'_buffers'`` and its structure: names, and which are None.
+            ``'_buffers'`` and its structure, see :func:`_structure`.
     """
 
     path: tuple
     values: tuple
     absent: tuple
-    cls: tuple
+    class_attributes: tuple
     tables: tuple
 
 
 class Guards(NamedTuple):
-    """Everything that a trace read by value, or calls by name.
+    """All values that a trace read, and functions that it called by name.
 
     Attributes:
-        shared (tuple): Triples of a dict of globals, a name and its value.
-        cells (tuple): Pairs of a closure's cell and its value.
-        own (tuple[Own]): Of the module and of its parts.
+        global_values (tuple): Triples of a dict of globals, a name and its
+            value.
+        cells (tuple): Pairs of a closure's cell and its frozen value.
+        modules (tuple[ModuleGuards]): Guards of the module and of its parts.
     """
 
-    shared: tuple
+    global_values: tuple
     cells: tuple
-    own: tuple
+    modules: tuple
 
-    def hold(self, module, cls, seen=None):
-        """Whether all is as it was when the trace was made.
+    def hold(self, module, cls, last_parts=None):
+        """Whether all values equal those at the time of the trace.
 
         Args:
             module (nn.Module): The module, or a copy of it.
             cls (type): Class whose forward pass was traced.
-            seen (dict, optional): Parts that the module had when the guards
-                held last; updated.
+            last_parts (dict, optional): Parts of the module when the guards
+                held last, which need no second comparison; updated.
 
         Returns:
             bool: False if anything differs.
         """
-        # Asked at every call of a block: loops, and no calls within them
-        # but where something differs.
-        for scope, name, value in self.shared:
+        # This runs at every call of a block: plain loops, which call functions
+        # only where something differs.
+        for scope, name, value in self.global_values:
             if scope.get(name, _MISSING) is not value:
                 return False
         for cell, value in self.cells:
@@ -71,7 +72,7 @@ class Guards(NamedTuple):
                 cell.cell_contents, value
             ):
                 return False
-        for part in self.own:
+        for part in self.modules:
             owner = module
             for name in part.path:
                 owner = owner._modules.get(name)
@@ -85,24 +86,32 @@ class Guards(NamedTuple):
             for name in part.absent:
                 if name in own:
                     return False
-            for name, value in part.cls:
+            for name, value in part.class_attributes:
                 if getattr(cls, name, _MISSING) is not value:
                     return False
             for table, structure in part.tables:
                 items = None
-                if seen is not None and table == '_modules':
+                if last_parts is not None and table == '_modules':
                     items = list(own[table].items())
-                    if items == seen.get(part.path):
+                    if items == last_parts.get(part.path):
                         continue
                 if _structure(own[table]) != structure:
                     return False
                 if items is not None:
-                    seen[part.path] = items
+                    last_parts[part.path] = items
         return True
 
 
 def _structure(table):
-    """Names of a table, which are None, and which hold the same object."""
+    """Structure of a table, equal for copies of a module.
+
+    Args:
+        table (dict[str, object]): Modules, parameters or buffers by name.
+
+    Returns:
+        list: For each entry its name, then False for None, else the name of
+        the first entry that holds the same object.
+    """
     first, structure = {}, []
     for name, value in table.items():
         structure.append(name)
@@ -113,29 +122,28 @@ def _structure(table):
 
 
 class _Frozen(NamedTuple):
-    """A container, by its items."""
+    """Frozen copy of a container."""
 
     kind: type
     items: tuple
 
 
 def freeze(value, depth=0):
-    """A value as it is now, to compare with later ones.
+    """Copy of a value, for comparisons with later ones.
 
     Args:
-        value (object): Plain values and containers of them are copied;
-            anything else stands for itself.
-        depth (int, optional): Containers around it. Defaults to none.
+        value (object): The value. Small containers are copied; other values
+            cannot change, or are compared by identity.
+        depth (int, optional): Number of containers around it. Defaults to 0.
 
     Returns:
-        object: See :func:`_equals`.
+        object: Second argument of :func:`_equals`.
     """
     if isinstance(value, (list, tuple, dict, set, frozenset)):
         if len(value) <= _MAX_ITEMS and depth < _MAX_DEPTH:
             items = value.items() if isinstance(value, dict) else value
             frozen = tuple(freeze(item, depth + 1) for item in items)
-            # One that cannot change, nor anything in it, is found again by
-            # its identity.
+            # An immutable tuple is found again by its identity.
             if type(value) is tuple and all(map(is_, value, frozen)):
                 return value
             return _Frozen(type(value), frozen)
@@ -160,27 +168,27 @@ def _equals(value, frozen):
 
 
 def make_guards(module, cls, calls, parts):
-    """Guards of a trace.
+    """Make the guards of a trace.
 
-    Names that a function's code has, and could have read, count as read.
+    All names in a function's code count as read.
 
     Args:
         module (nn.Module): The module that was traced.
         cls (type): Class whose forward pass was traced.
         calls (Sequence[tuple[CodeType, dict]]): Code and globals of the
             functions that ran.
-        parts (Sequence[tuple[str]]): Paths of the parts of the module that
-            the trace went through or to.
+        parts (Sequence[tuple[str]]): Paths of the parts that the trace calls,
+            and of the modules on the way to them.
 
     Returns:
         Guards: The guards.
     """
-    shared, names = {}, set()
+    global_values, names = {}, set()
     for code, scope in calls:
         read = names_in(code)
         names |= read
         for name in read & scope.keys():
-            _guard_global(shared, scope, name, read)
+            _guard_global(global_values, scope, name, read)
     functions = functions_of(cls)
     cells = []
     for value in functions.values():
@@ -188,39 +196,39 @@ def make_guards(module, cls, calls, parts):
         function = getattr(function, '__func__', function)
         for cell in function.__closure__ or ():
             cells.append((cell, freeze(cell.cell_contents)))
-            _guard_cell(shared, cell.cell_contents, names)
-    own = [_own(module, (), names, cls)]
+            _guard_cell(global_values, cell.cell_contents, names)
+    modules = [_guard_module(module, (), names, cls)]
     for path in parts:
         part = module
         for name in path:
             part = part._modules[name]
-        guard = _own(part, path, names, None)
-        if guard != Own(path, (), (), (), ()):
-            own.append(guard)
-    return Guards(tuple(shared.values()), tuple(cells), tuple(own))
+        guard = _guard_module(part, path, names, None)
+        if guard != ModuleGuards(path, (), (), (), ()):
+            modules.append(guard)
+    return Guards(tuple(global_values.values()), tuple(cells), tuple(modules))
 
 
-def _guard_global(shared, scope, name, read):
+def _guard_global(global_values, scope, name, read):
     value = scope[name]
-    shared[id(scope), name] = scope, name, value
+    global_values[id(scope), name] = scope, name, value
     if isinstance(value, ModuleType):
         inner = vars(value)
         for attribute in read & inner.keys():
             key = id(inner), attribute
-            shared[key] = inner, attribute, inner[attribute]
+            global_values[key] = inner, attribute, inner[attribute]
 
 
-def _guard_cell(shared, value, names):
+def _guard_cell(global_values, value, names):
     if isinstance(value, ModuleType):
         for name in names & vars(value).keys():
-            shared[id(vars(value)), name] = (
+            global_values[id(vars(value)), name] = (
                 vars(value),
                 name,
                 vars(value)[name],
             )
 
 
-def _own(owner, path, names, cls):
+def _guard_module(owner, path, names, cls):
     own = owner.__dict__
     values = tuple(
         (name, freeze(own[name]))
@@ -245,4 +253,4 @@ def _own(owner, path, names, cls):
         if names & own[table].keys()
     ]
     absent = tuple(name for name, _ in attributes)
-    return Own(path, values, absent, attributes, tuple(tables))
+    return ModuleGuards(path, values, absent, attributes, tuple(tables))

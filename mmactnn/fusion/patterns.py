@@ -14,8 +14,8 @@ from .sites import ConvNormAct
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _RELUS = (F.relu, torch.relu, F.relu_, torch.relu_)
-# Layers that read nothing of their input but codes of it.
-_READERS = (
+# Layers that keep codes of their input for the backward pass.
+_CODE_READERS = (
     nn.Linear,
     nn.Conv1d,
     nn.Conv2d,
@@ -27,15 +27,15 @@ _READERS = (
 
 
 class Block:
-    """The trace of a module, beside what its layers are about to be.
+    """A module with its trace and the compressed classes of its layers.
 
     Args:
         module (nn.Module): The module.
         trace (Trace): Its trace.
-        class_of (Callable): Maps a layer to the compressed class that it has
-            or is about to have at this level; to None if it stays exact.
-        is_shortcut (bool, optional): Whether what the module returns is added
-            to a normalised value. Defaults to False.
+        class_of (Callable): Maps a layer to its compressed class at this
+            level, present or planned; to None if it stays exact.
+        is_shortcut (bool, optional): Whether the output of the module is
+            added to a normalised value. Defaults to False.
     """
 
     def __init__(self, module, trace, class_of, is_shortcut=False):
@@ -46,13 +46,13 @@ class Block:
         self._calls = set(trace.calls)
 
     def layer(self, node):
-        """The module that a node calls, with one argument and no other.
+        """The module that a node calls with one argument.
 
         Args:
             node (fx.Node): The node.
 
         Returns:
-            nn.Module, optional: None if it does anything else.
+            nn.Module, optional: None if the node is no such call.
         """
         if node.op != 'call_module' or len(node.args) != 1 or node.kwargs:
             return None
@@ -69,16 +69,20 @@ class Block:
             node (fx.Node): The node.
 
         Returns:
-            type, optional: None if the layer stays exact, or is none.
+            type, optional: None if the layer stays exact, or the node calls
+            none.
         """
         layer = self.layer(node)
         return None if layer is None else self._class_of(layer)
 
     def only_user(self, node):
-        """The node that alone reads a value, once; None if there is none.
+        """The only node that reads a value.
 
         Args:
-            node (fx.Node): The node whose value it is.
+            node (fx.Node): The node of the value.
+
+        Returns:
+            fx.Node, optional: None if there is no such node, or several.
         """
         users = list(node.users)
         if len(users) != 1 or users[0] not in self._calls:
@@ -88,13 +92,13 @@ class Block:
 
 @register_pattern('conv_norm_act', layers=(*NORMS, QReLU))
 def match_conv_norm_act(block):
-    """Convolution, normalisation, addition and ReLU.
+    """Match convolution, normalisation, addition and ReLU.
 
     Args:
         block (Block): The block.
 
     Yields:
-        ConvNormAct: The places that fit.
+        ConvNormAct: The sites.
     """
     finder = _Finder(block)
     sums = {}
@@ -104,7 +108,8 @@ def match_conv_norm_act(block):
             if site is None:
                 continue
             if len(site.inputs) == 2:
-                # Of two normalisations of a sum, one is the shortcut's.
+                # If both operands of a sum are normalised, the right one is
+                # the shortcut.
                 other = sums.setdefault(site.nodes[-1], site)
                 if other is not site:
                     if finder.is_left(site):
@@ -136,11 +141,11 @@ class _Finder:
         return layer is not None and is_convolution(layer)
 
     def from_conv(self, node):
-        """A convolution right before a ReLU."""
+        """Site of a convolution with a ReLU behind it, or None."""
         relu = self._block.only_user(node)
         if relu is None or self._block.compressed_class(relu) is not QReLU:
             return None
-        if not self._may_keep_codes(relu):
+        if not self._can_keep_codes(relu):
             return None
         return ConvNormAct(
             (node, relu),
@@ -152,23 +157,25 @@ class _Finder:
             True,
         )
 
-    def _may_keep_codes(self, relu):
-        """Whether codes of a ReLU's output may serve those that read it."""
+    def _can_keep_codes(self, relu):
+        """Whether a reader of a ReLU's output may share codes of it."""
         layers = [self._block.layer(user) for user in relu.users]
         return any(
-            layer is None or isinstance(layer, _READERS) or _has_parts(layer)
+            layer is None
+            or isinstance(layer, _CODE_READERS)
+            or _has_parts(layer)
             for layer in layers
         )
 
     def from_norm(self, node):
-        """A normalisation with what is before and behind it."""
-        nodes, source, conv = self._before(node)
-        last, passed = self._pass_over(node, nodes)
+        """Site of a normalisation with a ReLU behind it, or None."""
+        nodes, source, conv = self._producers(node)
+        last, identities = self._skip_identities(node, nodes)
         user = self._block.only_user(last)
         if user is None:
             return None
         if self._is_relu(user):
-            act = self._name_of_relu(user)
+            act = self._relu_name(user)
             nodes.append(user)
             return ConvNormAct(
                 nodes,
@@ -178,37 +185,37 @@ class _Finder:
                 node.target,
                 act,
                 True,
-                passed,
+                identities,
                 relu=_function_of(user, last),
             )
-        added = self._operand(user, last)
-        relu = None if added is None else self._block.only_user(user)
+        residual = self._operand(user, last)
+        relu = None if residual is None else self._block.only_user(user)
         if relu is None or not self._is_relu(relu):
             return None
         nodes += user, relu
-        act = self._name_of_relu(relu)
+        act = self._relu_name(relu)
         return ConvNormAct(
             nodes,
             source,
-            added,
+            residual,
             conv,
             node.target,
             act,
             True,
-            passed,
-            _function_of(user, last, added),
+            identities,
+            _function_of(user, last, residual),
             _function_of(relu, user),
         )
 
     def shortcut(self, node):
-        """A normalisation whose output is added to another one's."""
+        """Site of a shortcut that ends in a normalisation, or None."""
         if (
             node not in self._block.trace.calls
             or self._block.compressed_class(node) not in NORMS
             or len(node.users) != 1
         ):
             return None
-        nodes, source, conv = self._before(node)
+        nodes, source, conv = self._producers(node)
         return ConvNormAct(nodes, source, None, conv, node.target, None, False)
 
     def is_left(self, site):
@@ -216,21 +223,23 @@ class _Finder:
         total = site.nodes[-2]
         return site.nodes[-3] is total.args[0]
 
-    def _before(self, norm):
+    def _producers(self, norm):
+        """Nodes up to a normalisation, their input, the convolution's name."""
         source = norm.args[0]
         if self._block.only_user(source) is norm and self.is_conv(source):
             return [source, norm], source.args[0], source.target
         return [norm], source, None
 
-    def _pass_over(self, node, nodes):
-        passed = []
+    def _skip_identities(self, node, nodes):
+        """Last node of a series of identities, and their names."""
+        identities = []
         while True:
             user = self._block.only_user(node)
             if user is None or type(self._block.layer(user)) is not (
                 nn.Identity
             ):
-                return node, passed
-            passed.append(user.target)
+                return node, identities
+            identities.append(user.target)
             nodes.append(user)
             node = user
 
@@ -242,12 +251,12 @@ class _Finder:
         return node.op == 'call_method' and node.target in ('relu', 'relu_')
 
     @staticmethod
-    def _name_of_relu(node):
+    def _relu_name(node):
         return node.target if node.op == 'call_module' else None
 
     @staticmethod
     def _operand(node, value):
-        """What a node adds to a value; None if it does anything else."""
+        """Value that a node adds to another one; None if it adds none."""
         adds = (node.op == 'call_function' and node.target in _ADDITIONS) or (
             node.op == 'call_method' and node.target in ('add', 'add_')
         )
@@ -257,7 +266,7 @@ class _Finder:
         if left is value:
             other = right
         elif node.target in (operator.iadd, 'add_'):
-            # It writes to the other one, which others may read.
+            # It writes to the other operand, which other nodes may read.
             return None
         else:
             other = left
@@ -265,7 +274,7 @@ class _Finder:
 
 
 def _function_of(node, *operands):
-    """What a node computes of its operands, as a function of their values."""
+    """The call of a node, as a function of the values of its operands."""
     if node.op == 'call_module':
         return None
     return _Call(
@@ -277,11 +286,11 @@ def _function_of(node, *operands):
 
 
 class _Operand(int):
-    """Place of a value among the arguments of a call."""
+    """Index of an operand, in place of an argument."""
 
 
 class _Call(NamedTuple):
-    """A call of a function or method, of values that are given later."""
+    """A call of a function or method, without its operands."""
 
     is_method: bool
     target: object

@@ -1,4 +1,4 @@
-"""Plan of a fused block: the steps that take the place of its calls."""
+"""Execution plan of a fused block: the steps in place of its calls."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ from torch.nn.modules import pooling
 
 from ..ops import source_of_input
 from ..registry import default_registry
-from .chain import Layers
-from .eligibility import kind_of
+from .chain import ChainLayer
+from .eligibility import base_layer_class
 from .sites import ConvNormAct, Site
 
-# Shortcuts that change the resolution have one.
+# Layers of shortcuts that change the resolution.
 _POOLS = (pooling._AvgPoolNd, pooling._MaxPoolNd, nn.Identity)
 
 
@@ -32,26 +32,26 @@ def resolve(module, path):
     return module
 
 
-class Slot(NamedTuple):
-    """Place of a value among those of a run.
+class ValueRef(NamedTuple):
+    """Reference to a value of a run, in place of an argument.
 
     Attributes:
-        index (int): The place.
+        slot (int): Index of the value in the table of values.
     """
 
-    index: int
+    slot: int
 
 
 class Step(NamedTuple):
     """One step of a plan.
 
     Attributes:
-        kind (str): ``'site'``, or what ``fx`` calls the operation.
-        target (object): The site, or what is called: names that lead to a
-            module, a function, the name of a method.
-        args (object): Arguments; :class:`Slot` stands for a value.
-        kwargs (dict): Likewise.
-        output (int): Slot of the value.
+        kind (str): ``'site'``, or the opcode of the ``fx.Node``.
+        target (object): The site, or the target of the call: names that lead
+            to a module, a function, or the name of a method.
+        args (tuple): Arguments, with a :class:`ValueRef` for each value.
+        kwargs (dict): Keyword arguments, likewise.
+        output (int): Slot of the result.
         frees (tuple[int]): Slots that no later step reads.
     """
 
@@ -64,34 +64,36 @@ class Step(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Steps of a fused block, cached until what its trace rests on changes.
+    """Execution plan of a fused block, valid while its trace's guards hold.
 
     Attributes:
         trace (Trace): The trace.
         steps (tuple[Step]): The steps.
-        result (object): What is returned, of :class:`Slot` and constants.
-        size (int): Number of slots. Those of the inputs come first.
-        segments (dict[int, int]): From the index of a step to the end of the
-            longest run of steps from it that may run as one chain.
-        shared (tuple[int]): Slots of the inputs that several steps read.
-        names (tuple[str]): Names of the inputs.
+        result (object): Return value, with a :class:`ValueRef` for each value.
+        num_slots (int): Number of slots. Those of the inputs come first.
+        segments (dict[int, int]): Maps the index of a step to the end of the
+            longest sequence of steps from it that may run as one chain.
+        shared_inputs (tuple[int]): Slots of the inputs that several steps
+            read.
+        input_names (tuple[str]): Names of the inputs.
         sites (tuple[Site]): All sites.
-        passed (tuple[tuple[str]]): Names that lead to further members of
-            them, which a chain passes over.
-        is_simple (bool): Whether its steps are sites that a chain can run,
-            and calls of parts, and no more.
+        identities (tuple[tuple[str]]): Names that lead to the ``nn.Identity``
+            members of the sites, which a chain skips.
+        is_mergeable (bool): Whether the plan may run as part of a larger
+            chain: all steps are calls of parts, or sites that a chain can
+            run.
     """
 
     trace: object
     steps: tuple
     result: object
-    size: int
+    num_slots: int
     segments: dict
-    shared: tuple
-    names: tuple
+    shared_inputs: tuple
+    input_names: tuple
     sites: tuple
-    passed: tuple
-    is_simple: bool
+    identities: tuple
+    is_mergeable: bool
 
 
 def members_of(module, site):
@@ -129,47 +131,46 @@ def is_chainable(step):
 
 
 def make_plan(module, trace, sites, plans):
-    """Plan of a block.
+    """Make the execution plan of a block.
 
     Args:
         module (nn.Module): The block.
         trace (Trace): Its trace.
         sites (Sequence[Site]): See :func:`choose_sites`.
-        plans (dict[nn.Module, Plan]): Plans of its parts, of those that have
-            some.
+        plans (dict[nn.Module, Plan]): Plans of its parts; parts without a
+            plan are missing.
 
     Returns:
-        Plan, optional: None if nothing would run otherwise than its calls.
+        Plan, optional: None if there is neither a site nor a segment.
     """
     order = _schedule(module, trace, sites, plans)
     slots = {node: i for i, node in enumerate(trace.inputs)}
     steps = []
     for item in order:
-        node = item.nodes[-1] if isinstance(item, Site) else item
-        slots[node] = len(slots)
+        slots[_output_node(item)] = len(slots)
         steps.append(_make_step(item, slots))
-    (result,) = _with_slots(trace.output.args, slots)
-    steps = _free(steps, result, len(trace.inputs))
+    (result,) = _with_refs(trace.output.args, slots)
+    steps = _free_after_last_use(steps, result)
     segments = _find_segments(module, steps, result, plans)
     if not sites and not segments:
         return None
-    readers = [_slots_of((step.args, step.kwargs)) for step in steps]
-    shared = tuple(
+    reads = [_slots_in((step.args, step.kwargs)) for step in steps]
+    shared_inputs = tuple(
         i
         for i in range(len(trace.inputs))
-        if sum(i in slots for slots in readers) > 1
+        if sum(i in read for read in reads) > 1
     )
-    placed = tuple(step.target for step in steps if step.kind == 'site')
+    sites = tuple(step.target for step in steps if step.kind == 'site')
     return Plan(
         trace,
         tuple(steps),
         result,
         len(slots),
         segments,
-        shared,
+        shared_inputs,
         tuple(node.target for node in trace.inputs),
-        placed,
-        tuple(name for site in placed for name in site.members[3:]),
+        sites,
+        tuple(name for site in sites for name in site.members[3:]),
         bool(steps)
         and all(
             step.kind == 'call_module' or is_chainable(step) for step in steps
@@ -182,16 +183,16 @@ def choose_sites(block, registry=default_registry):
 
     Args:
         block (Block): The block.
-        registry (Registry, optional): Where the patterns are. Defaults to
+        registry (Registry, optional): Registry of the patterns. Defaults to
             that of the package.
 
     Returns:
         list[Site]: The sites.
 
     Raises:
-        TypeError: If a pattern yields anything else.
-        ValueError: If a site is no piece of the trace: with other calls than
-            those of it, or inner values that are read outside of them.
+        TypeError: If a pattern yields an object that is no site.
+        ValueError: If a site has calls or inputs that are not in the trace,
+            or inner values that are read outside of it.
     """
     taken, chosen = set(), []
     for name, entry in reversed(registry.patterns.items()):
@@ -226,9 +227,9 @@ def _check_site(site, pattern, trace):
 def _schedule(module, trace, sites, plans):
     """Calls and sites in an order in which they can run.
 
-    A shortcut comes first, though forward passes mostly have it last: the
-    backward pass then comes to it when the gradients of the other branch are
-    gone.
+    A shortcut comes first, though most forward passes have it last: the
+    backward pass then reaches it after the gradients of the other branch are
+    freed.
     """
     site_of = {site.nodes[-1]: site for site in sites}
     covered = {node for site in sites for node in site.nodes}
@@ -242,69 +243,74 @@ def _schedule(module, trace, sites, plans):
     early = [
         item
         for item in items
-        if _value(item) in shortcuts and _is_pure(item, module, plans)
+        if _output_node(item) in shortcuts and _is_pure(item, module, plans)
     ]
     late = [item for item in items if item not in early]
     while early or late:
-        movable = [item for item in early if ready.issuperset(_reads(item))]
+        movable = [
+            item for item in early if ready.issuperset(_input_nodes(item))
+        ]
         item = movable[0] if movable else (late or early)[0]
         (early if item in early else late).remove(item)
         order.append(item)
-        ready.add(_value(item))
+        ready.add(_output_node(item))
     return order
 
 
-def _value(item):
+def _output_node(item):
     return item.nodes[-1] if isinstance(item, Site) else item
 
 
-def _reads(item):
+def _input_nodes(item):
     return item.inputs if isinstance(item, Site) else item.all_input_nodes
 
 
 def _is_pure(item, module, plans):
-    """Whether a step depends on nothing but values: no random numbers."""
+    """Whether a call may be moved: it draws no random numbers."""
     if isinstance(item, Site):
         return True
     if item.op != 'call_module':
         return False
     part = module.get_submodule(item.target)
-    return part in plans and _draws_nothing(part, plans)
+    return part in plans and _is_deterministic(part, plans)
 
 
-def _draws_nothing(part, plans):
+def _is_deterministic(part, plans):
     """Whether a part is known to draw no random numbers of torch."""
     plan = plans.get(part)
     if plan is None:
-        return isinstance(part, _POOLS) or kind_of(type(part)) is not None
+        return (
+            isinstance(part, _POOLS)
+            or base_layer_class(type(part)) is not None
+        )
     return all(
         step.kind == 'site'
         or (
             step.kind == 'call_module'
-            and _draws_nothing(resolve(part, step.target), plans)
+            and _is_deterministic(resolve(part, step.target), plans)
         )
         for step in plan.steps
     )
 
 
-def _with_slots(arguments, slots):
-    return fx.map_arg(arguments, lambda node: Slot(slots[node]))
+def _with_refs(arguments, slots):
+    return fx.map_arg(arguments, lambda node: ValueRef(slots[node]))
 
 
 def _make_step(item, slots):
     if isinstance(item, Site):
-        args = tuple(Slot(slots[node]) for node in item.inputs)
+        args = tuple(ValueRef(slots[node]) for node in item.inputs)
         item_slot = slots[item.nodes[-1]]
-        return Step('site', _Placed(item), args, {}, item_slot, ())
+        return Step('site', _detach_from_graph(item), args, {}, item_slot, ())
     target = item.target
     if item.op in ('call_module', 'get_attr'):
         target = tuple(target.split('.'))
-    args, kwargs = _with_slots((item.args, item.kwargs), slots)
+    args, kwargs = _with_refs((item.args, item.kwargs), slots)
     return Step(item.op, target, args, kwargs, slots[item], ())
 
 
-def _Placed(site):
-    """A site without its nodes, which would keep the whole graph alive."""
+def _detach_from_graph(site):
+    """Drop the nodes of a site, which would keep the whole graph alive."""
     site.nodes = site.inputs = ()
     site.members = tuple(
         None if name is None else tuple(name.split('.'))
@@ -313,22 +319,22 @@ def _Placed(site):
     return site
 
 
-def _slots_of(arguments):
-    if isinstance(arguments, Slot):
-        return {arguments.index}
+def _slots_in(arguments):
+    if isinstance(arguments, ValueRef):
+        return {arguments.slot}
     if isinstance(arguments, (tuple, list)):
-        return set().union(*map(_slots_of, arguments))
+        return set().union(*map(_slots_in, arguments))
     if isinstance(arguments, dict):
-        return set().union(*map(_slots_of, arguments.values()))
+        return set().union(*map(_slots_in, arguments.values()))
     if isinstance(arguments, slice):
-        return _slots_of((arguments.start, arguments.stop, arguments.step))
+        return _slots_in((arguments.start, arguments.stop, arguments.step))
     return set()
 
 
-def _free(steps, result, inputs):
-    kept, freed = _slots_of(result), []
+def _free_after_last_use(steps, result):
+    kept, freed = _slots_in(result), []
     for step in reversed(steps):
-        read = _slots_of(step.args) | _slots_of(step.kwargs) | {step.output}
+        read = _slots_in(step.args) | _slots_in(step.kwargs) | {step.output}
         freed.append(step._replace(frees=tuple(sorted(read - kept))))
         kept |= read
     return freed[::-1]
@@ -337,30 +343,30 @@ def _free(steps, result, inputs):
 def _find_segments(module, steps, result, plans):
     """See :attr:`Plan.segments`."""
 
-    def chains(step):
+    def can_chain(step):
         if is_chainable(step):
             return True
         if step.kind != 'call_module' or step.kwargs or len(step.args) != 1:
             return False
         plan = plans.get(resolve(module, step.target))
-        return plan is not None and bool(plan.sites) and plan.is_simple
+        return plan is not None and bool(plan.sites) and plan.is_mergeable
 
-    returned = _slots_of(result)
+    returned = _slots_in(result)
     segments = {}
     for start in range(len(steps)):
         end = start
-        while end < len(steps) and chains(steps[end]):
+        while end < len(steps) and can_chain(steps[end]):
             end += 1
         while end > start:
             inner = {step.output for step in steps[start : end - 1]}
             outside = returned.union(
-                *(_slots_of(s.args) | _slots_of(s.kwargs) for s in steps[end:])
+                *(_slots_in(s.args) | _slots_in(s.kwargs) for s in steps[end:])
             )
             if inner.isdisjoint(outside):
                 break
             end -= 1
-        # Alone, a site with other steps around it is mostly a stem's, and
-        # large.
+        # A single site among other steps is mostly that of a stem, whose
+        # tensors are large.
         if end - start > 1 or (end > start and len(steps) == 1):
             if steps[end - 1].kind != 'site' and end - start == 1:
                 continue
@@ -368,30 +374,30 @@ def _find_segments(module, steps, result, plans):
     return segments
 
 
-def chain_layers(module, plan, start, end, runner_of):
-    """Layers of steps that follow one another.
+def collect_layers(module, plan, start, end, plan_of):
+    """Collect the layers of consecutive steps.
 
     Args:
         module (nn.Module): The block.
         plan (Plan): Its plan.
         start (int): Index of the first step.
-        end (int): One past the last.
-        runner_of (Callable): Maps a part to the plan that it would run by
-            now; None if it would not.
+        end (int): Index behind the last step.
+        plan_of (Callable): Maps a part to its plan; to None if the part would
+            not run by one now.
 
     Returns:
-        tuple[list[Layers], list[int]] | None: The layers, and the slots of
-        what they read; None if one of the steps does more.
+        tuple[list[ChainLayer], list[int]] | None: The layers, and the slots of
+        their inputs; None if a step calls a part without such a plan.
     """
     layers, sources = [], _Sources()
     steps = plan.steps[start:end]
-    if not _append_steps(layers, module, steps, sources, runner_of):
+    if not _append_steps(layers, module, steps, sources, plan_of):
         return None
     return layers, sources.inputs
 
 
 class _Sources(dict):
-    """Sources of values by slot; those that no step fills are inputs."""
+    """Sources of values by slot; slots that no step fills are inputs."""
 
     def __init__(self):
         super().__init__()
@@ -403,37 +409,37 @@ class _Sources(dict):
         return source
 
 
-def _append_steps(layers, module, steps, sources, runner_of):
+def _append_steps(layers, module, steps, sources, plan_of):
     for step in steps:
-        read = [sources[slot.index] for slot in step.args]
+        read = [sources[ref.slot] for ref in step.args]
         if step.kind == 'site':
             conv, norm, act, *_ = members_of(module, step.target)
-            layers.append(Layers(conv, norm, act, *read))
+            layers.append(ChainLayer(conv, norm, act, *read))
         else:
             part = resolve(module, step.target)
-            plan = runner_of(part)
-            # Its only input has the first of its slots.
-            if plan is None or len(plan.names) != 1:
+            plan = plan_of(part)
+            # Its only input has slot 0.
+            if plan is None or len(plan.input_names) != 1:
                 return False
             inner = dict(enumerate(read))
-            if not _append_steps(layers, part, plan.steps, inner, runner_of):
+            if not _append_steps(layers, part, plan.steps, inner, plan_of):
                 return False
         sources[step.output] = len(layers) - 1
     return True
 
 
-def append_layers(layers, own, source):
-    """Add layers of one input behind others.
+def append_layers(layers, others, source):
+    """Append layers of one input to layers.
 
     Args:
-        layers (list[Layers]): The others, extended in place.
-        own (Sequence[Layers]): The layers to add.
-        source (int): Value that takes the place of their input.
+        layers (list[ChainLayer]): The layers, extended in place.
+        others (Sequence[ChainLayer]): The layers to append.
+        source (int): Value in place of their input.
     """
     first = len(layers)
-    for conv, norm, act, read, added in own:
+    for conv, norm, act, read, residual in others:
         # Inputs are below 0.
         read = source if read < 0 else read + first
-        if added is not None:
-            added = source if added < 0 else added + first
-        layers.append(Layers(conv, norm, act, read, added))
+        if residual is not None:
+            residual = source if residual < 0 else residual + first
+        layers.append(ChainLayer(conv, norm, act, read, residual))

@@ -1,18 +1,18 @@
-"""Runs the plan of a fused block."""
+"""Runner of the plans of a fused block."""
 
 import torch
 
 from ..modules.execution import is_ordinary
-from .chain import ChainRunner, count_large
-from .eligibility import has_hooks, is_watched, may_fuse
-from .plan import Slot, chain_layers, members_of, resolve
+from .chain import ChainRunner, count_oversized
+from .eligibility import has_hooks, is_instrumented, may_fuse
+from .plan import ValueRef, collect_layers, members_of, resolve
 
 
 class BlockRunner:
     """Plans of one fused block, and the state of their chains.
 
-    Plans are names and functions alone: copies of a module share them. They
-    are left out of pickles, and made again when the copy runs.
+    Plans consist of names and functions, so that copies of a module share
+    them. They are left out of pickles, and made again when the copy runs.
 
     Args:
         plans (Sequence[Plan]): One for each kind of input.
@@ -24,8 +24,8 @@ class BlockRunner:
     def __init__(self, plans):
         self.plans = tuple(plans)
         self._chains = {}
-        # Parts that the block had when the guards of a plan held last.
-        self.seen = {}
+        # Parts of the block when the guards of a plan held last.
+        self.last_parts = {}
 
     def __deepcopy__(self, memo):
         return type(self)(self.plans)
@@ -37,17 +37,17 @@ class BlockRunner:
         return _Unpickled, ()
 
     def find_plan(self, module, cls, args, kwargs):
-        """The plan that a call may run by, and its inputs.
+        """Find the plan for a call.
 
         Args:
             module (nn.Module): The block.
-            cls (type): Class that it had before it was fused.
+            cls (type): Class of the block before it was fused.
             args (tuple): Arguments of the call.
-            kwargs (dict): Likewise.
+            kwargs (dict): Keyword arguments of the call.
 
         Returns:
-            tuple[Plan, list] | None: None if the class's own forward pass
-            has to run.
+            tuple[Plan, list] | None: The plan and its inputs; None if the
+            class's own forward pass has to run.
         """
         if not may_fuse():
             return None
@@ -56,9 +56,9 @@ class BlockRunner:
             inputs = _bind(plan, args, kwargs)
             if (
                 inputs is not None
-                and _fit(inputs, trace.takes)
+                and _are_supported(inputs, trace.input_type)
                 and (module.training or _is_frozen(plan, inputs))
-                and trace.guards.hold(module, cls, self.seen)
+                and trace.guards.hold(module, cls, self.last_parts)
             ):
                 return plan, inputs
         return None
@@ -69,16 +69,16 @@ class BlockRunner:
         Args:
             module (nn.Module): The block.
             plan (Plan): See :meth:`find_plan`.
-            inputs (Sequence[Tensor[*]]): See there.
+            inputs (Sequence[Tensor[*]]): The inputs, see there.
 
         Returns:
-            object: What the forward pass returns.
+            object: The result of the forward pass.
         """
-        values = [*inputs, *[None] * (plan.size - len(inputs))]
-        for slot in plan.shared:
+        values = [*inputs, *[None] * (plan.num_slots - len(inputs))]
+        for slot in plan.shared_inputs:
             leaf = inputs[slot]
             if isinstance(leaf, torch.Tensor) and leaf.grad_fn is None:
-                # What frozen stages return is read by the shortcut, too.
+                # The shortcut, too, reads the output of a frozen stage.
                 cache = _cache_of(module, plan)
                 if cache is not None:
                     with cache.in_block(leaf):
@@ -89,36 +89,36 @@ class BlockRunner:
     def _run_steps(self, module, plan, values):
         steps, i = plan.steps, 0
         while i < len(steps):
-            end = plan.segments.get(i)
-            done = None
-            # Chains are of layers that are trained.
-            if end is not None and module.training:
-                done = self._run_chain(module, plan, i, end, values)
-            if done is None:
-                done = i + 1
+            segment_end = plan.segments.get(i)
+            end = None
+            # A chain runs layers that are trained.
+            if segment_end is not None and module.training:
+                end = self._run_chain(module, plan, i, segment_end, values)
+            if end is None:
+                end = i + 1
                 step = steps[i]
                 values[step.output] = _run_step(module, step, values)
-            for step in steps[i:done]:
+            for step in steps[i:end]:
                 for slot in step.frees:
                     values[slot] = None
-            i = done
+            i = end
         return _fill(plan.result, values)
 
     def _run_chain(self, module, plan, start, end, values):
-        """Run steps as one chain; the index behind them, or None."""
-        first = values[plan.steps[start].args[0].index]
-        # Inputs become smaller; the first may be too large.
-        if not isinstance(first, torch.Tensor) or count_large([first]):
+        """Run steps as one chain, and return ``end``; None if it cannot."""
+        first = values[plan.steps[start].args[0].slot]
+        # Feature maps shrink along a block: the first input is the largest.
+        if not isinstance(first, torch.Tensor) or count_oversized([first]):
             return None
-        made = chain_layers(module, plan, start, end, plan_to_merge)
-        if made is None:
+        found = collect_layers(module, plan, start, end, plan_to_merge)
+        if found is None:
             return None
-        layers, slots = made
+        layers, slots = found
         inputs = [values[slot] for slot in slots]
         if not all(isinstance(value, torch.Tensor) for value in inputs):
             return None
-        # Of what is added, too, the gradient lives as long as the chain's.
-        if any(count_large([value]) for value in inputs):
+        # Gradients of residuals live as long as the chain's, too.
+        if any(count_oversized([value]) for value in inputs):
             return None
         key = id(plan), start
         chain = self._chains.get(key)
@@ -132,7 +132,7 @@ class BlockRunner:
 
 
 class _Unpickled:
-    """Stands for a runner in a module from a pickle, until that runs."""
+    """Placeholder of the runner in a module from a pickle until it runs."""
 
     plans = ()
 
@@ -145,14 +145,14 @@ class _Unpickled:
 
 
 def plan_to_merge(part):
-    """The plan of a part that may run as part of a larger chain, now.
+    """The plan of a part that may now run as part of a larger chain.
 
     Args:
         part (nn.Module): The part.
 
     Returns:
-        Plan, optional: None if somebody would notice, or the part would not
-        run by it.
+        Plan, optional: None if hooks or patches would miss the call of the
+        part, or the part would not run by the plan.
     """
     runner = part.__dict__.get('_fused')
     if runner is None or len(runner.plans) != 1 or has_hooks(part):
@@ -163,17 +163,17 @@ def plan_to_merge(part):
         'forward' in part.__dict__
         or not part.training
         or not plan.sites
-        or not plan.is_simple
-        or not plan.trace.guards.hold(part, cls, runner.seen)
-        or _are_watched(part, plan.passed)
+        or not plan.is_mergeable
+        or not plan.trace.guards.hold(part, cls, runner.last_parts)
+        or _are_instrumented(part, plan.identities)
     ):
         return None
     return plan
 
 
-def _are_watched(part, names):
+def _are_instrumented(part, names):
     for name in names:
-        if is_watched(resolve(part, name)):
+        if is_instrumented(resolve(part, name)):
             return True
     return False
 
@@ -189,11 +189,11 @@ def _cache_of(module, plan):
 
 
 def _bind(plan, args, kwargs):
-    """Inputs of a call in the order of a plan's, or None."""
-    count, trace = len(plan.names), plan.trace
+    """Inputs of a call in the order of a plan; None if it has others."""
+    count, trace = len(plan.input_names), plan.trace
     if not kwargs and len(args) == count:
         return list(args)
-    names = [*plan.names, *trace.defaults]
+    names = [*plan.input_names, *trace.defaults]
     if len(args) > len(names) or not kwargs.keys() <= set(names):
         return None
     given = dict(zip(names, args))
@@ -212,21 +212,21 @@ def _bind(plan, args, kwargs):
     return [given[name] for name in names[:count]]
 
 
-def _fit(inputs, takes):
-    if takes is torch.Tensor:
+def _are_supported(inputs, input_type):
+    if input_type is torch.Tensor:
         return all(map(is_ordinary, inputs))
     return all(
-        type(value) is takes
-        and (takes is not tuple or len(value) == 1)
+        type(value) is input_type
+        and (input_type is not tuple or len(value) == 1)
         and all(map(is_ordinary, value))
         for value in inputs
     )
 
 
 def _is_frozen(plan, inputs):
-    """Whether a block takes part in training, but is not trained."""
+    """Whether a plan can run in a frozen block of a model in training."""
     return (
-        not plan.trace.only_training
+        not plan.trace.training_only
         and all(site.runs_frozen for site in plan.sites)
         and not any(
             isinstance(x, torch.Tensor) and x.requires_grad for x in inputs
@@ -237,10 +237,10 @@ def _is_frozen(plan, inputs):
 def _run_step(module, step, values):
     if step.kind == 'site':
         layers = members_of(module, step.target)
-        inputs = [values[slot.index] for slot in step.args]
+        inputs = [values[ref.slot] for ref in step.args]
         for slot in step.frees:
             values[slot] = None
-        return step.target.take(layers, inputs, not module.training)
+        return step.target.execute(layers, inputs, not module.training)
     args = _fill(step.args, values)
     kwargs = _fill(step.kwargs, values)
     if step.kind == 'call_module':
@@ -256,10 +256,10 @@ def _run_step(module, step, values):
 
 
 def _fill(arguments, values):
-    """Arguments with values in place of slots."""
+    """Arguments with values in place of references."""
     kind = type(arguments)
-    if kind is Slot:
-        return values[arguments.index]
+    if kind is ValueRef:
+        return values[arguments.slot]
     if isinstance(arguments, dict):
         return {k: _fill(v, values) for k, v in arguments.items()}
     if isinstance(arguments, tuple):

@@ -1,19 +1,19 @@
-"""Places of a forward pass that run fused."""
+"""Sites: calls of a forward pass that run fused."""
 
 from ..layers.norm import Fusing
 from ..ops.layout import with_strides
 from .eligibility import (
     can_fuse_norm,
     can_skip_relu,
+    is_instrumented,
     is_output_private,
-    is_watched,
 )
 
 
 class Site:
-    """Calls of a trace that one call stands for.
+    """Base class of the calls of a trace that run as one.
 
-    Subclasses are what patterns return, see
+    Patterns return instances of subclasses, see
     :func:`mmactnn.registry.register_pattern`.
 
     Args:
@@ -21,15 +21,14 @@ class Site:
             of the last one is read outside of them.
         inputs (Sequence[fx.Node]): Values that the site reads.
         members (Sequence[str | None]): Qualified names of the layers that
-            take part, for :meth:`run`; None stands for one that is not there.
+            take part, for :meth:`run`; None for a layer that is absent.
 
     Attributes:
         norms (tuple[str]): Names of the normalisations that keep codes of
             the normalised value.
         relus (tuple[str]): Names of the ReLUs that keep codes of their
             output.
-        adds (bool): Whether the second input is added, so that it is a
-            shortcut.
+        adds (bool): Whether the second input is a shortcut, which is added.
         runs_frozen (bool): Whether :meth:`run_frozen` can run.
         pattern (str, optional): Name of the pattern that found it.
     """
@@ -57,13 +56,13 @@ class Site:
         """
         raise NotImplementedError
 
-    def take(self, layers, inputs, frozen):
-        """Compute the value of the last node, of inputs that may be let go.
+    def execute(self, layers, inputs, frozen):
+        """Compute the value of the last node, and free inputs early.
 
         Args:
             layers (Sequence[nn.Module | None]): The members.
-            inputs (list[Tensor[*]]): Values of :attr:`inputs`. What is taken
-                from the list is held no longer than it is needed.
+            inputs (list[Tensor[*]]): Values of :attr:`inputs`. An input that
+                is removed from the list is freed after its last use.
             frozen (bool): Whether the block is not trained.
 
         Returns:
@@ -73,7 +72,7 @@ class Site:
         return run(layers, *inputs)
 
     def run_frozen(self, layers, *inputs):
-        """Compute it in a block that takes part in training untrained.
+        """Compute the value in a frozen block of a model in training.
 
         Args:
             layers (Sequence[nn.Module | None]): The members.
@@ -86,21 +85,20 @@ class Site:
 
 
 class ConvNormAct(Site):
-    """A convolution, normalisation, addition and ReLU, as far as there.
+    """A convolution, normalisation, addition and ReLU; some may be absent.
 
     Args:
         nodes (Sequence[fx.Node]): See :class:`Site`.
         source (fx.Node): Input of the convolution, or of the normalisation
             where there is no convolution.
-        added (fx.Node, optional): Value added before the ReLU.
-        conv (str, optional): Name of the convolution ...
-        norm (str, optional): ... of the normalisation ...
-        act (str, optional): ... and of the ReLU; None if a function
-            rectifies.
+        residual (fx.Node, optional): Value that is added before the ReLU.
+        conv (str, optional): Name of the convolution.
+        norm (str, optional): Name of the normalisation.
+        act (str, optional): Name of the ReLU; None if a function rectifies.
         rectifies (bool): Whether the output is rectified.
-        passed (Sequence[str]): Names of ``nn.Identity`` between them.
-        add (Callable, optional): The addition by itself, of the normalised
-            value and the added one, in place or not as it was.
+        identities (Sequence[str]): Names of the ``nn.Identity`` among them.
+        add (Callable, optional): The addition of normalised value and
+            residual, in place if that of the forward pass is.
         relu (Callable, optional): The function that rectifies.
     """
 
@@ -108,77 +106,77 @@ class ConvNormAct(Site):
         self,
         nodes,
         source,
-        added,
+        residual,
         conv,
         norm,
         act,
         rectifies,
-        passed=(),
+        identities=(),
         add=None,
         relu=None,
     ):
-        inputs = (source,) if added is None else (source, added)
-        super().__init__(nodes, inputs, (conv, norm, act, *passed))
+        inputs = (source,) if residual is None else (source, residual)
+        super().__init__(nodes, inputs, (conv, norm, act, *identities))
         self.rectifies = rectifies
         self._add, self._relu = add, relu
         self.has_conv = conv is not None
-        self.adds = added is not None
+        self.adds = residual is not None
         self.norms = () if norm is None else (norm,)
         self.relus = (act,) if norm is None else ()
 
     @property
     def is_chainable(self):
-        """bool: Whether a chain can run it, as far as its form goes."""
+        """bool: Whether a chain supports the form of the site."""
         has_act = self.members[2] is not None
         return self.has_conv and self.rectifies == has_act
 
     runs_frozen = True
 
-    def take(self, layers, inputs, frozen):
+    def execute(self, layers, inputs, frozen):
         """See the base class."""
         conv, norm, act, *_ = layers
-        added = inputs.pop() if len(inputs) > 1 else None
-        # Not the input: the convolution's output follows in its place.
+        residual = inputs.pop() if len(inputs) > 1 else None
+        # The input is not held while the convolution's output is alive.
         output = inputs.pop() if conv is None else conv(inputs.pop())
         if norm is None:
             return act(output)
-        if not _may_join(layers):
-            return self._finish(layers, output, added)
-        private = conv is not None and is_output_private(conv)
-        if not frozen and norm.fuses(output, added):
-            fusing = Fusing(self.rectifies, private)
-            return norm.norm_act(output, fusing, added)
-        if private and _runs_frozen(norm, output, added):
-            if added is not None:
-                added = with_strides(added, output.stride())
-            norm.frozen_act_(output, self.rectifies, added)
+        if not _can_fuse(layers):
+            return self._finish(layers, output, residual)
+        inplace = conv is not None and is_output_private(conv)
+        if not frozen and norm.fuses(output, residual):
+            fusing = Fusing(self.rectifies, inplace)
+            return norm.norm_act(output, fusing, residual)
+        if inplace and _can_run_frozen(norm, output, residual):
+            if residual is not None:
+                residual = with_strides(residual, output.stride())
+            norm.frozen_act_(output, self.rectifies, residual)
             return output
-        return self._finish(layers, output, added)
+        return self._finish(layers, output, residual)
 
-    def _finish(self, layers, output, added):
-        _, norm, act, *passed = layers
+    def _finish(self, layers, output, residual):
+        _, norm, act, *identities = layers
         output = norm(output)
-        for layer in passed:
+        for layer in identities:
             output = layer(output)
-        if added is not None:
-            output = self._add(output, added)
+        if residual is not None:
+            output = self._add(output, residual)
         if not self.rectifies:
             return output
         return self._relu(output) if act is None else act(output)
 
 
-def _may_join(layers):
-    """Whether nobody would notice that layers did not run by themselves."""
-    _, norm, act, *passed = layers
+def _can_fuse(layers):
+    """Whether no hook or patch would miss the call of a layer."""
+    _, norm, act, *identities = layers
     return (
         can_fuse_norm(norm)
         and (act is None or can_skip_relu(act))
-        and not any(map(is_watched, passed))
+        and not any(map(is_instrumented, identities))
     )
 
 
-def _runs_frozen(norm, output, added):
+def _can_run_frozen(norm, output, residual):
     return norm.is_frozen(output) and (
-        added is None
-        or (added.shape == output.shape and added.dtype == output.dtype)
+        residual is None
+        or (residual.shape == output.shape and residual.dtype == output.dtype)
     )

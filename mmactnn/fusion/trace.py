@@ -14,8 +14,8 @@ from torch import fx
 from ..modules.functions import functions_of
 from .guards import Guards, freeze, make_guards
 
-# Of torch's own Python code, what reads a module and computes nothing.
-_READING = (
+# Modules of torch whose functions access modules and compute nothing.
+_MODULE_ACCESS = (
     'torch.fx',
     'torch.nn.modules.module',
     'torch.nn.modules.container',
@@ -23,9 +23,9 @@ _READING = (
     'torch.utils._pytree',
     'torch.overrides',
 )
-# Of the rest, functions of tensors, which see a proxy. Whatever else torch has
-# changes how others run: checkpointing, autocast, gradients or none.
-_COMPUTING = (
+# Modules of torch whose functions take tensors, hence proxies. The others
+# change the way that functions run: checkpointing, autocast, grad modes.
+_TENSOR_FUNCTIONS = (
     'torch',
     'torch.functional',
     'torch.nn.functional',
@@ -76,7 +76,7 @@ _MUTATING = frozenset(
 )
 _CONTAINERS = (list, dict, set, tuple, frozenset)
 _VALUES = (str, bytes, int, float, complex, bool, range, slice, torch.Size)
-_WRITES = frozenset(
+_STORE_OPCODES = frozenset(
     dis.opmap[name]
     for name in ('STORE_ATTR', 'DELETE_ATTR', 'STORE_GLOBAL', 'DELETE_GLOBAL')
 )
@@ -98,8 +98,8 @@ _IN_PLACE = {
 }
 
 
-class Untraceable(Exception):
-    """Reason why the forward pass of a module has no trace."""
+class UntraceableError(Exception):
+    """Error of a forward pass that cannot be traced, with the reason."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,21 +108,21 @@ class Trace:
 
     Attributes:
         nodes (tuple[fx.Node]): Placeholders of the tensors, calls in their
-            order, and the output. A call of a module has its qualified name
-            within the traced one as target.
-        defaults (dict[str, object]): Arguments that the trace holds for, and
-            their values.
-        guards (Guards): What the trace rests on.
-        takes (type): Class of the inputs: ``torch.Tensor``, ``list`` or, for
-            a tuple of one tensor, ``tuple``.
-        only_training (bool): Whether the trace holds in training mode only.
+            order, and the output. The target of a call of a module is the
+            qualified name within the traced one.
+        defaults (dict[str, object]): Values of the arguments with defaults,
+            for which alone the trace is valid.
+        guards (Guards): Conditions under which the trace is valid.
+        input_type (type): Class of the inputs: ``torch.Tensor``, ``list`` or,
+            for a tuple of one tensor, ``tuple``.
+        training_only (bool): Whether the trace is valid in training mode only.
     """
 
     nodes: tuple
     defaults: dict
     guards: Guards
-    takes: type
-    only_training: bool
+    input_type: type
+    training_only: bool
 
     @functools.cached_property
     def inputs(self):
@@ -138,7 +138,7 @@ class Trace:
 
     @property
     def output(self):
-        """fx.Node: The node of what is returned."""
+        """fx.Node: The node of the return value."""
         return self.nodes[-1]
 
 
@@ -146,56 +146,62 @@ def trace_block(module, cls):
     """Trace a module's forward pass in training mode, children as leaves.
 
     Args:
-        module (nn.Module): The module; it is left as it was.
-        cls (type): Class whose ``forward`` is traced: the module's, or the
-            one that it had before it was fused.
+        module (nn.Module): The module; it is not changed.
+        cls (type): Class whose ``forward`` is traced: the module's, or that
+            before it was fused.
 
     Returns:
-        tuple[Trace]: One for each kind of input that the forward pass tells
-        apart.
+        tuple[Trace]: One trace for each type of input that the forward pass
+        distinguishes.
 
     Raises:
-        Untraceable: If the forward pass cannot be traced, or does more than
-            call and return.
+        UntraceableError: If the forward pass cannot be traced, or has side
+            effects.
     """
     functions = functions_of(cls)
     if 'forward' not in functions:
-        raise Untraceable('it has no forward pass of its own')
+        raise UntraceableError('it has no forward pass of its own')
     for name in functions:
         if name in module.__dict__:
-            raise Untraceable(f'its {name} was replaced on the instance')
-    signature = inspect.signature(functions['forward'])
-    _, *parameters = signature.parameters.values()
+            raise UntraceableError(f'its {name} was replaced on the instance')
+    defaults = _default_arguments(functions['forward'])
+    results = [_trace(module, cls, defaults, torch.Tensor)]
+    if _checks_types(functions):
+        results.append(_trace(module, cls, defaults, list))
+    traces = tuple(t for t in results if isinstance(t, Trace))
+    if not traces:
+        # Heads and necks of classifiers take the features in a tuple.
+        in_tuple = _trace(module, cls, defaults, tuple)
+        if isinstance(in_tuple, UntraceableError):
+            raise results[0]
+        traces = (in_tuple,)
+    return traces
+
+
+def _default_arguments(forward):
+    """Arguments of a forward pass with defaults, and their values."""
+    _, *parameters = inspect.signature(forward).parameters.values()
     defaults = {}
     for parameter in parameters:
         if parameter.kind in (
             parameter.VAR_POSITIONAL,
             parameter.VAR_KEYWORD,
         ):
-            raise Untraceable('it takes any number of arguments')
+            raise UntraceableError('it takes any number of arguments')
         if parameter.default is not parameter.empty:
             if not isinstance(parameter.default, (*_VALUES, type(None))):
-                raise Untraceable(
+                raise UntraceableError(
                     f'its argument {parameter.name} has a default that is '
                     'no plain value'
                 )
             defaults[parameter.name] = parameter.default
     if len(defaults) == len(parameters):
-        raise Untraceable('it takes no tensor')
-    results = [_trace(module, cls, defaults, torch.Tensor)]
-    if _tells_apart(functions):
-        results.append(_trace(module, cls, defaults, list))
-    traces = tuple(t for t in results if isinstance(t, Trace))
-    if not traces:
-        # Heads and necks of classifiers take the features in a tuple.
-        in_tuple = _trace(module, cls, defaults, tuple)
-        if isinstance(in_tuple, Untraceable):
-            raise results[0]
-        traces = (in_tuple,)
-    return traces
+        raise UntraceableError('it takes no tensor')
+    return defaults
 
 
-def _tells_apart(functions):
+def _checks_types(functions):
+    """Whether functions call ``isinstance``."""
     return any(
         'isinstance' in getattr(f, '__code__', f).co_names
         for f in functions.values()
@@ -203,20 +209,21 @@ def _tells_apart(functions):
     )
 
 
-def _trace(module, cls, defaults, takes):
+def _trace(module, cls, defaults, input_type):
+    """Trace for one type of input, or the ``UntraceableError``."""
     recorder = _Recorder(module)
-    tracer = _BlockTracer(takes, recorder)
+    tracer = _BlockTracer(input_type, recorder)
     try:
         with _as_in_training(module, cls):
             graph = tracer.trace(module, dict(defaults) or None)
-    except Untraceable as reason:
-        # Not itself: it would keep all frames of the trace alive.
-        return Untraceable(str(reason))
+    except UntraceableError as reason:
+        # A new error: the old one would keep all frames of the trace alive.
+        return UntraceableError(str(reason))
     except Exception as error:
-        # Whatever a proxy meets that is no tensor.
+        # Any code may fail on a proxy in place of a tensor.
         text = str(error).strip().split('\n')[0][:120]
-        return Untraceable(f'{type(error).__name__} in its trace: {text}')
-    nodes = _nodes_that_count(graph, defaults)
+        return UntraceableError(f'{type(error).__name__} in its trace: {text}')
+    nodes = _without_argument_checks(graph, defaults)
     parts = dict.fromkeys(
         path[:depth]
         for node in nodes
@@ -228,10 +235,10 @@ def _trace(module, cls, defaults, takes):
     reads_training = any(
         'training' in code.co_names for code, _ in recorder.functions
     )
-    return Trace(nodes, defaults, guards, takes, reads_training)
+    return Trace(nodes, defaults, guards, input_type, reads_training)
 
 
-def _nodes_that_count(graph, defaults):
+def _without_argument_checks(graph, defaults):
     """Nodes of a graph without the checks of arguments with defaults."""
     constants = set()
     kept = []
@@ -251,10 +258,10 @@ def _nodes_that_count(graph, defaults):
 
 @contextlib.contextmanager
 def _as_in_training(module, cls):
-    """Let a module be of its plain class, in training mode, for a while."""
+    """Context with a module of its plain class, in training mode."""
     before, training, own = type(module), module.training, module.__dict__
     kept = {
-        key: (value, _contents(value))
+        key: (value, _freeze_container(value))
         for key, value in own.items()
         if key != 'training'
     }
@@ -270,20 +277,25 @@ def _as_in_training(module, cls):
             del own[key]
             written = True
         for key, (value, contents) in kept.items():
-            if own.get(key) is not value or _contents(value) != contents:
-                own[key] = _restored(value, contents)
+            if (
+                own.get(key) is not value
+                or _freeze_container(value) != contents
+            ):
+                own[key] = _restore(value, contents)
                 written = True
     if written:
-        raise Untraceable('its forward pass writes attributes')
+        raise UntraceableError('its forward pass writes attributes')
 
 
-def _contents(value):
+def _freeze_container(value):
+    """Frozen contents of a container; None for other values."""
     if isinstance(value, (list, dict, set)):
         return freeze(value)
     return None
 
 
-def _restored(value, contents):
+def _restore(value, contents):
+    """Give a container its contents back, in place."""
     if contents is None or not hasattr(contents, 'items'):
         return value
     value.clear()
@@ -303,7 +315,7 @@ def _thaw(frozen):
 
 
 class _BlockProxy(fx.Proxy):
-    """Proxy that knows the operators which work in place."""
+    """Proxy with the operators that work in place."""
 
 
 def _in_place(function):
@@ -324,7 +336,7 @@ class _TensorProxy(_BlockProxy):
 
     @property
     def __class__(self):
-        """type: The class that ``isinstance`` sees."""
+        """type: Class for ``isinstance``."""
         return torch.Tensor
 
 
@@ -333,7 +345,7 @@ class _ListProxy(_BlockProxy):
 
     @property
     def __class__(self):
-        """type: The class that ``isinstance`` sees."""
+        """type: Class for ``isinstance``."""
         return list
 
 
@@ -342,9 +354,9 @@ class _BlockTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, takes, recorder):
+    def __init__(self, input_type, recorder):
         super().__init__(autowrap_modules=())
-        self._takes = takes
+        self._input_type = input_type
         self._recorder = recorder
         self._paths = {}
 
@@ -355,13 +367,13 @@ class _BlockTracer(fx.Tracer):
         return super().trace(root, concrete_args)
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
-        """See ``fx.Tracer``; listens while the forward pass runs."""
+        """See ``fx.Tracer``; the recorder is on in the forward pass."""
         function, args = super().create_args_for_root(
             root_fn, is_module, concrete_args
         )
         recorder = self._recorder
 
-        if self._takes is tuple:
+        if self._input_type is tuple:
             args = [
                 (arg[0],) if isinstance(arg, _BlockProxy) else arg
                 for arg in args
@@ -374,7 +386,7 @@ class _BlockTracer(fx.Tracer):
         return forward, args
 
     def create_proxy(self, *args, **kwargs):
-        """See ``fx.Tracer``, in which nothing is to be heard."""
+        """See ``fx.Tracer``, whose own calls are not recorded."""
         with self._recorder.paused():
             return super().create_proxy(*args, **kwargs)
 
@@ -385,19 +397,21 @@ class _BlockTracer(fx.Tracer):
         )
 
     def getattr(self, attr, attr_val, parameter_proxy_cache):
-        """See ``fx.Tracer``; looks for tensors only."""
+        """See ``fx.Tracer``; makes proxies of tensors only."""
         if isinstance(attr_val, torch.Tensor):
             with self._recorder.paused():
                 return super().getattr(attr, attr_val, parameter_proxy_cache)
         return attr_val
 
     def path_of_module(self, mod):
-        """See ``fx.Tracer``; modules at home in two places have no path."""
+        """See ``fx.Tracer``; refuses modules that have several parents."""
         names = self._paths.get(mod)
         if names is None:
-            raise Untraceable('it calls a module that is none of its parts')
+            raise UntraceableError(
+                'it calls a module that is none of its parts'
+            )
         if len({name.rpartition('.')[0] for name in names}) > 1:
-            raise Untraceable(
+            raise UntraceableError(
                 f'{names[0]} is part of it in several places: '
                 f'{", ".join(names)}'
             )
@@ -405,30 +419,29 @@ class _BlockTracer(fx.Tracer):
 
     def proxy(self, node):
         """See ``fx.Tracer``."""
-        self._recorder.note_node()
+        self._recorder.count_node()
         if node.op == 'placeholder':
-            if self._takes is list:
+            if self._input_type is list:
                 return _ListProxy(node, self)
-            if self._takes is torch.Tensor:
+            if self._input_type is torch.Tensor:
                 return _TensorProxy(node, self)
         return _BlockProxy(node, self)
 
     def create_arg(self, a):
         """See ``fx.Tracer``; refuses tensors that are no parameters."""
         if isinstance(a, torch.Tensor) and not isinstance(a, fx.Proxy):
-            raise Untraceable('it uses a tensor that is no parameter')
+            raise UntraceableError('it uses a tensor that is no parameter')
         if isinstance(a, fx.Proxy):
             return a.node
         return super().create_arg(a)
 
 
 class _Recorder:
-    """Listens to what a forward pass calls while it is traced.
+    """Recorder of the calls of a forward pass while it is traced.
 
-    Calls that neither become a node nor are known to compute the same thing
-    from the same arguments, such as those of random numbers or of a clock,
-    make the trace worthless, and so does whatever is written to objects. Most
-    of them are refused before they happen.
+    A call that neither becomes a node nor is a pure function, such as one of
+    random numbers or of a clock, makes the trace invalid, and so does a write
+    to an object. Most of them are refused before they happen.
 
     Args:
         module (nn.Module): The module that is traced.
@@ -440,26 +453,26 @@ class _Recorder:
 
     def __init__(self, module):
         self.functions = []
-        self._seen = set()
+        self._known_code = set()
         self._module = module
         self._nodes = 0
-        # Calls under way that have to make a node.
-        self._waiting = []
+        # Stack of running calls that have to make a node.
+        self._pending = []
 
     def listening(self):
-        """A context in which the recorder listens."""
+        """Context in which the recorder is on."""
         return _Listening(self._on_frame, self._on_event)
 
     def paused(self):
-        """A context in which it does not."""
+        """Context in which the recorder is off."""
         return _Listening(None, None)
 
-    def note_node(self):
-        """Take note of a new node."""
+    def count_node(self):
+        """Count a new node."""
         self._nodes += 1
 
     def _on_frame(self, frame, event, argument):
-        if not _is_users(frame):
+        if not _is_user_code(frame):
             return None
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
@@ -468,22 +481,22 @@ class _Recorder:
     def _on_opcode(self, frame, event, argument):
         if event == 'opcode':
             code = frame.f_code
-            if code.co_code[frame.f_lasti] in _WRITES:
-                raise Untraceable(f'{code.co_name} writes attributes')
+            if code.co_code[frame.f_lasti] in _STORE_OPCODES:
+                raise UntraceableError(f'{code.co_name} writes attributes')
         return self._on_opcode
 
     def _on_event(self, frame, event, argument):
         if event == 'call':
             self._on_call(frame)
         elif event == 'c_call':
-            if _is_users(frame):
+            if _is_user_code(frame):
                 self._on_builtin(frame, argument)
-        elif self._waiting:
-            key, nodes, name = self._waiting[-1]
-            if key is (frame if event == 'return' else argument):
-                self._waiting.pop()
+        elif self._pending:
+            callee, nodes, name = self._pending[-1]
+            if callee is (frame if event == 'return' else argument):
+                self._pending.pop()
                 if nodes == self._nodes and event != 'c_exception':
-                    raise Untraceable(
+                    raise UntraceableError(
                         f'it calls {name}, which is no part of the graph'
                     )
 
@@ -492,18 +505,18 @@ class _Recorder:
         if caller is None:
             return
         code = frame.f_code
-        if _is_users(frame):
-            if not _is_users(caller) and not _is_reading(caller):
-                raise Untraceable(
+        if _is_user_code(frame):
+            if not _is_user_code(caller) and not _is_module_access(caller):
+                raise UntraceableError(
                     f'{code.co_name} is called back by {caller.f_code.co_name}'
                 )
-            if id(code) not in self._seen:
-                self._seen.add(id(code))
+            if id(code) not in self._known_code:
+                self._known_code.add(id(code))
                 self.functions.append((code, frame.f_globals))
-        elif _is_users(caller) and not _is_reading(frame):
-            if frame.f_globals.get('__name__') not in _COMPUTING:
-                raise Untraceable(f'it calls {code.co_name}')
-            self._waiting.append((frame, self._nodes, code.co_name))
+        elif _is_user_code(caller) and not _is_module_access(frame):
+            if frame.f_globals.get('__name__') not in _TENSOR_FUNCTIONS:
+                raise UntraceableError(f'it calls {code.co_name}')
+            self._pending.append((frame, self._nodes, code.co_name))
 
     def _on_builtin(self, frame, function):
         if id(function) in _PURE_BUILTINS:
@@ -512,15 +525,15 @@ class _Recorder:
         name = getattr(function, '__name__', repr(function))
         if type(owner) in _CONTAINERS:
             if name in _MUTATING and self._is_shared(owner, frame):
-                raise Untraceable(f'it changes a container by {name}')
+                raise UntraceableError(f'it changes a container by {name}')
             return
         module = getattr(function, '__module__', None)
         if type(owner) in _VALUES or module in ('math', '_operator'):
             return
         home = module or getattr(owner, '__module__', None) or ''
         if home.partition('.')[0] != 'torch':
-            raise Untraceable(f'it calls {name}')
-        self._waiting.append((function, self._nodes, name))
+            raise UntraceableError(f'it calls {name}')
+        self._pending.append((function, self._nodes, name))
 
     def _is_shared(self, owner, frame):
         scopes = [
@@ -533,14 +546,14 @@ class _Recorder:
             },
         ]
         return any(
-            _holds(value, owner)
+            _contains(value, owner)
             for scope in scopes
             for value in scope.values()
         )
 
 
 class _Listening:
-    """Context with other trace and profile functions of this thread."""
+    """Context with the given trace and profile functions of this thread."""
 
     def __init__(self, trace, profile):
         self._functions = trace, profile
@@ -559,22 +572,22 @@ class _Listening:
         sys.settrace(trace)
 
 
-def _holds(value, owner, depth=0):
+def _contains(value, owner, depth=0):
     if value is owner:
         return True
     if depth < 2 and type(value) in (list, dict, tuple):
         items = value.values() if isinstance(value, dict) else value
-        return any(_holds(item, owner, depth + 1) for item in items)
+        return any(_contains(item, owner, depth + 1) for item in items)
     return False
 
 
-def _is_users(frame):
-    """Whether a frame runs code of neither torch nor Python nor this file."""
-    return _is_users_name(frame.f_globals.get('__name__', ''))
+def _is_user_code(frame):
+    """Whether a frame's code is of neither torch, Python nor this module."""
+    return _is_user_module(frame.f_globals.get('__name__', ''))
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_users_name(name):
+def _is_user_module(name):
     package = name.partition('.')[0]
     return not (
         package == 'torch'
@@ -585,6 +598,6 @@ def _is_users_name(name):
     )
 
 
-def _is_reading(frame):
+def _is_module_access(frame):
     name = frame.f_globals.get('__name__', '')
-    return name == __name__ or name.startswith(_READING)
+    return name == __name__ or name.startswith(_MODULE_ACCESS)

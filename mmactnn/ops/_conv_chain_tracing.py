@@ -37,14 +37,14 @@ def read_steps(numbers):
         return tuple(itertools.islice(left, count))
 
     for source in left:
-        added = next(left) if next(left) else None
+        residual = next(left) if next(left) else None
         layer, dims = take(2)
         window = take(dims), take(dims), take(dims)
         groups, epilogue, use_batch_stats = take(3)
         steps.append(
             ChainStep(
                 source,
-                added,
+                residual,
                 layer,
                 *window,
                 groups,
@@ -90,7 +90,9 @@ def _encode(input, kind, bits, group_size, seed, offset):
     return *codes, *widths
 
 
-def _run_epilogue(step, x, added, parameters, buffers, settings, seed, offset):
+def _run_epilogue(
+    step, x, residual, parameters, buffers, settings, seed, offset
+):
     """Overwrite a convolution's output; returns the tensors to save."""
     if step.epilogue is Epilogue.NONE:
         return []
@@ -99,11 +101,11 @@ def _run_epilogue(step, x, added, parameters, buffers, settings, seed, offset):
         return ops.relu_codes_.default(
             x, step.bits, step.group_size, seed, offset
         )
-    if added is not None:
-        added = _with_strides(added, x.stride())
+    if residual is not None:
+        residual = _with_strides(residual, x.stride())
     payload = ops.batch_norm_act_.default(
         x,
-        added,
+        residual,
         *parameters[2:],
         *buffers,
         step.use_batch_stats,
@@ -149,7 +151,9 @@ def _conv_chain(
         kept += _run_epilogue(
             step,
             x,
-            None if step.added is None else _read(step.added, inputs, outputs),
+            None
+            if step.residual is None
+            else _read(step.residual, inputs, outputs),
             own,
             buffers[step.layer * _BUFFERS : (step.layer + 1) * _BUFFERS],
             settings[2 * step.layer : 2 * step.layer + 2],
@@ -191,7 +195,7 @@ class _FakeGradients:
         for step in steps:
             self.wanted.append(
                 self._wants(step.source)
-                or (step.added is not None and self._wants(step.added))
+                or (step.residual is not None and self._wants(step.residual))
                 or any(self._needs(step))
             )
 
@@ -237,8 +241,8 @@ class _FakeGradients:
                         grad.shape[1:2], dtype=torch.float32
                     )
                     _accumulate(self.of_parameters, first + k, vector, True)
-            if step.added is not None and self._wants(step.added):
-                self._add(step.added, torch.empty_like(grad))
+            if step.residual is not None and self._wants(step.residual):
+                self._add(step.residual, torch.empty_like(grad))
         if not (needs_x or needs[0] or needs[1]):
             return None
         weight = self.parameters[first]

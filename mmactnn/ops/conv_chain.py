@@ -78,8 +78,8 @@ class ChainStep(NamedTuple):
         source (int): Tensor that it reads: an input
             (:func:`source_of_input`), or the index of an earlier step, whose
             output must be rectified.
-        added (int, optional): Tensor that is added between normalisation and
-            ReLU; an input or the index of an earlier step.
+        residual (int, optional): Tensor that is added between normalisation
+            and ReLU; an input or the index of an earlier step.
         layer (int): Index of its parameters, buffers and settings.
         stride (tuple[int]): Stride of the convolution.
         padding (tuple[int]): Padding of the convolution.
@@ -94,7 +94,7 @@ class ChainStep(NamedTuple):
     """
 
     source: int
-    added: int | None
+    residual: int | None
     layer: int
     stride: tuple
     padding: tuple
@@ -115,7 +115,7 @@ class ChainStep(NamedTuple):
     def num_saved(self):
         """int: Number of tensors that the epilogue saves."""
         if self.has_norm:
-            return 3 if self.added is None else 5
+            return 3 if self.residual is None else 5
         return 0 if self.epilogue is Epilogue.NONE else 2
 
 
@@ -128,7 +128,7 @@ def find_outputs(steps):
     Returns:
         list[int]: Steps that no other one reads, in ascending order.
     """
-    read = {s for step in steps for s in (step.source, step.added)}
+    read = {s for step in steps for s in (step.source, step.residual)}
     return [i for i in range(len(steps)) if i not in read]
 
 
@@ -161,9 +161,9 @@ class ChainPlan(NamedTuple):
         """
         numbers = []
         for step in steps:
-            adds = step.added is not None
+            adds = step.residual is not None
             numbers += step.source, int(adds)
-            numbers += [step.added] if adds else []
+            numbers += [step.residual] if adds else []
             numbers += step.layer, len(step.stride)
             numbers += *step.stride, *step.padding, *step.dilation
             numbers += (

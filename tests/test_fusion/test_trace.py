@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmactnn import convert_model, measure_activations, revert_model
 from mmactnn.fusion import is_fused
-from mmactnn.fusion.trace import Untraceable, trace_block
+from mmactnn.fusion.trace import UntraceableError, trace_block
 
 SCALE = 2.0
 SETTINGS = {'slope': 0.5}
@@ -120,7 +120,7 @@ def takes_any(self, *args):
 def test_refused(forward, capsys):
     block = make(forward).eval()
     before = copy.deepcopy(block)
-    with pytest.raises(Untraceable):
+    with pytest.raises(UntraceableError):
         trace_block(block, type(block))
     assert (block.calls, block.seen, block.stats) == (0, [], {'calls': 0})
     assert not block.training and vars(block).keys() == vars(before).keys()

@@ -28,12 +28,12 @@ def make_layer(channels, kernel, epilogue, dtype, device, groups=1):
     return parameters + [None] * (4 - len(parameters)), [*buffers, None]
 
 
-def make_step(epilogue, source=INPUT, layer=0, added=None, geometry=None):
+def make_step(epilogue, source=INPUT, layer=0, residual=None, geometry=None):
     use_batch_stats = epilogue is ops.Epilogue.NORM_RELU
-    act_bits = 0 if added is None else 2
+    act_bits = 0 if residual is None else 2
     return ops.ChainStep(
         source,
-        added,
+        residual,
         layer,
         *(geometry or GEOMETRIES[0]),
         epilogue,
@@ -76,7 +76,7 @@ def run_ops(inputs, steps, layers):
         elif step.epilogue is not ops.Epilogue.NONE:
             x, invstd, codes = ops.batch_norm_act(
                 x,
-                None if step.added is None else read(step.added),
+                None if step.residual is None else read(step.residual),
                 scale,
                 shift,
                 ops.NormSettings(*buffers, step.use_batch_stats, 0.1, 1e-5),
@@ -207,8 +207,8 @@ BLOCKS = [
 
 def make_blocks(device):
     steps = [
-        make_step(ops.Epilogue[name], source, i, added)
-        for i, (name, source, added) in enumerate(BLOCKS)
+        make_step(ops.Epilogue[name], source, i, residual)
+        for i, (name, source, residual) in enumerate(BLOCKS)
     ]
     layers = [
         make_layer(8, (1, 1), step.epilogue, torch.float32, device)
@@ -393,8 +393,8 @@ def test_gradients_of_links_that_branch_and_join(device):
             y = torch.nn.functional.batch_norm(
                 y, None, None, scale, shift, True
             )
-        if step.added is not None:
-            y = y + made[step.added]
+        if step.residual is not None:
+            y = y + made[step.residual]
         if step.epilogue in (ops.Epilogue.RELU, ops.Epilogue.NORM_RELU):
             y = y.relu()
         made.append(y)
@@ -559,7 +559,7 @@ def test_errors():
     with pytest.raises(RuntimeError, match='must have a weight'):
         run(parameters=[None, *parameters[1:]])
     with pytest.raises(RuntimeError, match='must be followed by a ReLU'):
-        run(steps=[step._replace(added=INPUT)])
+        run(steps=[step._replace(residual=INPUT)])
     with pytest.raises(RuntimeError, match='one of the inputs or a step'):
         run(steps=[step._replace(source=0)])
     with pytest.raises(RuntimeError, match='one of the inputs or a step'):
@@ -625,10 +625,10 @@ def test_opcheck(epilogue, kind, device):
         make_layer(4, (1, 1), each, x.dtype, device)
         for each in (ops.Epilogue.NORM_RELU, epilogue)
     ]
-    added = INPUT if epilogue is ops.Epilogue.NORM_RELU else None
+    residual = INPUT if epilogue is ops.Epilogue.NORM_RELU else None
     steps = [
         make_step(ops.Epilogue.NORM_RELU),
-        make_step(epilogue, 0, 1, added),
+        make_step(epilogue, 0, 1, residual),
     ]
     parameters, buffers = flatten(layers)
     plan = make_plan(steps, len(layers))
