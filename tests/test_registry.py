@@ -166,7 +166,7 @@ class TestSites:
             (
                 lambda trace: site_of(trace.calls, trace.calls[:1]),
                 ValueError,
-                'makes itself',
+                'a value of its own',
             ),
         ],
     )

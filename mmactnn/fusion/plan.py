@@ -23,7 +23,7 @@ def resolve(module, path):
         path (tuple[str]): Names that lead to the part.
 
     Returns:
-        nn.Module, optional: None if there is none.
+        nn.Module, optional: None if the module has no such part.
     """
     for name in path:
         module = module._modules.get(name)
@@ -217,9 +217,9 @@ def _check_site(site, pattern, trace):
     elif any(not nodes.issuperset(node.users) for node in site.nodes[:-1]):
         reason = 'makes values within it that are read outside'
     elif not calls.union(trace.inputs).issuperset(site.inputs):
-        reason = 'reads what is no value of the trace'
+        reason = 'reads a value that is not in the trace'
     elif not nodes.isdisjoint(site.inputs):
-        reason = 'reads what it makes itself'
+        reason = 'reads a value of its own'
     if reason is not None:
         raise ValueError(f'a site of the pattern {pattern!r} {reason}')
 

@@ -107,7 +107,8 @@ class BlockRunner:
     def _run_chain(self, module, plan, start, end, values):
         """Run steps as one chain, and return ``end``; None if it cannot."""
         first = values[plan.steps[start].args[0].slot]
-        # Feature maps shrink along a block: the first input is the largest.
+        # An early exit: mostly, feature maps shrink along a block, so that the
+        # first input is the largest.
         if not isinstance(first, torch.Tensor) or count_oversized([first]):
             return None
         found = collect_layers(module, plan, start, end, plan_to_merge)

@@ -1,4 +1,4 @@
-"""Blocks that run as one node of the graph, against themselves by layers."""
+"""Chains of the layers of a block, against the layers one by one."""
 
 import collections
 import copy
@@ -20,7 +20,7 @@ from torch import nn
 from mmactnn import convert_model, get_precision, measure_activations
 from mmactnn.fusion import chain
 
-# The rest of a block's nodes belongs to what is no layer.
+# The other blocks have nodes of operations that are no layers.
 CHAINED = [
     name
     for name in BLOCKS
@@ -38,7 +38,7 @@ def make_input(device='cpu', channels_last=False):
 
 
 def run_both(block, x):
-    """The same random bits as a chain, and layer by layer."""
+    """Results as a chain and layer by layer, with the same random bits."""
     found = []
     for max_bytes in (chain._MAX_BYTES, 0):
         with pytest.MonkeyPatch.context() as patch, exact_numerics():
@@ -110,7 +110,7 @@ def test_one_node():
     assert names.count('_ChainBackward') == 1
     strided = make_block('mmdet bottleneck, stride')
     convert_model(strided, dict(base='L3', adaptive=False))
-    # The shortcut is part of it.
+    # The chain includes the shortcut.
     assert nodes(strided(x)).count('_ChainBackward') == 1
 
 
@@ -123,7 +123,7 @@ def test_one_node():
             0,
         ),
         (lambda block: block.relu.register_forward_hook(lambda *_: None), 0),
-        # The layers behind are a chain without it.
+        # The layers behind it still run as a chain.
         (
             lambda block: block.conv1.register_full_backward_hook(
                 lambda *_: None
@@ -138,7 +138,7 @@ def test_one_node():
         (lambda block: nn.utils.parametrizations.weight_norm(block.conv1), 1),
     ],
 )
-def test_layers_that_somebody_looks_at(watch, left):
+def test_hooks_and_patches(watch, left):
     block = make_block('mmdet bottleneck')
     convert_model(block, 'L3')
     x = make_input().requires_grad_()
@@ -164,7 +164,7 @@ def test_layers_that_somebody_looks_at(watch, left):
         ('ConvModule without norm', 'activate', nn.LeakyReLU(0.5), 0),
     ],
 )
-def test_layers_that_somebody_has_replaced(name, layer, other, left):
+def test_replaced_layers(name, layer, other, left):
     block = make_block(name)
     exact = copy.deepcopy(block)
     setattr(exact, layer, copy.deepcopy(other))
@@ -173,26 +173,26 @@ def test_layers_that_somebody_has_replaced(name, layer, other, left):
     x = make_input().requires_grad_()
     y = block(x)
     assert torch.allclose(y, exact(x), atol=1e-5)
-    # The other ones may still run as a chain.
+    # The other layers may still run as a chain.
     assert nodes(y).count('_ChainBackward') == left
     y.sum().backward()
 
 
-def test_padding_that_is_no_number():
+def test_padding_by_name():
     block = make_block('ConvModule without norm')
     block.conv.padding = 'same'
     convert_model(block, 'L3')
     assert '_ChainBackward' not in nodes(block(make_input()))
 
 
-def test_a_batch_that_torch_refuses():
+def test_one_value_a_channel():
     block = make_block('ConvModule')
     convert_model(block, 'L3')
     with pytest.raises(ValueError, match='more than 1 value per channel'):
         block(torch.randn(1, 16, 1, 1))
 
 
-def test_a_shortcut_that_broadcasts():
+def test_broadcast_shortcut():
     block = make_block('mmdet bottleneck')
     block.downsample = nn.AdaptiveAvgPool2d(1)
     exact = copy.deepcopy(block)
@@ -201,7 +201,7 @@ def test_a_shortcut_that_broadcasts():
     assert torch.allclose(block(x), exact(x), atol=1e-5)
 
 
-def test_a_graph_that_is_kept():
+def test_retained_graph():
     block = make_block('mmdet bottleneck')
     convert_model(block, 'L3')
     x = make_input().requires_grad_()
@@ -213,7 +213,7 @@ def test_a_graph_that_is_kept():
 
 
 @pytest.mark.parametrize('name', ['conv1.weight', 'bn2.bias', 'conv3.weight'])
-def test_some_gradients_alone(name):
+def test_gradients_of_some_tensors(name):
     block = make_block('mmdet bottleneck')
     convert_model(block, 'L3')
     x = make_input().requires_grad_()
@@ -235,7 +235,7 @@ def test_second_derivatives_are_refused():
         grad.sum().backward()
 
 
-def test_what_is_kept_and_counted():
+def test_kept_and_counted_bytes():
     block = make_block('mmdet bottleneck')
     x = torch.randn(4, 16, 16, 16, requires_grad=True)
     convert_model(block, dict(base='L2', conv=2, norm=2, rectified=3))
@@ -249,7 +249,7 @@ def test_what_is_kept_and_counted():
             with saved_tensors() as saved:
                 twin(x)
             kept = {t.data_ptr(): t.nbytes for t in saved}
-            # These exist anyway.
+            # Parameters take no additional memory.
             for parameter in twin.parameters():
                 kept.pop(parameter.data_ptr(), None)
             found.append(
@@ -271,7 +271,7 @@ def test_relu_keeps_no_mask_behind_a_convolution():
                 follower(x)
         kept = {t.data_ptr(): t for t in saved}
         codes = [t.nbytes for t in kept.values() if t.dtype == torch.uint8]
-        # The input's and the output's, which is the follower's input.
+        # Codes of the input, and of the output, which the follower reads.
         assert sorted(codes) == [numel * 2 // 8, numel * 3 // 8]
 
 
@@ -282,7 +282,7 @@ def change_bits(block):
 def put_in_place(block):
     quantizer = block.conv2.quantizer
     block.conv2 = copy.deepcopy(block.conv2)
-    # A copy alone is of another model: of other random bits, and a cache.
+    # The quantizer of a copy has other random bits and another cache.
     block.conv2.quantizer = quantizer
     block.conv2.weight.data.mul_(2)
 
@@ -315,8 +315,8 @@ def put_in_place(block):
         change_bits,
     ],
 )
-def test_what_changes_between_two_calls(change):
-    """As in a block that has never run before it changed."""
+def test_changes_between_calls(change):
+    """A block that has run equals one that has not run before a change."""
     block = make_block('mmdet bottleneck')
     convert_model(block, dict(base='L2', conv=2, norm=2, rectified=3))
     found, x = [], make_input()
@@ -324,7 +324,7 @@ def test_what_changes_between_two_calls(change):
         twin = copy.deepcopy(block)
         for _ in range(runs):
             gradients(twin, x[..., :3, :3], None)
-        # Their batches count for the statistics.
+        # The running statistics include the batches of these runs.
         twin.load_state_dict(block.state_dict())
         change(twin)
         layer = next(m for m in twin.modules() if hasattr(m, 'quantizer'))
@@ -353,7 +353,7 @@ def test_hooks_that_come_and_go():
         assert '_ChainBackward' not in nodes(block(x))
         handle.remove()
     assert len(seen) == 2
-    # Somebody takes all hooks away, and others come.
+    # A new dict of hooks takes the place of the old one.
     block.bn2._forward_hooks = collections.OrderedDict()
     assert '_ChainBackward' in nodes(block(x))
     block.bn2.register_forward_hook(lambda *_: seen.append(1))
@@ -361,7 +361,7 @@ def test_hooks_that_come_and_go():
     assert len(seen) == 3
 
 
-def test_inputs_with_gaps(device):
+def test_noncontiguous_inputs(device):
     block = make_block('mmdet bottleneck').to(device)
     convert_model(block, 'L3')
     x = make_input(device)[..., ::2]
@@ -380,7 +380,7 @@ def test_inputs_with_gaps(device):
     assert_equal(*found)
 
 
-def test_shapes_that_vary():
+def test_varying_shapes():
     block = make_block('mmdet bottleneck')
     convert_model(block, 'L3')
     for size in (9, 5, 9, 7):
@@ -401,8 +401,8 @@ def test_copies_and_pickles_run():
         assert not torch.equal(y, block(x))
 
 
-def test_reports_are_made():
-    """In some passes layers report, in others they need not."""
+def test_adaptive_reports():
+    """Layers that read rectified tensors make no reports."""
     block = make_block('mmdet bottleneck, stride')
     convert_model(block, 'L3')
     precision = get_precision(block)
@@ -411,5 +411,5 @@ def test_reports_are_made():
     names = {
         layer.name for layer in precision.layers if layer.report is not None
     }
-    # Only layers that read the input; the others read rectified tensors.
+    # The other layers read rectified tensors, or share the payload.
     assert names == {'downsample.0'}

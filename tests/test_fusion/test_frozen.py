@@ -1,4 +1,4 @@
-"""Blocks that are not trained, in models that are."""
+"""Frozen blocks of models in training."""
 
 import copy
 
@@ -16,7 +16,7 @@ from mmactnn.ops import frozen_norm
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Shapes of what runs in one pass."""
+    """Shapes of the inputs of frozen normalisations that run in one pass."""
     seen = []
     run = frozen_norm.frozen_norm_act_
 
@@ -66,14 +66,14 @@ def test_values(name, channels_last, device, calls):
     ('name', 'norms'),
     [('mmdet bottleneck', 3), ('mmdet bottleneck, stride', 4)],
 )
-def test_each_norm_runs_with_what_follows(name, norms, device, calls):
+def test_each_norm_runs_with_its_epilogue(name, norms, device, calls):
     block, _, x = make_frozen(name, device)
     block(x)
     assert len(calls) == norms
     calls.clear()
     with torch.no_grad():
         block(x)
-    # In validation it is torch's.
+    # In validation torch's layers run.
     assert not calls
 
 
@@ -99,7 +99,7 @@ def test_autocast(dtype, device, calls):
         lambda block: setattr(block, 'relu', nn.LeakyReLU(0.5)),
     ],
 )
-def test_what_somebody_looks_at_or_changes(change, device, calls):
+def test_hooks_and_changes(change, device, calls):
     block, stock, x = make_frozen('mmdet bottleneck', device)
     for module in (block, stock):
         change(module)
@@ -108,7 +108,7 @@ def test_what_somebody_looks_at_or_changes(change, device, calls):
     assert len(calls) < 3
 
 
-def test_inputs_that_want_gradients(device, calls):
+def test_inputs_with_gradients(device, calls):
     block, stock, x = make_frozen('mmdet bottleneck', device)
     grads = []
     for module in (block, stock):
@@ -130,7 +130,7 @@ def test_inputs_that_want_gradients(device, calls):
     ],
     ids=['pool', 'norm', 'norms', 'pool and norm'],
 )
-def test_a_shortcut_that_is_no_convolution(shortcut, device, calls):
+def test_shortcut_without_convolution(shortcut, device, calls):
     _, stock, x = make_frozen('mmdet bottleneck', device)
     stock.downsample = freeze(copy.deepcopy(shortcut)).to(device)
     block = copy.deepcopy(stock)
@@ -140,7 +140,7 @@ def test_a_shortcut_that_is_no_convolution(shortcut, device, calls):
     assert len(calls) == 3
 
 
-def test_the_input_stays(device):
+def test_input_is_unchanged(device):
     block, _, x = make_frozen('mmdet bottleneck', device)
     before = x.clone()
     block(x)
@@ -158,8 +158,8 @@ def test_no_more_memory_than_torch():
     assert peaks[0] <= peaks[1]
 
 
-def test_the_stem(calls):
-    """Frozen within a module that is trained."""
+def test_stem(calls):
+    """The stem is frozen within a module that is trained."""
     from mmdet.models.backbones import ResNet
 
     torch.manual_seed(1)

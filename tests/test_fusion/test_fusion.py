@@ -1,4 +1,4 @@
-"""Blocks that run fused, against themselves unfused and in float64."""
+"""Fused blocks, against the same blocks unfused and in float64."""
 
 import copy
 import math
@@ -42,7 +42,7 @@ def make_input(device='cpu', channels_last=False, dtype=torch.float32):
 
 
 def run(block, x):
-    torch.manual_seed(1)  # of dropped paths
+    torch.manual_seed(1)  # for dropped paths
     with exact_numerics():
         torch.manual_seed(2)
         return gradients(block, x, None if x is None else _grad(block, x))
@@ -60,7 +60,7 @@ def fused_of(report):
 
 
 @pytest.mark.parametrize('name', BLOCKS)
-def test_what_is_fused(name):
+def test_fused_norms(name):
     block = make_block(name)
     assert fused_of(convert_model(block, 'L3')) == BLOCKS[name][1]
     report = convert_model(block, dict(fuse=False))
@@ -106,10 +106,10 @@ def test_gradients_at_8_bits(name, channels_last, device):
     size = sum(
         float(v.square().sum()) for k, v in expected.items() if k != 'output'
     )
-    # In HRNet's last stage normalisation is of four values a channel, which
-    # makes more of their noise.
+    # In HRNet's last stage a normalisation has four values a channel, which
+    # amplifies their noise.
     assert (total / size) ** 0.5 < (0.2 if 'HRNet' in name else 0.03)
-    # Statistics are those of torch.
+    # The statistics equal torch's.
     for key, value in exact.state_dict().items():
         if 'running' in key:
             ours = block.state_dict()[key]
@@ -152,12 +152,13 @@ def test_unbiased(name, device):
     found = [run(block, x) for _ in range(draws)]
     single = sum(map(error, found)) / draws
     mean = {k: sum(f[k].double() for f in found) / draws for k in keys}
-    # As 1 / draws, and what is left of the second order in the normalisation.
+    # The error falls as 1 / draws, but for the normalisation's bias of second
+    # order.
     assert error(mean) < 3 * single / draws
     assert single > 0
 
 
-def test_what_is_kept():
+def test_kept_codes():
     block = make_block('mmdet bottleneck')
     convert_model(block, FIXED)
     x = torch.randn(4, 16, 16, 16, requires_grad=True)
@@ -165,9 +166,8 @@ def test_what_is_kept():
         block(x)
     codes = {t.data_ptr(): t for t in saved if t.dtype == torch.uint8}
     bits = sorted(8 * t.nbytes / x.numel() for t in codes.values())
-    # Of 4 channels: the input's own codes, two rectified and read by the next
-    # convolution; of 16: the last normalisation and the sum. Of the input
-    # (a leaf) 2 bits, too.
+    # 4 channels: the outputs of two ReLUs, which the next convolutions read.
+    # 16 channels: the input, the last normalisation and the sum.
     assert bits == [3 / 4, 3 / 4, 2, 2, 2]
     large = [t for t in saved if t.is_floating_point() and t.dim() == 4]
     assert {t.shape for t in large} <= {p.shape for p in block.parameters()}
@@ -204,7 +204,7 @@ def test_one_tensor_is_packed_once():
         net(make_input())
     codes = {t.data_ptr() for t in saved if t.dtype == torch.uint8}
     assert len(codes) == 2
-    # A layer that somebody gave more bits has a payload of its own.
+    # A layer with more bits has a payload of its own.
     convert_model(net, dict(base='L2', rules=dict(right=8)))
     with saved_tensors() as saved:
         net(make_input())
@@ -219,7 +219,7 @@ def test_a_leaf_is_packed_in_every_pass():
     assert not torch.equal(*found)
 
 
-def test_modified_in_between():
+def test_tensor_modified_between_layers():
     class Doubled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -261,13 +261,13 @@ def test_norm_eval(frozen, device):
         if value is None:
             assert found[key] is None
         elif key in ('input', 'output', 'bn3.bias'):
-            # The gradient of the input needs no codes but the masks.
+            # The gradient of the input depends on masks alone, not on codes.
             assert relative_error(found[key], value) < FLOAT32_ERROR
         else:
             assert relative_error(found[key], value) < 0.03
 
 
-def test_hooks_see_what_they_would():
+def test_hooks_see_outputs_of_layers():
     block = make_block('mmdet bottleneck')
     x = make_input()
     seen = {}
@@ -294,7 +294,7 @@ def test_hooks_see_what_they_would():
 
 
 @pytest.mark.parametrize('max_bytes', [chain._MAX_BYTES, 0])
-def test_shortcut_shares_the_payload_of_what_is_frozen(max_bytes):
+def test_shortcut_shares_the_payload_of_a_leaf(max_bytes):
     block = make_block('mmdet bottleneck, stride')
     convert_model(block, FIXED)
     x = make_input()
@@ -311,16 +311,16 @@ def test_shortcut_shares_the_payload_of_what_is_frozen(max_bytes):
             }
             size = math.ceil(x[0].numel() / 8) * 2
             own = [t for t in codes.values() if t.shape[1:] == (size,)]
-            # Once, though two convolutions read it, ...
+            # Two convolutions share one payload.
             assert len(own) == 1
             found += own
-    # ... but anew in each pass.
+    # Each pass has a payload of its own.
     assert not torch.equal(*found)
     assert not any(name.startswith('_mmactnn') for name in vars(x))
 
 
 @pytest.mark.parametrize('name', ['mmdet bottleneck', 'ConvModule'])
-def test_writes_over_convolutions_nobody_looks_at(name):
+def test_overwrites_outputs_of_convolutions(name):
     block = make_block(name)
     convert_model(block, FIXED)
     convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
@@ -330,7 +330,7 @@ def test_writes_over_convolutions_nobody_looks_at(name):
     for conv in convs:
         conv.register_forward_hook(lambda m, args, out: seen.append(out))
     hooked = block(x)
-    # Equal, and what the hooks have seen is still what it was.
+    # The results are equal, and the tensors that hooks got are unchanged.
     assert_same_bits(hooked, plain)
     assert len(seen) == len(convs)
     assert all(out._version == 0 and float(out.min()) < 0 for out in seen)
@@ -345,15 +345,15 @@ def test_writes_over_convolutions_nobody_looks_at(name):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, 'convolution', watched)
-        # A chain calls it where nobody can look.
+        # A chain would call it outside of Python.
         patch.setattr(chain, '_MAX_BYTES', 0)
         block(x)
     assert len(written) == len(convs)
-    # Rectified tensors and the block's output are not negative.
+    # The normalised and rectified values have overwritten them.
     assert all(float(out.min()) == 0 for out in written)
 
 
-def test_copies_and_pickles_run_by_themselves():
+def test_copies_and_pickles_are_independent():
     block = make_block('mmdet bottleneck')
     convert_model(block, FIXED)
     for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):

@@ -1,4 +1,4 @@
-"""Stages, necks and heads that run as one node, against their layers."""
+"""Chains of stages, necks and heads, against their layers one by one."""
 
 import copy
 
@@ -71,8 +71,8 @@ def make_neck(package='mmdet', **kwargs):
     return necks.FPN([4, 8, 6], 8, **{'num_outs': 3, **kwargs}).train()
 
 
-# Parts, shapes of their inputs, and how many chains there are instead of one
-# for each block or tower.
+# Parts, shapes of their inputs, and numbers of their chains. Unmerged, each
+# block or tower would be a chain.
 PARTS = {
     'stage': (make_stage, [(4, 16, 9, 7)], 1),
     'stage of one block': (lambda: make_stage(1), [(4, 16, 9, 7)], 1),
@@ -133,7 +133,7 @@ def call(part, inputs):
 
 
 def run(part, inputs):
-    """A forward and a backward pass: results, and how many chains."""
+    """Results of a forward and a backward pass, and the number of chains."""
     part.zero_grad()
     leaves = [x.detach().requires_grad_() for x in inputs]
     with exact_numerics():
@@ -156,7 +156,7 @@ def make_part(name, level, device):
 
 
 def run_both(part, inputs, passes=1):
-    """The last of some passes, as chains and layer by layer."""
+    """Results of the last pass, as chains and layer by layer."""
     found = []
     for max_bytes in (chain._MAX_BYTES, 0):
         with pytest.MonkeyPatch.context() as patch:
@@ -179,7 +179,7 @@ def test_equal_to_layers(name, device):
 @pytest.mark.parametrize('name', ['stage', 'RPNHead', 'mmdet FPN'])
 def test_equal_with_adaptive_bits(name, device):
     part, inputs, wanted = make_part(name, 'L3', device)
-    # Reports are made in the first two passes, by each layer of its own.
+    # In the first two passes each layer runs by itself to make its report.
     assert run(copy.deepcopy(part), inputs)[1] != wanted
     (found, chains), (expected, others) = run_both(part, inputs, 3)
     assert (chains, others) == (wanted, 0)
@@ -200,7 +200,7 @@ def test_equal_under_autocast(name, dtype, device):
 
 @pytest.mark.parametrize('name', ['stage', 'RetinaHead', 'RPNHead'])
 def test_autocast_of_float32_inputs(name, device):
-    """Several layers read one cast, and one payload, of an input."""
+    """Several layers share one cast and one payload of an input."""
     part, inputs, _ = make_part(
         name, dict(base='L2', conv=8, norm=8, rectified=8), device
     )
@@ -210,8 +210,8 @@ def test_autocast_of_float32_inputs(name, device):
         if tensor is not None and tensor.is_floating_point():
             assert found[key].dtype == tensor.dtype
             difference = (found[key].double() - tensor.double()).norm()
-            # Of what is no more than rounding: gradients of biases that a
-            # normalisation takes away.
+            # The constant is for gradients that are rounding errors alone:
+            # of biases that a normalisation cancels.
             assert difference < 0.06 * tensor.double().norm() + 0.1, key
 
 
@@ -243,29 +243,29 @@ def test_state_and_output_are_those_of_the_stock_part(name):
         assert torch.allclose(found, expected, atol=1e-5)
 
 
-def listen(module):
+def add_hook(module):
     module.register_forward_hook(lambda *_: None)
 
 
 @pytest.mark.parametrize(
     ('name', 'watch', 'left'),
     [
-        ('stage', lambda part: listen(part[1]), 3),
-        ('stage', lambda part: listen(part[1].conv2), 2),
-        ('stage', lambda part: listen(part[0].downsample), 3),
+        ('stage', lambda part: add_hook(part[1]), 3),
+        ('stage', lambda part: add_hook(part[1].conv2), 2),
+        ('stage', lambda part: add_hook(part[0].downsample), 3),
         ('stage', lambda part: part[2].eval(), 2),
         ('stage', lambda part: part[2].conv1.requires_grad_(False), 3),
-        ('RetinaHead', lambda part: listen(part.cls_convs[1]), 9),
-        ('RetinaHead', lambda part: listen(part.retina_cls), 9),
-        ('RPNHead', lambda part: listen(part.rpn_conv), 0),
-        ('RPNHead', lambda part: listen(part.relu), 0),
-        ('FCNMaskHead', lambda part: listen(part.convs[1].conv), 2),
-        ('FCNMaskHead', lambda part: listen(part.convs[1]), 3),
-        ('mmdet FPN', lambda part: listen(part.lateral_convs[0]), 1),
-        ('mmdet FPN', lambda part: listen(part.fpn_convs[0].conv), 1),
+        ('RetinaHead', lambda part: add_hook(part.cls_convs[1]), 9),
+        ('RetinaHead', lambda part: add_hook(part.retina_cls), 9),
+        ('RPNHead', lambda part: add_hook(part.rpn_conv), 0),
+        ('RPNHead', lambda part: add_hook(part.relu), 0),
+        ('FCNMaskHead', lambda part: add_hook(part.convs[1].conv), 2),
+        ('FCNMaskHead', lambda part: add_hook(part.convs[1]), 3),
+        ('mmdet FPN', lambda part: add_hook(part.lateral_convs[0]), 1),
+        ('mmdet FPN', lambda part: add_hook(part.fpn_convs[0].conv), 1),
     ],
 )
-def test_what_somebody_looks_at(name, watch, left):
+def test_hooks_and_frozen_parts(name, watch, left):
     part, inputs, wanted = make_part(name, FIXED, torch.device('cpu'))
     expected = call(part, inputs)
     assert count_chains(call(part, [x.requires_grad_() for x in inputs])) == (
@@ -283,9 +283,9 @@ def test_what_somebody_looks_at(name, watch, left):
 @pytest.mark.parametrize(
     ('name', 'large', 'wanted'),
     [
-        # Two towers of the largest level, and all others.
+        # Two towers of the largest level, and one chain of all others.
         ('RetinaHead', 1, 3),
-        # The largest is too large for any; those of the next, and the last.
+        # The largest level has none; two towers of the next, and the last.
         ('RetinaHead', 2, 3),
         ('RPNHead', 1, 1),
         ('mmdet FPN', 1, 2),
@@ -303,7 +303,7 @@ def test_large_levels_are_left_out(name, large, wanted, monkeypatch):
     assert_equal(found, expected)
 
 
-def test_outputs_that_are_too_large_together(monkeypatch):
+def test_large_outputs(monkeypatch):
     part = make_retina_head()
     convert_model(part, FIXED)
     inputs = [torch.randn(2, 8, n, n) for n in (9, 5, 3)]
@@ -323,19 +323,19 @@ def test_outputs_that_are_too_large_together(monkeypatch):
     assert_equal(found, run(twin, inputs)[0])
 
 
-def test_the_first_block_of_a_stage_is_large(monkeypatch):
+def test_large_first_block_of_a_stage(monkeypatch):
     part, inputs, _ = make_part('stage', FIXED, torch.device('cpu'))
     twin = copy.deepcopy(part)
     monkeypatch.setattr(chain, '_MAX_BYTES', 0)
     expected, _ = run(twin, inputs)
-    # Its output is smaller, and so are the tensors within it.
+    # The output of the block, and the tensors within it, are smaller.
     monkeypatch.setattr(chain, '_MAX_BYTES', inputs[0].nbytes - 1)
     found, chains = run(part, inputs)
     assert chains == 2
     assert_equal(found, expected)
 
 
-def test_parts_that_compute_otherwise():
+def test_overridden_forward_single():
     from mmdet.models.dense_heads import RetinaHead
 
     class Head(RetinaHead):
@@ -354,7 +354,7 @@ def test_parts_that_compute_otherwise():
 
 
 def test_heads_return_lists():
-    """As MMDetection's do."""
+    """The results are lists, as those of MMDetection are."""
     for name in ('RetinaHead', 'RPNHead'):
         for shapes in (slice(0, 1), slice(None)):
             part, inputs, _ = make_part(name, FIXED, torch.device('cpu'))
@@ -363,11 +363,11 @@ def test_heads_return_lists():
             assert len(scores) == len(boxes) == len(inputs[shapes])
 
 
-def test_a_convolution_excluded_from_a_stage():
+def test_excluded_convolution():
     part = make_stage()
     convert_model(part, FIXED, exclude=['1.conv2'])
     _, chains = run(part, [torch.randn(4, 16, 9, 7)])
-    # The first block with the convolution behind, and the last.
+    # The first block with the next convolution, and the last block.
     assert chains == 2
 
 
@@ -385,7 +385,7 @@ def test_rpn_keeps_codes_for_its_convolutions():
         assert sorted(codes) == [x.numel() * 2 // 8, x.numel() * 3 // 8]
 
 
-def test_the_report_names_them():
+def test_report():
     for name in ('stage', 'RetinaHead', 'RPNHead', 'FCNMaskHead', 'mmdet FPN'):
         part = PARTS[name][0]()
         report = convert_model(part, 'L3')

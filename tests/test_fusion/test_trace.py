@@ -1,4 +1,4 @@
-"""Traces of blocks: what they see, what they refuse, what they guard."""
+"""Traces of blocks: calls, refused forward passes, and guards."""
 
 import copy
 import operator
@@ -20,7 +20,7 @@ SETTINGS = {'slope': 0.5}
 
 
 class Block(nn.Module):
-    """Convolution, normalisation and ReLU beside things to read."""
+    """Convolution, normalisation and ReLU, with attributes to read."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 def make(forward, **attributes):
-    """A block whose class has a forward pass of its own."""
+    """A block of a new class with the given forward pass."""
     torch.manual_seed(0)
     block = type('Own', (Block,), dict(forward=forward))()
     vars(block).update(attributes)
@@ -117,7 +117,7 @@ def takes_any(self, *args):
     ],
     ids=lambda forward: forward.__name__,
 )
-def test_refused(forward, capsys):
+def test_untraceable_forward_passes(forward, capsys):
     block = make(forward).eval()
     before = copy.deepcopy(block)
     with pytest.raises(UntraceableError):
@@ -127,7 +127,7 @@ def test_refused(forward, capsys):
     assert not capsys.readouterr().out
     report = convert_model(block, 'L3')
     assert [item.name for item in report.unfused] == ['']
-    # As it was written, in training.
+    # In training the block's own forward pass runs.
     block.train(), before.train()
     x = torch.randn(2, 4, 6, 6)
     for seeded in (random.seed, torch.manual_seed):
@@ -211,7 +211,7 @@ def change_function(block):
     ],
     ids=lambda value: value.__name__,
 )
-def test_guarded(forward, change):
+def test_guards(forward, change):
     """Changes of values that a trace has read take effect."""
     ours = make(forward)
     stock = copy.deepcopy(ours)
@@ -227,7 +227,7 @@ def test_guarded(forward, change):
         undo()
 
 
-def test_in_place_operators_are_seen():
+def test_in_place_operators():
     def forward(self, x):
         y = self.norm(self.conv(x))
         y += x
@@ -245,7 +245,7 @@ def test_in_place_operators_are_seen():
     assert torch.equal(x, before)
 
 
-def test_sums_into_the_other_operand_run_as_written():
+def test_sum_in_place_of_the_other_operand():
     def forward(self, x):
         y = x * 1
         y += self.norm(self.conv(x))
@@ -257,7 +257,7 @@ def test_sums_into_the_other_operand_run_as_written():
     torch.testing.assert_close(ours(x), stock(x), rtol=1e-4, atol=1e-5)
 
 
-def test_blocks_that_take_nothing_but_a_list():
+def test_list_inputs():
     def forward(self, x):
         assert isinstance(x, list)
         return self.body(torch.cat(x, 1))
@@ -275,7 +275,7 @@ def test_blocks_that_take_nothing_but_a_list():
             module(x)
 
 
-def test_random_numbers_are_drawn_in_the_order_of_the_forward_pass():
+def test_order_of_random_numbers():
     def forward(self, x):
         y = self.norm(self.conv(self.drop(x)))
         return self.relu(y + self.shortcut(x))
@@ -327,7 +327,7 @@ class Shared(nn.Module):
         return self.drop(self.relu(self.conv(x)))
 
 
-def test_layers_of_other_models_stay():
+def test_layers_shared_with_other_models():
     inner = nn.ReLU()
     ours, other = nn.Sequential(inner, Shared()), nn.Sequential(inner)
     hook = inner.register_forward_hook(lambda *_: None)
@@ -338,7 +338,7 @@ def test_layers_of_other_models_stay():
         'QReLU',
         'QSiLU',
     ]
-    # A hook of the layer is one of both.
+    # A hook of the layer is a hook of its alias.
     assert len(ours[0]._forward_hooks) == 1
     hook.remove()
     assert not ours[0]._forward_hooks

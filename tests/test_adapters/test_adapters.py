@@ -1,4 +1,4 @@
-"""Parts of models that call layers, against the stock ones."""
+"""Adapters, against the stock modules."""
 
 import copy
 import subprocess
@@ -50,7 +50,7 @@ def fpn(**kwargs):
 
 
 RELU = dict(add_extra_convs='on_output', relu_before_extra_convs=True)
-# Config of the module, its adapter, and the layers that this calls.
+# Constructor of the module, its adapter, and the names of its new layers.
 CASES = {
     'RPNHead': (lambda: RPNHead(6, feat_channels=6), QRPNHead, ['relu']),
     'FPN, pooling': (fpn, QFPN, ['extra_pool']),
@@ -91,7 +91,7 @@ def make_inputs(module):
 
 
 def run(module, inputs):
-    """All that comes out of a module, and all gradients."""
+    """All outputs and all gradients of a module."""
     module.zero_grad()
     leaves = [x.clone().requires_grad_() for x in inputs]
     several = isinstance(module, (FPN, RPNHead))
@@ -162,7 +162,7 @@ class TestConversion:
         assert kept(module) < kept(without)
 
     @every_case
-    def test_there_and_back(self, case):
+    def test_conversion_and_reversion(self, case):
         make, target, names = case
         stock = make()
         ours = copy.deepcopy(stock).eval()
@@ -191,13 +191,13 @@ class TestConversion:
         convert_model(model, include=['1.*'])
         assert type(model[0]) is RPNHead and type(model[1]) is QFPN
 
-    def test_rules_know_the_layers(self):
+    def test_rules(self):
         model = CASES['RPNHead'][0]()
         convert_model(model, dict(base='L3', rules={'relu': None}))
         assert model.relu.quantizer.exact
 
     @pytest.mark.parametrize('argument', ['include', 'rules'])
-    def test_a_call_that_raises_changes_nothing(self, argument):
+    def test_error_changes_nothing(self, argument):
         model = CASES['RPNHead'][0]()
         kwargs = dict(include=['nothing'])
         if argument == 'rules':
@@ -206,7 +206,7 @@ class TestConversion:
             convert_model(model, **kwargs)
         assert type(model) is RPNHead and not hasattr(model, 'relu')
 
-    def test_what_calls_no_function_gets_no_layer(self):
+    def test_modules_without_functions_get_no_layers(self):
         model = nn.Sequential(
             fpn(add_extra_convs='on_input'), FPN([4, 8], 6, num_outs=2)
         )
@@ -216,7 +216,7 @@ class TestConversion:
         convert_model(model)
         assert [name for name, _ in model.named_modules()] == names
 
-    def test_subclasses_stay(self):
+    def test_subclasses_with_overrides_stay(self):
         class Own(RPNHead):
             def forward_single(self, x):
                 return super().forward_single(x.abs())
@@ -225,7 +225,7 @@ class TestConversion:
         convert_model(model)
         assert type(model) is Own
 
-    def test_subclasses_that_compute_alike_are_adapted(self):
+    def test_subclasses_without_overrides_are_adapted(self):
         class Own(RPNHead):
             def extra(self):
                 return 3
@@ -237,7 +237,7 @@ class TestConversion:
         revert_model(model)
         assert type(model) is Own
 
-    def test_another_forward_pass_is_left_alone(self, monkeypatch):
+    def test_patched_forward_pass(self, monkeypatch):
         stock = CASES['RPNHead'][0]()
         ours = copy.deepcopy(stock)
         convert_model(ours)
@@ -254,7 +254,7 @@ class TestConversion:
 
 
 class OutOfPlace(QFPN):
-    """As MMDetection sums the maps, and keeps the sums."""
+    """Pyramid with sums out of place."""
 
     def adapted_forward(self, inputs):
         maps = [conv(x) for conv, x in zip(self.lateral_convs, inputs)]
@@ -322,7 +322,8 @@ class TestPyramid:
         convert_model(neck, 'L3')
         with LiveBytes() as live:
             neck(inputs)
-        # Two of the finest, and 5/16 of it in coarser ones; the rest codes.
+        # Two maps of the finest level, and 5/16 of one for the coarser levels;
+        # the rest is codes.
         finest = 2 * 64 * 64 * 64 * 4
         assert live.peak < 2.6 * finest
 
@@ -351,7 +352,7 @@ class TestNames:
             neck([torch.randn(1, 4, 8, 8)])
 
 
-def test_nothing_is_imported_before_it_is_asked_for():
+def test_lazy_imports():
     code = """
 import sys
 from torch import nn
