@@ -110,10 +110,9 @@ def match_conv_norm_act(block):
             if len(site.inputs) == 2:
                 # If both operands of a sum are normalised, the right one is
                 # the shortcut.
-                other = sums.setdefault(site.nodes[-1], site)
-                if other is not site:
-                    if finder.is_left(site):
-                        sums[site.nodes[-1]] = site
+                relu = site.nodes[-1]
+                if relu not in sums or finder.is_left(site):
+                    sums[relu] = site
                 continue
             yield site
         elif finder.is_conv(node):
@@ -121,18 +120,18 @@ def match_conv_norm_act(block):
             if site is not None:
                 yield site
     yield from sums.values()
-    for site in sums.values():
-        shortcut = finder.shortcut(site.inputs[1])
-        if shortcut is not None:
-            yield shortcut
+    shortcuts = [site.inputs[1] for site in sums.values()]
     if block.is_shortcut:
-        (result,) = block.trace.output.args
-        shortcut = finder.shortcut(result)
-        if shortcut is not None:
-            yield shortcut
+        shortcuts += block.trace.output.args
+    for node in shortcuts:
+        site = finder.from_shortcut(node)
+        if site is not None:
+            yield site
 
 
 class _Finder:
+    """Search for the sites of a block, from one of their nodes."""
+
     def __init__(self, block):
         self._block = block
 
@@ -174,40 +173,31 @@ class _Finder:
         user = self._block.only_user(last)
         if user is None:
             return None
-        if self._is_relu(user):
-            act = self._relu_name(user)
+        residual = add = None
+        if not self._is_relu(user):
+            residual = self._operand(user, last)
+            if residual is None:
+                return None
+            add = _function_of(user, last, residual)
             nodes.append(user)
-            return ConvNormAct(
-                nodes,
-                source,
-                None,
-                conv,
-                node.target,
-                act,
-                True,
-                identities,
-                relu=_function_of(user, last),
-            )
-        residual = self._operand(user, last)
-        relu = None if residual is None else self._block.only_user(user)
-        if relu is None or not self._is_relu(relu):
-            return None
-        nodes += user, relu
-        act = self._relu_name(relu)
+            last, user = user, self._block.only_user(user)
+            if user is None or not self._is_relu(user):
+                return None
+        nodes.append(user)
         return ConvNormAct(
             nodes,
             source,
             residual,
             conv,
             node.target,
-            act,
+            self._relu_name(user),
             True,
             identities,
-            _function_of(user, last, residual),
-            _function_of(relu, user),
+            add,
+            _function_of(user, last),
         )
 
-    def shortcut(self, node):
+    def from_shortcut(self, node):
         """Site of a shortcut that ends in a normalisation, or None."""
         if (
             node not in self._block.trace.calls
