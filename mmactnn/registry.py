@@ -16,7 +16,12 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from .modules.functions import computes_as, find_static, functions_of
+from .modules.functions import (
+    computes_as,
+    find_static,
+    fingerprint,
+    functions_of,
+)
 
 
 class LayerEntry(NamedTuple):
@@ -26,8 +31,9 @@ class LayerEntry(NamedTuple):
         layer (type): Compressed class.
         parent (type): Class whose instances it replaces.
         names (tuple[str]): Names in configs.
-        aliases (tuple[str]): Full names of further classes that compute as
-            the parent does.
+        aliases (dict[str, tuple[str]]): Full names of further classes that
+            compute as the parent does, and the known sources of the
+            functions that they override.
         saved_by_torch (Callable): Rule for the tensors that the parent saves
             for its backward pass, see :func:`register_layer`.
         functions (dict[str, object]): Functions of the parent's forward pass
@@ -134,6 +140,11 @@ class Registry:
                 f'{parent.__name__} keeps: saved_by_torch must be a function '
                 f'of the call, got {saved_by_torch!r}'
             )
+        if not isinstance(aliases, dict):
+            raise TypeError(
+                f'aliases of {layer.__name__} must be a dict from full names '
+                f'of classes to fingerprints of their sources, got {aliases!r}'
+            )
         names = (layer.__name__, *names)
         taken = self._taken(layer, parent, names, aliases)
         if taken:
@@ -143,13 +154,13 @@ class Registry:
             layer,
             parent,
             names,
-            tuple(aliases),
+            {alias: tuple(known) for alias, known in aliases.items()},
             saved_by_torch,
             functions_of(parent),
             examples,
         )
         self.layers[layer] = self._by_parent[parent] = entry
-        self._by_alias.update(dict.fromkeys(aliases, entry))
+        self._by_alias.update(dict.fromkeys(entry.aliases, entry))
         for subscriber in self._subscribers:
             subscriber.add(names, layer)
 
@@ -338,9 +349,7 @@ class Registry:
             return entry, None
         entry = self._by_alias.get(f'{cls.__module__}.{cls.__qualname__}')
         if entry is not None:
-            if 'forward' in vars(module):
-                return None, 'its forward was replaced on the instance'
-            return entry, None
+            return _check_alias(entry, module)
         entry = next(
             (
                 self._by_parent[base]
@@ -366,6 +375,33 @@ class Registry:
         return None, (
             f'subclass of {entry.parent.__name__}, computes otherwise'
         )
+
+
+def _check_alias(entry, module):
+    """See :meth:`Registry.find_layer`."""
+    cls = type(module)
+    if 'forward' in vars(module):
+        return None, 'its forward was replaced on the instance'
+    own = {
+        name: value
+        for name, value in functions_of(cls).items()
+        if value is not entry.functions.get(name)
+    }
+    inherited = entry.functions.keys() - own.keys()
+    if own and issubclass(cls, entry.parent):
+        known = all(
+            find_static(cls, name) is entry.functions[name]
+            for name in inherited
+        )
+    else:
+        known = True
+    name = f'{cls.__module__}.{cls.__qualname__}'
+    if known and (not own or fingerprint(own) in entry.aliases[name]):
+        return entry, None
+    return None, (
+        f'its forward pass is not the one that {entry.layer.__name__} was '
+        'written for'
+    )
 
 
 def _check_layer(layer, parent):
@@ -447,7 +483,7 @@ def is_alias(layer, plain):
 
 
 def register_layer(
-    parent, *, saved_by_torch, names=(), aliases=(), examples=None
+    parent, *, saved_by_torch, names=(), aliases=None, examples=None
 ):
     """Class decorator: let a compressed layer replace a plain one.
 
@@ -464,8 +500,11 @@ def register_layer(
             tensors are not counted.
         names (Sequence[str], optional): Names in configs besides that of the
             class.
-        aliases (Sequence[str], optional): Full names of classes of other
-            packages that compute as the parent does; they are not imported.
+        aliases (dict[str, Sequence[str]], optional): Full names of classes
+            of other packages that compute as the parent does, and
+            fingerprints of the functions that they override, see
+            :func:`mmactnn.modules.functions.fingerprint`. The packages are
+            not imported.
         examples (Callable, optional): Returns examples for generic tests:
             a dict from names to pairs of a function that makes a layer of
             this class and the shape of an input, samples first. The layer
@@ -482,7 +521,7 @@ def register_layer(
 
     def decorate(layer):
         default_registry.add_layer(
-            layer, parent, names, aliases, saved_by_torch, examples
+            layer, parent, names, aliases or {}, saved_by_torch, examples
         )
         return layer
 
@@ -529,9 +568,9 @@ def register_adapter(target, *, names=(), fingerprints=()):
             class.
         fingerprints (Sequence[str], optional): Hashes of the sources that
             the adapter was written for, see
-            :func:`mmactnn.adapters.base.fingerprint`; with any other source
-            nothing is adapted, and the report says so. Defaults to none,
-            which trusts every version.
+            :func:`mmactnn.modules.functions.fingerprint`; with any other
+            source nothing is adapted, and the report says so. Defaults to
+            none, which trusts every version.
 
     Returns:
         Callable: The decorator; it returns the class.

@@ -2,6 +2,7 @@
 
 import importlib
 import operator
+import pkgutil
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from torch import fx, nn
 
 from mmactnn import QReLU, SmoothLayer, convert_model
 from mmactnn.adapters import Adapter, find_adapters
-from mmactnn.adapters.base import fingerprint
 from mmactnn.fusion import Site
+from mmactnn.modules.functions import fingerprint, functions_of
 from mmactnn.registry import ConfigNames, Registry, default_registry
 
 
@@ -55,7 +56,7 @@ def registry():
 
 
 def add_layer(registry, layer=QPlain, parent=Plain, **changes):
-    arguments = dict(names=(), aliases=(), saved_by_torch=rule, examples=None)
+    arguments = dict(names=(), aliases={}, saved_by_torch=rule, examples=None)
     registry.add_layer(layer, parent, **{**arguments, **changes})
 
 
@@ -88,13 +89,13 @@ class TestLayers:
             ),
             (
                 QOther,
-                dict(parent=nn.SiLU, aliases=['their.Plain']),
+                dict(parent=nn.SiLU, aliases={'their.Plain': []}),
                 'their.Plain has QPlain already',
             ),
         ],
     )
     def test_registered_twice(self, registry, layer, changes, message):
-        add_layer(registry, aliases=['their.Plain'])
+        add_layer(registry, aliases={'their.Plain': []})
         with pytest.raises(ValueError, match=message):
             add_layer(registry, layer, **changes)
         assert list(registry.layers) == [QPlain]
@@ -271,6 +272,47 @@ class TestAdapters:
             assert entry.adapter.matches_source(entry.fingerprints)
 
 
+class Alike(nn.Module):
+    """Computes as Plain, which it does not derive from."""
+
+    def forward(self, x):
+        return x
+
+
+class TestAliases:
+    def add(self, registry, known):
+        name = f'{Alike.__module__}.{Alike.__qualname__}'
+        rule = lambda call: ()  # noqa: E731
+        registry.add_layer(QPlain, Plain, (), {name: known}, rule, None)
+
+    def test_of_a_known_source(self, registry):
+        self.add(registry, ['0' * 16, fingerprint(functions_of(Alike))])
+        entry, reason = registry.find_layer(Alike())
+        assert entry.layer is QPlain and reason is None
+
+    def test_of_another_source(self, registry, monkeypatch):
+        self.add(registry, [fingerprint(functions_of(Alike))])
+        monkeypatch.setattr(Alike, 'forward', lambda self, x: x + 1)
+        entry, reason = registry.find_layer(Alike())
+        assert entry is None
+        assert 'not the one that QPlain was written for' in reason
+
+    def test_must_be_a_dict(self, registry):
+        with pytest.raises(TypeError, match="of their sources, got .'their"):
+            registry.add_layer(
+                QPlain, Plain, (), ['their.Plain'], lambda call: (), None
+            )
+        assert not registry.layers
+
+    def test_those_of_the_package_know_the_installed_sources(self):
+        for entry in list(default_registry.layers.values()):
+            for alias in entry.aliases:
+                cls = pkgutil.resolve_name(alias)
+                module = cls.__new__(cls)
+                found, reason = default_registry.find_layer(module)
+                assert found is entry, (alias, reason)
+
+
 class Names(ConfigNames):
     """Config names in a dict."""
 
@@ -290,7 +332,7 @@ class Names(ConfigNames):
 class TestConfigNames:
     def test_of_now_and_of_later(self, registry):
         names, rule = Names(), lambda call: ()
-        registry.add_layer(QPlain, Plain, ('P',), (), rule, None)
+        registry.add_layer(QPlain, Plain, ('P',), {}, rule, None)
         assert registry.subscribe(names) == []
         registry.add_provider('package', 'its.module', ['QThere'])
         registry.add_adapter(QDoubled, Doubled, ('D',), ())
@@ -307,14 +349,14 @@ class TestConfigNames:
         rule = lambda call: ()  # noqa: E731
         registry.subscribe(Names(QPlain=int, D=str))
         with pytest.raises(ValueError, match="'QPlain' for <class 'int'>"):
-            registry.add_layer(QPlain, Plain, (), (), rule, None)
+            registry.add_layer(QPlain, Plain, (), {}, rule, None)
         with pytest.raises(ValueError, match="'D' for <class 'str'>"):
             registry.add_adapter(QDoubled, Doubled, ('D',), ())
         assert not registry.layers and not registry.adapters
 
     def test_names_that_others_had_before(self, registry):
         names, rule = Names(P=int), lambda call: ()
-        registry.add_layer(QPlain, Plain, ('P',), (), rule, None)
+        registry.add_layer(QPlain, Plain, ('P',), {}, rule, None)
         (clash,) = registry.subscribe(names)
         assert clash == "the name 'P' is that of <class 'int'>"
         assert names.names == {'P': int, 'QPlain': QPlain}

@@ -1,17 +1,13 @@
-"""Base class of adapters, and fingerprints of the sources they replace."""
+"""Base class of adapters, which replace classes of other packages."""
 
-import ast
 import functools
-import hashlib
-import inspect
-import textwrap
 
 import torch
 from torch import nn
 
 from ..fusion.eligibility import may_fuse
-from ..modules.execution import is_ordinary, is_transformed
-from ..modules.functions import find_static, functions_of
+from ..modules.execution import is_ordinary, is_transformed, refuse_script
+from ..modules.functions import find_static, fingerprint, functions_of
 
 
 class Adapter:
@@ -35,6 +31,8 @@ class Adapter:
     # Names of the layers of make_layers() that are ReLUs right behind a
     # convolution.
     coded_relus = ()
+
+    __prepare_scriptable__ = refuse_script
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -187,58 +185,3 @@ def derive(adapter, plain):
         type: A subclass of both.
     """
     return type(plain)(adapter.__name__, (adapter, plain), {})
-
-
-# Fields of a syntax tree that have no effect, or are missing in some versions
-# of Python.
-_IGNORED_FIELDS = (
-    'annotation',
-    'ctx',
-    'decorator_list',
-    'kind',
-    'returns',
-    'type_comment',
-    'type_ignores',
-    'type_params',
-)
-
-
-def fingerprint(functions):
-    """Hash of the sources of functions, without comments and layout.
-
-    It does not depend on the version of Python.
-
-    Args:
-        functions (dict[str, object]): The functions by name.
-
-    Returns:
-        str: 16 hexadecimal digits; empty if there is no source.
-    """
-    texts = []
-    for name in sorted(functions):
-        value = functions[name]
-        function = getattr(value, 'fget', None) or value
-        try:
-            source = textwrap.dedent(inspect.getsource(function))
-            tree = ast.parse(source)
-        except (OSError, TypeError, SyntaxError):
-            return ''
-        texts.append(f'{name}: {_dump(tree)}')
-    return hashlib.sha256('\n'.join(texts).encode()).hexdigest()[:16]
-
-
-def _dump(node):
-    """Text of a syntax tree, without docstrings and annotations."""
-    if isinstance(node, list):
-        return f'[{", ".join(map(_dump, node))}]'
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = dict(ast.iter_fields(node))
-    if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
-        fields['body'] = node.body[1:]
-    texts = [
-        f'{name}={_dump(value)}'
-        for name, value in fields.items()
-        if name not in _IGNORED_FIELDS and value not in (None, [])
-    ]
-    return f'{type(node).__name__}({", ".join(texts)})'

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from ..modules.class_swap import replace_class
-from ..modules.execution import call_outside_graph
+from ..modules.execution import call_outside_graph, refuse_script
 
 
 class FusedBlock:
@@ -20,6 +20,7 @@ class FusedBlock:
     """
 
     plain_class = None
+    __prepare_scriptable__ = refuse_script
 
     def __reduce_ex__(self, protocol):
         return _make_instance, (self.plain_class,), self.__getstate__()

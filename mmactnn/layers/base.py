@@ -8,6 +8,7 @@ from torch import nn
 from ..codes.quantizer import LayerQuantizer, OwnSettings
 from ..config import DEFAULT_LEVEL
 from ..modules.class_swap import derive, replace_class, wrapped_class
+from ..modules.execution import refuse_script
 from ..ops import DEFAULT_GROUP_SIZE
 from ..registry import is_alias
 
@@ -30,6 +31,8 @@ class QuantizedLayer:
     shares_bits = True
     # Whether it also keeps codes in eval mode while the model is trained.
     keeps_codes_frozen = False
+
+    __prepare_scriptable__ = refuse_script
 
     def _init_quantizer(self, bits, group_size):
         """Set up ``quantizer`` at the end of a constructor.

@@ -127,7 +127,7 @@ class QConv1d(_QForwardConv, nn.Conv1d):
     nn.Conv2d,
     saved_by_torch=lambda call: (call.input, call.weight),
     names=('QConv',),
-    aliases=('mmcv.cnn.bricks.wrappers.Conv2d',),
+    aliases={'mmcv.cnn.bricks.wrappers.Conv2d': ['1c6b0dc9d0ce9194']},
     examples=lambda: {
         'plain': (lambda: QConv2d(4, 8, 3), (3, 4, 7, 5)),
         'same': (
@@ -185,7 +185,7 @@ class QConv2d(_QForwardConv, nn.Conv2d):
 @register_layer(
     nn.Conv3d,
     saved_by_torch=lambda call: (call.input, call.weight),
-    aliases=('mmcv.cnn.bricks.wrappers.Conv3d',),
+    aliases={'mmcv.cnn.bricks.wrappers.Conv3d': ['eec7ca886566f8e9']},
     examples=lambda: {
         'plain': (lambda: QConv3d(4, 8, 3), (3, 4, 7, 5, 6)),
         'same': (
@@ -293,7 +293,7 @@ class QConvTranspose1d(_QTransposedConv, nn.ConvTranspose1d):
 @register_layer(
     nn.ConvTranspose2d,
     saved_by_torch=lambda call: (call.input, call.weight),
-    aliases=('mmcv.cnn.bricks.wrappers.ConvTranspose2d',),
+    aliases={'mmcv.cnn.bricks.wrappers.ConvTranspose2d': ['4ff4f363d0c30a95']},
     examples=lambda: {
         'plain': (lambda: QConvTranspose2d(4, 8, 3), (3, 4, 7, 5)),
         'output padding': (
@@ -340,7 +340,7 @@ class QConvTranspose2d(_QTransposedConv, nn.ConvTranspose2d):
 @register_layer(
     nn.ConvTranspose3d,
     saved_by_torch=lambda call: (call.input, call.weight),
-    aliases=('mmcv.cnn.bricks.wrappers.ConvTranspose3d',),
+    aliases={'mmcv.cnn.bricks.wrappers.ConvTranspose3d': ['072a9d3247bb112c']},
     examples=lambda: {
         'plain': (lambda: QConvTranspose3d(4, 8, 3), (3, 4, 7, 5, 6)),
         'output padding': (

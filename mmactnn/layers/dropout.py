@@ -23,7 +23,7 @@ class _Dropout(ExactLayer):
 @register_layer(
     nn.Dropout,
     saved_by_torch=lambda call: (call.mask,),
-    aliases=('mmcv.cnn.bricks.drop.Dropout',),
+    aliases={'mmcv.cnn.bricks.drop.Dropout': []},
     examples=lambda: {
         'plain': (lambda: QDropout(0.3), (3, 4, 7, 5)),
     },

@@ -14,7 +14,7 @@ from .gateway import run
         call.input if call.needs_weight else None,
         call.weight if call.needs_input else None,
     ),
-    aliases=('mmcv.cnn.bricks.wrappers.Linear',),
+    aliases={'mmcv.cnn.bricks.wrappers.Linear': ['3b4375799c54bdb6']},
     examples=lambda: {
         'plain': (lambda: QLinear(9, 5), (7, 9)),
         '3-d': (lambda: QLinear(9, 5), (3, 5, 9)),

@@ -238,7 +238,7 @@ def _has_one_value(input):
 @register_layer(
     _BatchNorm,
     saved_by_torch=lambda call: (call.input, *call.statistics),
-    aliases=('mmengine.model.utils._BatchNormXd',),
+    aliases={'mmengine.model.utils._BatchNormXd': ['15e1d4049ff763c1']},
     examples=lambda: {
         'plain': (lambda: QBatchNorm(4), (3, 4, 9, 5)),
     },

@@ -14,7 +14,7 @@ from .gateway import run
 @register_layer(
     nn.MaxPool2d,
     saved_by_torch=lambda call: (call.input, call.indices),
-    aliases=('mmcv.cnn.bricks.wrappers.MaxPool2d',),
+    aliases={'mmcv.cnn.bricks.wrappers.MaxPool2d': ['617c064cb56bd535']},
     examples=lambda: {
         'plain': (lambda: QMaxPool2d(3, 2, 1), (3, 4, 7, 5)),
     },

@@ -15,10 +15,12 @@ from .norm import _QBatchNorm
     nn.SyncBatchNorm,
     saved_by_torch=lambda call: (call.input, *call.statistics),
     names=('QSyncBN',),
-    aliases=(
-        'mmengine.utils.dl_utils.parrots_wrapper.SyncBatchNorm',
-        'mmcv.ops.sync_bn.SyncBatchNorm',
-    ),
+    aliases={
+        'mmengine.utils.dl_utils.parrots_wrapper.SyncBatchNorm': [
+            '8191a804847049b8'
+        ],
+        'mmcv.ops.sync_bn.SyncBatchNorm': ['0ab26907bedf450b'],
+    },
     examples=lambda: {
         'plain': (lambda: QSyncBatchNorm(4), (3, 4, 9, 5)),
     },

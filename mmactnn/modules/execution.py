@@ -178,6 +178,23 @@ def _tell_outside_graph():
     )
 
 
+def refuse_script(module):
+    """Refuse ``torch.jit.script``, as ``__prepare_scriptable__`` of a class.
+
+    Args:
+        module (nn.Module): The module.
+
+    Raises:
+        RuntimeError: Always: TorchScript compiles the source of a forward
+            pass, and cannot read that of compressed layers.
+    """
+    raise RuntimeError(
+        f'torch.jit.script cannot compile {type(module).__name__} of a '
+        'converted model: script mmactnn.revert_model(copy.deepcopy(model)), '
+        'or use torch.jit.trace or torch.export in eval mode'
+    )
+
+
 @torch.compiler.disable
 def call_outside_graph(function, *args):
     """Call a function eagerly within code that torch.compile compiles.

@@ -1,8 +1,26 @@
 """Functions of a class's forward pass, compared by identity."""
 
+import ast
+import functools
+import hashlib
+import inspect
+import textwrap
 from types import CodeType, FunctionType
 
 from torch import nn
+
+# Fields of a syntax tree that compute nothing, or that some versions of Python
+# lack.
+_NO_CODE = (
+    'annotation',
+    'ctx',
+    'decorator_list',
+    'kind',
+    'returns',
+    'type_comment',
+    'type_ignores',
+    'type_params',
+)
 
 
 def names_in(code):
@@ -92,3 +110,49 @@ def computes_as(module, functions):
         name not in own and find_static(cls, name) is value
         for name, value in functions.items()
     )
+
+
+def fingerprint(functions):
+    """Hash of the sources of functions, without comments and layout.
+
+    It is the same under all versions of Python.
+
+    Args:
+        functions (dict[str, object]): The functions by name.
+
+    Returns:
+        str: 16 hexadecimal digits; empty if there is no source.
+    """
+    return _fingerprint(tuple(sorted(functions.items())))
+
+
+# Sources are read from files, and each layer of a model asks.
+@functools.lru_cache(maxsize=256)
+def _fingerprint(functions):
+    texts = []
+    for name, value in functions:
+        function = getattr(value, 'fget', None) or value
+        try:
+            source = textwrap.dedent(inspect.getsource(function))
+            tree = ast.parse(source)
+        except (OSError, TypeError, SyntaxError):
+            return ''
+        texts.append(f'{name}: {_structure(tree)}')
+    return hashlib.sha256('\n'.join(texts).encode()).hexdigest()[:16]
+
+
+def _structure(node):
+    """Text of a syntax tree, without docstrings and annotations."""
+    if isinstance(node, list):
+        return f'[{", ".join(map(_structure, node))}]'
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
+        fields['body'] = node.body[1:]
+    texts = [
+        f'{name}={_structure(value)}'
+        for name, value in fields.items()
+        if name not in _NO_CODE and value not in (None, [])
+    ]
+    return f'{type(node).__name__}({", ".join(texts)})'

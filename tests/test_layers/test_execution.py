@@ -154,6 +154,13 @@ class TestTools:
         ):
             assert_near(trace(ours)(x), plain(x))
 
+    @pytest.mark.parametrize('level', ['L0', ALONE, 'L3'])
+    def test_script_is_refused(self, level):
+        _, ours = make_pair(level=level)
+        with pytest.raises(RuntimeError, match='script mmactnn.revert_model'):
+            torch.jit.script(ours)
+        torch.jit.script(revert_model(ours))
+
     def test_transforms_in_training(self):
         plain, ours = make_pair(lambda: nn.Sequential(*list(make_net())[4:]))
         x = images(2, 8, 8, 8)
