@@ -197,22 +197,24 @@ def plan_chain(layers, repeats):
         for norm in norms
         for setting in (norm and norm.momentum, norm and norm.eps)
     ]
-    casts = any(
-        parameter is not None and parameter.dtype is not torch.float32
-        for norm in norms
-        if norm is not None
-        for parameter in (norm.weight, norm.bias)
-    )
     observed = [i for i, step in enumerate(steps) if is_input(step.source)]
     chain = Chain(
         ChainPlan.of(steps, settings),
         input_quantizers,
         output_payloads,
-        casts,
+        any(map(_needs_cast, norms)),
         generator,
         observed == [0],
     )
     return ExecutionPlan(layers, chain, repeats)
+
+
+def _needs_cast(norm):
+    """Whether a normalisation has parameters that are not float32."""
+    return norm is not None and any(
+        parameter is not None and parameter.dtype is not torch.float32
+        for parameter in (norm.weight, norm.bias)
+    )
 
 
 def _shift_source(source, n, num_layers):
