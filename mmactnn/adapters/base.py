@@ -110,7 +110,8 @@ class Adapter:
         """Turn this module into its parent, in place."""
         for name in self.make_layers(self):
             delattr(self, name)
-        self.__dict__.pop('uses_chains', None)
+        for name in ('uses_chains', '_runners'):
+            self.__dict__.pop(name, None)
         self.__class__ = type(self).plain_class
 
     @classmethod
@@ -122,6 +123,23 @@ class Adapter:
                 see :func:`fingerprint`; an empty sequence supports all.
         """
         return not fingerprints or fingerprint(cls._functions) in fingerprints
+
+    def get_runner(self, name, make):
+        """Object that runs layers, made at the first call for it.
+
+        It keeps execution plans from call to call. Reverting removes it.
+
+        Args:
+            name (object): Key of the object within the module.
+            make (Callable): Makes it, without arguments.
+
+        Returns:
+            object: The object.
+        """
+        runners = self.__dict__.setdefault('_runners', {})
+        if name not in runners:
+            runners[name] = make()
+        return runners[name]
 
     def may_chain(self):
         """Whether layers may run as a chain in this call.

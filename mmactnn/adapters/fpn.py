@@ -29,9 +29,8 @@ class FPNAdapter(Adapter):
         """Merge feature maps from the top down; see ``FPN``."""
         run_laterals = run_outputs = run_convs
         if self.may_chain():
-            if '_parallel' not in self.__dict__:
-                self.__dict__['_parallel'] = ParallelConvs(), ParallelConvs()
-            run_laterals, run_outputs = self.__dict__['_parallel']
+            run_laterals = self.get_runner('laterals', ParallelConvs)
+            run_outputs = self.get_runner('outputs', ParallelConvs)
         return run_fpn(self, inputs, run_laterals, run_outputs)
 
 

@@ -40,7 +40,9 @@ class QRPNHead(Adapter, RPNHead):
                 ChainLayer(modules['rpn_cls'], None, None, 0),
                 ChainLayer(modules['rpn_reg'], None, None, 0),
             ]
-        return _runner_of(self)(layers, x, self._run_level)
+        return self.get_runner('levels', HeadRunner)(
+            layers, x, self._run_level
+        )
 
     def _run_level(self, x):
         x = self.relu(self.rpn_conv(x))
@@ -83,20 +85,13 @@ class QRetinaHead(Adapter, RetinaHead):
                 for k, tower in enumerate(towers)
             ]
 
-        return _runner_of(self)(both, x, run_level)
+        return self.get_runner('levels', HeadRunner)(both, x, run_level)
 
     def _run_tower(self, k, tower, layers, x):
         if layers is not None:
-            chains = self.__dict__.setdefault(
-                '_tower_chains', (ChainRunner(), ChainRunner())
-            )
-            outputs = chains[k](layers, [x])
+            outputs = self.get_runner(k, ChainRunner)(layers, [x])
             if outputs is not None:
                 return outputs[0]
         for module in tower:
             x = module(x)
         return x
-
-
-def _runner_of(head):
-    return head.__dict__.setdefault('_head_runner', HeadRunner())

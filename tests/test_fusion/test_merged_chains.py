@@ -9,7 +9,7 @@ from support.layers import exact_numerics, saved_tensors
 from support.pairs import in_turn
 from torch import nn
 
-from mmactnn import convert_model
+from mmactnn import convert_model, revert_model
 from mmactnn.fusion import chain
 
 
@@ -241,6 +241,11 @@ def test_state_and_output_are_those_of_the_stock_part(name):
     assert list(twin.state_dict()) == list(part.state_dict())
     for found, expected in zip(call(twin, inputs), call(part, inputs)):
         assert torch.allclose(found, expected, atol=1e-5)
+    # The call has left chains in places, which go again.
+    revert_model(twin)
+    for found, expected in zip(twin.modules(), part.modules()):
+        assert type(found) is type(expected)
+        assert vars(found).keys() == vars(expected).keys()
 
 
 def add_hook(module):
