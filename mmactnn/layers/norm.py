@@ -1,6 +1,7 @@
 """Compressed batch normalisation."""
 
 import math
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from ..ops.quantize import VALID_DTYPES
 from ..registry import register_layer
 from .base import CodedLayer
 from .gateway import run
+
+_STATISTICS = itemgetter('running_mean', 'running_var', 'num_batches_tracked')
 
 
 class Fusing(NamedTuple):
@@ -114,10 +117,10 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
             tuple[Tensor[C] | None, Tensor[C] | None, Tensor[] | None]: The
             first three fields of :class:`NormSettings`.
         """
-        count = None
-        if self._counts():
-            count = self._buffer('num_batches_tracked')
-        return *self._running_stats(), count
+        if self.training and not self.track_running_stats:
+            return None, None, None
+        mean, var, count = self._read_buffers()
+        return mean, var, count if self._counts() else None
 
     def _counts(self):
         """Whether the kernels count the batches."""
@@ -209,12 +212,15 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         """
         if self.training and not self.track_running_stats:
             return None, None
-        return self._buffer('running_mean'), self._buffer('running_var')
+        return self._read_buffers()[:2]
 
-    def _buffer(self, name):
+    def _read_buffers(self):
         # Attributes are looked for in several places before this one.
-        buffers = self._buffers
-        return buffers[name] if name in buffers else getattr(self, name)
+        try:
+            return _STATISTICS(self._buffers)
+        except KeyError:
+            names = 'running_mean', 'running_var', 'num_batches_tracked'
+            return tuple(getattr(self, name) for name in names)
 
     def uses_batch_stats(self):
         """bool: Whether the statistics are those of the batch."""
