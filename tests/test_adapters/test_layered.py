@@ -1,8 +1,6 @@
 """Parts of models that call layers, against the stock ones."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from support.layers import (
     saved_tensors,
 )
 from support.live import LiveBytes
+from support.tools import ROOT
 from torch import nn
 from torch.nn import functional as F
 
@@ -351,7 +350,7 @@ class TestNames:
             neck([torch.randn(1, 4, 8, 8)])
 
 
-def test_nothing_is_imported_before_it_is_asked_for():
+def test_nothing_is_imported_before_it_is_asked_for(run_in_fork):
     code = """
 import sys
 from torch import nn
@@ -359,4 +358,5 @@ import mmactnn
 mmactnn.convert_model(nn.Sequential(nn.Conv2d(3, 4, 1), nn.SiLU()))
 assert not {'mmdet', 'mmseg', 'mmcv', 'mmpretrain'} & set(sys.modules)
 """
-    subprocess.run([sys.executable, '-c', code], check=True)
+    done = run_in_fork(code, ROOT)
+    assert done.returncode == 0, done.stderr
