@@ -24,13 +24,14 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 from build_support.mim import BuildPyWithMim  # noqa: E402
+from build_support.unit import write_unit  # noqa: E402
 
 # 2.10.0.0 in the notation of torch/csrc/stable/version.h.
 TORCH_TARGET_VERSION = '0x020a000000000000ULL'
 # Turing, Ampere, Hopper; anything newer compiles the last one's PTX.
 DEFAULT_CUDA_ARCHS = '7.5;8.0;9.0+PTX'
-# Folders of csrc/ that every build compiles.
-HOST_PARTS = ('', 'composite/', 'cpu/', 'ops/')
+# Folders of csrc/ whose sources are compiled as one.
+UNITS = ('cpu', 'ops')
 
 
 def find_cuda_home():
@@ -107,8 +108,14 @@ def extension():
         '-g0',
     ]
     flags = dict(cxx=[*common, *host], nvcc=[])
+    # Apart, these would compile the headers that they share again and again.
+    parts = {part: find(f'csrc/{part}/*.cpp') for part in UNITS}
+    units = [
+        write_unit(ROOT, f'build/{part}.cpp', sources)
+        for part, sources in parts.items()
+    ]
     arguments = dict(
-        sources=find(*(f'csrc/{part}*.cpp' for part in HOST_PARTS)),
+        sources=[*units, *find('csrc/*.cpp', 'csrc/composite/*.cpp')],
         extra_link_args=['-s'],
     )
     cuda_home = find_cuda_home()
@@ -146,7 +153,7 @@ def extension():
         'mmactnn._C',
         extra_compile_args=flags,
         py_limited_api=True,
-        depends=find('csrc/**/*.h'),
+        depends=find('csrc/**/*.h', *(f'csrc/{part}/*.cpp' for part in UNITS)),
         **arguments,
     )
 

@@ -1,6 +1,5 @@
 """Fixtures that all tests share."""
 
-import functools
 import gc
 import random
 from collections import OrderedDict
@@ -9,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.fileio import load
 from mmengine.registry import DefaultScope
 from support.digits import make_digits
+from support.forks import start_forks
+from support.quick_mmengine import quick_mmengine
 from torch._functorch import config as functorch_config
 
 # Support modules that check for tests.
@@ -21,16 +21,26 @@ pytest.register_assert_rewrite('support.recipe_tests', 'support.dist_train')
 def pytest_addoption(parser):
     """Tests that take long are for whoever asks for them."""
     parser.addoption(
-        '--all-recipes',
+        '--full',
         action='store_true',
-        help='train recipes that are much like others, too',
+        help='also what takes long and is much like other tests',
     )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_configure(config):
+    """Declare the mark of such tests."""
+    config.addinivalue_line('markers', 'full: is run with --full alone')
+
+
+def pytest_collection_modifyitems(config, items):
     """Start with what takes longest, lest processes wait for one another."""
     longest = ('test_integration', 'test_tools')
     items.sort(key=lambda item: item.path.parent.name not in longest)
+    if not config.getoption('--full'):
+        skip = pytest.mark.skip(reason='takes long: pytest --full')
+        for item in items:
+            if item.get_closest_marker('full'):
+                item.add_marker(skip)
 
 
 def pytest_collection_finish():
@@ -46,7 +56,7 @@ def pytest_generate_tests(metafunc):
     """Run classes that name recipes with each of them in turn."""
     recipes = getattr(metafunc.cls, 'recipes', None)
     if recipes is not None:
-        if not metafunc.config.getoption('--all-recipes'):
+        if not metafunc.config.getoption('--full'):
             alike = metafunc.cls.alike
             recipes = [name for name in recipes if name not in alike]
         metafunc.parametrize('name', recipes, scope='class')
@@ -91,20 +101,17 @@ def _no_scope(monkeypatch):
 
 
 @pytest.fixture(scope='session', autouse=True)
-def _quick_configs():
-    """Spare MMEngine's configs what takes longer than short trainings.
-
-    Runners print and save their configs several times, and format them for
-    it. Whatever inherits from a toolbox looks for its base in all metafiles
-    of the toolbox, about a hundred, which are parsed anew every time.
-    """
+def _quick_mmengine():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            'yapf.yapflib.yapf_api.FormatCode',
-            lambda text, **options: (text, False),
-        )
-        patch.setattr('mmengine.config.utils.load', functools.cache(load))
+        quick_mmengine(patch)
         yield
+
+
+@pytest.fixture(scope='session')
+def run_in_fork():
+    """See :func:`support.forks.start_forks`."""
+    with start_forks() as run:
+        yield run
 
 
 @pytest.fixture(scope='session')

@@ -9,7 +9,7 @@
 namespace mmactnn {
 namespace {
 
-constexpr int64_t kGrainElements = 8192;
+constexpr int64_t kGrainOutputs = 8192;
 
 // Location of an element in a tensor [outer, height, width, inner].
 struct Place {
@@ -72,7 +72,7 @@ void max_pool2d(const Memory& input, const Memory& output,
     const T* source = static_cast<const T*>(input.const_data_ptr());
     T* target = static_cast<T*>(output.mutable_data_ptr());
     parallel_for(
-        indices.numel(), kGrainElements / 2, [&](int64_t begin, int64_t end) {
+        indices.numel(), kGrainOutputs / 2, [&](int64_t begin, int64_t end) {
           pool_bytes(source, target, index_bytes, pool, numel, begin, end);
         });
   });
@@ -87,7 +87,7 @@ void max_pool2d_backward(const Memory& grad_output, const Memory& indices,
     const T* source = static_cast<const T*>(grad_output.const_data_ptr());
     T* target = static_cast<T*>(grad_input.mutable_data_ptr());
     parallel_for(
-        grad_input.numel(), kGrainElements, [&](int64_t begin, int64_t end) {
+        grad_input.numel(), kGrainOutputs, [&](int64_t begin, int64_t end) {
           gather_elements(source, index_bytes, target, pool, begin, end);
         });
   });

@@ -12,7 +12,7 @@ from .tools import ROOT, load_tool
 from .torchvision_stub import make_torchvision_importable
 
 CONFIGS = ROOT / 'configs' / 'actnn'
-ITERATIONS, BATCH = 3, 2
+ITERATIONS, BATCH = 2, 2
 
 # Few boxes, and few negatives to contrast with. No score is too low, because
 # a model that has hardly been trained would be evaluated on none. No epoch is
@@ -30,15 +30,36 @@ _CAPS = dict(
 _SCALE = 0.12
 # Side of all other images, in pixels; and from where on they are made small.
 _SIZE, _LARGE = 64, 100
+# Channels, of which there are a quarter; not those of images. Factors of
+# widths, which count the same; and what stages of ResNets start with.
+_CHANNELS = {
+    'c1_channels',
+    'c1_in_channels',
+    'channels',
+    'conv_out_channels',
+    'fc_out_channels',
+    'feat_channels',
+    'feat_dim',
+    'hid_channels',
+    'in_channels',
+    'num_channels',
+    'out_channels',
+    'widen_factor',
+}
+_NARROWER, _FEWEST = 4, 32
+_STEM = ('base_channels', 'stem_channels')
 
 _train = load_tool('train.py')
 
 
 # Among recipes of one method that differ in depth, data or schedule, the
-# smallest is trained; test_configs.py builds the others, which --all-recipes
+# smallest is trained; test_configs.py builds the others, which --full
 # trains. So it is with what is a part of another one: Mask R-CNN has all of
-# Faster R-CNN, and UPerNet the pooling of PSPNet.
+# Faster R-CNN, as many times as Cascade R-CNN, UPerNet the pooling of PSPNet,
+# FCOS the towers of ATSS, and MoCo the neck and the loss of SimCLR.
 ALIKE = {
+    'atss_r50',
+    'cascade_rcnn_r50',
     'faster_rcnn_r50',
     'faster_rcnn_r50_bccd',
     'faster_rcnn_r50_paper',
@@ -55,6 +76,7 @@ ALIKE = {
     'retinanet_x101_64x4d',
     'sem_fpn_r50',
     'sem_fpn_r50_paper',
+    'simclr_r50',
 }
 
 
@@ -126,7 +148,7 @@ def load_recipe(name):
 
 
 def shrink(config, data, work_dir):
-    """Let a recipe run for three iterations and an evaluation.
+    """Let a recipe run for two iterations and an evaluation.
 
     Args:
         config (Config): From :func:`load_recipe`; changed in place.
@@ -172,8 +194,29 @@ def shrink_model(model, toolbox):
         ConfigDict: A copy, changed.
     """
     model = _small(model, toolbox)
+    # Attention keeps as much at any width: it would outweigh all else. And
+    # some are narrow as they are.
+    narrow = model.backbone.get('base_channels', 64) < 64
+    if model.type != 'DETR' and not narrow:
+        model = _narrow(model)
     drop_pretrained(model)
     return model
+
+
+def _narrow(node, name=None):
+    """A copy of a part of a model's config, of fewer channels."""
+    if isinstance(node, dict):
+        found = type(node)({key: _narrow(node[key], key) for key in node})
+        if 'ResN' in str(node.get('type')) and 'depth' in node:
+            found.update(dict.fromkeys(_STEM, 64 // _NARROWER))
+        return found
+    if isinstance(node, (list, tuple)):
+        return type(node)(_narrow(item, name) for item in node)
+    if name not in _CHANNELS or not isinstance(node, (int, float)):
+        return node
+    if name == 'widen_factor':
+        return node / _NARROWER
+    return node // _NARROWER if node >= _FEWEST else node
 
 
 def _shorten(config):
