@@ -1,6 +1,5 @@
 """Fixtures that all tests share."""
 
-import functools
 import gc
 import random
 from collections import OrderedDict
@@ -9,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.fileio import load
 from mmengine.registry import DefaultScope
 from support.digits import make_digits
+from support.quick_configs import quick_configs
 from torch._functorch import config as functorch_config
 
 # Support modules that check for tests.
@@ -92,18 +91,8 @@ def _no_scope(monkeypatch):
 
 @pytest.fixture(scope='session', autouse=True)
 def _quick_configs():
-    """Spare MMEngine's configs what takes longer than short trainings.
-
-    Runners print and save their configs several times, and format them for
-    it. Whatever inherits from a toolbox looks for its base in all metafiles
-    of the toolbox, about a hundred, which are parsed anew every time.
-    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            'yapf.yapflib.yapf_api.FormatCode',
-            lambda text, **options: (text, False),
-        )
-        patch.setattr('mmengine.config.utils.load', functools.cache(load))
+        quick_configs(patch)
         yield
 
 

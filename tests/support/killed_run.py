@@ -14,11 +14,16 @@ import sys
 import traceback
 from pathlib import Path
 
+# Runners import it late: here before there are forks.
+import matplotlib.backends.backend_agg  # noqa: F401
+import matplotlib.figure  # noqa: F401
+import pytest
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from mmactnn import get_precision
+from support.quick_configs import quick_configs
 from support.toy import make_runner
 
 EPOCHS = 5
@@ -133,5 +138,6 @@ def run_in_fork(folder, where, resume):
 
 
 if __name__ == '__main__':
+    quick_configs(pytest.MonkeyPatch())
     for line in sys.stdin:
         print(run_in_fork(*json.loads(line)), flush=True)

@@ -1,12 +1,18 @@
 """Runs a function in several processes that form a group."""
 
+import multiprocessing
+from multiprocessing import forkserver
 import os
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from .quick_configs import quick_configs
+from .tools import ROOT
 
 
 def run_in_processes(function, world_size, argument, device='cpu'):
@@ -27,10 +33,12 @@ def run_in_processes(function, world_size, argument, device='cpu'):
         list: What the processes returned, in the order of their ranks.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(
+        _prepare()
+        mp.start_processes(
             _process,
             (world_size, folder, function, argument, device),
             nprocs=world_size,
+            start_method='forkserver',
         )
         return [
             torch.load(_result(folder, rank), weights_only=False)
@@ -38,8 +46,22 @@ def run_in_processes(function, world_size, argument, device='cpu'):
         ]
 
 
+def _prepare():
+    """Have a server import, once, what processes forked from it need.
+
+    It lives as long as this process, and has no part of its state.
+    """
+    multiprocessing.set_forkserver_preload(['support.process_modules'])
+    paths = [str(ROOT / 'tests'), str(ROOT), os.environ.get('PYTHONPATH', '')]
+    with pytest.MonkeyPatch.context() as patch:
+        # In some versions of Python it does not know the path of this one.
+        patch.setenv('PYTHONPATH', os.pathsep.join(filter(None, paths)))
+        forkserver.ensure_running()
+
+
 def _process(rank, world_size, folder, function, argument, device):
     torch.set_num_threads(1)
+    quick_configs(pytest.MonkeyPatch())
     if device == 'cuda' and torch.cuda.device_count() >= world_size:
         torch.cuda.set_device(rank)
         backend = 'cpu:gloo,cuda:nccl'
