@@ -13,7 +13,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONFIG := configs/actnn/retinanet_r18_digits.py
 RUNS := work_dirs/quickstart
 
-# Each stamp stands for one step of the set-up, in their order.
+# Each stamp stands for one step of the set-up. Once torch is there, the package
+# can be built while the rest is installed: make -j2.
+TORCH := $(VENV)/.stamp-torch
 ENVIRONMENT := $(VENV)/.stamp-environment
 PACKAGE := $(VENV)/.stamp-package
 TESTS := $(VENV)/.stamp-tests
@@ -22,7 +24,7 @@ LINT := $(VENV)/.stamp-lint
 .PHONY: quickstart test lint clean
 .DELETE_ON_ERROR:
 
-quickstart: $(PACKAGE) data/digits
+quickstart: $(PACKAGE) $(ENVIRONMENT) data/digits
 	@echo '--- exact (level L0) ---'
 	$(BIN)/python tools/train.py $(CONFIG) --work-dir $(RUNS)/exact \
 	    --cfg-options custom_hooks.0.level=L0
@@ -33,7 +35,7 @@ quickstart: $(PACKAGE) data/digits
 
 # A process a core, each of one thread; files stay whole, for what their tests
 # share, and in the order of tests/conftest.py.
-test: $(PACKAGE) $(TESTS)
+test: $(PACKAGE) $(ENVIRONMENT) $(TESTS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile \
 	    --no-loadscope-reorder
 
@@ -45,7 +47,7 @@ lint: $(LINT)
 	    xargs $(BIN)/clang-format --dry-run --Werror
 
 # Made beside its place and then moved: a folder that is there is complete.
-data/digits: | $(PACKAGE)
+data/digits: | $(PACKAGE) $(ENVIRONMENT)
 	rm -rf $@.part
 	$(BIN)/python tools/dataset_converters/digits.py $@.part
 	mv $@.part $@
@@ -56,14 +58,16 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first: mmcv, where it has to be built, is built against it.
-$(ENVIRONMENT): requirements/build.txt requirements/openmmlab.txt \
-    requirements/runtime.txt | $(BIN)/python
+$(TORCH): requirements/build.txt | $(BIN)/python
 	$(PIP) install -r requirements/build.txt
+	touch $@
+
+$(ENVIRONMENT): requirements/openmmlab.txt requirements/runtime.txt $(TORCH)
 	$(PIP) install --no-build-isolation -r requirements/build.txt \
 	    -r requirements/openmmlab.txt -r requirements/runtime.txt
 	touch $@
 
-$(PACKAGE): setup.py pyproject.toml $(ENVIRONMENT) \
+$(PACKAGE): setup.py pyproject.toml $(TORCH) \
     $(shell find csrc build_support -type f -not -name '*.pyc')
 	$(PIP) install --no-build-isolation --no-deps -e .
 	touch $@
