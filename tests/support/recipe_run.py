@@ -51,8 +51,9 @@ class RecipeRun:
         config = self.config
         if self.name in OFFICIAL:
             config = official(self.name)
+            config.model = shrink_model(config.model, toolbox)
         preprocessor = config.get('data_preprocessor')
-        config = shrink_model(ConfigDict(plain(config.model)), toolbox)
+        config = ConfigDict(plain(config.model))
         # As the runner does ...
         config.setdefault('data_preprocessor', preprocessor)
         with DefaultScope.overwrite_default_scope(toolbox):

@@ -30,6 +30,24 @@ _CAPS = dict(
 _SCALE = 0.12
 # Side of all other images, in pixels; and from where on they are made small.
 _SIZE, _LARGE = 64, 100
+# Channels, of which there are a quarter; not those of images. Factors of
+# widths, which count the same; and what stages of ResNets start with.
+_CHANNELS = {
+    'c1_channels',
+    'c1_in_channels',
+    'channels',
+    'conv_out_channels',
+    'fc_out_channels',
+    'feat_channels',
+    'feat_dim',
+    'hid_channels',
+    'in_channels',
+    'num_channels',
+    'out_channels',
+    'widen_factor',
+}
+_NARROWER, _FEWEST = 4, 32
+_STEM = ('base_channels', 'stem_channels')
 
 _train = load_tool('train.py')
 
@@ -172,8 +190,29 @@ def shrink_model(model, toolbox):
         ConfigDict: A copy, changed.
     """
     model = _small(model, toolbox)
+    # Attention keeps as much at any width: it would outweigh all else. And
+    # some are narrow as they are.
+    narrow = model.backbone.get('base_channels', 64) < 64
+    if model.type != 'DETR' and not narrow:
+        model = _narrow(model)
     drop_pretrained(model)
     return model
+
+
+def _narrow(node, name=None):
+    """A copy of a part of a model's config, of fewer channels."""
+    if isinstance(node, dict):
+        found = type(node)({key: _narrow(node[key], key) for key in node})
+        if 'ResN' in str(node.get('type')) and 'depth' in node:
+            found.update(dict.fromkeys(_STEM, 64 // _NARROWER))
+        return found
+    if isinstance(node, (list, tuple)):
+        return type(node)(_narrow(item, name) for item in node)
+    if name not in _CHANNELS or not isinstance(node, (int, float)):
+        return node
+    if name == 'widen_factor':
+        return node / _NARROWER
+    return node // _NARROWER if node >= _FEWEST else node
 
 
 def _shorten(config):
