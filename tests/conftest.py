@@ -20,16 +20,26 @@ pytest.register_assert_rewrite('support.recipe_tests', 'support.dist_train')
 def pytest_addoption(parser):
     """Tests that take long are for whoever asks for them."""
     parser.addoption(
-        '--all-recipes',
+        '--full',
         action='store_true',
-        help='train recipes that are much like others, too',
+        help='also what takes long and is much like other tests',
     )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_configure(config):
+    """Declare the mark of such tests."""
+    config.addinivalue_line('markers', 'full: is run with --full alone')
+
+
+def pytest_collection_modifyitems(config, items):
     """Start with what takes longest, lest processes wait for one another."""
     longest = ('test_integration', 'test_tools')
     items.sort(key=lambda item: item.path.parent.name not in longest)
+    if not config.getoption('--full'):
+        skip = pytest.mark.skip(reason='takes long: pytest --full')
+        for item in items:
+            if item.get_closest_marker('full'):
+                item.add_marker(skip)
 
 
 def pytest_collection_finish():
@@ -45,7 +55,7 @@ def pytest_generate_tests(metafunc):
     """Run classes that name recipes with each of them in turn."""
     recipes = getattr(metafunc.cls, 'recipes', None)
     if recipes is not None:
-        if not metafunc.config.getoption('--all-recipes'):
+        if not metafunc.config.getoption('--full'):
             alike = metafunc.cls.alike
             recipes = [name for name in recipes if name not in alike]
         metafunc.parametrize('name', recipes, scope='class')

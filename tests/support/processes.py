@@ -1,9 +1,9 @@
 """Runs a function in several processes that form a group."""
 
 import multiprocessing
-from multiprocessing import forkserver
 import os
 import tempfile
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest

@@ -22,7 +22,7 @@ class RecipeTests:
         toolbox (str): Whose recipes: ``'mmdet'``, ``'mmseg'`` or
             ``'mmpretrain'``.
         recipes (list[str]): Their names.
-        alike (set[str]): Those that only ``--all-recipes`` trains.
+        alike (set[str]): Those that only ``--full`` trains.
     """
 
     alike = ALIKE

@@ -53,7 +53,7 @@ _train = load_tool('train.py')
 
 
 # Among recipes of one method that differ in depth, data or schedule, the
-# smallest is trained; test_configs.py builds the others, which --all-recipes
+# smallest is trained; test_configs.py builds the others, which --full
 # trains. So it is with what is a part of another one: Mask R-CNN has all of
 # Faster R-CNN, and UPerNet the pooling of PSPNet.
 ALIKE = {

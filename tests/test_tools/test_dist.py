@@ -1,7 +1,12 @@
 """Tests of tools/dist_train.sh and tools/dist_test.sh, without a GPU."""
 
+import os
+import re
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
@@ -11,14 +16,17 @@ from support.dist_train import (
     load_states,
     train,
 )
-from support.tools import run_tool
+from support.tools import ROOT, run_tool
 from support.toy import make_config
+from support.toy_samples import sample_dataloader
 from torch import nn
 
 from mmactnn.mmlab.launch import (
     CPUDistributedDataParallel,
     leave_process_group,
 )
+
+TOOLS = ROOT / 'tools'
 
 
 def write_toy(path, *hooks, **kwargs):
@@ -33,73 +41,138 @@ def write_toy(path, *hooks, **kwargs):
     return path
 
 
-def test_two_nodes_and_sync_bn(tmp_path):
+@pytest.fixture(scope='module')
+def story(tmp_path_factory):
+    """A training that two processes begin, one goes on with, and two end.
+
+    The first two are of one node, the last two are nodes of their own.
+
+    Returns:
+        SimpleNamespace: ``config``; and for each part ``lasts``, what it
+        went on with, ``states`` of its processes, and ``logs``.
+    """
+    folder = tmp_path_factory.mktemp('story')
+    work_dir = folder / 'work_dir'
+    evaluated = dict(type='ToySamples', size=12)
     config = write_toy(
-        tmp_path / 'toy.py', dict(type='ActNNHook'), evaluates=True
-    )
-    options = '--cfg-options', 'sync_bn=torch'
-    _, states = train(config, 1, *options, cwd=tmp_path, nodes=2)
-    # The running statistics, too.
-    assert differing(states) == set()
-    assert_equal_bits(states)
-
-    checkpoint = tmp_path / 'work_dir' / 'epoch_1.pth'
-    log = run_tool(
-        'dist_test.sh', config, checkpoint, 1, cwd=tmp_path, nodes=2
-    )
-    assert 'mean:' in log
-
-
-def test_goes_on_with_another_number_of_ranks(tmp_path):
-    work_dir = tmp_path / 'work_dir'
-    config = write_toy(
-        tmp_path / 'toy.py',
+        folder / 'toy.py',
         dict(type='ActNNHook', level=dict(fuse=False, use_gradient=True)),
         dict(type='KillRankHook'),
         model=dict(type='SampleClassifier'),
-        train_dataloader=dict(
-            batch_size=2,
-            num_workers=0,
-            sampler=dict(type='DefaultSampler', shuffle=True),
-            dataset=dict(type='ToySamples', size=24),
-            collate_fn=dict(type='pseudo_collate'),
+        train_dataloader=sample_dataloader(
+            dict(type='ToySamples', size=24), batch_size=2
         ),
+        val_dataloader=sample_dataloader(evaluated, shuffle=False),
+        test_dataloader=sample_dataloader(evaluated, shuffle=False),
         epochs=2,
+        evaluates=True,
     )
     # In the second epoch, of 6 iterations.
     kill = ['--cfg-options', 'custom_hooks.1.iteration=8']
-    log = run_tool('dist_train.sh', config, 2, *kill, cwd=tmp_path, fails=True)
-    assert 'Signal 9 (SIGKILL)' in log
-
-    iteration, seed = 6, 5
-    for epoch, ranks in enumerate((1, 3), start=2):
-        last = torch.load(
-            work_dir / f'epoch_{epoch - 1}.pth', weights_only=False
-        )
+    log = run_tool('dist_train.sh', config, 2, *kill, cwd=folder, fails=True)
+    found = SimpleNamespace(config=config, lasts=[], states=[], logs=[log])
+    for epoch in (2, 3):
+        path = work_dir / f'epoch_{epoch - 1}.pth'
+        found.lasts.append(torch.load(path, weights_only=False))
         options = ['--resume', '--cfg-options', 'randomness.seed=7']
         options.append(f'train_cfg.max_epochs={epoch}')
-        if ranks == 1:
-            run_tool('train.py', config, *options, cwd=tmp_path)
+        if epoch == 2:
+            log = run_tool('train.py', config, *options, cwd=folder)
             states = load_states(work_dir, 1)
         else:
-            _, states = train(config, ranks, *options, cwd=tmp_path)
-        for rank, state in enumerate(states):
-            started = state['started']
-            assert started['iteration'] == iteration
-            assert started['rounding']['seed'] == seed
-            assert started['rounding']['stream'] == rank
-            torch.testing.assert_close(
-                started['precision'],
-                last['actnn']['precision'],
-                rtol=0,
-                atol=0,
-            )
-        # Something to go on with: bits have moved, gradients are known.
-        assert len(set(last['actnn']['precision']['bits'].values())) > 1
-        assert last['actnn']['precision']['history'].unique().numel() > 4
-        assert all('running_' in key for key in differing(states))
-        assert_equal_bits(states)
-        iteration += 12 // ranks
+            options.append('sync_bn=torch')
+            log, states = train(config, 1, *options, cwd=folder, nodes=2)
+        found.states.append(states)
+        found.logs.append(log)
+    return found
+
+
+def test_a_killed_process_ends_the_others(story):
+    assert 'communicate through gloo, not through nccl' in story.logs[0]
+    assert 'Signal 9 (SIGKILL)' in story.logs[0]
+
+
+@pytest.mark.parametrize('part', [0, 1])
+def test_goes_on_with_another_number_of_ranks(story, part):
+    last, states = story.lasts[part], story.states[part]
+    assert len(states) == part + 1
+    for rank, state in enumerate(states):
+        started = state['started']
+        # Of 6 iterations with two processes, and of 12 with one.
+        assert started['iteration'] == (6, 18)[part]
+        assert started['rounding']['seed'] == 5
+        assert started['rounding']['stream'] == rank
+        torch.testing.assert_close(
+            started['precision'],
+            last['actnn']['precision'],
+            rtol=0,
+            atol=0,
+        )
+    # Something to go on with: bits have moved, gradients are known.
+    assert len(set(last['actnn']['precision']['bits'].values())) > 1
+    assert last['actnn']['precision']['history'].unique().numel() > 4
+
+
+def test_two_nodes_and_sync_bn(story):
+    assert 'SyncBatchNorm -> QSyncBatchNorm' in story.logs[-1]
+    # The running statistics, too.
+    assert differing(story.states[-1]) == set()
+    assert_equal_bits(story.states[-1])
+
+
+def test_two_ranks_evaluate(story):
+    """As the two nodes did at their end, each of them half of the images."""
+    folder = story.config.parent
+    checkpoint = folder / 'work_dir' / 'epoch_3.pth'
+    log = run_tool('dist_test.sh', story.config, checkpoint, 2, cwd=folder)
+    found, expected = (
+        re.findall(r'mean: (-?[\d.]+)', text)[-1]
+        for text in (log, story.logs[-1])
+    )
+    assert found == expected
+    # Of 3 batches, which one would need.
+    assert re.search(r'Epoch\(test\) *\[2/2\]', log)
+
+
+PRINTER = """#!/usr/bin/env bash
+echo "$PYTHONPATH"
+printf '%s\n' "$@"
+"""
+
+
+@pytest.mark.parametrize(
+    ('tool', 'arguments'), [('train', []), ('test', ['epoch_1.pth'])]
+)
+def test_nodes_and_arguments_of_the_command_lines(tool, arguments, tmp_path):
+    """What is said to torch's launcher, for which a script stands in."""
+    python = tmp_path / 'python'
+    python.write_text(PRINTER)
+    python.chmod(0o755)
+    path = f'{tmp_path}{os.pathsep}{os.environ["PATH"]}'
+    nodes = dict(NNODES='3', NODE_RANK='2', MASTER_ADDR='there', PORT='1234')
+    given = ['a config.py', *arguments, '4', '--amp', '--work-dir', 'a b']
+    lines = {}
+    for name, environ in dict(one={}, three=nodes).items():
+        command = ['bash', str(TOOLS / f'dist_{tool}.sh'), *given]
+        environ = dict(environ, PATH=path, PYTHONPATH='mine')
+        found = subprocess.check_output(command, text=True, env=environ)
+        lines[name] = found.splitlines()
+    for name, address in dict(
+        one=('1', '0', '127.0.0.1', '29500'),
+        three=('3', '2', 'there', '1234'),
+    ).items():
+        root, *words = lines[name]
+        assert root.split(os.pathsep) == [f'{TOOLS}/..', 'mine']
+        assert words == [
+            *('-m', 'torch.distributed.run'),
+            f'--nnodes={address[0]}',
+            f'--node_rank={address[1]}',
+            f'--master_addr={address[2]}',
+            f'--master_port={address[3]}',
+            '--nproc_per_node=4',
+            *(f'{TOOLS}/{tool}.py', 'a config.py', *arguments),
+            *('--launcher', 'pytorch', '--amp', '--work-dir', 'a b'),
+        ]
 
 
 def test_leaving_a_process_group(tmp_path):

@@ -4,6 +4,10 @@ import pytest
 from support.dist_train import assert_equal_bits, differing, train
 from support.tools import ROOT, run_tool
 
+# test_dist.py does as much with a small model; test_layers/test_sync_norm.py
+# and test_integration/test_distributed.py compare with one process.
+pytestmark = pytest.mark.full
+
 DETECTOR = """
 _base_ = {base!r}
 custom_imports = dict(imports=['mmactnn', 'support.rank_state'])
