@@ -10,7 +10,8 @@ import pytest
 import torch
 from mmengine.registry import DefaultScope
 from support.digits import make_digits
-from support.quick_configs import quick_configs
+from support.forks import start_forks
+from support.quick_mmengine import quick_mmengine
 from torch._functorch import config as functorch_config
 
 # Support modules that check for tests.
@@ -100,10 +101,17 @@ def _no_scope(monkeypatch):
 
 
 @pytest.fixture(scope='session', autouse=True)
-def _quick_configs():
+def _quick_mmengine():
     with pytest.MonkeyPatch.context() as patch:
-        quick_configs(patch)
+        quick_mmengine(patch)
         yield
+
+
+@pytest.fixture(scope='session')
+def run_in_fork():
+    """See :func:`support.forks.start_forks`."""
+    with start_forks() as run:
+        yield run
 
 
 @pytest.fixture(scope='session')

@@ -28,17 +28,6 @@ def copy_of_package(tmp_path):
     return tmp_path
 
 
-def run_in(path, code):
-    environment = {**os.environ, 'PYTHONPATH': str(path)}
-    return subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', code],
-        cwd=path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-
-
 USE = (
     'import torch, mmactnn; conv = mmactnn.QConv2d(1, 1, 1); '
     'conv(torch.rand(1, 1, 8, 8))'
@@ -62,31 +51,33 @@ def test_library_uses_no_symbols_of_one_python_or_torch():
     assert b'libtorch_python' not in text
 
 
-def test_missing_library_is_said_when_it_is_needed(copy_of_package):
-    imported = run_in(copy_of_package, 'import mmactnn')
+def test_missing_library_is_said_when_it_is_needed(
+    copy_of_package, run_in_fork
+):
+    imported = run_in_fork('import mmactnn', copy_of_package)
     assert imported.returncode == 0, imported.stderr
-    used = run_in(copy_of_package, USE)
+    used = run_in_fork(USE, copy_of_package)
     last = used.stderr.strip().splitlines()[-1]
     assert last.startswith('RuntimeError: mmactnn was installed without')
     assert 'pip install --no-build-isolation' in last
 
 
-def test_broken_library_is_said_with_its_cause(copy_of_package):
+def test_broken_library_is_said_with_its_cause(copy_of_package, run_in_fork):
     (copy_of_package / 'mmactnn/_C.abi3.so').write_bytes(b'no library')
-    used = run_in(copy_of_package, USE)
+    used = run_in_fork(USE, copy_of_package)
     last = used.stderr.strip().splitlines()[-1]
     assert last.startswith('RuntimeError: ')
     assert '_C.abi3.so cannot be loaded with torch' in last
     assert torch.__version__ in last and 'torch >= 2.10' in last
 
 
-def test_exact_layers_need_no_library(copy_of_package):
+def test_exact_layers_need_no_library(copy_of_package, run_in_fork):
     code = (
         'import torch, mmactnn; conv = mmactnn.QConv2d(1, 1, 1); '
         'mmactnn.convert_model(conv, "L0"); '
         'conv(torch.rand(1, 1, 8, 8)).sum().backward()'
     )
-    used = run_in(copy_of_package, code)
+    used = run_in_fork(code, copy_of_package)
     assert used.returncode == 0, used.stderr
 
 
@@ -135,10 +126,10 @@ def test_kernels_of_an_op():
     assert extension.kernels_of('quantize') == [*built, 'Meta']
 
 
-def test_report_names_a_missing_library(copy_of_package):
-    result = run_in(
-        copy_of_package,
+def test_report_names_a_missing_library(copy_of_package, run_in_fork):
+    result = run_in_fork(
         'import sys; from mmactnn.__main__ import main; sys.exit(main())',
+        copy_of_package,
     )
     assert result.returncode == 1
     assert 'problem' in result.stdout and 'not loaded' in result.stdout

@@ -131,35 +131,33 @@ def test_wheel_holds_configs_and_tools(wheel):
     )
 
 
-def test_installed_package_imports(installed):
+def test_installed_package_imports(installed, run_in_fork):
     code = 'import mmactnn; print(mmactnn.__file__);print(mmactnn.__version__)'
-    output = run(
-        sys.executable, '-c', code, cwd=installed, PYTHONPATH=str(installed)
-    )
-    path, version = output.split()[-2:]
+    done = run_in_fork(code, installed)
+    assert done.returncode == 0, done.stderr
+    path, version = done.stdout.split()[-2:]
     assert Path(path) == installed / 'mmactnn' / '__init__.py'
     assert version == VERSION
 
 
-def test_installed_configs_are_found(installed):
+def test_installed_configs_are_found(installed, run_in_fork):
     """As a base of somebody's config, and by the tools beside them."""
     config = installed / 'mine.py'
     config.write_text("_base_ = 'mmactnn::actnn/retinanet_r18_digits.py'\n")
-    code = (
-        'import mmactnn; from mmengine.config import Config;'
-        f'print(Config.fromfile({str(config)!r}).model.type)'
-    )
-    output = run(
-        sys.executable, '-c', code, cwd=installed, PYTHONPATH=str(installed)
-    )
-    assert output.split()[-1] == 'RetinaNet'
     tool = installed / 'mmactnn' / '.mim' / 'tools' / 'train.py'
-    output = run(
-        *(sys.executable, tool, '--help'),
-        cwd=installed,
-        PYTHONPATH=str(installed),
-    )
-    assert '--auto-scale-lr' in output
+    code = f"""
+import runpy
+import sys
+import mmactnn
+from mmengine.config import Config
+print(Config.fromfile({str(config)!r}).model.type)
+sys.argv = [{str(tool)!r}, '--help']
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+    done = run_in_fork(code, installed)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == 'RetinaNet'
+    assert '--auto-scale-lr' in done.stdout
 
 
 def test_editable_install_links_configs_and_tools(tree, tmp_path):

@@ -23,7 +23,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from mmactnn import get_precision
-from support.quick_configs import quick_configs
+from support.quick_mmengine import quick_mmengine
 from support.toy import make_runner
 
 EPOCHS = 5
@@ -138,6 +138,6 @@ def run_in_fork(folder, where, resume):
 
 
 if __name__ == '__main__':
-    quick_configs(pytest.MonkeyPatch())
+    quick_mmengine(pytest.MonkeyPatch())
     for line in sys.stdin:
         print(run_in_fork(*json.loads(line)), flush=True)

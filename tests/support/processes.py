@@ -1,7 +1,8 @@
-"""Runs a function in several processes that form a group."""
+"""Runs functions and tools in several processes that form a group."""
 
 import multiprocessing
 import os
+import sys
 import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from .quick_configs import quick_configs
-from .tools import ROOT
+from .quick_mmengine import quick_mmengine
+from .tools import ROOT, free_port, load_tool
 
 
 def run_in_processes(function, world_size, argument, device='cpu'):
@@ -33,21 +34,62 @@ def run_in_processes(function, world_size, argument, device='cpu'):
         list: What the processes returned, in the order of their ranks.
     """
     with tempfile.TemporaryDirectory() as folder:
-        _prepare()
-        mp.start_processes(
-            _process,
-            (world_size, folder, function, argument, device),
-            nprocs=world_size,
-            start_method='forkserver',
-        )
+        arguments = world_size, folder, function, argument, device
+        _start(_process, world_size, arguments)
         return [
             torch.load(_result(folder, rank), weights_only=False)
             for rank in range(world_size)
         ]
 
 
-def _prepare():
-    """Have a server import, once, what processes forked from it need.
+def run_tool_in_forks(name, *arguments, ranks, cwd):
+    """Run a tool as the processes of a launcher that find no GPU.
+
+    Args:
+        name (str): Of the script in ``tools/``, which has a ``main``.
+        *arguments (object): Its command line.
+        ranks (int): Number of processes; one runs without a launcher.
+        cwd (Path): Where they work.
+
+    Returns:
+        str: What they have printed, one after the other.
+
+    Raises:
+        ProcessExitedException: If one of them was killed.
+    """
+    arguments = [str(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        given = ranks, name, arguments, cwd, folder, free_port()
+        _start(_run_tool, ranks, given)
+        return ''.join(_log(folder, rank).read_text() for rank in range(ranks))
+
+
+def _run_tool(rank, world_size, name, arguments, cwd, folder, port):
+    quick_mmengine(pytest.MonkeyPatch())
+    torch.set_num_threads(1)
+    os.environ.update(CUDA_VISIBLE_DEVICES='-1', GLOO_SOCKET_IFNAME='lo')
+    if world_size > 1:
+        arguments += ['--launcher', 'pytorch']
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            MASTER_ADDR='127.0.0.1',
+            MASTER_PORT=str(port),
+        )
+    os.chdir(cwd)
+    with open(_log(folder, rank), 'w') as log:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), stream.fileno())
+    load_tool(name).main(arguments)
+
+
+def _log(folder, rank):
+    return Path(folder) / f'{rank}.txt'
+
+
+def _start(function, count, arguments):
+    """Fork processes of a server that has imported what they need.
 
     It lives as long as this process, and has no part of its state.
     """
@@ -57,11 +99,14 @@ def _prepare():
         # In some versions of Python it does not know the path of this one.
         patch.setenv('PYTHONPATH', os.pathsep.join(filter(None, paths)))
         forkserver.ensure_running()
+    mp.start_processes(
+        function, arguments, nprocs=count, start_method='forkserver'
+    )
 
 
 def _process(rank, world_size, folder, function, argument, device):
     torch.set_num_threads(1)
-    quick_configs(pytest.MonkeyPatch())
+    quick_mmengine(pytest.MonkeyPatch())
     if device == 'cuda' and torch.cuda.device_count() >= world_size:
         torch.cuda.set_device(rank)
         backend = 'cpu:gloo,cuda:nccl'

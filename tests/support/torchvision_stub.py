@@ -13,7 +13,6 @@ cannot for want of torchvision, it accepts; that torchvision is broken, not.
 import contextlib
 import importlib
 import importlib.util
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -77,13 +76,14 @@ def _in_sight():
         sys.path.remove(str(TORCHVISION_DIR))
 
 
-def run_with_mmpretrain(script: str, *folders: str) -> None:
+def run_with_mmpretrain(run_in_fork, script: str, *folders: str) -> None:
     """Run a script that imports MMPretrain, and demand that it succeeds.
 
     It gets a process of its own, as MMDetection must not find torchvision in
     that of the tests. Skips the test if either is missing.
 
     Args:
+        run_in_fork (callable): The fixture.
         script (str): The script.
         *folders (str): Folders of the repository to import from, besides
             its root and ``tests``.
@@ -96,14 +96,6 @@ def run_with_mmpretrain(script: str, *folders: str) -> None:
         'from support.torchvision_stub import make_torchvision_importable\n'
         'make_torchvision_importable()\n'
     )
-    paths = [ROOT, ROOT / 'tests', *(ROOT / folder for folder in folders)]
-    run = subprocess.run(
-        [sys.executable, '-c', importable + script],
-        env={
-            'PYTHONPATH': ':'.join(map(str, paths)),
-            'OMP_NUM_THREADS': '1',
-        },
-        capture_output=True,
-        text=True,
-    )
+    paths = [ROOT / folder for folder in ('tests', *folders)]
+    run = run_in_fork(importable + script, ROOT, *paths)
     assert run.returncode == 0, run.stderr

@@ -1,8 +1,6 @@
 """Adapters, against the stock modules."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from support.layers import (
     saved_tensors,
 )
 from support.live import LiveBytes
+from support.tools import ROOT
 from torch import nn
 from torch.nn import functional as F
 
@@ -352,7 +351,7 @@ class TestNames:
             neck([torch.randn(1, 4, 8, 8)])
 
 
-def test_lazy_imports():
+def test_lazy_imports(run_in_fork):
     code = """
 import sys
 from torch import nn
@@ -360,4 +359,5 @@ import mmactnn
 mmactnn.convert_model(nn.Sequential(nn.Conv2d(3, 4, 1), nn.SiLU()))
 assert not {'mmdet', 'mmseg', 'mmcv', 'mmpretrain'} & set(sys.modules)
 """
-    subprocess.run([sys.executable, '-c', code], check=True)
+    done = run_in_fork(code, ROOT)
+    assert done.returncode == 0, done.stderr

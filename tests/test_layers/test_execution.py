@@ -193,12 +193,11 @@ class TestTools:
         ours.to('meta')(images().to('meta')).sum().backward()
         assert all(p.grad.is_meta for p in ours.parameters())
 
-    @pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
-    def test_compile(self, backend):
+    def test_compile(self):
         torch._dynamo.reset()
         _, ours = make_pair()
         twin = copy.deepcopy(ours)
-        compiled = torch.compile(ours, backend=backend)
+        compiled = torch.compile(ours, backend='aot_eager')
         x = images()
         for model in (compiled, twin):
             model(x).square().sum().backward()

@@ -88,7 +88,7 @@ def test_no_views():
     assert synthetic.count_views(synthetic.load_config(RETINANET)) == 0
 
 
-def test_self_supervised_models():
+def test_self_supervised_models(run_in_fork):
     script = """
 import torch
 from mmactnn.mmlab import synthetic
@@ -106,4 +106,4 @@ for name, options in (
         loss = compute_loss()
         assert loss.isfinite() and loss.requires_grad
 """
-    run_with_mmpretrain(script)
+    run_with_mmpretrain(run_in_fork, script)

@@ -16,10 +16,12 @@ from support.dist_train import (
     load_states,
     train,
 )
-from support.tools import ROOT, run_tool
+from support.processes import run_tool_in_forks
+from support.tools import ROOT
 from support.toy import make_config
 from support.toy_samples import sample_dataloader
 from torch import nn
+from torch.multiprocessing import ProcessExitedException
 
 from mmactnn.mmlab.launch import (
     CPUDistributedDataParallel,
@@ -45,7 +47,8 @@ def write_toy(path, *hooks, **kwargs):
 def story(tmp_path_factory):
     """A training that two processes begin, one goes on with, and two end.
 
-    The first two are of one node, the last two are nodes of their own.
+    The first two are of one node, the last two are nodes of their own, which
+    tools/dist_train.sh starts.
 
     Returns:
         SimpleNamespace: ``config``; and for each part ``lasts``, what it
@@ -69,15 +72,18 @@ def story(tmp_path_factory):
     )
     # In the second epoch, of 6 iterations.
     kill = ['--cfg-options', 'custom_hooks.1.iteration=8']
-    log = run_tool('dist_train.sh', config, 2, *kill, cwd=folder, fails=True)
-    found = SimpleNamespace(config=config, lasts=[], states=[], logs=[log])
+    with pytest.raises(ProcessExitedException, match='SIGKILL'):
+        run_tool_in_forks('train.py', config, *kill, ranks=2, cwd=folder)
+    found = SimpleNamespace(config=config, lasts=[], states=[], logs=[])
     for epoch in (2, 3):
         path = work_dir / f'epoch_{epoch - 1}.pth'
         found.lasts.append(torch.load(path, weights_only=False))
         options = ['--resume', '--cfg-options', 'randomness.seed=7']
         options.append(f'train_cfg.max_epochs={epoch}')
         if epoch == 2:
-            log = run_tool('train.py', config, *options, cwd=folder)
+            log = run_tool_in_forks(
+                'train.py', config, *options, ranks=1, cwd=folder
+            )
             states = load_states(work_dir, 1)
         else:
             options.append('sync_bn=torch')
@@ -85,11 +91,6 @@ def story(tmp_path_factory):
         found.states.append(states)
         found.logs.append(log)
     return found
-
-
-def test_a_killed_process_ends_the_others(story):
-    assert 'communicate through gloo, not through nccl' in story.logs[0]
-    assert 'Signal 9 (SIGKILL)' in story.logs[0]
 
 
 @pytest.mark.parametrize('part', [0, 1])
@@ -114,6 +115,7 @@ def test_goes_on_with_another_number_of_ranks(story, part):
 
 
 def test_two_nodes_and_sync_bn(story):
+    assert 'communicate through gloo, not through nccl' in story.logs[-1]
     assert 'SyncBatchNorm -> QSyncBatchNorm' in story.logs[-1]
     # The running statistics, too.
     assert differing(story.states[-1]) == set()
@@ -124,7 +126,9 @@ def test_two_ranks_evaluate(story):
     """As the two nodes did at their end, each of them half of the images."""
     folder = story.config.parent
     checkpoint = folder / 'work_dir' / 'epoch_3.pth'
-    log = run_tool('dist_test.sh', story.config, checkpoint, 2, cwd=folder)
+    log = run_tool_in_forks(
+        'test.py', story.config, checkpoint, ranks=2, cwd=folder
+    )
     found, expected = (
         re.findall(r'mean: (-?[\d.]+)', text)[-1]
         for text in (log, story.logs[-1])

@@ -158,7 +158,7 @@ class TestModels:
             with pytest.raises(ValueError, match='resnet:depth=D,width=W'):
                 models.parse_resnet(name)
 
-    def test_torchvision_and_mmpretrain(self):
+    def test_torchvision_and_mmpretrain(self, run_in_fork):
         script = """
 from training.measure import measure
 from training.trial import Trial
@@ -171,7 +171,7 @@ for model, system in (('resnet:depth=38,width=8', 'checkpoint'),
     assert exact['finite'] and ours['finite']
     assert exact['activations_mib'] > ours['activations_mib'] > 0
 """
-        run_with_mmpretrain(script, 'tools/benchmark')
+        run_with_mmpretrain(run_in_fork, script, 'tools/benchmark')
 
 
 class TestMeasure:
