@@ -1,34 +1,23 @@
 """The examples of docs/extending.md, from outside of the package."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
-from support.tools import ROOT, TIMEOUT
+from support.tools import ROOT
 
 _BLOCK = re.compile(r'^```python\n(# (\w+\.py)\n.*?)^```$', re.M | re.S)
 DOCUMENT = (ROOT / 'docs' / 'extending.md').read_text()
 
 
 @pytest.fixture(scope='module')
-def found(tmp_path_factory):
+def found(tmp_path_factory, run_in_fork):
     """Results of support/extending_checks.py with the examples as files."""
     folder = tmp_path_factory.mktemp('outside')
     for text, name in _BLOCK.findall(DOCUMENT):
         (folder / name).write_text(text)
     script = ROOT / 'tests' / 'support' / 'extending_checks.py'
-    path = os.pathsep.join([str(folder), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=folder,
-        env=dict(os.environ, PYTHONPATH=path),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
+    done = run_in_fork(script.read_text(), folder, ROOT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

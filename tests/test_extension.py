@@ -1,8 +1,5 @@
 """Loading the kernels, and what is said when that fails."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import mmengine
@@ -81,14 +78,14 @@ def test_exact_layers_need_no_library(copy_of_package, run_in_fork):
     assert used.returncode == 0, used.stderr
 
 
-def test_report():
-    result = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-m', 'mmactnn'],
-        capture_output=True,
-        text=True,
-        cwd=PACKAGE.parent,
-        env={**os.environ, 'COLUMNS': '200'},
-    )
+def test_report(run_in_fork):
+    code = """
+import os
+import runpy
+os.environ['COLUMNS'] = '200'
+runpy.run_module('mmactnn', run_name='__main__')
+"""
+    result = run_in_fork(code, PACKAGE.parent)
     assert result.returncode == 0, result.stdout + result.stderr
     for expected in (
         mmactnn.__version__,

@@ -1,29 +1,21 @@
-"""Training runs that kill themselves: python -m support.killed_run.
+"""A training run that kills itself.
 
-Every line of the input is a list in json: the directory of a run, where it
-ends, and whether it resumes. Each runs in a fork of this process, which has
-imported what it needs; the line of output is its exit status. A run writes
-the loss of every iteration and the bits of every layer after it, as lines of
-json, to ``losses.jsonl`` in its directory.
+It writes the loss of every iteration and the bits of every layer after it, as
+lines of json, to ``losses.jsonl`` in its directory; and its output to
+``log.txt``.
 """
 
 import json
 import os
 import signal
-import sys
-import traceback
 from pathlib import Path
 
-# Runners import it late: here before there are forks.
-import matplotlib.backends.backend_agg  # noqa: F401
-import matplotlib.figure  # noqa: F401
-import pytest
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from mmactnn import get_precision
-from support.quick_mmengine import quick_mmengine
+from support.processes import write_output
 from support.toy import make_runner
 
 EPOCHS = 5
@@ -96,6 +88,7 @@ def main(folder, where, resume):
         where (str): See :class:`KillingHook`.
         resume (bool): Whether to go on from the last checkpoint.
     """
+    write_output(Path(folder) / 'log.txt')
     file = str(Path(folder) / 'losses.jsonl')
     runner = make_runner(
         Path(folder),
@@ -106,38 +99,3 @@ def main(folder, where, resume):
         resume=resume,
     )
     runner.train()
-
-
-def run_in_fork(folder, where, resume):
-    """Train in a process of its own, whose output goes to ``log.txt``.
-
-    Args:
-        folder (str): Work directory.
-        where (str): See :class:`KillingHook`.
-        resume (bool): Whether to go on from the last checkpoint.
-
-    Returns:
-        int: Exit status; negative that of a signal.
-    """
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    status = 1
-    try:
-        with open(Path(folder) / 'log.txt', 'w') as log:
-            for stream in (sys.stdout, sys.stderr):
-                os.dup2(log.fileno(), stream.fileno())
-        main(folder, where, resume)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-if __name__ == '__main__':
-    quick_mmengine(pytest.MonkeyPatch())
-    for line in sys.stdin:
-        print(run_in_fork(*json.loads(line)), flush=True)

@@ -6,6 +6,7 @@ import matplotlib.figure  # noqa: F401
 
 from support import (  # noqa: F401
     distributed_cases,
+    killed_run,
     precision_cases,
     sync_norm_cases,
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.multiprocessing import ProcessExitedException
 
 from .quick_mmengine import quick_mmengine
 from .tools import ROOT, free_port, load_tool
@@ -78,10 +79,42 @@ def _run_tool(rank, world_size, name, arguments, cwd, folder, port):
             MASTER_PORT=str(port),
         )
     os.chdir(cwd)
-    with open(_log(folder, rank), 'w') as log:
+    write_output(_log(folder, rank))
+    load_tool(name).main(arguments)
+
+
+def write_output(path):
+    """Have this process print to a file, from now on.
+
+    Args:
+        path (Path): The file.
+    """
+    with open(path, 'w') as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
-    load_tool(name).main(arguments)
+
+
+def run_alone(function, *arguments):
+    """Call a function in a process of its own.
+
+    Args:
+        function (Callable): Importable by name.
+        *arguments (object): What it takes.
+
+    Returns:
+        int: Exit status; negative that of a signal.
+    """
+    try:
+        _start(_run_alone, 1, (function, arguments))
+    except ProcessExitedException as error:
+        return error.exit_code
+    return 0
+
+
+def _run_alone(rank, function, arguments):
+    quick_mmengine(pytest.MonkeyPatch())
+    torch.set_num_threads(1)
+    function(*arguments)
 
 
 def _log(folder, rank):

@@ -12,7 +12,7 @@ from .tools import ROOT, load_tool
 from .torchvision_stub import make_torchvision_importable
 
 CONFIGS = ROOT / 'configs' / 'actnn'
-ITERATIONS, BATCH = 3, 2
+ITERATIONS, BATCH = 2, 2
 
 # Few boxes, and few negatives to contrast with. No score is too low, because
 # a model that has hardly been trained would be evaluated on none. No epoch is
@@ -55,8 +55,11 @@ _train = load_tool('train.py')
 # Among recipes of one method that differ in depth, data or schedule, the
 # smallest is trained; test_configs.py builds the others, which --full
 # trains. So it is with what is a part of another one: Mask R-CNN has all of
-# Faster R-CNN, and UPerNet the pooling of PSPNet.
+# Faster R-CNN, as many times as Cascade R-CNN, UPerNet the pooling of PSPNet,
+# FCOS the towers of ATSS, and MoCo the neck and the loss of SimCLR.
 ALIKE = {
+    'atss_r50',
+    'cascade_rcnn_r50',
     'faster_rcnn_r50',
     'faster_rcnn_r50_bccd',
     'faster_rcnn_r50_paper',
@@ -73,6 +76,7 @@ ALIKE = {
     'retinanet_x101_64x4d',
     'sem_fpn_r50',
     'sem_fpn_r50_paper',
+    'simclr_r50',
 }
 
 
@@ -144,7 +148,7 @@ def load_recipe(name):
 
 
 def shrink(config, data, work_dir):
-    """Let a recipe run for three iterations and an evaluation.
+    """Let a recipe run for two iterations and an evaluation.
 
     Args:
         config (Config): From :func:`load_recipe`; changed in place.

@@ -1,37 +1,17 @@
 """A run that is killed goes on as if it had not been."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from support import killed_run
+from support.processes import run_alone
 
-TESTS = Path(__file__).parents[1]
 
-
-@pytest.fixture(scope='module')
-def run():
-    """Starts a run and returns its exit status."""
-    paths = [str(TESTS), str(TESTS.parent), os.environ.get('PYTHONPATH', '')]
-    with subprocess.Popen(
-        [sys.executable, '-m', 'support.killed_run'],
-        env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-
-        def start(folder, where, resume=False):
-            folder.mkdir(exist_ok=True)
-            job = json.dumps([str(folder), where, resume])
-            print(job, file=process.stdin, flush=True)
-            return int(process.stdout.readline())
-
-        yield start
-        process.stdin.close()
+def run(folder, where, resume=False):
+    """Train, and return the exit status."""
+    folder.mkdir(exist_ok=True)
+    return run_alone(killed_run.main, str(folder), where, resume)
 
 
 def log_of(folder):
@@ -45,7 +25,7 @@ def records(folder):
 
 
 @pytest.fixture(scope='module')
-def unbroken(run, tmp_path_factory):
+def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp('unbroken')
     assert run(folder, 'nowhere') == 0, log_of(folder)
     found = records(folder)
@@ -56,7 +36,7 @@ def unbroken(run, tmp_path_factory):
 
 
 @pytest.mark.parametrize('where', ['epoch', 'checkpoint', 'evaluation'])
-def test_goes_on(where, run, tmp_path, unbroken):
+def test_goes_on(where, tmp_path, unbroken):
     assert run(tmp_path, where) == -signal.SIGKILL, log_of(tmp_path)
     assert len(records(tmp_path)) < 15
     if where == 'checkpoint':  # what is there now cannot be loaded
