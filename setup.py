@@ -29,8 +29,8 @@ from build_support.mim import BuildPyWithMim  # noqa: E402
 TORCH_TARGET_VERSION = '0x020a000000000000ULL'
 # Turing, Ampere, Hopper; anything newer compiles the last one's PTX.
 DEFAULT_CUDA_ARCHS = '7.5;8.0;9.0+PTX'
-# Folders of csrc/ that every build compiles.
-HOST_PARTS = ('', 'composite/', 'cpu/', 'ops/')
+# Folders of csrc/ that every build compiles; csrc/ops.cpp includes ops/.
+HOST_PARTS = ('', 'composite/', 'cpu/')
 
 
 def find_cuda_home():
@@ -146,7 +146,7 @@ def extension():
         'mmactnn._C',
         extra_compile_args=flags,
         py_limited_api=True,
-        depends=find('csrc/**/*.h'),
+        depends=find('csrc/**/*.h', 'csrc/ops/*.cpp'),
         **arguments,
     )
 

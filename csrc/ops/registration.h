@@ -60,12 +60,15 @@ class OnDevice {
   }
 
 // Begins a body of `m.impl(...)`, which runs for every device with kernels.
-#define MMACTNN_IMPL(m)                                                 \
-  static void mmactnn_implement(torch::stable::detail::StableLibrary&); \
+#define MMACTNN_IMPL(m) MMACTNN_IMPL_NUMBERED(m, __COUNTER__)
+#define MMACTNN_IMPL_NUMBERED(m, number) MMACTNN_IMPL_NAMED(m, number)
+#define MMACTNN_IMPL_NAMED(m, number)                                   \
+  static void mmactnn_implement##number(                                \
+      torch::stable::detail::StableLibrary&);                           \
   STABLE_TORCH_LIBRARY_IMPL(mmactnn, CPU, library) {                    \
-    mmactnn_implement(library);                                         \
+    mmactnn_implement##number(library);                                 \
   }                                                                     \
   MMACTNN_WITH_CUDA(STABLE_TORCH_LIBRARY_IMPL(mmactnn, CUDA, library) { \
-    mmactnn_implement(library);                                         \
+    mmactnn_implement##number(library);                                 \
   })                                                                    \
-  static void mmactnn_implement(torch::stable::detail::StableLibrary& m)
+  static void mmactnn_implement##number(torch::stable::detail::StableLibrary& m)

@@ -1,13 +1,17 @@
 """Tests of all ops."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from support.tools import ROOT
 
 import mmactnn
 from mmactnn import extension, ops
+
+CSRC = ROOT / 'csrc'
 
 
 def test_every_op_is_checked():
@@ -20,6 +24,13 @@ def test_every_op_is_checked():
     text = ' '.join(sources).replace('.', ' ').replace("'", ' ')
     words = set(text.replace('(', ' ').replace(',', ' ').split())
     assert set(extension.op_names()) <= words
+
+
+def test_every_source_is_compiled():
+    included = re.findall(
+        r'^#include "ops/(.*)"$', (CSRC / 'ops.cpp').read_text(), re.M
+    )
+    assert included == sorted(path.name for path in CSRC.glob('ops/*.cpp'))
 
 
 @pytest.mark.parametrize('op', extension.op_names())
