@@ -9,6 +9,7 @@ from types import SimpleNamespace
 # Each line of the input is a job. Nothing of OpenMMLab is imported here, but
 # what its packages import, which takes far longer than they do.
 _SERVER = """
+import gc
 import json
 import os
 import sys
@@ -23,6 +24,10 @@ for name in ('cv2', 'matplotlib.backends.backend_agg', 'matplotlib.figure'):
         __import__(name)
     except ImportError:
         pass
+
+# Collections of garbage would copy all of that in every fork.
+gc.collect()
+gc.freeze()
 
 def run(code):
     status = 1

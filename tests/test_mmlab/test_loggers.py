@@ -1,5 +1,6 @@
 """Output of visualizer backends, read back from their files."""
 
+import importlib.util
 import json
 from collections import OrderedDict
 
@@ -14,11 +15,10 @@ from mmactnn.hooks import ActNNHook
 PEAK = 'warmup_peak_mib' if torch.cuda.is_available() else 'peak_mib'
 NAMES = ('saved_mib', 'exact_mib', 'ratio', 'layers_ratio', PEAK)
 
-event_accumulator = pytest.importorskip(
-    'tensorboard.backend.event_processing.event_accumulator'
-)
-wandb = pytest.importorskip('wandb')
-datastore = pytest.importorskip('wandb.sdk.internal.datastore')
+# To import them takes long, in each process that collects tests.
+for name in ('tensorboard', 'wandb'):
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f'{name} is not installed', allow_module_level=True)
 
 
 @pytest.fixture(scope='module')
@@ -49,6 +49,8 @@ def train(tmp_path_factory):
         default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
     )
     runner.train()
+    import wandb
+
     wandb.teardown()  # its process may still be writing
     scalars = {
         f'actnn/{name}': runner.message_hub.get_scalar(f'train/actnn/{name}')
@@ -61,9 +63,13 @@ def train(tmp_path_factory):
 
 
 def test_tensorboard(run):
+    from tensorboard.backend.event_processing.event_accumulator import (
+        EventAccumulator,
+    )
+
     folder, expected = run
     (file,) = folder.rglob('events.out.tfevents.*')
-    events = event_accumulator.EventAccumulator(str(file)).Reload()
+    events = EventAccumulator(str(file)).Reload()
     for name, values in expected.items():
         scalars = events.Scalars(name)
         assert [s.step for s in scalars] == list(range(1, ITERATIONS + 1))
@@ -73,10 +79,11 @@ def test_tensorboard(run):
 
 def test_wandb(run):
     from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
 
     folder, expected = run
     (file,) = folder.rglob('*.wandb')
-    store = datastore.DataStore()
+    store = DataStore()
     store.open_for_scan(str(file))
     rows = []
     while (data := store.scan_data()) is not None:
