@@ -18,9 +18,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from .modules.functions import (
     computes_as,
-    find_static,
     fingerprint,
     functions_of,
+    has_functions,
 )
 
 
@@ -285,10 +285,7 @@ class Registry:
         for base in cls.__mro__:
             if base in self.adapters:
                 entry = self.adapters[base]
-                same = all(
-                    find_static(cls, name) is value
-                    for name, value in entry.adapter._functions.items()
-                )
+                same = has_functions(cls, entry.adapter._functions)
                 return entry if same else None
         return None
 
@@ -387,14 +384,13 @@ def _check_alias(entry, module):
         for name, value in functions_of(cls).items()
         if value is not entry.functions.get(name)
     }
-    inherited = entry.functions.keys() - own.keys()
-    if own and issubclass(cls, entry.parent):
-        known = all(
-            find_static(cls, name) is entry.functions[name]
-            for name in inherited
-        )
-    else:
-        known = True
+    inherited = {
+        name: value
+        for name, value in entry.functions.items()
+        if name not in own
+    }
+    derives = issubclass(cls, entry.parent)
+    known = not derives or has_functions(cls, inherited)
     name = f'{cls.__module__}.{cls.__qualname__}'
     if known and (not own or fingerprint(own) in entry.aliases[name]):
         return entry, None

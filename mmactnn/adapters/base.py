@@ -7,7 +7,7 @@ from torch import nn
 
 from ..fusion.eligibility import may_fuse
 from ..modules.execution import is_ordinary, is_transformed, refuse_script
-from ..modules.functions import find_static, fingerprint, functions_of
+from ..modules.functions import fingerprint, functions_of, has_functions
 
 
 class Adapter:
@@ -158,11 +158,9 @@ class Adapter:
             or is_transformed()
         ):
             return False
-        cls, own = type(self), self.__dict__
-        plain = cls.plain_class
-        if any(
-            name in own or find_static(plain, name) is not value
-            for name, value in cls._functions.items()
+        functions = type(self)._functions
+        if functions.keys() & self.__dict__.keys() or not has_functions(
+            type(self).plain_class, functions
         ):
             return False
         values = [*args, *kwargs.values()]

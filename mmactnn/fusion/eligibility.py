@@ -20,7 +20,7 @@ from ..layers import (
     QSyncBatchNorm,
 )
 from ..modules.execution import is_observed, is_transformed
-from ..modules.functions import find_static, functions_of
+from ..modules.functions import functions_of, has_functions
 
 NORMS = (QBatchNorm, QBatchNorm1d, QBatchNorm2d, QBatchNorm3d, QSyncBatchNorm)
 CHAINED_CONVS = (QConv1d, QConv2d, QConv3d)
@@ -99,11 +99,7 @@ def base_layer_class(cls):
     """
     for base in cls.__mro__:
         if base in NORMS or base in _CONVS or base is QReLU:
-            same = all(
-                find_static(cls, name) is function
-                for name, function in functions_of(base).items()
-            )
-            return base if same else None
+            return base if has_functions(cls, functions_of(base)) else None
     return None
 
 

@@ -95,6 +95,18 @@ def _function_of(value):
     return value if isinstance(value, FunctionType) else None
 
 
+def has_functions(cls, functions):
+    """Whether a class has given functions, its own or inherited.
+
+    Args:
+        cls (type): The class.
+        functions (dict[str, object]): See :func:`functions_of`.
+    """
+    return all(
+        find_static(cls, name) is value for name, value in functions.items()
+    )
+
+
 def computes_as(module, functions):
     """Whether a module's forward pass is made of given functions.
 
@@ -105,11 +117,8 @@ def computes_as(module, functions):
     Returns:
         bool: False if its class overrides one of them, or the instance does.
     """
-    cls, own = type(module), module.__dict__
-    return all(
-        name not in own and find_static(cls, name) is value
-        for name, value in functions.items()
-    )
+    replaced = functions.keys() & module.__dict__.keys()
+    return not replaced and has_functions(type(module), functions)
 
 
 def fingerprint(functions):

@@ -140,12 +140,7 @@ def _conv_chain(
         x = torch.ops.aten.convolution.default(
             _read(step.source, inputs, outputs),
             *own[:2],
-            step.stride,
-            step.padding,
-            step.dilation,
-            False,
-            (0,) * len(step.stride),
-            step.groups,
+            *step.conv_arguments,
         )
         layouts += _layout(x)
         kept += _run_epilogue(
@@ -252,12 +247,7 @@ class _FakeGradients:
             x,
             weight,
             (grad.shape[1],),
-            step.stride,
-            step.padding,
-            step.dilation,
-            False,
-            (0,) * len(step.stride),
-            step.groups,
+            *step.conv_arguments,
             (needs_x, bool(needs[0]), bool(needs[1])),
         )
         if needs_x:

@@ -112,6 +112,19 @@ class ChainStep(NamedTuple):
         return self.epilogue in (Epilogue.NORM, Epilogue.NORM_RELU)
 
     @property
+    def conv_arguments(self):
+        """tuple: Arguments of ``aten::convolution`` behind the bias."""
+        no_output_padding = (0,) * len(self.stride)
+        return (
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            no_output_padding,
+            self.groups,
+        )
+
+    @property
     def num_saved(self):
         """int: Number of tensors that the epilogue saves."""
         if self.has_norm:
