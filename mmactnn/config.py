@@ -18,6 +18,9 @@ ALIASES = dict(
 )
 _SHORT = {name: alias for alias, name in ALIASES.items()}
 
+# Ways to round values to codes and to decode them.
+ROUNDINGS = ('dither', 'stochastic')
+
 # Bits of a rule that does not set them; None already means exact.
 SAME_BITS = 'same'
 
@@ -113,6 +116,13 @@ def _check_rules(value):
         return tuple(value)
     expected = 'a dict from patterns of names to bits, or a list of Rules'
     raise _Invalid(expected, TypeError)
+
+
+def _check_rounding(value):
+    if value in ROUNDINGS:
+        return value
+    error = ValueError if isinstance(value, str) else TypeError
+    raise _Invalid(' or '.join(map(repr, ROUNDINGS)), error)
 
 
 def _is_number(value, kind):
@@ -239,6 +249,10 @@ class Compression(_Settings):
         use_gradient (bool): Whether bits of samples depend on their gradients
             in earlier epochs as well as on their ranges. Needs sample
             indices, see :class:`mmactnn.AdaptivePrecision`.
+        rounding (str): ``'stochastic'`` rounds to one of the two nearest
+            codes at random. ``'dither'`` does so, too, and subtracts the
+            random number again when it decodes: half the variance at the
+            same bits, see :class:`mmactnn.ops.Dither`. Both are unbiased.
         rules (tuple[Rule]): Exceptions by name of layer, or a dict of them,
             see :func:`get_level`; of several rules that match the last one
             applies. Rules have no effect at an exact level.
@@ -262,6 +276,7 @@ class Compression(_Settings):
     image: int | None = _setting(None, _check_bits, 'image bits')
     adaptive: bool = _setting(False, _check_flag, 'adaptive')
     use_gradient: bool = _setting(False, _check_flag, 'use_gradient')
+    rounding: str = _setting('dither', _check_rounding, 'rounding')
     rules: tuple = _setting((), _check_rules, 'rules')
 
     def __post_init__(self):

@@ -23,7 +23,8 @@ class Draw(NamedTuple):
         seed (int): Key, 64 bits.
         offset (int): Counter, 64 bits.
         offset_tensor (Tensor[1], optional): int64, on the device of the
-            tensor; kernels add it to ``offset``. None is 0.
+            tensor; kernels add it to ``offset``. None is 0. It belongs to
+            this draw, and keeps its value until a graph is replayed.
     """
 
     seed: int
@@ -187,7 +188,8 @@ class RoundingGenerator:
         counter.add_(1)
         # A key for each draw: layers that are captured on several streams
         # may find the counter at one place.
-        return Draw(_mix(self._key ^ _mix(offset)), 0, counter)
+        # A copy: decoders need the value after later draws, too.
+        return Draw(_mix(self._key ^ _mix(offset)), 0, counter.clone())
 
     def __getstate__(self):
         """For copies and pickle: without the counters of captured graphs."""

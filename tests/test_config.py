@@ -160,6 +160,8 @@ class TestGetLevel:
             (dict(rules=5), TypeError, 'rules.*dict.*got 5'),
             (dict(mask='no'), TypeError, "mask.*True or False.*got 'no'"),
             (dict(conv=True), TypeError, 'conv.*got True'),
+            (dict(rounding='up'), ValueError, "'stochastic', got 'up'"),
+            (dict(rounding=2), TypeError, "rounding.*'dither'.*got 2"),
             (dict(conv='2'), TypeError, "conv.*got '2'"),
             (dict(rectified=2.0), ValueError, 'whole number.*got 2.0'),
             (dict(conv=2, linear_ops=3), ValueError, 'one setting'),
@@ -172,6 +174,53 @@ class TestGetLevel:
     def test_errors(self, level, error, message):
         with pytest.raises(error, match=message):
             get_level(level)
+
+
+class TestRounding:
+    @pytest.mark.parametrize('rounding', ['dither', 'stochastic'])
+    def test_decides_how_payloads_are_decoded(self, rounding):
+        model = small_model()
+        convert_model(model, dict(base='L2', rounding=rounding))
+        payload = model[0].quantizer.pack(torch.randn(2, 3, 16, 16))
+        assert (payload.format.dither is not None) == (rounding == 'dither')
+
+    def test_gradients_have_half_the_variance(self):
+        images = torch.randn(2, 3, 16, 16)
+        spread = {}
+        for rounding in ('dither', 'stochastic'):
+            torch.manual_seed(0)
+            model = small_model()
+            convert_model(model, dict(base='L2', rounding=rounding))
+            draws = []
+            for _ in range(200):
+                model.zero_grad()
+                model(images).square().sum().backward()
+                draws.append(model[0].weight.grad.flatten())
+            draws = torch.stack(draws).double()
+            exact = small_model()
+            exact.load_state_dict(model.state_dict())
+            exact.train()(images).square().sum().backward()
+            expected = exact[0].weight.grad.flatten().double()
+            # The bias of batch norm is of second order, hence far smaller.
+            z = (draws.mean(0) - expected) / (draws.std(0) / 200**0.5)
+            assert z.abs().max() < 5
+            spread[rounding] = draws.var(0).sum()
+        ratio = float(spread['stochastic'] / spread['dither'])
+        assert 1.6 < ratio < 2.4
+
+    def test_is_part_of_the_name(self):
+        level = get_level(dict(rounding='stochastic'))
+        assert level.name == "L3(rounding='stochastic')"
+        assert get_level(dict(base=level, rounding='dither')) is not level
+        assert get_level(dict(base=level, rounding='dither')).name == 'L3'
+
+    def test_of_a_pickle_from_before_there_was_a_choice(self):
+        quantizer = mmactnn.QConv2d(3, 4, 3).quantizer
+        state = quantizer.__getstate__()
+        del state['rounding'], state['dithers']
+        old = object.__new__(type(quantizer))
+        old.__setstate__(state)
+        assert old.rounding == 'stochastic' and not old.dithers
 
 
 class TestConversion:

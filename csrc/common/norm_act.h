@@ -15,9 +15,6 @@ enum class NormActPayload {
                     // residual and a rectifier follow
 };
 
-// The zeroed codes have a random stream of their own.
-constexpr uint64_t kZeroedStream = uint64_t{1} << 63;
-
 // Stand-ins for a missing weight and bias, which change no value: adding -0
 // preserves both zeros.
 constexpr float kNoWeight = 1.0f;

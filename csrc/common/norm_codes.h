@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "channels.h"
+#include "dither.h"
 #include "geometry.h"
 #include "memory.h"
 #include "norm.h"
@@ -19,6 +20,7 @@ struct NormArguments {
   const uint8_t* act_codes;  // null if there are none
   int64_t bits;
   int64_t act_bits;  // `bits` if there are none
+  Dither dither;     // of `codes`
 };
 
 // Sums over channels, and factors computed from them.

@@ -1,4 +1,5 @@
-// Philox4x32-7: counter-based random bits, the same on every device.
+// Philox4x32-7 and Philox2x32-7: counter-based random bits, the same on every
+// device.
 //
 // J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11.
 // Seven rounds are the fewest that pass BigCrush there (Table 2); a rounding
@@ -24,28 +25,20 @@ struct PhiloxStream {
   uint64_t offset;
 };
 
-// A stream whose offset is completed on the device: a CUDA graph repeats all
-// numbers that it was captured with, and so counts in memory.
-struct CountedStream {
-  PhiloxStream first;
-  const int64_t* device_offset;  // on the device of the op; null: 0
-
-  MMACTNN_HOST_DEVICE PhiloxStream current() const {
-    uint64_t moved = 0;
-    if (device_offset != nullptr) {
-#ifdef __CUDA_ARCH__
-      // In assembly, because the compiler would read it early and hold it in
-      // registers until it is needed.
-      asm volatile("ld.global.u64 %0, [%1];"
-                   : "=l"(moved)
-                   : "l"(device_offset));
-#else
-      moved = static_cast<uint64_t>(*device_offset);
-#endif
-    }
-    return {first.seed, first.offset + moved};
-  }
+// The same for Philox2x32: its key, and bits of its counter above the lower
+// half.
+struct PairStream {
+  uint32_t key;
+  uint32_t counter;
 };
+
+// 64 bits that differ wherever `value` does (the finaliser of SplitMix64: G. L.
+// Steele et al., "Fast splittable pseudorandom number generators", OOPSLA'14).
+MMACTNN_HOST_DEVICE uint64_t mix64(uint64_t value) {
+  value = (value ^ (value >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
+  value = (value ^ (value >> 27)) * UINT64_C(0x94D049BB133111EB);
+  return value ^ (value >> 31);
+}
 
 struct PhiloxBlock {
   uint32_t word[4];
@@ -89,6 +82,76 @@ MMACTNN_HOST_DEVICE PhiloxBlock philox(PhiloxStream stream, uint64_t block) {
     k1 += kPhiloxWeyl1;
   }
   return {{c0, c1, c2, c3}};
+}
+
+// Streams of one seed differ for all offsets: the map to 64 bits is one to one.
+MMACTNN_HOST_DEVICE PairStream pair_stream(PhiloxStream stream) {
+  constexpr uint64_t kGolden = UINT64_C(0x9E3779B97F4A7C15);
+  const uint64_t mixed = mix64(stream.seed + (stream.offset + 1) * kGolden);
+  return {static_cast<uint32_t>(mixed >> 32), static_cast<uint32_t>(mixed)};
+}
+
+// A stream whose offset is completed on the device: a CUDA graph repeats all
+// numbers that it was captured with, and so counts in memory.
+class CountedStream {
+ public:
+  CountedStream() = default;
+  // `device_offset` is on the device of the op; null: 0.
+  CountedStream(PhiloxStream first, const int64_t* device_offset)
+      : first_(first),
+        pair_(pair_stream(first)),
+        device_offset_(device_offset) {}
+
+  MMACTNN_HOST_DEVICE PhiloxStream current() const {
+    uint64_t moved = 0;
+    if (device_offset_ != nullptr) {
+#ifdef __CUDA_ARCH__
+      // In assembly, because the compiler would read it early and hold it in
+      // registers until it is needed.
+      asm volatile("ld.global.u64 %0, [%1];"
+                   : "=l"(moved)
+                   : "l"(device_offset_));
+#else
+      moved = static_cast<uint64_t>(*device_offset_);
+#endif
+    }
+    return {first_.seed, first_.offset + moved};
+  }
+  MMACTNN_HOST_DEVICE PairStream current_pair() const {
+    return device_offset_ == nullptr ? pair_ : pair_stream(current());
+  }
+
+  // A stream of its own for a second tensor of the same draw.
+  CountedStream second() const {
+    constexpr uint64_t kHighest = uint64_t{1} << 63;
+    return {{first_.seed, first_.offset ^ kHighest}, device_offset_};
+  }
+
+ private:
+  PhiloxStream first_{};
+  PairStream pair_{};
+  const int64_t* device_offset_ = nullptr;
+};
+
+struct PhiloxPair {
+  uint32_t word[2];
+};
+
+constexpr uint32_t kPhiloxPairMultiplier = 0xD256D193u;
+
+// Philox2x32 of a counter and a key.
+MMACTNN_HOST_DEVICE PhiloxPair philox_pair(uint32_t c0, uint32_t c1,
+                                           uint32_t key) {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t product = wide_product(kPhiloxPairMultiplier, c0);
+    c0 = static_cast<uint32_t>(product >> 32) ^ key ^ c1;
+    c1 = static_cast<uint32_t>(product);
+    key += kPhiloxWeyl0;
+  }
+  return {{c0, c1}};
 }
 
 }  // namespace mmactnn

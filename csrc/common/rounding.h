@@ -6,8 +6,8 @@
 // squared step: the shared byte only matters to one of them if its other byte
 // equals that of the threshold, one time in 256.
 //
-// A call of Philox serves a block of 8 elements of either half of a group. It
-// is counted by the block of the first half.
+// A call of Philox2x32 serves a block of 8 elements: decoders that draw the
+// bits again (dither.h) read blocks in any order.
 #pragma once
 
 #include <cstdint>
@@ -18,17 +18,18 @@
 
 namespace mmactnn {
 
-// Blocks of half a group.
-MMACTNN_HOST_DEVICE constexpr int half_blocks(int64_t group_size) {
-  return static_cast<int>(group_size / kBlock / 2);
-}
-
-// The random bits of a block in half `half` (0 or 1) of a group.
+// The random bits of a block.
 struct BlockBits {
   uint32_t word[2];
 
-  MMACTNN_HOST_DEVICE BlockBits(const PhiloxBlock& random, int half)
-      : word{random.word[2 * half], random.word[2 * half + 1]} {}
+  // `block` counts all blocks of the tensor.
+  MMACTNN_HOST_DEVICE BlockBits(PairStream stream, uint64_t block) {
+    const PhiloxPair random = philox_pair(
+        static_cast<uint32_t>(block),
+        stream.counter ^ static_cast<uint32_t>(block >> 32), stream.key);
+    word[0] = random.word[0];
+    word[1] = random.word[1];
+  }
 
   // Random bits of element `i` (0 to 7).
   MMACTNN_HOST_DEVICE uint32_t bits16(int i) const {

@@ -129,7 +129,7 @@ class Forward {
       } else if (step.epilogue == Epilogue::kReLU) {
         const auto [codes, ranges] =
             call<Tensor, Tensor>("mmactnn::relu_codes_", output, step.bits,
-                                 step.group_size, seed_, draw_++, kNone);
+                                 step.group_size, seed_, draw_++, kNoTensor);
         kept_.push_back(codes);
         kept_.push_back(ranges);
       }
@@ -188,12 +188,10 @@ class Forward {
             "mmactnn::batch_norm_act_", x, added, parameter[2], parameter[3],
             buffer[0], buffer[1], buffer[2], step.use_batch_stats, momentum,
             eps, step.epilogue == Epilogue::kNormReLU, step.bits, step.act_bits,
-            step.group_size, seed_, draw_++, kNone);
+            step.group_size, seed_, draw_++, kNoTensor);
     kept_.insert(kept_.end(), {invstd, codes, ranges});
     if (step.added) kept_.insert(kept_.end(), {act_codes, act_ranges});
   }
-
-  inline static const std::optional<Tensor> kNone;
 
   const std::vector<Tensor>& inputs_;
   const OptionalTensors& parameters_;
@@ -241,7 +239,7 @@ class Backward {
            const OptionalTensors& parameters, const std::vector<Tensor>& kept,
            const Integers& layouts, const Integers& plan, const Integers& needs,
            const Integers& needs_inputs, bool wide, bool observed,
-           ScalarType dtype)
+           ScalarType dtype, const Integers& draws)
       : grad_inputs(needs_inputs.size()),
         grads(parameters.size()),
         codes_(codes),
@@ -256,6 +254,10 @@ class Backward {
         observed_(observed),
         dtype_(dtype) {
     const size_t steps = plan_.steps().size();
+    input_draws_ = read_draws(draws, grad_inputs.size() + steps);
+    step_draws_.assign(input_draws_.begin() + grad_inputs.size(),
+                       input_draws_.end());
+    input_draws_.resize(grad_inputs.size());
     STD_TORCH_CHECK(needs.size() == parameters.size() &&
                         layouts_.size() == grad_inputs.size() + steps,
                     "needs must have an entry for each of the parameters, and "
@@ -358,7 +360,7 @@ class Backward {
         "mmactnn::batch_norm_act_backward", grad, kept[1], kept[2], act_codes,
         parameters_[first + 2], kept[0], step.epilogue == Epilogue::kNormReLU,
         step.use_batch_stats, needs_conv, step.bits, step.act_bits,
-        step.group_size);
+        step.group_size, step_draws_[i].dither(), kNoTensor);
     // The gradient of the bias is first.
     for (const size_t k : {2, 3}) {
       if (needs_[first + k] != 0) add_parameter_grad(first + k, results[3 - k]);
@@ -374,7 +376,7 @@ class Backward {
     const size_t i = source.index();
     if (source.is_input()) {
       return decode(codes_.data() + first_code_[i], formats_[i], layouts_[i],
-                    dtype_);
+                    dtype_, input_draws_[i]);
     }
     const Step& step = plan_.steps()[i];
     const Tensor* kept = kept_.data() + first_kept_[i];
@@ -382,18 +384,19 @@ class Backward {
     if (step.epilogue == Epilogue::kReLU || step.added) {
       const bool added = step.added.has_value();
       const Tensor* codes = kept + (added ? 3 : 0);
-      return std::get<0>(call<Tensor>("mmactnn::dequantize_zeroed", codes[0],
-                                      codes[1], layout.sizes, layout.strides,
-                                      dtype_, added ? step.act_bits : step.bits,
-                                      step.group_size));
+      const Draw draw = added ? step_draws_[i].second() : step_draws_[i];
+      return std::get<0>(call<Tensor>(
+          "mmactnn::dequantize_zeroed", codes[0], codes[1], layout.sizes,
+          layout.strides, dtype_, added ? step.act_bits : step.bits,
+          step.group_size, draw.dither(), kNoTensor));
     }
     STD_TORCH_CHECK(step.epilogue == Epilogue::kNormReLU,
                     "what a convolution reads of another must be rectified");
     const auto* parameter = &parameters_[step.layer * kParameters];
-    return std::get<0>(call<Tensor>("mmactnn::dequantize_split", kept[1],
-                                    kept[2], parameter[2], parameter[3],
-                                    layout.sizes, layout.strides, dtype_,
-                                    step.bits, step.group_size));
+    return std::get<0>(call<Tensor>(
+        "mmactnn::dequantize_split", kept[1], kept[2], parameter[2],
+        parameter[3], layout.sizes, layout.strides, dtype_, step.bits,
+        step.group_size, step_draws_[i].dither(), kNoTensor));
   }
 
   // The gradients of a convolution, of which some are needed; returns that of
@@ -460,22 +463,22 @@ class Backward {
   const bool wide_;
   const bool observed_;
   const ScalarType dtype_;
+  std::vector<Draw> input_draws_;
+  std::vector<Draw> step_draws_;
   std::vector<size_t> first_code_;  // of each input
   std::vector<size_t> first_kept_;  // of each step
   std::vector<bool> wanted_;        // steps, or anything before them
   OptionalTensors grad_steps_;
 };
 
-OptionalTensors conv_chain_backward(OptionalTensors grad_outputs,
-                                    OptionalTensors codes, Integers formats,
-                                    OptionalTensors parameters,
-                                    std::vector<Tensor> kept, Integers layouts,
-                                    Integers plan, Integers needs,
-                                    Integers needs_inputs, bool wide,
-                                    bool observed, ScalarType dtype) {
+OptionalTensors conv_chain_backward(
+    OptionalTensors grad_outputs, OptionalTensors codes, Integers formats,
+    OptionalTensors parameters, std::vector<Tensor> kept, Integers layouts,
+    Integers plan, Integers needs, Integers needs_inputs, bool wide,
+    bool observed, ScalarType dtype, Integers draws) {
   const NoGrad no_grad;
   Backward backward(codes, formats, parameters, kept, layouts, plan, needs,
-                    needs_inputs, wide, observed, dtype);
+                    needs_inputs, wide, observed, dtype, draws);
   backward.run(grad_outputs);
   OptionalTensors results = std::move(backward.grad_inputs);
   results.push_back(backward.first);
@@ -496,7 +499,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmactnn, m) {
       "conv_chain_backward(Tensor?[] grad_outputs, Tensor?[] codes, "
       "int[] formats, Tensor?[] parameters, Tensor[] kept, int[] layouts, "
       "int[] plan, int[] needs, int[] needs_inputs, bool wide, bool observed, "
-      "ScalarType dtype) -> Tensor?[]");
+      "ScalarType dtype, int[] draws=[]) -> Tensor?[]");
 }
 
 MMACTNN_IMPL(m) {

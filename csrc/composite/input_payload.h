@@ -62,14 +62,49 @@ inline std::vector<Format> read_formats(const std::vector<int64_t>& formats,
   return result;
 }
 
+// An argument of ops that is left out.
+inline const std::optional<Tensor> kNoTensor;
+
+// Random bits of codes.
+struct Draw {
+  bool dithered = false;
+  int64_t seed = 0;
+  int64_t offset = 0;
+
+  // Argument of the ops that decode.
+  std::vector<int64_t> dither() const {
+    if (!dithered) return {};
+    return {seed, offset, 0};
+  }
+  // That of the second payload of a step, see CountedStream::second().
+  Draw second() const {
+    return {dithered, seed,
+            static_cast<int64_t>(static_cast<uint64_t>(offset) ^
+                                 (uint64_t{1} << 63))};
+  }
+};
+
+// Of all inputs and steps; of an empty list none is dithered.
+inline std::vector<Draw> read_draws(const std::vector<int64_t>& draws,
+                                    size_t count) {
+  if (draws.empty()) return std::vector<Draw>(count);
+  STD_TORCH_CHECK(draws.size() == count * 3,
+                  "draws must be three numbers for each of ", count,
+                  " inputs and steps, or empty, got ", draws.size());
+  std::vector<Draw> result;
+  for (size_t n = 0; n < draws.size(); n += 3) {
+    result.push_back({draws[n] != 0, draws[n + 1], draws[n + 2]});
+  }
+  return result;
+}
+
 // Rounds an input: codes, ranges, and the widths of rows.
 inline std::vector<Tensor> encode(const Tensor& input, const Format& format,
                                   int64_t seed, int64_t offset) {
-  const std::optional<Tensor> none;
   if (format.kind == PayloadKind::kPlain) {
     const auto [codes, ranges] =
         call<Tensor, Tensor>("mmactnn::quantize", input, format.bits,
-                             format.group_size, seed, offset, none);
+                             format.group_size, seed, offset, kNoTensor);
     return {codes, ranges};
   }
   STD_TORCH_CHECK(format.kind == PayloadKind::kRows,
@@ -79,15 +114,15 @@ inline std::vector<Tensor> encode(const Tensor& input, const Format& format,
       call<Tensor>("mmactnn::sample_range_energy", input, format.group_size);
   const auto [bits, starts] = call<Tensor, Tensor>(
       "mmactnn::allocate_sample_bits", energies, format.bits);
-  const auto [codes, ranges] =
-      call<Tensor, Tensor>("mmactnn::quantize_rows", input, bits, starts,
-                           format.bits, format.group_size, seed, offset, none);
+  const auto [codes, ranges] = call<Tensor, Tensor>(
+      "mmactnn::quantize_rows", input, bits, starts, format.bits,
+      format.group_size, seed, offset, kNoTensor);
   return {codes, ranges, bits, starts};
 }
 
 // Decodes a payload from encode() or from the layer that made the input.
 inline Tensor decode(const std::optional<Tensor>* codes, const Format& format,
-                     const Layout& layout, ScalarType dtype) {
+                     const Layout& layout, ScalarType dtype, const Draw& draw) {
   STD_TORCH_CHECK(format.kind != PayloadKind::kNone,
                   "nothing is kept of an input that a convolution read");
   const size_t needed = format.kind == PayloadKind::kRows ? 4 : 2;
@@ -98,19 +133,23 @@ inline Tensor decode(const std::optional<Tensor>* codes, const Format& format,
     case PayloadKind::kPlain:
       return std::get<0>(call<Tensor>("mmactnn::dequantize", *codes[0],
                                       *codes[1], layout.sizes, layout.strides,
-                                      dtype, format.bits, format.group_size));
+                                      dtype, format.bits, format.group_size,
+                                      draw.dither(), kNoTensor));
     case PayloadKind::kRows:
-      return std::get<0>(call<Tensor>(
-          "mmactnn::dequantize_rows", *codes[0], *codes[1], *codes[2],
-          *codes[3], layout.sizes, layout.strides, dtype, format.group_size));
+      return std::get<0>(
+          call<Tensor>("mmactnn::dequantize_rows", *codes[0], *codes[1],
+                       *codes[2], *codes[3], layout.sizes, layout.strides,
+                       dtype, format.group_size, draw.dither(), kNoTensor));
     case PayloadKind::kSplit:
       return std::get<0>(call<Tensor>(
           "mmactnn::dequantize_split", *codes[0], *codes[1], codes[2], codes[3],
-          layout.sizes, layout.strides, dtype, format.bits, format.group_size));
+          layout.sizes, layout.strides, dtype, format.bits, format.group_size,
+          draw.dither(), kNoTensor));
     case PayloadKind::kZeroed:
       return std::get<0>(call<Tensor>("mmactnn::dequantize_zeroed", *codes[0],
                                       *codes[1], layout.sizes, layout.strides,
-                                      dtype, format.bits, format.group_size));
+                                      dtype, format.bits, format.group_size,
+                                      draw.dither(), kNoTensor));
     default:
       STD_TORCH_CHECK(false, "there is no such format");
   }

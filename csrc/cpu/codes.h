@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../common/codec.h"
+#include "../common/dither.h"
 #include "../common/geometry.h"
 #include "../common/philox.h"
 #include "../common/rounding.h"
@@ -13,18 +14,12 @@
 
 namespace mmactnn {
 
-// The 16 random bits of each element of the first `count` blocks of a group.
-// Blocks lie side by side in every step, so that the compiler can vectorise it.
-inline void random_bits(PhiloxStream stream, uint64_t first_block,
-                        int64_t count, int64_t group_size, uint16_t* random) {
-  const int64_t half = half_blocks(group_size);
-  PhiloxBlock calls[half_blocks(kMaxGroup)];
-  for (int64_t b = 0; b < std::min(count, half); ++b) {
-    calls[b] = philox(stream, first_block + static_cast<uint64_t>(b));
-  }
+// The 16 random bits of each element of blocks that follow each other. Blocks
+// lie side by side in every step, so that the compiler can vectorise it.
+inline void random_bits(PairStream stream, uint64_t first_block, int64_t count,
+                        uint16_t* random) {
   for (int64_t b = 0; b < count; ++b) {
-    const bool second = b >= half;
-    const BlockBits bits(calls[second ? b - half : b], second);
+    const BlockBits bits(stream, first_block + static_cast<uint64_t>(b));
     for (int i = 0; i < kBlock; ++i) {
       random[b * kBlock + i] = static_cast<uint16_t>(bits.bits16(i));
     }
@@ -41,6 +36,31 @@ void unpack_codes(const uint8_t* packed, int64_t blocks, int bits,
 inline int64_t first_block(const Geometry& geometry, const Group& group) {
   return group.row * geometry.blocks_per_row() + group.start / kBlock;
 }
+
+// Draws the random bits of the elements of groups again.
+class GroupDither {
+ public:
+  GroupDither(const Dither& dither, const Geometry& geometry)
+      : enabled_(dither.enabled),
+        stream_(dither.random.current_pair()),
+        geometry_(geometry),
+        first_block_(dither.first_row * geometry.blocks_per_row()) {}
+
+  // Returns false, without any bits, if codes alone are decoded.
+  bool operator()(const Group& group, uint16_t* random) const {
+    if (!enabled_) return false;
+    const int64_t block = first_block_ + first_block(geometry_, group);
+    random_bits(stream_, static_cast<uint64_t>(block),
+                (group.count + kBlock - 1) / kBlock, random);
+    return true;
+  }
+
+ private:
+  bool enabled_;
+  PairStream stream_;
+  const Geometry& geometry_;
+  int64_t first_block_;
+};
 
 // Packs the codes of a group; those past its end are 0.
 inline void store_group(uint8_t* unpacked, const Geometry& geometry,

@@ -15,18 +15,46 @@
 namespace mmactnn {
 namespace {
 
-// Calls `decoder(group, place, code)` for every element, by its place in its
-// row, and writes the result.
-template <typename T, typename Decoder>
-void decode_elements(const Memory& codes, const Geometry& geometry, int bits,
-                     T* output, const Decoder& decoder) {
+// Value of a code of one range of a group, by the place of its element there.
+class Decoder {
+ public:
+  Decoder(Range range, uint32_t max_code, const uint16_t* random)
+      : range_(range), fraction_(fraction_bits(max_code)), random_(random) {}
+
+  Range range() const { return range_; }
+  float operator()(uint32_t code, int64_t i) const {
+    return random_ == nullptr
+               ? decode(code, range_)
+               : decode_dithered(code, random_[i], range_, fraction_);
+  }
+
+ private:
+  Range range_;
+  int fraction_;
+  const uint16_t* random_;  // null: no dither
+};
+
+// Calls `body(decoder, place, i, code)` for every element, by its place in its
+// row and in its group, and writes the result. The last of `kRanges` ranges of
+// a group is that of the values that are not 0.
+template <int kRanges, typename T, typename Body>
+void decode_elements(const Memory& codes, const Memory& ranges,
+                     const Geometry& geometry, int bits, uint32_t max_code,
+                     const Dither& dither, T* output, const Body& body) {
+  const auto* words = static_cast<const uint32_t*>(ranges.const_data_ptr());
+  const GroupDither draw(dither, geometry);
   for_each_group(
       static_cast<const uint8_t*>(codes.const_data_ptr()), geometry, bits,
       [&](int64_t index, const Group& group, const uint8_t* unpacked) {
+        uint16_t random[kMaxGroup];
+        const bool dithered = draw(group, random);
+        const Decoder decoder(
+            Range::unpack(words[kRanges * index + kRanges - 1]), max_code,
+            dithered ? random : nullptr);
         T* target = output + group.row * geometry.row_numel + group.start;
         for (int64_t i = 0; i < group.count; ++i) {
-          target[i] =
-              static_cast<T>(decoder(index, group.start + i, unpacked[i]));
+          target[i] = static_cast<T>(
+              body(decoder, group.start + i, i, uint32_t{unpacked[i]}));
         }
       });
 }
@@ -38,22 +66,23 @@ namespace cpu {
 void dequantize_split(const Memory& codes, const Memory& ranges,
                       const Memory& weight, const Memory& bias,
                       const Memory& output, const Geometry& geometry,
-                      const Channels& channels, int bits) {
+                      const Channels& channels, int bits,
+                      const Dither& dither) {
   const auto* weights = static_cast<const float*>(weight.const_data_ptr());
   const auto* biases = static_cast<const float*>(bias.const_data_ptr());
-  const auto* words = static_cast<const uint32_t*>(ranges.const_data_ptr());
   const uint32_t max_code = max_split_code(bits);
   dispatch_dtype(output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
-    decode_elements(
-        codes, geometry, bits, static_cast<T*>(output.mutable_data_ptr()),
-        [&](int64_t group, int64_t place, uint32_t code) {
+    decode_elements<2>(
+        codes, ranges, geometry, bits, max_code, dither,
+        static_cast<T*>(output.mutable_data_ptr()),
+        [&](const Decoder& decode, int64_t place, int64_t i, uint32_t code) {
           if (!split_positive(code, bits)) return 0.0f;
-          const Range range = Range::unpack(words[2 * group + 1]);
+          const Range range = decode.range();
           const uint32_t value_code = split_value_code(code, bits);
           const float normal = range.special()
                                    ? decode_special(value_code, range, max_code)
-                                   : decode(value_code, range);
+                                   : decode(value_code, i);
           const int64_t channel =
               channels.last ? place % channels.count : place / channels.plane;
           const ChannelNorm norm{
@@ -67,19 +96,19 @@ void dequantize_split(const Memory& codes, const Memory& ranges,
 }
 
 void dequantize_zeroed(const Memory& codes, const Memory& ranges,
-                       const Memory& output, const Geometry& geometry,
-                       int bits) {
-  const auto* words = static_cast<const uint32_t*>(ranges.const_data_ptr());
+                       const Memory& output, const Geometry& geometry, int bits,
+                       const Dither& dither) {
   dispatch_dtype(output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
-    decode_elements(
-        codes, geometry, bits, static_cast<T*>(output.mutable_data_ptr()),
-        [&](int64_t group, int64_t, uint32_t code) {
+    decode_elements<1>(
+        codes, ranges, geometry, bits, max_zeroed_code(bits), dither,
+        static_cast<T*>(output.mutable_data_ptr()),
+        [&](const Decoder& decode, int64_t, int64_t i, uint32_t code) {
           if (code == 0u) return 0.0f;
-          const Range range = Range::unpack(words[group]);
-          return range.special() ? decode_zeroed_special(code - 1u, range)
-                                 : clamp_finite(decode(code - 1u, range),
-                                                Largest<T>::value);
+          const Range range = decode.range();
+          return range.special()
+                     ? decode_zeroed_special(code - 1u, range)
+                     : clamp_finite(decode(code - 1u, i), Largest<T>::value);
         });
   });
 }

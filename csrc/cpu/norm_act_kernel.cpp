@@ -110,8 +110,8 @@ void norm_act(const NormActArguments& arguments, const Channels& channels,
       static_cast<const float*>(arguments.invstd.const_data_ptr()),
       static_cast<const float*>(arguments.weight.const_data_ptr()),
       static_cast<const float*>(arguments.bias.const_data_ptr())};
-  const PhiloxStream stream = arguments.random.current();
-  const PhiloxStream zeroed_stream{stream.seed, stream.offset ^ kZeroedStream};
+  const PairStream stream = arguments.random.current_pair();
+  const PairStream zeroed_stream = arguments.random.second().current_pair();
   const int bits = static_cast<int>(arguments.bits);
   const int act_bits = static_cast<int>(arguments.act_bits);
   auto* codes = static_cast<uint8_t*>(outputs.codes.mutable_data_ptr());
@@ -138,7 +138,7 @@ void norm_act(const NormActArguments& arguments, const Channels& channels,
             const int64_t blocks = (group.count + kBlock - 1) / kBlock;
             normalise_group(source, residual, target, channels, parameters,
                             arguments.relu, group, values);
-            random_bits(stream, block, blocks, geometry.group_size, random);
+            random_bits(stream, block, blocks, random);
             if (payload == NormActPayload::kSplit) {
               encode_split(values, bits, random, unpacked, ranges + 2 * index);
             } else {
@@ -147,8 +147,7 @@ void norm_act(const NormActArguments& arguments, const Channels& channels,
             }
             store_group(unpacked, geometry, group, bits, codes);
             if (payload != NormActPayload::kPlainAndZeroed) continue;
-            random_bits(zeroed_stream, block, blocks, geometry.group_size,
-                        random);
+            random_bits(zeroed_stream, block, blocks, random);
             act_ranges[index] =
                 encode_zeroed(values.output, values.positive, values.count,
                               act_bits, random, unpacked)

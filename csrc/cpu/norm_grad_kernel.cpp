@@ -9,6 +9,7 @@
 #include "../common/norm.h"
 #include "../common/norm_codes.h"
 #include "../common/rectified_codec.h"
+#include "codes.h"
 #include "group.h"
 #include "number.h"
 #include "parallel.h"
@@ -38,6 +39,9 @@ void for_each_element(const T* grad_output, const NormArguments& arguments,
   const uint32_t* ranges =
       arguments.ranges + row * geometry.groups_per_row() * kRanges;
   const uint32_t max_code = kSplit ? max_split_code(bits) : max_code_of(bits);
+  const int fraction = fraction_bits(max_code);
+  const GroupDither draw(arguments.dither, geometry);
+  uint16_t random[kMaxGroup];
   const T* source = grad_output + row * geometry.row_numel;
   const int64_t channel_step = channels.last ? 1 : channels.plane;
   int64_t channel = 0, left = channel_step;
@@ -48,6 +52,7 @@ void for_each_element(const T* grad_output, const NormArguments& arguments,
     const uint32_t* words = ranges + start / geometry.group_size * kRanges;
     const Range kinds[2] = {Range::unpack(words[0]),
                             Range::unpack(words[kRanges - 1])};
+    const bool dithered = draw({row, start, end - start}, random);
     for (int64_t i = start; i < end; ++i) {
       uint32_t code = code_at(codes, i, bits);
       bool passed = true;
@@ -59,9 +64,14 @@ void for_each_element(const T* grad_output, const NormArguments& arguments,
       } else if constexpr (kCodes == NormCodes::kMask) {
         passed = code_at(act_codes, i, act_bits) != 0u;
       }
-      const float normal = range.special()
-                               ? decode_special(code, range, max_code)
-                               : decode(code, range);
+      float normal;
+      if (range.special()) {
+        normal = decode_special(code, range, max_code);
+      } else if (dithered) {
+        normal = decode_dithered(code, random[i - start], range, fraction);
+      } else {
+        normal = decode(code, range);
+      }
       const float grad = passed ? static_cast<float>(source[i]) : 0.0f;
       body(i, channel, passed, grad, normal);
       if (--left == 0) {

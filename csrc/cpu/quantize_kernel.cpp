@@ -15,7 +15,7 @@ namespace {
 template <typename T>
 void quantize_groups(const T* input, uint8_t* codes, uint32_t* ranges,
                      const Geometry& geometry, const CodeLayout& layout,
-                     PhiloxStream stream, int64_t begin, int64_t end) {
+                     PairStream stream, int64_t begin, int64_t end) {
   float values[kMaxGroup];
   uint16_t random[kMaxGroup];
   uint8_t unpacked[kMaxGroup];
@@ -42,7 +42,7 @@ void quantize_groups(const T* input, uint8_t* codes, uint32_t* ranges,
       const int64_t first_block =
           group.row * geometry.blocks_per_row() + row_block;
       random_bits(stream, static_cast<uint64_t>(first_block),
-                  (count + kBlock - 1) / kBlock, geometry.group_size, random);
+                  (count + kBlock - 1) / kBlock, random);
       const float scale = encode_scale(range, max_code);
       for (int64_t i = 0; i < count; ++i) {
         unpacked[i] = static_cast<uint8_t>(
@@ -58,9 +58,11 @@ void quantize_groups(const T* input, uint8_t* codes, uint32_t* ranges,
 template <typename T>
 void dequantize_groups(const uint8_t* codes, const uint32_t* ranges, T* output,
                        const Geometry& geometry, const CodeLayout& layout,
-                       int64_t begin, int64_t end) {
+                       const Dither& dither, int64_t begin, int64_t end) {
   const float largest = Largest<T>::value;
+  const GroupDither draw(dither, geometry);
   uint8_t unpacked[kMaxGroup];
+  uint16_t random[kMaxGroup];
   for (int64_t index = begin; index < end; ++index) {
     const Group group = locate(geometry, index);
     const RowCodes row = layout.row<kAnyBits>(group.row);
@@ -71,11 +73,20 @@ void dequantize_groups(const uint8_t* codes, const uint32_t* ranges, T* output,
                  row.bits, unpacked);
     T* target = output + group.row * geometry.row_numel + group.start;
     const Range range = Range::unpack(ranges[index]);
+    if (range.special()) {
+      for (int64_t i = 0; i < group.count; ++i) {
+        target[i] =
+            static_cast<T>(decode_special(unpacked[i], range, max_code));
+      }
+      continue;
+    }
+    const bool dithered = has_dither(range) && draw(group, random);
     for (int64_t i = 0; i < group.count; ++i) {
-      const float value =
-          range.special() ? decode_special(unpacked[i], range, max_code)
-                          : clamp_finite(decode(unpacked[i], range), largest);
-      target[i] = static_cast<T>(value);
+      const float value = dithered
+                              ? decode_dithered(unpacked[i], random[i], range,
+                                                fraction_bits(max_code))
+                              : decode(unpacked[i], range);
+      target[i] = static_cast<T>(clamp_finite(value, largest));
     }
   }
 }
@@ -87,7 +98,7 @@ namespace cpu {
 void quantize(const Memory& input, const Memory& codes, const Memory& ranges,
               const Geometry& geometry, const CodeLayout& layout,
               const CountedStream& random) {
-  const PhiloxStream stream = random.current();
+  const PairStream stream = random.current_pair();
   auto* code_bytes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   auto* range_words = static_cast<uint32_t*>(ranges.mutable_data_ptr());
   dispatch_dtype(input.dtype(), [&](auto type) {
@@ -102,7 +113,8 @@ void quantize(const Memory& input, const Memory& codes, const Memory& ranges,
 }
 
 void dequantize(const Memory& codes, const Memory& ranges, const Memory& output,
-                const Geometry& geometry, const CodeLayout& layout) {
+                const Geometry& geometry, const CodeLayout& layout,
+                const Dither& dither) {
   const auto* code_bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
   const auto* range_words =
       static_cast<const uint32_t*>(ranges.const_data_ptr());
@@ -112,7 +124,7 @@ void dequantize(const Memory& codes, const Memory& ranges, const Memory& output,
     parallel_for(geometry.groups(), kGrainElements / geometry.group_size,
                  [&](int64_t begin, int64_t end) {
                    dequantize_groups(code_bytes, range_words, target, geometry,
-                                     layout, begin, end);
+                                     layout, dither, begin, end);
                  });
   });
 }

@@ -17,7 +17,7 @@ namespace {
 // `output` may be `input`.
 template <typename T>
 void rectify_groups(const T* input, T* output, uint8_t* codes, uint32_t* ranges,
-                    const Geometry& geometry, int bits, PhiloxStream stream,
+                    const Geometry& geometry, int bits, PairStream stream,
                     int64_t begin, int64_t end) {
   float values[kMaxGroup];
   bool positive[kMaxGroup];
@@ -33,8 +33,7 @@ void rectify_groups(const T* input, T* output, uint8_t* codes, uint32_t* ranges,
       output[base + i] = positive[i] ? item : static_cast<T>(0.0f);
     }
     random_bits(stream, static_cast<uint64_t>(first_block(geometry, group)),
-                (group.count + kBlock - 1) / kBlock, geometry.group_size,
-                random);
+                (group.count + kBlock - 1) / kBlock, random);
     ranges[index] =
         encode_zeroed(values, positive, group.count, bits, random, unpacked)
             .pack();
@@ -49,7 +48,7 @@ namespace cpu {
 void relu_codes(const Memory& input, const Memory& output, const Memory& codes,
                 const Memory& ranges, const Geometry& geometry, int bits,
                 const CountedStream& random) {
-  const PhiloxStream stream = random.current();
+  const PairStream stream = random.current_pair();
   auto* code_bytes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   auto* range_words = static_cast<uint32_t*>(ranges.mutable_data_ptr());
   dispatch_dtype(input.dtype(), [&](auto type) {

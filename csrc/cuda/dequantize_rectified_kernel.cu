@@ -15,8 +15,8 @@
 #include "bounds.h"
 #include "channel_index.h"
 #include "code_floats.h"
+#include "dither_floats.h"
 #include "launch.h"
-#include "output_table.h"
 #include "packed_block.h"
 
 namespace mmactnn {
@@ -26,7 +26,8 @@ namespace {
 // have to be under way.
 constexpr int kDecodedPieces = 4;
 
-// Elements of a piece, which is written at once: a block or half of one.
+// Elements of a piece, which is written at once: a block or half of one. With
+// two words a thread, neighbours would write parts of the same sectors.
 template <typename T>
 constexpr int kPieceItems = 16 / sizeof(T);
 
@@ -43,6 +44,7 @@ struct Decode {
   int group_shift;  // binary logarithm of the blocks of a group
   int bits;
   bool vectorized;  // every full block starts on a 16-byte boundary
+  DitherSource dither;
 };
 
 // The elements of a block or piece, within a row.
@@ -58,8 +60,6 @@ struct Affine {
   ChannelIndex channels;
   // Pieces that a thread decodes one after the other are of the same channels.
   bool repeats;
-  // A block is of one channel or of two.
-  bool planes;
 
   // Weight and bias of elements, the last one's again past their end.
   template <int kItems>
@@ -67,8 +67,10 @@ struct Affine {
     float weight[kItems];
     float bias[kItems];
 
-    __device__ __forceinline__ float apply(int i, float value) const {
-      return ChannelNorm{0.0f, 1.0f, weight[i], bias[i]}.scale(value);
+    // See PlaneAffine.
+    template <int, typename Body>
+    __device__ __forceinline__ void with(const Body& body) const {
+      body([&](int i) { return ChannelNorm{0.0f, 1.0f, weight[i], bias[i]}; });
     }
   };
 
@@ -103,16 +105,50 @@ struct Affine {
   }
 };
 
+// The same of a piece whose elements are of one channel or of two.
+struct PlaneAffine {
+  float weight[2];
+  float bias[2];
+  int left;  // elements of the first channel
+
+  template <int kItems>
+  __device__ __forceinline__ void load(const Affine& affine,
+                                       Elements elements) {
+    const ChannelIndex::Place place = affine.channels.of(elements.first);
+    left = static_cast<int>(min(place.left, static_cast<uint32_t>(kItems)));
+    const uint32_t second = place.channel + (left < kItems ? 1u : 0u);
+    weight[0] = load_channel(affine.weight, place.channel, kNoWeight);
+    bias[0] = load_channel(affine.bias, place.channel, kNoBias);
+    weight[1] = load_channel(affine.weight, second, kNoWeight);
+    bias[1] = load_channel(affine.bias, second, kNoBias);
+  }
+  // Calls `body` with the scale and shift of element `i` as a function: most
+  // pieces are of one channel.
+  template <int kItems, typename Body>
+  __device__ __forceinline__ void with(const Body& body) const {
+    if (left >= kItems) {
+      body([&](int) { return ChannelNorm{0.0f, 1.0f, weight[0], bias[0]}; });
+    } else {
+      body([&](int i) {
+        const bool second = i >= left;
+        return ChannelNorm{0.0f, 1.0f, second ? weight[1] : weight[0],
+                           second ? bias[1] : bias[0]};
+      });
+    }
+  }
+};
+
+struct NoParameters {};
+
 // The positive kind of split codes, normalised values that become outputs. A
-// decoder decodes the piece that comes after those it has decoded before.
-template <typename T, int kBits, int kItems>
+// decoder decodes the piece that comes after those it has decoded before. With
+// kPlanes, parameters of a piece are read ahead of its codes' use.
+template <typename T, int kBits, int kItems, bool kPlanes>
 class SplitDecoder {
  public:
   static constexpr int kRanges = 2;
-  static constexpr bool kHasTable = kTabled<T, kBits>;
   using Parameters = Affine;
-
-  static bool in_planes(const Affine& affine) { return affine.planes; }
+  using Ahead = std::conditional_t<kPlanes, PlaneAffine, NoParameters>;
 
   __device__ __forceinline__ SplitDecoder(const Affine& affine, int bits)
       : affine_(affine), bits_(bits) {}
@@ -128,9 +164,20 @@ class SplitDecoder {
 
   // `where()` returns the Elements of the piece.
   template <typename Where>
-  __device__ __forceinline__ void begin(const Where& where) {
-    if (!loaded_ || !affine_.repeats) affine_.load(where(), block_);
-    loaded_ = true;
+  __device__ __forceinline__ Ahead read_ahead(const Where& where) const {
+    Ahead ahead;
+    if constexpr (kPlanes) ahead.template load<kItems>(affine_, where());
+    return ahead;
+  }
+  template <typename Where>
+  __device__ __forceinline__ void begin(const Ahead& ahead,
+                                        const Where& where) {
+    if constexpr (kPlanes) {
+      block_ = ahead;
+    } else {
+      if (!loaded_ || !affine_.repeats) affine_.load(where(), block_);
+      loaded_ = true;
+    }
   }
   __device__ __forceinline__ uint32_t max_code() const {
     return max_split_code(bits_);
@@ -138,14 +185,21 @@ class SplitDecoder {
   __device__ __forceinline__ bool kept(uint32_t code) const {
     return split_positive(code, bits_);
   }
-  // Value of a code of an element that passes.
-  __device__ __forceinline__ float value(uint32_t code, Range range) const {
-    const uint32_t whole = split_value_code(code, bits_);
-    return range.special() ? decode_special(whole, range, max_code())
-                           : decode(whole, range);
+  // The code of the value of an element that passes, and that value.
+  __device__ __forceinline__ uint32_t value_code(uint32_t code) const {
+    return split_value_code(code, bits_);
   }
-  __device__ __forceinline__ float output(int i, float value) const {
-    return block_.apply(i, value);
+  __device__ __forceinline__ float value(uint32_t value_code, Range range,
+                                         float decoded) const {
+    return range.special() ? decode_special(value_code, range, max_code())
+                           : decoded;
+  }
+  // Calls `body` with the output as a function of an element and its value.
+  template <typename Body>
+  __device__ __forceinline__ void with_outputs(const Body& body) const {
+    block_.template with<kItems>([&](const auto& norm) {
+      body([&](int i, float value) { return norm(i).scale(value); });
+    });
   }
   // An infinite output stays infinite.
   __device__ __forceinline__ float clamp(float output) const {
@@ -157,18 +211,22 @@ class SplitDecoder {
   const Affine& affine_;
   int bits_;
   bool loaded_ = false;
-  Affine::Block<kItems> block_;
+  std::conditional_t<kPlanes, PlaneAffine, Affine::Block<kItems>> block_;
 };
 
-struct NoParameters {};
+// A row that ends within a block is decoded by the general one.
+template <typename T, int kBits, int kItems>
+using PlaneSplitDecoder = SplitDecoder<T, kBits, kItems, kBits != kAnyBits>;
+template <typename T, int kBits, int kItems>
+using ColumnSplitDecoder = SplitDecoder<T, kBits, kItems, false>;
 
 // Zeroed codes.
 template <typename T, int kBits, int kItems>
 class ZeroedDecoder {
  public:
   static constexpr int kRanges = 1;
-  static constexpr bool kHasTable = false;
   using Parameters = NoParameters;
+  using Ahead = NoParameters;
 
   __device__ __forceinline__ ZeroedDecoder(const NoParameters&, int bits)
       : bits_(bits) {}
@@ -181,20 +239,28 @@ class ZeroedDecoder {
   static MMACTNN_HOST_DEVICE constexpr bool checked() { return false; }
 
   template <typename Where>
-  __device__ __forceinline__ void begin(const Where&) {}
+  __device__ __forceinline__ Ahead read_ahead(const Where&) const {
+    return {};
+  }
+  template <typename Where>
+  __device__ __forceinline__ void begin(const Ahead&, const Where&) {}
   __device__ __forceinline__ uint32_t max_code() const {
     return max_zeroed_code(bits_);
   }
   __device__ __forceinline__ bool kept(uint32_t code) const {
     return code != 0u;
   }
-  __device__ __forceinline__ float value(uint32_t code, Range range) const {
-    return range.special()
-               ? decode_zeroed_special(code - 1u, range)
-               : clamp_finite(decode(code - 1u, range), Number<T>::kLargest);
+  __device__ __forceinline__ uint32_t value_code(uint32_t code) const {
+    return code;
   }
-  __device__ __forceinline__ float output(int, float value) const {
-    return value;
+  __device__ __forceinline__ float value(uint32_t value_code, Range range,
+                                         float decoded) const {
+    return range.special() ? decode_zeroed_special(value_code - 1u, range)
+                           : clamp_finite(decoded, Number<T>::kLargest);
+  }
+  template <typename Body>
+  __device__ __forceinline__ void with_outputs(const Body& body) const {
+    body([](int, float value) { return value; });
   }
   __device__ __forceinline__ float clamp(float output) const { return output; }
 
@@ -213,24 +279,27 @@ __device__ __forceinline__ bool any_infinite(const PackedBlock<T>& block) {
 // Elements that need neither special codes nor a clamp; returns false for
 // others.
 template <typename T, int kBits, int kItems, typename Decoder>
-__device__ __forceinline__ bool decode_plainly(const Decoder& decoder,
-                                               CodeWord<kBits> word,
-                                               Range range, uint32_t integer,
-                                               PackedBlock<T, kItems>& items) {
+__device__ __forceinline__ bool decode_plainly(
+    const Decoder& decoder, CodeWord<kBits> word, Range range, bool dithered,
+    const DitherBits& random, uint32_t integer, PackedBlock<T, kItems>& items) {
   if (!decodes_plainly(range, decoder.max_code(), Decoder::largest_value())) {
     return false;
   }
-  const CodeFloats<kBits, kItems, Decoder::value_bits()> floats(range.step,
-                                                                integer);
+  using Floats =
+      DitherFloats<kBits, kItems, Decoder::value_bits(), CodeWord<kBits>>;
+  const Floats floats(word, random, integer);
+  const DitherScale scale(range, dithered, Floats::kFraction,
+                          Decoder::offset());
   float values[kItems];
+  decoder.with_outputs([&](const auto& output) {
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const float value = __fmaf_rn(floats.number(word, i, Decoder::offset()),
-                                  floats.step(i), range.low);
-    const auto code =
-        static_cast<uint32_t>(word >> (i * kBits)) & max_code_of(kBits);
-    values[i] = decoder.kept(code) ? decoder.output(i, value) : 0.0f;
-  }
+    for (int i = 0; i < kItems; ++i) {
+      const auto code =
+          static_cast<uint32_t>(word >> (i * kBits)) & max_code_of(kBits);
+      values[i] =
+          decoder.kept(code) ? output(i, scale.value(floats.number(i))) : 0.0f;
+    }
+  });
   items.set(values);
   if constexpr (Decoder::checked()) return !any_infinite(items);
   return true;
@@ -239,18 +308,26 @@ __device__ __forceinline__ bool decode_plainly(const Decoder& decoder,
 template <typename T, int kBits, int kItems, typename Decoder>
 __device__ __forceinline__ void decode_any(const Decoder& decoder,
                                            CodeWord<kBits> word, Range range,
-                                           int bits,
+                                           bool dithered,
+                                           const DitherBits& random, int bits,
                                            PackedBlock<T, kItems>& items) {
+  const int fraction = fraction_bits(decoder.max_code());
+  const DitherScale scale(range, dithered, fraction, Decoder::offset());
   float values[kItems];
+  decoder.with_outputs([&](const auto& output) {
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const auto code =
-        static_cast<uint32_t>(word >> (i * bits)) & max_code_of(bits);
-    values[i] =
-        decoder.kept(code)
-            ? decoder.clamp(decoder.output(i, decoder.value(code, range)))
-            : 0.0f;
-  }
+    for (int i = 0; i < kItems; ++i) {
+      const auto code =
+          static_cast<uint32_t>(word >> (i * bits)) & max_code_of(bits);
+      const uint32_t value_code = decoder.value_code(code);
+      const float decoded =
+          scale.value(dither_float(value_code, random.bits16(i), fraction));
+      values[i] = decoder.kept(code)
+                      ? decoder.clamp(output(
+                            i, decoder.value(value_code, range, decoded)))
+                      : 0.0f;
+    }
+  });
   items.set(values);
 }
 
@@ -281,6 +358,12 @@ struct CodedPiece {
     const uint32_t place = block - row * op.by_row_blocks.divisor;
     return {place * kBlock + piece % kPerBlock * kItems, kItems};
   }
+  // Random bits of the piece.
+  static __device__ __forceinline__ DitherBits random(const DitherDraws& draws,
+                                                      uint32_t piece) {
+    const DitherBits bits = draws.of(piece / kPerBlock);
+    return kPerBlock == 1 ? bits : bits.half(piece % kPerBlock != 0u);
+  }
 
   __device__ __forceinline__ void load(const Decode<T>& op, uint32_t piece) {
     const uint32_t block = piece / kPerBlock;
@@ -296,7 +379,7 @@ struct CodedPiece {
 template <typename T, int kBits, typename Decoder>
 __device__ __forceinline__ void decode_others(
     const Decode<T>& op, const typename Decoder::Parameters& parameters,
-    uint32_t first, uint32_t others) {
+    const DitherDraws& draws, uint32_t first, uint32_t others) {
   using Piece = CodedPiece<T, kBits, Decoder>;
 #pragma unroll 1
   for (; others != 0u; others &= others - 1u) {
@@ -304,9 +387,11 @@ __device__ __forceinline__ void decode_others(
     Piece coded;
     coded.load(op, piece);
     Decoder decoder(parameters, kBits);
-    decoder.begin([&] { return Piece::elements(op, piece); });
+    const auto where = [&] { return Piece::elements(op, piece); };
+    decoder.begin(decoder.read_ahead(where), where);
     PackedBlock<T, Piece::kItems> packed;
-    decode_any<T, kBits>(decoder, coded.word, Range::unpack(coded.range), kBits,
+    decode_any<T, kBits>(decoder, coded.word, Range::unpack(coded.range),
+                         draws.enabled(), Piece::random(draws, piece), kBits,
                          packed);
     packed.store(op.output + static_cast<int64_t>(piece) * Piece::kItems);
   }
@@ -315,7 +400,7 @@ __device__ __forceinline__ void decode_others(
 // The thread blocks that a multiprocessor has registers for, at least: reads
 // that are under way together take many.
 template <typename T>
-constexpr int kDecodeResident = sizeof(T) == 2 ? 5 : 1;
+constexpr int kDecodeResident = sizeof(T) == 2 ? 5 : 4;
 
 template <typename T, int kBits, typename Decoder>
 __global__ void __launch_bounds__(kThreads, kDecodeResident<T>)
@@ -324,79 +409,36 @@ __global__ void __launch_bounds__(kThreads, kDecodeResident<T>)
   using Piece = CodedPiece<T, kBits, Decoder>;
   const uint32_t first = blockIdx.x * (kThreads * kDecodedPieces) + threadIdx.x;
   const uint32_t last = Piece::count(op) - 1u;
+  Decoder decoder(parameters, kBits);
   Piece pieces[kDecodedPieces];
+  typename Decoder::Ahead ahead[kDecodedPieces];
   // Without a branch, which would wait for the reads in it.
 #pragma unroll
   for (int p = 0; p < kDecodedPieces; ++p) {
-    pieces[p].load(op, min(first + p * kThreads, last));
+    const uint32_t piece = min(first + p * kThreads, last);
+    pieces[p].load(op, piece);
+    ahead[p] = decoder.read_ahead([&] { return Piece::elements(op, piece); });
   }
-  Decoder decoder(parameters, kBits);
+  // The compiler would put reads off until there are more registers.
+  __syncwarp();
+  const DitherDraws draws(op.dither);
   const uint32_t integer = opaque_integer_float(op.blocks);
   uint32_t others = 0;
 #pragma unroll
   for (int p = 0; p < kDecodedPieces; ++p) {
     const uint32_t piece = first + p * kThreads;
     if (piece > last) continue;
-    decoder.begin([&] { return Piece::elements(op, piece); });
+    decoder.begin(ahead[p], [&] { return Piece::elements(op, piece); });
     PackedBlock<T, Piece::kItems> packed;
-    if (decode_plainly<T, kBits>(decoder, pieces[p].word,
-                                 Range::unpack(pieces[p].range), integer,
-                                 packed)) {
+    if (decode_plainly<T, kBits>(
+            decoder, pieces[p].word, Range::unpack(pieces[p].range),
+            draws.enabled(), Piece::random(draws, piece), integer, packed)) {
       packed.store(op.output + static_cast<int64_t>(piece) * Piece::kItems);
     } else {
       others |= 1u << p;
     }
   }
-  decode_others<T, kBits, Decoder>(op, parameters, first, others);
-}
-
-// The same of split codes by an OutputTable; Affine::planes.
-template <typename T, int kBits>
-__global__ void __launch_bounds__(kThreads)
-    dequantize_planes_kernel(const Decode<T> op, const Affine affine) {
-  using Decoder = SplitDecoder<T, kBits, kBlock>;
-  using Piece = CodedPiece<T, kBits, Decoder>;
-  using Table = OutputTable<T, kBits>;
-  const uint32_t first = blockIdx.x * (kThreads * kDecodedPieces) + threadIdx.x;
-  const uint32_t last = Piece::count(op) - 1u;
-  Piece pieces[kDecodedPieces];
-  ChannelIndex::Place place[kDecodedPieces];
-  float weight[kDecodedPieces];
-  float bias[kDecodedPieces];
-#pragma unroll
-  for (int p = 0; p < kDecodedPieces; ++p) {
-    const uint32_t piece = min(first + p * kThreads, last);
-    pieces[p].load(op, piece);
-    place[p] = affine.channels.of(Piece::elements(op, piece).first);
-    weight[p] = load_channel(affine.weight, place[p].channel, kNoWeight);
-    bias[p] = load_channel(affine.bias, place[p].channel, kNoBias);
-  }
-  // The compiler would put reads off until there are more registers.
-  __syncwarp();
-  uint32_t others = 0;
-#pragma unroll
-  for (int p = 0; p < kDecodedPieces; ++p) {
-    const Range range = Range::unpack(pieces[p].range);
-    const Table table(range, weight[p], bias[p]);
-    bool plain = table.plain();
-    PackedBlock<T> packed = table.outputs(pieces[p].word);
-    if (place[p].left < kBlock) {
-      const uint32_t next = place[p].channel + 1u;
-      const Table second(range, load_channel(affine.weight, next, kNoWeight),
-                         load_channel(affine.bias, next, kNoBias));
-      plain = plain && second.plain();
-      packed.replace(static_cast<int>(place[p].left),
-                     second.outputs(pieces[p].word));
-    }
-    const uint32_t piece = first + p * kThreads;
-    if (piece > last) continue;
-    if (plain) {
-      packed.store(op.output + static_cast<int64_t>(piece) * kBlock);
-    } else {
-      others |= 1u << p;
-    }
-  }
-  decode_others<T, kBits, Decoder>(op, affine, first, others);
+  decode_others<T, kBits, Decoder>(op, parameters, draws, first, others);
 }
 
 // Any tensor, codes of any width.
@@ -405,6 +447,7 @@ __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(const Decode<T> op,
                       const typename Decoder::Parameters parameters) {
   Decoder decoder(parameters, op.bits);
+  const DitherDraws draws(op.dither);
   const uint32_t first = blockIdx.x * (kThreads * kDecodedPieces) + threadIdx.x;
 #pragma unroll 1
   for (int b = 0; b < kDecodedPieces; ++b) {
@@ -420,9 +463,10 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t element = place * kBlock;
     const auto row_left = static_cast<uint32_t>(op.row_numel) - element;
     const int left = row_left < kBlock ? static_cast<int>(row_left) : kBlock;
-    decoder.begin([&] { return Elements{element, left}; });
+    decoder.begin({}, [&] { return Elements{element, left}; });
     PackedBlock<T> packed;
-    decode_any<T, kAnyBits>(decoder, word, range, op.bits, packed);
+    decode_any<T, kAnyBits>(decoder, word, range, draws.enabled(),
+                            draws.of(block), op.bits, packed);
     T* target = op.output + static_cast<int64_t>(row) * op.row_numel + element;
     if (op.vectorized && left >= kBlock) {
       packed.store(target);
@@ -452,7 +496,8 @@ void dispatch_widths(bool whole, int bits, const Body& body) {
 template <template <typename, int, int> typename DecoderOf, typename Parameters>
 void decode_into(const Memory& codes, const Memory& ranges,
                  const Memory& output, const Geometry& geometry, int bits,
-                 const Parameters& parameters) {
+                 const Dither& dither, const Parameters& parameters) {
+  const DitherSource draws(dither, geometry);
   const int64_t row_blocks = geometry.blocks_per_row();
   STD_TORCH_CHECK(geometry.row_numel <= kMaxIndex, "a sample may have at most ",
                   kMaxIndex, " elements, got ", geometry.row_numel);
@@ -490,18 +535,11 @@ void decode_into(const Memory& codes, const Memory& ranges,
             Divider(static_cast<uint32_t>(row_blocks)),
             group_shift,
             bits,
-            vectorized};
+            vectorized,
+            draws.advanced(row * row_blocks)};
         const int64_t pieces = blocks * (kBlock / kItems);
         const auto grid = static_cast<unsigned int>(
             (pieces + kPerGridBlock - 1) / kPerGridBlock);
-        if constexpr (Decoder::kHasTable) {
-          if (Decoder::in_planes(parameters)) {
-            dequantize_planes_kernel<T, kBits>
-                <<<grid, kThreads, 0, stream>>>(op, parameters);
-            check_launch();
-            continue;
-          }
-        }
         if constexpr (kBits == kAnyBits) {
           dequantize_kernel<T, Decoder>
               <<<grid, kThreads, 0, stream>>>(op, parameters);
@@ -522,7 +560,8 @@ namespace cuda {
 void dequantize_split(const Memory& codes, const Memory& ranges,
                       const Memory& weight, const Memory& bias,
                       const Memory& output, const Geometry& geometry,
-                      const Channels& channels, int bits) {
+                      const Channels& channels, int bits,
+                      const Dither& dither) {
   const auto* weights = static_cast<const float*>(weight.const_data_ptr());
   const auto* biases = static_cast<const float*>(bias.const_data_ptr());
   const ChannelIndex index = index_channels(channels, {weights, biases});
@@ -530,15 +569,20 @@ void dequantize_split(const Memory& codes, const Memory& ranges,
   const bool repeats =
       index.vectorized && geometry.row_numel % kBlock == 0 &&
       kThreads * 16 / output.element_size() % channels.count == 0;
-  const bool planes = !channels.last && channels.plane >= kBlock;
-  decode_into<SplitDecoder>(codes, ranges, output, geometry, bits,
-                            Affine{weights, biases, index, repeats, planes});
+  const Affine affine{weights, biases, index, repeats};
+  if (!channels.last && channels.plane >= kBlock) {
+    decode_into<PlaneSplitDecoder>(codes, ranges, output, geometry, bits,
+                                   dither, affine);
+  } else {
+    decode_into<ColumnSplitDecoder>(codes, ranges, output, geometry, bits,
+                                    dither, affine);
+  }
 }
 
 void dequantize_zeroed(const Memory& codes, const Memory& ranges,
-                       const Memory& output, const Geometry& geometry,
-                       int bits) {
-  decode_into<ZeroedDecoder>(codes, ranges, output, geometry, bits,
+                       const Memory& output, const Geometry& geometry, int bits,
+                       const Dither& dither) {
+  decode_into<ZeroedDecoder>(codes, ranges, output, geometry, bits, dither,
                              NoParameters{});
 }
 

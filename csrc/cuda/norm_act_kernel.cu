@@ -62,6 +62,7 @@ struct NormAct {
   uint32_t* act_ranges;
   uint64_t first_block;
   CountedStream random;
+  CountedStream zeroed_random;
   ChannelIndex channels;
   int bits;
   int act_bits;
@@ -332,67 +333,57 @@ __global__ void __launch_bounds__(kNormThreads, kNormResident)
   const uint32_t integer = opaque_integer_float(row_numel);
   const int fraction = fraction_bits(max_code);
   const int second_fraction = fraction_bits(second_max);
+  const PairStream stream = op.random.current_pair();
+  PairStream zeroed_stream{};
+  if constexpr (kZeroed) zeroed_stream = op.zeroed_random.current_pair();
 #pragma unroll
-  for (int p = 0; p < kBlocks / 2; ++p) {
-    const uint64_t call =
-        op.first_block + static_cast<uint64_t>(first_block + p * lanes + lane);
-    const PhiloxStream stream = op.random.current();
-    const PhiloxStream zeroed_stream{stream.seed,
-                                     stream.offset ^ kZeroedStream};
-    const PhiloxBlock random = philox(stream, call);
-    const PhiloxBlock zeroed_random =
-        kZeroed ? philox(zeroed_stream, call) : random;
+  for (int b = 0; b < kBlocks; ++b) {
+    const int left = left_of(b);
+    if (left <= 0) continue;
+    const int64_t block = first_block + b * lanes + lane;
+    const uint64_t random_block = op.first_block + static_cast<uint64_t>(block);
+    const BlockBits random_bits(stream, random_block);
+    const auto rounding = [&](int i) {
+      return random_bits.rounding(i, fraction, integer);
+    };
+    const auto positive = [&](int i) {
+      return kSplit && (positives & (1u << (b * kBlock + i))) != 0u;
+    };
+    uint32_t sums[kBlock];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int b = p + half * (kBlocks / 2);
-      const int left = left_of(b);
-      if (left <= 0) continue;
-      const int64_t block = first_block + b * lanes + lane;
-      const BlockBits random_bits(random, half);
-      const auto rounding = [&](int i) {
-        return random_bits.rounding(i, fraction, integer);
-      };
-      const auto positive = [&](int i) {
-        return kSplit && (positives & (1u << (b * kBlock + i))) != 0u;
-      };
-      uint32_t sums[kBlock];
+    for (int i = 0; i < kBlock; ++i) {
+      const Coding kind = kSplit ? select_by_flag(positives, b * kBlock + i,
+                                                  first_coding, second_coding)
+                                 : first_coding;
+      sums[i] = code_sum<kBits>(normal[b][i], kind, rounding(i), max_code);
+    }
+    if (special) {
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        const Coding kind = kSplit ? select_by_flag(positives, b * kBlock + i,
-                                                    first_coding, second_coding)
-                                   : first_coding;
-        sums[i] = code_sum<kBits>(normal[b][i], kind, rounding(i), max_code);
+        const Coding kind = select(positive(i), first_coding, second_coding);
+        sums[i] = special_sum<false>(normal[b][i], kind, rounding(i), max_code);
       }
-      if (special) {
+    }
+    const uint32_t flags = positives >> (b * kBlock) & 0xFFu;
+    if constexpr (kSplit && !kSpread<kBits>) {
 #pragma unroll
-        for (int i = 0; i < kBlock; ++i) {
-          const Coding kind = select(positive(i), first_coding, second_coding);
-          sums[i] =
-              special_sum<false>(normal[b][i], kind, rounding(i), max_code);
-        }
+      for (int i = 0; i < kBlock; ++i) {
+        if (positive(i)) sums[i] += 1u << (fraction + bits - 1);
       }
-      const uint32_t flags = positives >> (b * kBlock) & 0xFFu;
-      if constexpr (kSplit && !kSpread<kBits>) {
-#pragma unroll
-        for (int i = 0; i < kBlock; ++i) {
-          if (positive(i)) sums[i] += 1u << (fraction + bits - 1);
-        }
-      }
-      CodeWord<kBits> word = pack_sums<kBits>(sums, bits, fraction);
-      if constexpr (kSplit && kSpread<kBits>) {
-        word |= spread_flags<kBits>(flags) << (kBits - 1);
-      }
-      store_word<kBits>(word, bits, left, op.codes + block * bits);
-      if constexpr (kZeroed) {
-        const BlockBits zeroed_bits(zeroed_random, half);
-        const auto zeroed_rounding = [&](int i) {
-          return zeroed_bits.rounding(i, second_fraction, integer);
-        };
-        word = zeroed_word<kBits>(output[b], flags, second_coding, special,
-                                  zeroed_rounding, act_bits);
-        store_word<kBits>(word, act_bits, left,
-                          op.act_codes + block * act_bits);
-      }
+    }
+    CodeWord<kBits> word = pack_sums<kBits>(sums, bits, fraction);
+    if constexpr (kSplit && kSpread<kBits>) {
+      word |= spread_flags<kBits>(flags) << (kBits - 1);
+    }
+    store_word<kBits>(word, bits, left, op.codes + block * bits);
+    if constexpr (kZeroed) {
+      const BlockBits zeroed_bits(zeroed_stream, random_block);
+      const auto zeroed_rounding = [&](int i) {
+        return zeroed_bits.rounding(i, second_fraction, integer);
+      };
+      word = zeroed_word<kBits>(output[b], flags, second_coding, special,
+                                zeroed_rounding, act_bits);
+      store_word<kBits>(word, act_bits, left, op.act_codes + block * act_bits);
     }
   }
 }
@@ -500,6 +491,7 @@ void norm_act(const NormActArguments& arguments, const Channels& channels,
         static_cast<uint32_t*>(outputs.act_ranges.mutable_data_ptr()),
         0,
         arguments.random,
+        arguments.random.second(),
         index,
         static_cast<int>(arguments.bits),
         static_cast<int>(arguments.act_bits),

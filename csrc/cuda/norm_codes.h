@@ -10,6 +10,7 @@
 #include "../common/rectified_codec.h"
 #include "blocks.h"
 #include "code_floats.h"
+#include "dither_floats.h"
 #include "launch.h"
 #include "packed.h"
 #include "packed_block.h"
@@ -36,6 +37,7 @@ struct NormPayload {
   int group_shift;  // binary logarithm of the blocks of a group
   int bits;
   int act_bits;
+  DitherSource dither;
 };
 
 // Codes of kItems elements that a thread reads: a block where kItems is 8, else
@@ -48,7 +50,9 @@ struct NormPiece {
   // Blocks are counted in 32 bits.
   using Offset = std::conditional_t<kItems == kBlock, uint32_t, int64_t>;
 
-  Offset offset;  // pieces of the tensor before this one
+  Offset offset;   // pieces of the tensor before this one
+  uint32_t block;  // blocks of the tensor before that of this piece
+  uint32_t first;  // element of the block that the piece begins with
   Packed<T, kItems> grads;
   CodeWord<kBits> codes;
   CodeWord<kBits> act_codes;
@@ -60,27 +64,29 @@ struct NormPiece {
                                        uint32_t piece) {
     const int bits = kBits == kAnyBits ? payload.bits : kBits;
     const int act_bits = kBits == kAnyBits ? payload.act_bits : kBits;
-    uint32_t block = piece;
+    uint32_t row_block = piece;
     if constexpr (kItems == kBlock) {
-      offset = row * payload.row_blocks + block;
+      offset = row * payload.row_blocks + piece;
       codes = load_word<kBits>(payload.codes + int64_t{offset} * bits, bits);
       if constexpr (kMask) {
         act_codes = load_word<kBits>(
             payload.act_codes + int64_t{offset} * act_bits, act_bits);
       }
     } else {
-      block = piece / kBlock;
-      const int64_t row_block = int64_t{row} * payload.row_blocks;
+      row_block = piece / kBlock;
+      const int64_t row_start = int64_t{row} * payload.row_blocks;
       offset = row * payload.row_numel + piece;
-      codes = code_at(payload.codes + row_block * bits, piece, bits);
+      codes = code_at(payload.codes + row_start * bits, piece, bits);
       if constexpr (kMask) {
         act_codes =
-            code_at(payload.act_codes + row_block * act_bits, piece, act_bits);
+            code_at(payload.act_codes + row_start * act_bits, piece, act_bits);
       }
     }
+    block = row * payload.row_blocks + row_block;
+    first = kItems == kBlock ? 0u : piece % kBlock;
     grads.load(in(grad_output));
     const uint32_t group =
-        row * payload.row_groups + (block >> payload.group_shift);
+        row * payload.row_groups + (row_block >> payload.group_shift);
     ranges = reinterpret_cast<const Ranges*>(payload.ranges)[group];
   }
 
@@ -111,64 +117,77 @@ struct NormPiece {
   // does, so that products with it equal those in reference.py.
   template <bool kPassed, typename Body>
   __device__ __forceinline__ void for_each(const NormPayload& payload,
+                                           const DitherDraws& draws,
                                            const Body& body) const {
     const int bits = kBits == kAnyBits ? payload.bits : kBits;
     const int act_bits = kBits == kAnyBits ? payload.act_bits : kBits;
-    const Range first = Range::unpack(static_cast<uint32_t>(ranges));
-    Range second = first;
-    bool special = first.special();
+    const uint32_t max_code = kSplit ? max_split_code(bits) : max_code_of(bits);
+    const Range lower = Range::unpack(static_cast<uint32_t>(ranges));
+    Range upper = lower;
+    bool special = lower.special();
     if constexpr (kSplit) {
-      second = Range::unpack(static_cast<uint32_t>(ranges >> 32));
-      special |= second.special();
+      upper = Range::unpack(static_cast<uint32_t>(ranges >> 32));
+      special |= upper.special();
     }
+    const int fraction = fraction_bits(max_code);
+    const DitherScale scale(lower, draws.enabled(), fraction);
+    DitherScale upper_scale = scale;
+    if constexpr (kSplit) {
+      upper_scale = DitherScale(upper, draws.enabled(), fraction);
+    }
+    const DitherBits random = draws.of(block);
+    const auto any_number = [&](int i, uint32_t value) {
+      const int element = kItems == kBlock ? i : static_cast<int>(first);
+      return dither_float(value, random.bits16(element), fraction);
+    };
     if (special) {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         const uint32_t whole = code(i, bits);
-        const Range range =
-            kSplit && split_positive(whole, bits) ? second : first;
+        const bool above = kSplit && split_positive(whole, bits);
         const uint32_t value = kSplit ? split_value_code(whole, bits) : whole;
-        const uint32_t max_code =
-            kSplit ? max_split_code(bits) : max_code_of(bits);
+        const Range range{above ? upper.low : lower.low,
+                          above ? upper.step : lower.step};
+        const DitherScale own = DitherScale::select(above, scale, upper_scale);
+        const float normal = range.special()
+                                 ? decode_special(value, range, max_code)
+                                 : own.value(any_number(i, value));
         body(i, true, positive(i, bits, act_bits) ? grads.value(i) : 0.0f,
-             range.special() ? decode_special(value, range, max_code)
-                             : decode_fused(value, range));
+             normal);
       }
-    } else if constexpr (kSplit && kBits == 2) {
-      // One bit a value: four numbers, of which the bits choose.
-      const float low[2] = {first.low, second.low};
-      const float high[2] = {decode_fused(1, first), decode_fused(1, second)};
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        const bool upper = (codes & 1u << (2 * i)) != 0u;
-        const bool passed = (codes & 2u << (2 * i)) != 0u;
-        const float of_passed = upper ? high[1] : low[1];
-        body(i, passed, grads.value(i),
-             kPassed || passed ? of_passed : (upper ? high[0] : low[0]));
-      }
-    } else {
+      return;
+    }
+    const auto decode_all = [&](const auto& number) {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         const bool passed = positive(i, bits, act_bits);
-        const uint32_t whole = code(i, bits);
-        if constexpr (kSplit) {
-          const Range range = kPassed || passed ? second : first;
-          body(i, passed, grads.value(i),
-               decode_fused(split_value_code(whole, bits), range));
-        } else {
-          body(i, passed, grads.value(i), decode_fused(whole, first));
-        }
+        const DitherScale own = DitherScale::select(
+            kSplit && (kPassed || passed), scale, upper_scale);
+        body(i, passed, grads.value(i), own.value(number(i)));
       }
+    };
+    if constexpr (kBits != kAnyBits) {
+      constexpr int kWidth = kSplit ? kBits - 1 : kBits;
+      const DitherFloats<kBits, kItems, kWidth, CodeWord<kBits>> floats(
+          codes, random, opaque_integer_float(bits));
+      decode_all([&](int i) { return floats.number(i); });
+    } else {
+      decode_all([&](int i) {
+        const uint32_t whole = code(i, bits);
+        return any_number(i, kSplit ? split_value_code(whole, bits) : whole);
+      });
     }
   }
 
   // The gradients that pass, 0 for the others, and the normalised input.
   __device__ __forceinline__ void decode(const NormPayload& payload,
-                                         float* grad, float* normal) const {
-    for_each<false>(payload, [&](int i, bool passed, float value, float x) {
-      grad[i] = passed ? value : 0.0f;
-      normal[i] = x;
-    });
+                                         const DitherDraws& draws, float* grad,
+                                         float* normal) const {
+    for_each<false>(payload, draws,
+                    [&](int i, bool passed, float value, float x) {
+                      grad[i] = passed ? value : 0.0f;
+                      normal[i] = x;
+                    });
   }
 
   // Writes the gradients that pass the rectifier.

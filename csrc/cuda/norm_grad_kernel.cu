@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
                               ? 2
                               : kPiecesAtOnce<T, kItems>;
   const PlaneCursor<kItems> cursor(planes);
+  const DitherDraws draws(payload.dither);
   float sum = 0.0f, product = 0.0f;
   for (uint32_t i = threadIdx.x; i < cursor.pieces; i += kThreads * kAtOnce) {
     Piece piece[kAtOnce];
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
       if (!cursor.any(place[u])) continue;
       const auto include = [&](const auto& holds) {
         piece[u].template for_each<true>(
-            payload, [&](int j, bool passed, float value, float normal) {
+            payload, draws, [&](int j, bool passed, float value, float normal) {
               if (passed && holds(j)) {
                 sum += value;
                 product = fmaf(value, normal, product);
@@ -121,6 +122,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
   using Piece = NormPiece<T, kBits, kCodes, kItems>;
   constexpr int kAtOnce = kPiecesAtOnce<T, kItems>;
   const ColumnCursor cursor(columns);
+  const DitherDraws draws(payload.dither);
   // Sums, then products.
   float total[2 * kItems] = {};
   for (uint32_t k = 0; k < cursor.count; k += kAtOnce) {
@@ -134,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
     for (int u = 0; u < kAtOnce; ++u) {
       if (k + u >= cursor.count) continue;
       piece[u].template for_each<true>(
-          payload, [&](int j, bool passed, float value, float normal) {
+          payload, draws, [&](int j, bool passed, float value, float normal) {
             if (passed) {
               total[j] += value;
               total[kItems + j] = fmaf(value, normal, total[kItems + j]);
@@ -222,6 +224,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
                       Divider by_plane) {
   using Piece = NormPiece<T, kBits, kCodes, kItems>;
   constexpr int kAtOnce = kFactoredAtOnce<kItems>;
+  const DitherDraws draws(payload.dither);
   Piece piece[kAtOnce];
   ChannelFactors first[kAtOnce], second[kAtOnce];
   int split[kAtOnce];  // elements of the first channel
@@ -243,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 4>)
   for (int u = 0; u < kAtOnce; ++u) {
     if (begin + u * kThreads >= pieces) continue;
     float passed[kItems], normal[kItems];
-    piece[u].decode(payload, passed, normal);
+    piece[u].decode(payload, draws, passed, normal);
     T result[kItems];
     const auto compute = [&](const auto& factors) {
 #pragma unroll
@@ -271,6 +274,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 3>)
   constexpr int kAtOnce = kPiecesAtOnce<T, kItems>;
   const ColumnCursor cursor(columns);
   if (cursor.count == 0) return;
+  const DitherDraws draws(payload.dither);
   ChannelFactors factors[kItems];
 #pragma unroll
   for (int j = 0; j < kItems; ++j) {
@@ -287,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kBits, 3>)
     for (int u = 0; u < kAtOnce; ++u) {
       if (k + u >= cursor.count) continue;
       float passed[kItems], normal[kItems];
-      piece[u].decode(payload, passed, normal);
+      piece[u].decode(payload, draws, passed, normal);
       T result[kItems];
 #pragma unroll
       for (int j = 0; j < kItems; ++j) {
@@ -323,7 +327,8 @@ Call make_call(const Memory& grad_output, const NormArguments& arguments) {
                             static_cast<uint32_t>(geometry.groups_per_row()),
                             group_shift,
                             static_cast<int>(arguments.bits),
-                            static_cast<int>(arguments.act_bits)};
+                            static_cast<int>(arguments.act_bits),
+                            DitherSource(arguments.dither, geometry)};
   const bool blocks = channels.row_numel() % kBlock == 0 &&
                       (channels.last ? channels.count % kBlock == 0
                                      : channels.plane >= kBlock) &&
@@ -440,6 +445,7 @@ void gradients(const Memory& grad_output, const NormArguments& arguments,
         NormPayload payload = call.payload;
         const int64_t blocks = row * payload.row_blocks;
         payload.codes += blocks * payload.bits;
+        payload.dither = payload.dither.advanced(blocks);
         payload.ranges += row * payload.row_groups * sizeof(uint32_t) *
                           (kCodes == NormCodes::kSplit ? 2 : 1);
         plane_grad_kernel<T, kBits, kCodes, kItems>

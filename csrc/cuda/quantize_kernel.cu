@@ -8,6 +8,7 @@
 #include "../common/philox.h"
 #include "../common/rounding.h"
 #include "code_floats.h"
+#include "dither_floats.h"
 #include "group.h"
 #include "group_words.h"
 #include "launch.h"
@@ -113,30 +114,24 @@ __device__ __forceinline__ void store_group(const GroupCodes<T>& group,
 
 template <int kBits, bool kWhole, typename T>
 __device__ __forceinline__ void encode_group(const GroupCodes<T>& group,
-                                             Range range, PhiloxStream stream) {
-  constexpr int kHalf = kBlocksPerThread / 2;
+                                             Range range, PairStream stream) {
   const Width<kBits> width(group.bits);
   const float scale = encode_scale(range, width.max_code());
   const uint32_t largest = largest_sum(width.max_code());
   const uint32_t integer = opaque_integer_float(group.count);
   CodeWord<kBits> words[kBlocksPerThread];
 #pragma unroll
-  for (int p = 0; p < kHalf; ++p) {
-    const PhiloxBlock random =
-        philox(stream, group.first_block + p * group.lanes + group.lane);
+  for (int b = 0; b < kBlocksPerThread; ++b) {
+    const BlockBits bits(stream,
+                         group.first_block + b * group.lanes + group.lane);
+    uint32_t sums[kBlock];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int b = p + half * kHalf;
-      const BlockBits bits(random, half);
-      uint32_t sums[kBlock];
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        sums[i] = encode_sum(group.share.blocks[b].get(i), range.low, scale,
-                             bits.rounding(i, width.kFraction, integer));
-        if constexpr (width.kClamped) sums[i] = min(sums[i], largest);
-      }
-      words[b] = width.pack(sums);
+    for (int i = 0; i < kBlock; ++i) {
+      sums[i] = encode_sum(group.share.blocks[b].get(i), range.low, scale,
+                           bits.rounding(i, width.kFraction, integer));
+      if constexpr (width.kClamped) sums[i] = min(sums[i], largest);
     }
+    words[b] = width.pack(sums);
   }
   store_group<kBits, kWhole>(group, words);
 }
@@ -186,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, kQuantizeResident<T>)
   const RowCodes row = layout.row<kBits>(group.row);
   held.extent = find_extent(held.share, lanes);
   if (!inside || row.bits == 0) return;
-  const PhiloxStream stream = random.current();
+  const PairStream stream = random.current_pair();
 
   const int64_t group_block = group.start / kBlock;
   held.count = group.count;
@@ -247,33 +242,63 @@ __device__ __forceinline__ auto load_step(const uint8_t* source, int begin) {
   return word;
 }
 
+// Elements of one step, from `begin` on within a group.
+template <typename T, int kBits>
+class CodedStep {
+ public:
+  static constexpr int kItems = kItemsPerStep<T>;
+  using Word = decltype(load_step<kBits, kItems>(nullptr, 0));
+  using Floats = DitherFloats<kBits, kItems, kBits, Word>;
+  static constexpr int kFraction = Floats::kFraction;
+
+  __device__ __forceinline__ CodedStep(Word word, const DitherDraws& draws,
+                                       uint64_t first_block, bool dithered,
+                                       int begin, uint32_t integer)
+      : floats_(word, bits(draws, first_block, dithered, begin), integer) {}
+
+  __device__ __forceinline__ float number(int i) const {
+    return floats_.number(i);
+  }
+
+ private:
+  static __device__ __forceinline__ DitherBits bits(const DitherDraws& draws,
+                                                    uint64_t first_block,
+                                                    bool dithered, int begin) {
+    if (!dithered) return {{0u, 0u}};
+    const DitherBits bits = draws.of(first_block + begin / kBlock);
+    return kItems == kBlock ? bits : bits.half(begin % kBlock != 0);
+  }
+
+  Floats floats_;
+};
+
 // Decodes a thread's share of a whole group and writes the elements of each
 // step as one word of 16 bytes. Returns false, without writing, if the group
 // has special codes.
 template <typename T, int kBits>
-__device__ __forceinline__ bool decode_plain_group(const uint8_t* source,
-                                                   Range range,
-                                                   uint32_t integer, int lane,
-                                                   int lanes, T* target) {
-  constexpr int kItems = kItemsPerStep<T>;
-  const auto begin = [&](int s) { return (s * lanes + lane) * kItems; };
+__device__ __forceinline__ bool decode_plain_group(
+    const uint8_t* source, Range range, const DitherDraws& draws,
+    uint64_t first_block, uint32_t integer, int lane, int lanes, T* target) {
+  using Step = CodedStep<T, kBits>;
+  const auto begin = [&](int s) { return (s * lanes + lane) * Step::kItems; };
   // All reads first, before that of the range is needed.
-  decltype(load_step<kBits, kItems>(source, 0)) words[kSteps];
+  typename Step::Word words[kSteps];
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
-    words[s] = load_step<kBits, kItems>(source, begin(s));
+    words[s] = load_step<kBits, Step::kItems>(source, begin(s));
   }
   if (!decodes_plainly(range, max_code_of(kBits), Number<T>::kLargest)) {
     return false;
   }
-  const CodeFloats<kBits, kItems> floats(range.step, integer);
+  const bool dithered = draws.enabled() && has_dither(range);
+  const DitherScale scale(range, dithered, Step::kFraction);
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
-    float values[kItems];
+    const Step step(words[s], draws, first_block, dithered, begin(s), integer);
+    float values[Step::kItems];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      values[i] =
-          __fmaf_rn(floats.number(words[s], i), floats.step(i), range.low);
+    for (int i = 0; i < Step::kItems; ++i) {
+      values[i] = scale.value(step.number(i));
     }
     store_16_bytes(target + begin(s), values);
   }
@@ -283,16 +308,21 @@ __device__ __forceinline__ bool decode_plain_group(const uint8_t* source,
 // The same of any group.
 template <typename T, int kBits>
 __device__ __forceinline__ void decode_group(const uint8_t* source, Range range,
-                                             int count, int lane, int lanes,
-                                             T* target) {
-  constexpr int kItems = kItemsPerStep<T>;
+                                             const DitherDraws& draws,
+                                             uint64_t first_block, int count,
+                                             int lane, int lanes, T* target) {
+  using Step = CodedStep<T, kBits>;
+  constexpr int kItems = Step::kItems;
   constexpr uint32_t kMaxCode = max_code_of(kBits);
-#pragma unroll
+  const bool dithered = draws.enabled() && has_dither(range);
+  const DitherScale scale(range, dithered, Step::kFraction);
+#pragma unroll 1
   for (int s = 0; s < kSteps; ++s) {
     const int begin = (s * lanes + lane) * kItems;
     // A word ends inside of its block, and blocks are always whole.
     if (begin >= count) continue;
     const auto word = load_step<kBits, kItems>(source, begin);
+    const Step step(word, draws, first_block, dithered, begin, kIntegerFloat);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const uint32_t code =
@@ -300,7 +330,7 @@ __device__ __forceinline__ void decode_group(const uint8_t* source, Range range,
       const float value =
           range.special()
               ? decode_special(code, range, kMaxCode)
-              : clamp_finite(decode(code, range), Number<T>::kLargest);
+              : clamp_finite(scale.value(step.number(i)), Number<T>::kLargest);
       if (begin + i < count) target[begin + i] = Number<T>::store(value);
     }
   }
@@ -311,8 +341,8 @@ template <typename T, int kBits, int kGroup>
 __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(const uint8_t* __restrict__ codes,
                       const uint32_t* __restrict__ ranges,
-                      T* __restrict__ output, Launch launch,
-                      CodeLayout layout) {
+                      T* __restrict__ output, Launch launch, CodeLayout layout,
+                      DitherSource dither) {
   const GroupSize<kGroup> size(launch);
   const int lanes = size.template lanes<kDecodedItems<T>>();
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
@@ -323,14 +353,20 @@ __global__ void __launch_bounds__(kThreads)
   const RowCodes row = layout.row<kBits>(group.row);
   if (row.bits == 0) return;
   const Range range = Range::unpack(ranges[index]);
-  const uint8_t* source = codes + row.begin + group.start / kBlock * row.bits;
+  const DitherDraws draws(dither);
+  const int64_t group_block = group.start / kBlock;
+  const uint8_t* source = codes + row.begin + group_block * row.bits;
+  const uint64_t first_block =
+      static_cast<uint64_t>(group.row) * launch.row_blocks + group_block;
   T* target = output + group.row * launch.row_numel + group.start;
   with_width<kBits>(row.bits, [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
     if (!launch.vectorized || group.count != size.elements() ||
-        !decode_plain_group<T, kWidth>(
-            source, range, opaque_integer_float(index), lane, lanes, target)) {
-      decode_group<T, kWidth>(source, range, group.count, lane, lanes, target);
+        !decode_plain_group<T, kWidth>(source, range, draws, first_block,
+                                       opaque_integer_float(group.count), lane,
+                                       lanes, target)) {
+      decode_group<T, kWidth>(source, range, draws, first_block, group.count,
+                              lane, lanes, target);
     }
   });
 }
@@ -386,8 +422,10 @@ void quantize(const Memory& input, const Memory& codes, const Memory& ranges,
 }
 
 void dequantize(const Memory& codes, const Memory& ranges, const Memory& output,
-                const Geometry& geometry, const CodeLayout& whole) {
+                const Geometry& geometry, const CodeLayout& whole,
+                const Dither& dither) {
   CodeLayout layout = whole;
+  const DitherSource draws(dither, geometry);
   const cudaStream_t stream = current_stream();
   const auto* code_bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
   const auto* range_words =
@@ -403,7 +441,8 @@ void dequantize(const Memory& codes, const Memory& ranges, const Memory& output,
         dequantize_kernel<T, kBits, kGroup>
             <<<grid_size<kDecodedItems<T>>(launch), kThreads, 0, stream>>>(
                 code_bytes, range_words + row * geometry.groups_per_row(),
-                target + row * geometry.row_numel, launch, layout);
+                target + row * geometry.row_numel, launch, layout,
+                draws.advanced(row * launch.row_blocks));
         check_launch();
       });
     });

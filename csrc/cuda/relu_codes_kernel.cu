@@ -57,8 +57,6 @@ __global__ void __launch_bounds__(kThreads, kReluResident)
                       uint32_t* __restrict__ ranges, Launch launch,
                       int any_bits, CountedStream random,
                       uint64_t first_block) {
-  constexpr int kHalf = kBlocksPerThread / 2;
-
   const GroupSize<kGroup> size(launch);
   const int lanes = size.template lanes<kSharedItems>();
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
@@ -140,21 +138,16 @@ __global__ void __launch_bounds__(kThreads, kReluResident)
   const int fraction = fraction_bits(max_code);
   const uint32_t integer = opaque_integer_float(count);
   uint8_t* target = codes + group_block * bits;
+  const PairStream stream = random.current_pair();
   CodeWord<kBits> words[kBlocksPerThread];
 #pragma unroll
-  for (int p = 0; p < kHalf; ++p) {
-    const PhiloxBlock call = philox(
-        random.current(),
-        first_block + static_cast<uint64_t>(group_block) + p * lanes + lane);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int b = p + half * kHalf;
-      const BlockBits block_bits(call, half);
-      words[b] = zeroed_word<kBits>(
-          block[b], positives >> (b * kBlock) & 0xFFu, coding, coding.special(),
-          [&](int i) { return block_bits.rounding(i, fraction, integer); },
-          bits);
-    }
+  for (int b = 0; b < kBlocksPerThread; ++b) {
+    const BlockBits block_bits(
+        stream,
+        first_block + static_cast<uint64_t>(group_block) + b * lanes + lane);
+    words[b] = zeroed_word<kBits>(
+        block[b], positives >> (b * kBlock) & 0xFFu, coding, coding.special(),
+        [&](int i) { return block_bits.rounding(i, fraction, integer); }, bits);
   }
   if constexpr (kMeet<kBits>) {
     if (whole) {

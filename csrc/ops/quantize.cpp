@@ -15,7 +15,7 @@ MMACTNN_KERNEL(quantize, const Memory&, const Memory&, const Memory&,
                const Geometry&, const CodeLayout&, const CountedStream&);
 // Codes, ranges and output.
 MMACTNN_KERNEL(dequantize, const Memory&, const Memory&, const Memory&,
-               const Geometry&, const CodeLayout&);
+               const Geometry&, const CodeLayout&, const Dither&);
 
 namespace {
 
@@ -33,13 +33,14 @@ Tensor encode(const Tensor& input, const Tensor& codes,
 Tensor decode(const Tensor& codes, const Tensor& ranges,
               const std::vector<int64_t>& size,
               const std::vector<int64_t>& stride, ScalarType dtype,
-              const Geometry& geometry, const CodeLayout& layout) {
+              const Geometry& geometry, const CodeLayout& layout,
+              const Dither& dither) {
   const Tensor output = empty_strided(codes, size, stride, dtype);
   check_dtype("dtype", output);
   check_dense("the output", output);
   if (output.numel() != 0) {
     OnDevice(codes).run(dequantize_kernel, codes, ranges, output, geometry,
-                        layout);
+                        layout, dither);
   }
   return output;
 }
@@ -76,19 +77,23 @@ std::tuple<Tensor, Tensor> quantize_rows(Tensor input, Tensor row_bits,
 
 Tensor dequantize(Tensor codes, Tensor ranges, std::vector<int64_t> size,
                   std::vector<int64_t> stride, ScalarType dtype, int64_t bits,
-                  int64_t group_size) {
+                  int64_t group_size, std::vector<int64_t> dither,
+                  std::optional<Tensor> offset_tensor) {
   const Geometry geometry = output_geometry(ranges, size, group_size);
   return decode(codes, ranges, size, stride, dtype, geometry,
-                checked_layout(codes, geometry, bits));
+                checked_layout(codes, geometry, bits),
+                checked_dither(dither, offset_tensor, codes));
 }
 
 Tensor dequantize_rows(Tensor codes, Tensor ranges, Tensor row_bits,
                        Tensor row_starts, std::vector<int64_t> size,
                        std::vector<int64_t> stride, ScalarType dtype,
-                       int64_t group_size) {
+                       int64_t group_size, std::vector<int64_t> dither,
+                       std::optional<Tensor> offset_tensor) {
   const Geometry geometry = output_geometry(ranges, size, group_size);
   return decode(codes, ranges, size, stride, dtype, geometry,
-                checked_row_layout_of(codes, geometry, row_bits, row_starts));
+                checked_row_layout_of(codes, geometry, row_bits, row_starts),
+                checked_dither(dither, offset_tensor, codes));
 }
 
 }  // namespace
@@ -101,7 +106,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmactnn, m) {
       "ranges)");
   m.def(
       "dequantize(Tensor codes, Tensor ranges, int[] size, int[] stride, "
-      "ScalarType dtype, int bits, int group_size) -> Tensor");
+      "ScalarType dtype, int bits, int group_size, int[] dither=[], "
+      "Tensor? offset_tensor=None) -> Tensor");
   m.def(
       "quantize_rows(Tensor input, Tensor row_bits, Tensor row_starts, "
       "int total_bits, int group_size, int seed, int offset, "
@@ -109,7 +115,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmactnn, m) {
   m.def(
       "dequantize_rows(Tensor codes, Tensor ranges, Tensor row_bits, "
       "Tensor row_starts, int[] size, int[] stride, ScalarType dtype, "
-      "int group_size) -> Tensor");
+      "int group_size, int[] dither=[], Tensor? offset_tensor=None) -> "
+      "Tensor");
 }
 
 MMACTNN_IMPL(m) {

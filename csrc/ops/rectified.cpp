@@ -12,10 +12,10 @@ namespace mmactnn {
 // Codes, ranges, weight, bias and output; channels of the output; bits.
 MMACTNN_KERNEL(dequantize_split, const Memory&, const Memory&, const Memory&,
                const Memory&, const Memory&, const Geometry&, const Channels&,
-               int);
+               int, const Dither&);
 // Codes, ranges and output; bits.
 MMACTNN_KERNEL(dequantize_zeroed, const Memory&, const Memory&, const Memory&,
-               const Geometry&, int);
+               const Geometry&, int, const Dither&);
 
 namespace {
 
@@ -34,31 +34,38 @@ Tensor dequantize_split(Tensor codes, Tensor ranges,
                         std::optional<Tensor> weight,
                         std::optional<Tensor> bias, std::vector<int64_t> size,
                         std::vector<int64_t> stride, ScalarType dtype,
-                        int64_t bits, int64_t group_size) {
+                        int64_t bits, int64_t group_size,
+                        std::vector<int64_t> dither,
+                        std::optional<Tensor> offset_tensor) {
   const Geometry geometry =
       check_rectified(codes, ranges, size, bits, group_size, true);
   const Tensor output = empty_strided(codes, size, stride, dtype);
   const Channels channels = channels_of("the output", output);
+  const Dither random = checked_dither(dither, offset_tensor, codes);
   if (weight) check_per_channel("weight", *weight, channels, codes);
   if (bias) check_per_channel("bias", *bias, channels, codes);
   if (output.numel() != 0) {
     OnDevice(codes).run(dequantize_split_kernel, codes, ranges, weight, bias,
-                        output, geometry, channels, static_cast<int>(bits));
+                        output, geometry, channels, static_cast<int>(bits),
+                        random);
   }
   return output;
 }
 
 Tensor dequantize_zeroed(Tensor codes, Tensor ranges, std::vector<int64_t> size,
                          std::vector<int64_t> stride, ScalarType dtype,
-                         int64_t bits, int64_t group_size) {
+                         int64_t bits, int64_t group_size,
+                         std::vector<int64_t> dither,
+                         std::optional<Tensor> offset_tensor) {
   const Geometry geometry =
       check_rectified(codes, ranges, size, bits, group_size, false);
   const Tensor output = empty_strided(codes, size, stride, dtype);
   check_dtype("dtype", output);
   check_dense("the output", output);
+  const Dither random = checked_dither(dither, offset_tensor, codes);
   if (output.numel() != 0) {
     OnDevice(codes).run(dequantize_zeroed_kernel, codes, ranges, output,
-                        geometry, static_cast<int>(bits));
+                        geometry, static_cast<int>(bits), random);
   }
   return output;
 }
@@ -70,10 +77,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmactnn, m) {
   m.def(
       "dequantize_split(Tensor codes, Tensor ranges, Tensor? weight, "
       "Tensor? bias, int[] size, int[] stride, ScalarType dtype, int bits, "
-      "int group_size) -> Tensor");
+      "int group_size, int[] dither=[], Tensor? offset_tensor=None) -> "
+      "Tensor");
   m.def(
       "dequantize_zeroed(Tensor codes, Tensor ranges, int[] size, "
-      "int[] stride, ScalarType dtype, int bits, int group_size) -> Tensor");
+      "int[] stride, ScalarType dtype, int bits, int group_size, "
+      "int[] dither=[], Tensor? offset_tensor=None) -> Tensor");
 }
 
 MMACTNN_IMPL(m) {

@@ -11,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "../common/dither.h"
 #include "../common/geometry.h"
 #include "../common/philox.h"
 
@@ -46,6 +47,20 @@ inline CountedStream checked_stream(int64_t seed, int64_t offset,
                   "offset_tensor must be an int64 tensor of one element");
   check_same_device("offset_tensor", *offset_tensor, input);
   return {first, static_cast<const int64_t*>(offset_tensor->const_data_ptr())};
+}
+
+// The random bits of codes that are decoded to or for a tensor like `like`:
+// `numbers` are none, where codes alone are decoded, or else seed, offset and
+// the first row.
+inline Dither checked_dither(const std::vector<int64_t>& numbers,
+                             const std::optional<Tensor>& offset_tensor,
+                             const Tensor& like) {
+  if (numbers.empty()) return {};
+  STD_TORCH_CHECK(numbers.size() == 3 && numbers[2] >= 0,
+                  "dither must be seed, offset and first row, or empty, got ",
+                  numbers.size(), " numbers");
+  return {true, checked_stream(numbers[0], numbers[1], offset_tensor, like),
+          numbers[2]};
 }
 
 // True if the elements fill one piece of memory without gaps or overlaps.

@@ -13,7 +13,10 @@ from torch.autograd import Function
 from .. import ops
 from ..codes.payload import PayloadFormat, QuantizedTensor
 from ..ops.layout import dense_rows
+from ..ops.random_bits import as_int64
 from .double_backward import first_order_only
+
+_KINDS = {kind.name.lower(): kind for kind in ops.PayloadKind}
 
 
 class OutputPayload(NamedTuple):
@@ -26,6 +29,8 @@ class OutputPayload(NamedTuple):
         place (int): Index of its codes among the tensors that the op keeps;
             its ranges follow.
         layer (int): Index of the layer.
+        step (int): Index of the step.
+        follows_sum (bool): Whether the output is that of an addition.
     """
 
     kind: str
@@ -33,13 +38,16 @@ class OutputPayload(NamedTuple):
     group_size: int
     place: int
     layer: int
+    step: int
+    follows_sum: bool
 
 
 class Chain(NamedTuple):
     """Layers of a chain, ready to run.
 
     Attributes:
-        plan (ChainPlan): The steps.
+        plan (ChainPlan): The steps, for the op.
+        steps (list[ChainStep]): The steps.
         input_quantizers (list[LayerQuantizer | None]): For each input the
             quantizer of the convolution that keeps it; None for an input
             that is only added.
@@ -49,14 +57,30 @@ class Chain(NamedTuple):
         generator (RoundingGenerator): Source of random bits.
         observed (bool): Whether the chain can report to adaptive precision:
             for the first layer, if no other one reads an input.
+        offsets (dict): Results of :func:`mmactnn.ops.find_offsets` so far, by
+            the inputs that the op encodes.
     """
 
     plan: ops.ChainPlan
+    steps: list
     input_quantizers: list
     output_payloads: list
     casts: bool
     generator: object
     observed: bool
+    offsets: dict
+
+    def find_offsets(self, encoded):
+        """See :func:`mmactnn.ops.find_offsets`.
+
+        Args:
+            encoded (tuple[bool]): Whether the op encodes each input.
+        """
+        found = self.offsets.get(encoded)
+        if found is None:
+            found = ops.find_offsets(self.steps, encoded)
+            self.offsets[encoded] = found
+        return found
 
 
 class _Call(NamedTuple):
@@ -89,29 +113,39 @@ class _Chain(Function):
         ctx.casts = chain.casts or call.dtype is not None
         cast = _cast(parameters, dtype) if ctx.casts else parameters
         payloads = _InputPayloads(chain.input_quantizers, inputs, xs)
-        seed, offset, _ = chain.generator.next(
-            device, payloads.draws + chain.plan.draws
-        )
+        draw = chain.generator.next(device, payloads.draws + chain.plan.draws)
+        offsets = chain.find_offsets(payloads.encoded)
         outputs, codes, own, ctx.layouts = ops.conv_chain(
             xs,
             cast,
             call.buffers,
             chain.plan,
             payloads.encodings,
-            seed=seed,
-            offset=offset,
+            seed=draw.seed,
+            offset=draw.offset,
         )
-        payloads.take(codes)
-        call.payloads.extend(
-            spec and _output_payload(spec, output, own, cast)
-            for output, spec in zip(outputs, chain.output_payloads)
-        )
+        payloads.take(codes, draw, offsets[0])
+        for output, spec in zip(outputs, chain.output_payloads):
+            payload = None
+            if spec is not None:
+                dither = None
+                if chain.steps[spec.step].dithers:
+                    place = draw.offset + offsets[1][spec.step]
+                    dither = ops.Dither(draw.seed, place)
+                payload = _output_payload(spec, output, own, cast, dither)
+            call.payloads.append(payload)
         ctx.adaptive = _first_layer_bits(chain.input_quantizers)
         ctx.probe = None
         if chain.observed:
             ctx.probe = payloads.probe()
             ctx.format = payloads.payloads[0].format
-        codes, ctx.formats = payloads.to_save(ctx.layouts)
+        codes, ctx.formats, ctx.draws = payloads.to_save(ctx.layouts)
+        seed = as_int64(draw.seed)
+        for step, place in zip(chain.steps, offsets[1]):
+            if step.dithers:
+                ctx.draws += 1, seed, as_int64(draw.offset + place)
+            else:
+                ctx.draws += ops.NOT_DITHERED
         ctx.save_for_backward(*parameters, *codes, *own)
         ctx.counts = count, len(parameters), len(parameters) + len(codes)
         ctx.plan, ctx.dtype = chain.plan, dtype
@@ -139,6 +173,7 @@ class _Chain(Function):
             ctx.wide,
             ctx.probe is not None,
             ctx.dtype,
+            ctx.draws,
         )
         first, *of_parameters = grads[inputs:]
         if first is not None:
@@ -189,18 +224,33 @@ class _InputPayloads:
             self.payloads.append(payload)
             self.encodings += encoding
 
-    def take(self, codes):
+    @property
+    def encoded(self):
+        """tuple[bool]: Whether the op makes the payload of each input."""
+        encoded = [False] * len(self._xs)
+        for place, *_ in self._missing:
+            encoded[place] = True
+        return tuple(encoded)
+
+    def take(self, codes, draw, offsets):
         """Take over the payloads that the op has made.
 
         Args:
             codes (Sequence[Tensor]): Second result of the op.
+            draw (Draw): Seed, and offset of the first payload.
+            offsets (Sequence[int]): Offset of each input from that.
         """
         begin = 0
         for place, quantizer, input, x, encoding in self._missing:
             end, bits = begin + encoding.num_tensors, encoding.bits
             if encoding.kind is ops.PayloadKind.ROWS:
                 bits /= x.shape[0]
-            format = PayloadFormat.of(x, bits, encoding.group_size)
+            dither = None
+            if quantizer.dithers:
+                dither = ops.Dither(draw.seed, draw.offset + offsets[place])
+            format = PayloadFormat.of(
+                x, bits, encoding.group_size, dither=dither
+            )
             payload = QuantizedTensor(format, *codes[begin:end])
             self.payloads[place] = quantizer.publish(input, x, payload)
             begin = end
@@ -217,24 +267,28 @@ class _InputPayloads:
                 inputs are overwritten with those of their payloads.
 
         Returns:
-            tuple[list[Tensor | None], list[int]]: Both as
-            :func:`mmactnn.ops.conv_chain_backward` takes them.
+            tuple[list[Tensor | None], list[int], list[int]]: Tensors, formats
+            and random bits, as :func:`mmactnn.ops.conv_chain_backward` takes
+            them.
         """
-        codes, formats, place = [], [], 0
+        codes, formats, draws, place = [], [], [], 0
         for payload, x in zip(self.payloads, self._xs):
             strides, place = place + 1 + x.dim(), place + 1 + 2 * x.dim()
             if payload is None:
                 formats += ops.NOT_ENCODED
+                draws += ops.NOT_DITHERED
                 continue
             tensors, format = payload.tensors, payload.format
             if format.stride != x.stride():
                 layouts[strides:place] = torch.tensor(format.stride)
-            kind = ops.PayloadKind[format.kind.upper()]
+            kind = _KINDS[format.kind]
             if kind is ops.PayloadKind.PLAIN and len(tensors) == 4:
                 kind = ops.PayloadKind.ROWS
             codes += tensors
             formats += kind, int(format.bits), format.group_size
-        return codes, formats
+            dither = format.dither
+            draws += ops.NOT_DITHERED if dither is None else dither.numbers
+        return codes, formats, draws
 
 
 def _first_layer_bits(quantizers):
@@ -243,12 +297,16 @@ def _first_layer_bits(quantizers):
     return next((bits for bits in found if bits is not None), None)
 
 
-def _output_payload(spec, output, kept, parameters):
+def _output_payload(spec, output, kept, parameters, dither):
     tensors = kept[spec.place : spec.place + 2]
     if spec.kind == 'split':
         first = spec.layer * ops.PARAMETERS
         tensors += parameters[first + 2 : first + ops.PARAMETERS]
-    format = PayloadFormat.of(output, spec.bits, spec.group_size, spec.kind)
+    if dither is not None and spec.follows_sum:
+        dither = dither.second()
+    format = PayloadFormat.of(
+        output, spec.bits, spec.group_size, spec.kind, dither
+    )
     return format.payload(*tensors)
 
 

@@ -55,15 +55,16 @@ class _NormAct(Function):
         adds = residual is not None
         kind = 'split' if relu and not adds else 'plain'
         bits = quantizer.fused_bits
+        draw = quantizer.generator.next(x.device)
+        random, dither = draw._asdict(), quantizer.dither_of(draw)
         norm = PayloadFormat.of(
-            x, getattr(bits, kind), quantizer.group_size, kind
+            x, getattr(bits, kind), quantizer.group_size, kind, dither
         )
         inplace = inplace and group is None and x is input
         read = None
         if quantizer.meter is not None:
             # torch keeps an input that is overwritten here.
             read = meta_tensor(x.shape, x.dtype) if inplace else input
-        random = quantizer.generator.next(x.device)._asdict()
         tensors = x, residual, _float(weight), _float(bias)
         arguments = (
             relu,
@@ -87,7 +88,11 @@ class _NormAct(Function):
             )
         act = payload = None
         if adds:
-            act = norm._replace(bits=bits.zeroed, kind='zeroed')
+            act = norm._replace(
+                bits=bits.zeroed,
+                kind='zeroed',
+                dither=dither and dither.second(),
+            )
             payload = act.payload(*codes[2:])
         elif relu:
             payload = norm.payload(*codes, *tensors[2:])
@@ -152,6 +157,7 @@ def _gradients(record, grad, codes, ranges, act, weight, invstd, needs_input):
         norm.bits,
         record.act.bits if act else 0,
         norm.group_size,
+        dither=norm.dither,
     )
 
 
@@ -176,13 +182,23 @@ def _global_batch_gradients(
 ):
     """Gradients with statistics over several processes."""
     bits, group_size = record.norm.bits, record.norm.group_size
+    random = dict(dither=record.norm.dither)
     masks = record.relu and not act
     if act:
         grad, sums = ops.norm_add_grad_sums(
-            grad, codes, ranges, act[0], bits, record.act.bits, group_size
+            grad,
+            codes,
+            ranges,
+            act[0],
+            bits,
+            record.act.bits,
+            group_size,
+            **random,
         )
     else:
-        sums = ops.norm_grad_sums(grad, codes, ranges, bits, group_size, masks)
+        sums = ops.norm_grad_sums(
+            grad, codes, ranges, bits, group_size, masks, **random
+        )
     grads = [grad] if act else []
     if needs_input:
         # The gradients of weight and bias stay those of this process: the
@@ -199,6 +215,7 @@ def _global_batch_gradients(
             bits,
             group_size,
             masks,
+            **random,
         )
         grads.insert(0, grad_input)
     return sums.unbind(), grads

@@ -64,7 +64,8 @@ class _CodedReLU(Function):
     def forward(ctx, input, inplace, quantizer, made):
         rows = ops.layout.dense_rows(input)
         bits, group_size = quantizer.bits, quantizer.group_size
-        random = quantizer.generator.next(rows.device)._asdict()
+        draw = quantizer.generator.next(rows.device)
+        random = draw._asdict()
         if inplace and rows is input:
             seen = input
             codes, ranges = ops.relu_codes_(input, bits, group_size, **random)
@@ -73,7 +74,9 @@ class _CodedReLU(Function):
                 rows, bits, group_size, **random
             )
         output = finish(ctx, input, seen, inplace)
-        format = PayloadFormat.of(seen, bits, group_size, 'zeroed')
+        format = PayloadFormat.of(
+            seen, bits, group_size, 'zeroed', quantizer.dither_of(draw)
+        )
         made.append(format.payload(codes, ranges))
         ctx.save_for_backward(codes)
         ctx.stride, ctx.bits = format.stride, bits

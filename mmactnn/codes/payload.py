@@ -23,6 +23,7 @@ class PayloadFormat(NamedTuple):
         group_size (int): Elements a range.
         kind (str): Kind of the codes: ``'plain'``, ``'split'`` or
             ``'zeroed'``.
+        dither (Dither, optional): Random bits that decoding subtracts.
     """
 
     size: torch.Size
@@ -31,12 +32,13 @@ class PayloadFormat(NamedTuple):
     bits: float
     group_size: int
     kind: str = 'plain'
+    dither: ops.Dither | None = None
 
     @classmethod
-    def of(cls, tensor, bits, group_size, kind='plain'):
+    def of(cls, tensor, bits, group_size, kind='plain', dither=None):
         """Format of a tensor that is quantised in its own layout."""
         layout = tensor.shape, tensor.stride(), tensor.dtype
-        return cls(*layout, bits, group_size, kind)
+        return cls(*layout, bits, group_size, kind, dither)
 
     def payload(self, *tensors):
         """Make a payload from this format and saved tensors.
@@ -105,6 +107,11 @@ class Payload:
         format = self.format
         return (samples, *format.size[1:]), format.stride, format.dtype
 
+    def _dither(self, start):
+        """Random bits of the samples from ``start`` on."""
+        dither = self.format.dither
+        return dither if dither is None or not start else dither.at_row(start)
+
 
 def pieces(samples, nbytes, max_bytes):
     """Divide the samples of a tensor into pieces of limited size.
@@ -162,14 +169,25 @@ class QuantizedTensor(Payload):
             codes, ranges = _part(start, stop, self.codes, self.ranges)
             layout = self._layout(ranges.shape[0])
             return ops.dequantize(
-                codes, ranges, *layout, format.bits, format.group_size
+                codes,
+                ranges,
+                *layout,
+                format.bits,
+                format.group_size,
+                dither=self._dither(start),
             )
         ranges, bits, starts = _part(
             start, stop, self.ranges, self.row_bits, self.row_starts
         )
         layout = self._layout(ranges.shape[0])
         return ops.dequantize_rows(
-            self.codes, ranges, bits, starts, *layout, format.group_size
+            self.codes,
+            ranges,
+            bits,
+            starts,
+            *layout,
+            format.group_size,
+            dither=self._dither(start),
         )
 
 
@@ -210,6 +228,7 @@ class SplitTensor(Payload):
             *self._layout(ranges.shape[0]),
             self.format.bits,
             self.format.group_size,
+            dither=self._dither(start),
         )
 
 
@@ -244,6 +263,7 @@ class ZeroedTensor(Payload):
             *self._layout(ranges.shape[0]),
             self.format.bits,
             self.format.group_size,
+            dither=self._dither(start),
         )
 
 

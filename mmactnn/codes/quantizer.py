@@ -148,9 +148,12 @@ class LayerQuantizer:
         fused_bits (FusedBits, optional): Bits of a fused normalisation.
         cache (PayloadCache, optional): Payloads that the layers of the model
             share. Defaults to the one of all unconverted layers.
+        rounding (str, optional): See :class:`mmactnn.Compression`. Defaults
+            to ``'dither'``.
 
     Attributes:
         chunk_bytes (int, optional): ``chunk_mib`` in bytes.
+        dithers (bool): Whether payloads are decoded with dither.
         meter (LayerMeter, optional): Counter of kept tensors, while they are
             measured.
 
@@ -169,6 +172,7 @@ class LayerQuantizer:
         strict=False,
         fused_bits=None,
         cache=None,
+        rounding='dither',
     ):
         whole = bits and layer_bits is None
         ops.check_format(bits if whole else 1, group_size)
@@ -181,6 +185,8 @@ class LayerQuantizer:
         self.strict = strict
         self.fused_bits = fused_bits
         self.cache = cache or default_cache
+        self.rounding = rounding
+        self.dithers = rounding == 'dither'
         self.meter = None
 
     @classmethod
@@ -271,6 +277,7 @@ class LayerQuantizer:
             strict,
             fused_bits,
             cache,
+            level.rounding,
         )
 
     @property
@@ -328,7 +335,8 @@ class LayerQuantizer:
                         rows, group_size
                     )
                 bits = total / samples
-        seed, offset, offset_tensor = self.generator.next(rows.device)
+        draw = self.generator.next(rows.device)
+        seed, offset, offset_tensor = draw
         # As signed integers of 64 bits.
         seed -= seed >> 63 << 64
         offset -= offset >> 63 << 64
@@ -349,9 +357,25 @@ class LayerQuantizer:
                 offset_tensor,
             )
         format = PayloadFormat(
-            rows.shape, rows.stride(), rows.dtype, bits, group_size
+            rows.shape,
+            rows.stride(),
+            rows.dtype,
+            bits,
+            group_size,
+            dither=ops.Dither(*draw) if self.dithers else None,
         )
         return QuantizedTensor(format, codes, ranges, row_bits, row_starts)
+
+    def dither_of(self, draw):
+        """Random bits that the payloads of a draw are decoded with.
+
+        Args:
+            draw (Draw): Seed and offset that they were rounded with.
+
+        Returns:
+            Dither, optional: None where codes alone are decoded.
+        """
+        return ops.Dither(*draw) if self.dithers else None
 
     def encoding(self, samples):
         """Format with which an op encodes a tensor as :meth:`pack` would.
@@ -567,6 +591,9 @@ class LayerQuantizer:
         self.__dict__.update(state)
         self.generator = self.generator or default_generator
         self.cache = state.get('cache') or default_cache
+        # A pickle from before there was a choice.
+        self.rounding = state.get('rounding', 'stochastic')
+        self.dithers = self.rounding == 'dither'
 
     def __repr__(self):
         return (

@@ -3,6 +3,7 @@
 from operator import itemgetter
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from ..autograd import run_chain
@@ -56,6 +57,18 @@ _QUANTIZER_STATE = itemgetter(
     'fused_bits',
     'meter',
 )
+
+
+def may_chain(values):
+    """Whether values are tensors small enough to be inputs of a chain.
+
+    Args:
+        values (Sequence[object]): The values.
+    """
+    for value in values:
+        if not isinstance(value, torch.Tensor) or value.nbytes > _MAX_BYTES:
+            return False
+    return True
 
 
 def count_oversized(inputs):

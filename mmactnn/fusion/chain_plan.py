@@ -200,11 +200,13 @@ def plan_chain(layers, repeats):
     observed = [i for i, step in enumerate(steps) if is_input(step.source)]
     chain = Chain(
         ChainPlan.of(steps, settings),
+        steps,
         input_quantizers,
         output_payloads,
         any(map(_needs_cast, norms)),
         generator,
         observed == [0],
+        {},
     )
     return ExecutionPlan(layers, chain, repeats)
 
@@ -261,7 +263,10 @@ def _find_output_payloads(steps):
         elif step.epilogue is Epilogue.NORM_RELU:
             format = 'split', step.bits, step.group_size, place + 1
         if i not in read:
-            payloads.append(format and OutputPayload(*format, step.layer))
+            adds = step.residual is not None
+            payloads.append(
+                format and OutputPayload(*format, step.layer, i, adds)
+            )
         place += step.num_saved
     if any(
         not is_input(step.source)
@@ -300,7 +305,8 @@ def _plan_epilogue(norm, relu, has_residual):
             if not (relu.is_coded and relu.training):
                 return None
         epilogue = Epilogue.NONE if relu is None else Epilogue.RELU
-        return epilogue, False, bits, 0, group_size
+        dithers = relu is not None and relu.quantizer.dithers
+        return epilogue, False, bits, 0, group_size, dithers
     fused, group_size = norm.quantizer.fused_bits, norm.quantizer.group_size
     # Without momentum the host counts the batches.
     counts = norm.training and norm.track_running_stats
@@ -311,4 +317,11 @@ def _plan_epilogue(norm, relu, has_residual):
         epilogue = Epilogue.NORM_RELU
         bits = fused.plain if has_residual else fused.split
     act_bits = fused.zeroed if has_residual else 0
-    return epilogue, norm.uses_batch_stats(), bits, act_bits, group_size
+    return (
+        epilogue,
+        norm.uses_batch_stats(),
+        bits,
+        act_bits,
+        group_size,
+        norm.quantizer.dithers,
+    )

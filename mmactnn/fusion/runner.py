@@ -3,7 +3,7 @@
 import torch
 
 from ..modules.execution import is_ordinary
-from .chain import ChainRunner, count_oversized
+from .chain import ChainRunner, may_chain
 from .eligibility import has_hooks, is_instrumented, may_fuse
 from .plan import ValueRef, collect_layers, members_of, resolve
 
@@ -109,17 +109,15 @@ class BlockRunner:
         first = values[plan.steps[start].args[0].slot]
         # An early exit: mostly, feature maps shrink along a block, so that the
         # first input is the largest.
-        if not isinstance(first, torch.Tensor) or count_oversized([first]):
+        if not may_chain([first]):
             return None
         found = collect_layers(module, plan, start, end, plan_to_merge)
         if found is None:
             return None
         layers, slots = found
         inputs = [values[slot] for slot in slots]
-        if not all(isinstance(value, torch.Tensor) for value in inputs):
-            return None
         # Gradients of residuals live as long as the chain's, too.
-        if any(count_oversized([value]) for value in inputs):
+        if not may_chain(inputs):
             return None
         key = id(plan), start
         chain = self._chains.get(key)

@@ -101,7 +101,8 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         Returns:
             NormSettings: The settings.
         """
-        counts = self._counts()
+        tracks = self.training and self.track_running_stats
+        counts = tracks and self.momentum is not None
         return NormSettings(
             *self.next_buffers(),
             self.uses_batch_stats(),
@@ -117,15 +118,13 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
             tuple[Tensor[C] | None, Tensor[C] | None, Tensor[] | None]: The
             first three fields of :class:`NormSettings`.
         """
-        if self.training and not self.track_running_stats:
+        tracks = self.training and self.track_running_stats
+        if self.training and not tracks:
             return None, None, None
         mean, var, count = self._read_buffers()
-        return mean, var, count if self._counts() else None
-
-    def _counts(self):
-        """Whether the kernels count the batches."""
-        tracks = self.training and self.track_running_stats
-        return tracks and self.momentum is not None
+        # Kernels count the batches, but where the host needs the count.
+        counts = tracks and self.momentum is not None
+        return mean, var, count if counts else None
 
     def stats_group(self):
         """ProcessGroup, optional: The processes that share statistics."""

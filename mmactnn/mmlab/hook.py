@@ -341,6 +341,8 @@ def _compare_settings(loaded, level):
     saved, now = loaded.get('settings'), settings_of(level)
     if saved is None:  # a checkpoint of an earlier version
         return None if loaded['level'] == level.name else ''
+    # Earlier versions had no choice of rounding.
+    saved = dict(rounding='stochastic') | saved
     changed = [key for key in now if saved.get(key) != now[key]]
     if not changed:
         return None

@@ -272,6 +272,7 @@ def _fake_conv_chain_backward(
     wide,
     observed,
     dtype,
+    draws=(),
 ):
     steps = read_steps(plan)
     grads = _FakeGradients(

@@ -14,7 +14,8 @@ from ..extension import require_kernels
 from ._fake import empty_sums, fake
 from .layout import dense_channels, with_strides
 from .norm_act import fake_norm_act
-from .quantize import DEFAULT_GROUP_SIZE, as_int64
+from .quantize import DEFAULT_GROUP_SIZE
+from .random_bits import as_int64, dither_arguments
 
 __all__ = [
     'NormSettings',
@@ -182,6 +183,8 @@ def batch_norm_act_backward(
     bits,
     act_bits,
     group_size,
+    *,
+    dither=None,
 ):
     """Gradients of :func:`batch_norm_act`.
 
@@ -201,6 +204,7 @@ def batch_norm_act_backward(
         bits (int): Bits of ``codes``.
         act_bits (int): Bits of ``act_codes``.
         group_size (int): Elements a range.
+        dither (Dither, optional): See :func:`norm_grad_sums`.
 
     Returns:
         tuple[tuple[Tensor, Tensor], list[Tensor]]: The gradients of bias and
@@ -226,6 +230,7 @@ def batch_norm_act_backward(
         bits,
         act_bits,
         group_size,
+        *dither_arguments(dither),
     )
     return tuple(results[:2]), results[2:]
 
@@ -267,9 +272,7 @@ def _fake_batch_norm_act_backward(
     relu,
     use_batch_stats,
     needs_input,
-    bits,
-    act_bits,
-    group_size,
+    *format,
 ):
     count = needs_input + (act_codes is not None)
     return [

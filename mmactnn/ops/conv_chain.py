@@ -10,18 +10,20 @@ from typing import NamedTuple
 import torch
 
 from ..extension import require_kernels
-from .quantize import as_int64
+from .random_bits import as_int64
 
 __all__ = [
     'ChainPlan',
     'ChainStep',
     'Encoding',
     'Epilogue',
+    'NOT_DITHERED',
     'NOT_ENCODED',
     'PARAMETERS',
     'PayloadKind',
     'conv_chain',
     'conv_chain_backward',
+    'find_offsets',
     'is_input',
     'source_of_input',
 ]
@@ -91,6 +93,8 @@ class ChainStep(NamedTuple):
         bits (int): Bits a code of the epilogue's payload.
         act_bits (int): Bits a code of the output after an addition, else 0.
         group_size (int): Elements a range.
+        dithers (bool): Whether the epilogue's payloads are decoded with
+            dither. Defaults to False.
     """
 
     source: int
@@ -105,6 +109,7 @@ class ChainStep(NamedTuple):
     bits: int
     act_bits: int
     group_size: int
+    dithers: bool = False
 
     @property
     def has_norm(self):
@@ -192,6 +197,31 @@ class ChainPlan(NamedTuple):
         )
 
 
+def find_offsets(steps, encoded):
+    """Offsets of the random bits of a chain's payloads.
+
+    Args:
+        steps (Sequence[ChainStep]): The steps.
+        encoded (Sequence[bool]): Whether the op encodes each input.
+
+    Returns:
+        tuple[list[int], list[int]]: For each input and for each step the
+        offset of its payload, counted from that of the call; 0 where there is
+        none.
+    """
+    of_inputs, of_steps = [0] * len(encoded), [0] * len(steps)
+    next_offset, left = 0, list(encoded)
+    for i, step in enumerate(steps):
+        if is_input(step.source) and left[~step.source]:
+            left[~step.source] = False
+            of_inputs[~step.source] = next_offset
+            next_offset += 1
+        if step.epilogue is not Epilogue.NONE:
+            of_steps[i] = next_offset
+            next_offset += 1
+    return of_inputs, of_steps
+
+
 class Encoding(NamedTuple):
     """Format of the payload that stands for an input of a chain.
 
@@ -212,6 +242,9 @@ class Encoding(NamedTuple):
         """int: Number of tensors in the payload that the op makes."""
         return 4 if self.kind is PayloadKind.ROWS else 2
 
+
+# For payloads whose codes alone are decoded.
+NOT_DITHERED = (0, 0, 0)
 
 # For inputs that have a payload already, or that no convolution reads.
 NOT_ENCODED = Encoding(PayloadKind.NONE, 0, 0)
@@ -285,6 +318,7 @@ def conv_chain_backward(
     wide,
     observed,
     dtype,
+    draws=(),
 ):
     """Gradients of :func:`conv_chain`.
 
@@ -309,6 +343,11 @@ def conv_chain_backward(
         observed (bool): Whether to return the gradient of the first
             convolution's output, too.
         dtype (torch.dtype): Dtype of the inputs.
+        draws (Sequence[int], optional): Random bits of the payloads of each
+            input and then of each step, one after the other: 1, seed and
+            offset as signed integers, whose ``act_codes`` have
+            :meth:`Dither.second`; ``NOT_DITHERED`` where codes alone are
+            decoded. Defaults to none.
 
     Returns:
         list[Tensor | None]: Gradients of the inputs, of the first
@@ -331,6 +370,7 @@ def conv_chain_backward(
             wide,
             observed,
             dtype,
+            draws,
         )
     except RuntimeError as error:
         _raise_out_of_memory(error)

@@ -6,10 +6,10 @@ from ._fake import empty_payload, fake
 from .layout import dense_channels, with_strides
 from .quantize import (
     DEFAULT_GROUP_SIZE,
-    as_int64,
     check_format,
     check_input,
 )
+from .random_bits import as_int64
 from .rectified import check_rectified_format
 
 __all__ = ['norm_act']

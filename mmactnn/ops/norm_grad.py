@@ -5,6 +5,7 @@ import torch
 from ._fake import empty_sums, fake
 from .channel_stats import check_channels, check_vector
 from .quantize import check_format
+from .random_bits import dither_arguments
 from .rectified import check_rectified_format
 
 __all__ = ['norm_add_grad_sums', 'norm_grad_input', 'norm_grad_sums']
@@ -17,7 +18,9 @@ def _check(grad_output, bits, group_size, relu):
     check_channels(grad_output, 'grad_output')
 
 
-def norm_grad_sums(grad_output, codes, ranges, bits, group_size, relu):
+def norm_grad_sums(
+    grad_output, codes, ranges, bits, group_size, relu, *, dither=None
+):
     """Sums over each channel of a normalisation's gradient.
 
     The gradients of bias, weight and input of a batch normalisation are made
@@ -36,6 +39,8 @@ def norm_grad_sums(grad_output, codes, ranges, bits, group_size, relu):
         bits (int): Bits a code, from 1 to 8, with ``relu`` from 2.
         group_size (int): Elements a range: 64, 128, 256 or 512.
         relu (bool): Whether a ReLU follows, whose mask the codes hold.
+        dither (Dither, optional): Random bits that the normalised input was
+            rounded with, to be subtracted. Defaults to none.
 
     Returns:
         Tensor[2, C]: float32, sums over each channel of the gradients that
@@ -50,12 +55,26 @@ def norm_grad_sums(grad_output, codes, ranges, bits, group_size, relu):
     """
     _check(grad_output, bits, group_size, relu)
     return torch.ops.mmactnn.norm_grad_sums.default(
-        grad_output, codes, ranges, bits, group_size, relu
+        grad_output,
+        codes,
+        ranges,
+        bits,
+        group_size,
+        relu,
+        *dither_arguments(dither),
     )
 
 
 def norm_add_grad_sums(
-    grad_output, codes, ranges, act_codes, bits, act_bits, group_size
+    grad_output,
+    codes,
+    ranges,
+    act_codes,
+    bits,
+    act_bits,
+    group_size,
+    *,
+    dither=None,
 ):
     """:func:`norm_grad_sums` behind a ReLU of a residual sum.
 
@@ -70,6 +89,7 @@ def norm_add_grad_sums(
         bits (int): Bits a code of ``codes``, from 1 to 8.
         act_bits (int): Bits a code of ``act_codes``, from 2 to 8.
         group_size (int): Elements a range: 64, 128, 256 or 512.
+        dither (Dither, optional): As in :func:`norm_grad_sums`.
 
     Returns:
         tuple[Tensor, Tensor]: The gradient of the sum before the ReLU
@@ -85,12 +105,28 @@ def norm_add_grad_sums(
     _check(grad_output, bits, group_size, relu=False)
     check_rectified_format(act_bits, group_size, 'act_bits')
     return torch.ops.mmactnn.norm_add_grad_sums.default(
-        grad_output, codes, ranges, act_codes, bits, act_bits, group_size
+        grad_output,
+        codes,
+        ranges,
+        act_codes,
+        bits,
+        act_bits,
+        group_size,
+        *dither_arguments(dither),
     )
 
 
 def norm_grad_input(
-    grad_output, codes, ranges, scale, means, bits, group_size, relu
+    grad_output,
+    codes,
+    ranges,
+    scale,
+    means,
+    bits,
+    group_size,
+    relu,
+    *,
+    dither=None,
 ):
     """Gradient of a normalisation's input.
 
@@ -110,6 +146,7 @@ def norm_grad_input(
         bits (int): Bits a code, from 1 to 8, with ``relu`` from 2.
         group_size (int): Elements a range: 64, 128, 256 or 512.
         relu (bool): Whether the codes are split ones.
+        dither (Dither, optional): As in :func:`norm_grad_sums`.
 
     Returns:
         Tensor[N, C, *]: Of the dtype and the strides of ``grad_output``.
@@ -126,24 +163,28 @@ def norm_grad_input(
     check_vector(scale, (channels,), 'scale')
     check_vector(means, (2, channels), 'means')
     return torch.ops.mmactnn.norm_grad_input.default(
-        grad_output, codes, ranges, scale, means, bits, group_size, relu
+        grad_output,
+        codes,
+        ranges,
+        scale,
+        means,
+        bits,
+        group_size,
+        relu,
+        *dither_arguments(dither),
     )
 
 
 @fake('norm_grad_sums')
-def _fake_norm_grad_sums(grad_output, codes, ranges, bits, group_size, relu):
+def _fake_norm_grad_sums(grad_output, *format):
     return empty_sums(grad_output)
 
 
 @fake('norm_add_grad_sums')
-def _fake_norm_add_grad_sums(
-    grad_output, codes, ranges, act_codes, bits, act_bits, group_size
-):
+def _fake_norm_add_grad_sums(grad_output, *format):
     return torch.empty_like(grad_output), empty_sums(grad_output)
 
 
 @fake('norm_grad_input')
-def _fake_norm_grad_input(
-    grad_output, codes, ranges, scale, means, bits, group_size, relu
-):
+def _fake_norm_grad_input(grad_output, *format):
     return torch.empty_like(grad_output)

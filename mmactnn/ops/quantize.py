@@ -5,6 +5,7 @@ import torch
 from ..extension import require_kernels
 from ._fake import empty_payload, fake
 from .layout import dense_rows
+from .random_bits import as_int64, dither_arguments
 
 __all__ = [
     'DEFAULT_GROUP_SIZE',
@@ -153,7 +154,15 @@ def quantize(
 
 
 def dequantize(
-    codes, ranges, size, stride, dtype, bits, group_size=DEFAULT_GROUP_SIZE
+    codes,
+    ranges,
+    size,
+    stride,
+    dtype,
+    bits,
+    group_size=DEFAULT_GROUP_SIZE,
+    *,
+    dither=None,
 ):
     """Turn codes back into values.
 
@@ -169,9 +178,12 @@ def dequantize(
         dtype (torch.dtype): float32, float16 or bfloat16.
         bits (int): Bits a code, from 1 to 8.
         group_size (int, optional): Elements a range. Defaults to 256.
+        dither (Dither, optional): Random bits that the tensor was rounded
+            with, to be subtracted. Defaults to none.
 
     Returns:
-        Tensor[N, *]: ``low + code * step``, of ``dtype`` and ``stride``.
+        Tensor[N, *]: ``low + code * step``, of ``dtype`` and ``stride``; with
+        dither see :class:`mmactnn.ops.Dither`.
 
     Raises:
         ValueError: If ``bits`` or ``group_size`` is not valid.
@@ -183,14 +195,15 @@ def dequantize(
     check_dtype(dtype)
     require_kernels(codes.device)
     return torch.ops.mmactnn.dequantize.default(
-        codes, ranges, size, stride, dtype, bits, group_size
+        codes,
+        ranges,
+        size,
+        stride,
+        dtype,
+        bits,
+        group_size,
+        *dither_arguments(dither),
     )
-
-
-def as_int64(value):
-    """The 64 lowest bits of an integer as the op's signed argument."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
 
 
 @fake('quantize')
@@ -199,5 +212,5 @@ def _fake_quantize(input, bits, group_size, seed, offset, offset_tensor=None):
 
 
 @fake('dequantize')
-def _fake_dequantize(codes, ranges, size, stride, dtype, bits, group_size):
+def _fake_dequantize(codes, ranges, size, stride, dtype, *format):
     return codes.new_empty_strided(size, stride, dtype=dtype)

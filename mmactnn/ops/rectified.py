@@ -5,6 +5,7 @@ import torch
 from ..extension import require_kernels
 from ._fake import fake
 from .quantize import DEFAULT_GROUP_SIZE, check_dtype, check_group_size
+from .random_bits import dither_arguments
 
 __all__ = ['dequantize_split', 'dequantize_zeroed']
 
@@ -60,6 +61,8 @@ def dequantize_split(
     dtype,
     bits,
     group_size=DEFAULT_GROUP_SIZE,
+    *,
+    dither=None,
 ):
     """Decode split codes of a normalised input to the output of its ReLU.
 
@@ -79,10 +82,13 @@ def dequantize_split(
         dtype (torch.dtype): float32, float16 or bfloat16.
         bits (int): Bits a code, from 2 to 8.
         group_size (int, optional): Elements a range. Defaults to 256.
+        dither (Dither, optional): Random bits that the tensor was rounded
+            with, to be subtracted. Defaults to none.
 
     Returns:
         Tensor[N, C, *]: ``(low + code * step) * weight + bias`` where the
         output was positive, exactly 0 elsewhere; of ``dtype`` and ``stride``.
+        With dither see :class:`mmactnn.ops.Dither`.
 
     Raises:
         ValueError: If ``bits`` or ``group_size`` is not valid.
@@ -92,12 +98,29 @@ def dequantize_split(
     """
     _check(codes, dtype, bits, group_size)
     return torch.ops.mmactnn.dequantize_split.default(
-        codes, ranges, weight, bias, size, stride, dtype, bits, group_size
+        codes,
+        ranges,
+        weight,
+        bias,
+        size,
+        stride,
+        dtype,
+        bits,
+        group_size,
+        *dither_arguments(dither),
     )
 
 
 def dequantize_zeroed(
-    codes, ranges, size, stride, dtype, bits, group_size=DEFAULT_GROUP_SIZE
+    codes,
+    ranges,
+    size,
+    stride,
+    dtype,
+    bits,
+    group_size=DEFAULT_GROUP_SIZE,
+    *,
+    dither=None,
 ):
     """Decode zeroed codes to the output of a ReLU.
 
@@ -111,10 +134,13 @@ def dequantize_zeroed(
         dtype (torch.dtype): float32, float16 or bfloat16.
         bits (int): Bits a code, from 2 to 8.
         group_size (int, optional): Elements a range. Defaults to 256.
+        dither (Dither, optional): Random bits that the tensor was rounded
+            with, to be subtracted. Defaults to none.
 
     Returns:
         Tensor[N, *]: 0 where the code is 0, else ``low + (code - 1) * step``;
-        of ``dtype`` and ``stride``.
+        of ``dtype`` and ``stride``. With dither see
+        :class:`mmactnn.ops.Dither`.
 
     Raises:
         ValueError: If ``bits`` or ``group_size`` is not valid.
@@ -124,19 +150,24 @@ def dequantize_zeroed(
     """
     _check(codes, dtype, bits, group_size)
     return torch.ops.mmactnn.dequantize_zeroed.default(
-        codes, ranges, size, stride, dtype, bits, group_size
+        codes,
+        ranges,
+        size,
+        stride,
+        dtype,
+        bits,
+        group_size,
+        *dither_arguments(dither),
     )
 
 
 @fake('dequantize_split')
 def _fake_dequantize_split(
-    codes, ranges, weight, bias, size, stride, dtype, bits, group_size
+    codes, ranges, weight, bias, size, stride, dtype, *format
 ):
     return codes.new_empty_strided(size, stride, dtype=dtype)
 
 
 @fake('dequantize_zeroed')
-def _fake_dequantize_zeroed(
-    codes, ranges, size, stride, dtype, bits, group_size
-):
+def _fake_dequantize_zeroed(codes, ranges, size, stride, dtype, *format):
     return codes.new_empty_strided(size, stride, dtype=dtype)

@@ -7,8 +7,10 @@ import torch
 
 _PHILOX_ROUNDS = 7
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PAIR_MULTIPLIER = 0xD256D193
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK32 = 0xFFFFFFFF
+_MASK64 = 0xFFFFFFFFFFFFFFFF
 _MIN_STEP = 2.0**-111
 _POSITIVE_INF, _NEGATIVE_INF, _NAN = 1, 2, 3
 
@@ -27,15 +29,6 @@ def philox(blocks, seed, offset):
     Returns:
         Tensor[B, 4]: int64 of 32 random bits each.
     """
-
-    def multiply(a, constant):
-        # By halves of the constant, as 64-bit products do not fit into int64.
-        low = a * (constant & 0xFFFF)
-        high = a * (constant >> 16)
-        product_high = (high + (low >> 16)) >> 16
-        product_low = (((high & 0xFFFF) << 16) + low) & _MASK32
-        return product_high, product_low
-
     c = [
         blocks & _MASK32,
         (blocks >> 32) & _MASK32,
@@ -44,11 +37,72 @@ def philox(blocks, seed, offset):
     ]
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(_PHILOX_ROUNDS):
-        high0, low0 = multiply(c[0], _MULTIPLIERS[0])
-        high1, low1 = multiply(c[2], _MULTIPLIERS[1])
+        high0, low0 = _multiply(c[0], _MULTIPLIERS[0])
+        high1, low1 = _multiply(c[2], _MULTIPLIERS[1])
         c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
         k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
     return torch.stack(c, dim=-1)
+
+
+def _multiply(a, constant):
+    """Both halves of a product of 32-bit numbers."""
+    # By halves of the constant, as 64-bit products do not fit into int64.
+    low = a * (constant & 0xFFFF)
+    high = a * (constant >> 16)
+    product_high = (high + (low >> 16)) >> 16
+    product_low = (((high & 0xFFFF) << 16) + low) & _MASK32
+    return product_high, product_low
+
+
+def philox_pair(counter, key):
+    """Random words of Philox2x32-7, see :func:`philox`.
+
+    Args:
+        counter (tuple[Tensor[B], Tensor[B]]): int64, halves of 32 bits.
+        key (int): 32 bits.
+
+    Returns:
+        Tensor[B, 2]: int64 of 32 random bits each.
+    """
+    c0, c1 = counter
+    for _ in range(_PHILOX_ROUNDS):
+        high, low = _multiply(c0, _PAIR_MULTIPLIER)
+        c0, c1 = high ^ key ^ c1, low
+        key = (key + _WEYL[0]) & _MASK32
+    return torch.stack([c0, c1], dim=-1)
+
+
+def mix64(value):
+    """Finaliser of SplitMix64: spreads a number over 64 bits.
+
+    G. L. Steele et al., "Fast splittable pseudorandom number generators",
+    OOPSLA'14, Sec. 3.
+
+    Args:
+        value (int): 64 bits.
+
+    Returns:
+        int: 64 bits, different ones for different numbers.
+    """
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
+
+
+def block_words(blocks, seed, offset):
+    """Random words of blocks of 8 elements.
+
+    Args:
+        blocks (Tensor[B]): int64, indices of blocks.
+        seed (int): 64 bits.
+        offset (int): 64 bits.
+
+    Returns:
+        Tensor[B, 2]: int64 of 32 random bits each.
+    """
+    stream = mix64((seed + (offset + 1) * 0x9E3779B97F4A7C15) & _MASK64)
+    counter = blocks & _MASK32, (blocks >> 32) ^ (stream & _MASK32)
+    return philox_pair(counter, stream >> 32)
 
 
 def _bfloat16_outward(value, towards_inf):
@@ -147,48 +201,83 @@ def quantize(input, bits, group_size, seed, offset, offset_tensor=None):
     return _pack(codes, bits), ranges.to(torch.bfloat16)
 
 
-def dequantize(codes, ranges, size, stride, dtype, bits, group_size):
+def dequantize(
+    codes, ranges, size, stride, dtype, bits, group_size, dither=None
+):
     """Specification of :func:`mmactnn.ops.dequantize`, same arguments."""
     out = torch.empty_strided(size, stride, dtype=dtype, device=codes.device)
     if out.numel() == 0:
         return out
-    row_numel = out[:1].numel()
-    unpacked = _unpack(codes, bits)[:, :row_numel]
-    low, step = (
-        ranges.float()
-        .repeat_interleave(group_size, dim=1)[:, :row_numel]
-        .unbind(-1)
+    # Codes of 0 are exact where 0 is the smallest value.
+    value = _decode_plain(
+        codes, ranges, out, bits, group_size, dither, lambda low: low != 0
     )
     largest = torch.finfo(dtype).max
-    value = (unpacked * step + low).clamp(-largest, largest)
-    nan, inf = float('nan'), float('inf')
-    special = torch.where(unpacked == _POSITIVE_INF, inf, nan)
-    special = torch.where(unpacked == _NEGATIVE_INF, -inf, special)
-    if bits == 1:
-        special = torch.full_like(low, nan)
-    special = torch.where(unpacked == 0, low, special)
-    value = torch.where(step.isnan(), special, value)
-    order = sorted(range(1, len(size)), key=lambda d: -out.stride(d))
-    view = out.permute(0, *order)
-    view.copy_(value.view(view.shape))
-    return out
+    clamped = value.clamp(-largest, largest)
+    special = ranges[..., 1].isnan().repeat_interleave(group_size, 1)
+    special = _per_element(special[:, : out[:1].numel()], out)
+    return out.copy_(torch.where(special, value, clamped))
 
 
-def _random16(rows, row_numel, group_size, seed, offset, device):
+def _random16(rows, row_numel, group_size, seed, offset, device, first_row=0):
     """16 random bits (Tensor[G, S]) for each element of the groups."""
     row_blocks = -(-row_numel // 8)
-    half = group_size // 8 // 2
-    starts = torch.arange(rows, device=device)[:, None] * row_blocks
-    starts = starts + torch.arange(0, row_blocks, 2 * half, device=device)
-    calls = starts.view(-1, 1) + torch.arange(half, device=device)
-    words = philox(calls.flatten(), seed, offset).view(-1, half, 2, 2)
-    # Halves of a group, blocks of a half, two words of a block.
-    words = words.transpose(1, 2).reshape(-1, group_size // 4)
+    row_groups = -(-row_numel // group_size)
+    starts = (torch.arange(rows, device=device) + first_row) * row_blocks
+    blocks = torch.arange(row_groups * group_size // 8, device=device)
+    blocks = (starts[:, None] + blocks).flatten()
+    words = block_words(blocks, seed, offset).flatten()
     # Element i of a word takes bytes i and i + 1.
     twice = words | (words & 0xFF) << 32
     return torch.stack(
         [twice >> shift & 0xFFFF for shift in (0, 8, 16, 24)], -1
     ).view(-1, group_size)
+
+
+def _row_random16(out, group_size, dither):
+    """16 random bits (Tensor[N, M]) of each element, in memory order."""
+    rows, row_numel = out.shape[0], out[:1].numel()
+    random = _random16(
+        rows,
+        row_numel,
+        group_size,
+        dither.seed,
+        _moved(dither.offset, dither.offset_tensor),
+        out.device,
+        dither.first_row,
+    )
+    padded = -(-row_numel // group_size) * group_size
+    return random.view(rows, padded)[:, :row_numel]
+
+
+def _decode(code, low, step, levels, random=None, has_dither=None):
+    """Values of codes that are not special, in float32.
+
+    Args:
+        code (Tensor[N, M]): int64.
+        low (Tensor[N, M]): float32.
+        step (Tensor[N, M]): float32.
+        levels (int): The highest code.
+        random (Tensor[N, M], optional): int64, 16 random bits; None: no
+            dither.
+        has_dither (Tensor[N, M], optional): Whether there is dither; None:
+            everywhere.
+
+    Returns:
+        Tensor[N, M]: float32.
+    """
+    plain = code * step + low
+    if random is None:
+        return plain
+    fraction = 16 if levels < 128 else 15
+    unit = step * 2.0**-fraction
+    rest = (1 << fraction) - 1 - (random >> (16 - fraction))
+    number = (code << fraction) + rest - (1 << fraction - 1)
+    # Rounded once: products and sums are exact in float64.
+    exact = number.double() * unit.double() + (low + unit * 0.5).double()
+    if has_dither is None:
+        return exact.float()
+    return torch.where(has_dither, exact.float(), plain)
 
 
 def _round(groups, low, step, levels, random):
@@ -263,29 +352,52 @@ def _per_element(tensor, out):
     return tensor.reshape(shape).permute(inverse)
 
 
-def _decode_split(codes, ranges, out, bits, group_size):
+def _special_values(code, low, has_inf):
+    """Values of special codes; at one bit all others than 0 are NaN."""
+    nan, inf = float('nan'), float('inf')
+    special = torch.full_like(low, nan)
+    if has_inf:
+        special = torch.where(code == _POSITIVE_INF, inf, special)
+        special = torch.where(code == _NEGATIVE_INF, -inf, special)
+    return torch.where(code == 0, low, special)
+
+
+def _decode_split(codes, ranges, out, bits, group_size, dither=None):
     """Values (float32, in shape and layout of ``out``) and their kinds."""
     row_numel = out[:1].numel()
+    levels = 2 ** (bits - 1) - 1
     unpacked = _unpack(codes, bits)[:, :row_numel]
     positive = unpacked >> (bits - 1) == 1
-    code = unpacked & (2 ** (bits - 1) - 1)
+    code = unpacked & levels
     ranges = ranges.float().repeat_interleave(group_size, 1)[:, :row_numel]
     low = torch.where(positive, ranges[..., 2], ranges[..., 0])
     step = torch.where(positive, ranges[..., 3], ranges[..., 1])
-    value = code * step + low
-    nan, inf = float('nan'), float('inf')
-    special = torch.where(code == _POSITIVE_INF, inf, nan)
-    special = torch.where(code == _NEGATIVE_INF, -inf, special)
-    if bits == 2:
-        special = torch.full_like(low, nan)
-    special = torch.where(code == 0, low, special)
+    random = dither and _row_random16(out, group_size, dither)
+    value = _decode(code, low, step, levels, random)
+    special = _special_values(code, low, bits > 2)
     value = torch.where(step.isnan(), special, value)
     return _per_element(value, out), _per_element(positive, out)
 
 
-def _decode_plain(codes, ranges, out, bits, group_size):
-    layout = out.shape, out.stride(), torch.float32
-    return dequantize(codes, ranges, *layout, bits, group_size)
+def _decode_plain(
+    codes, ranges, out, bits, group_size, dither=None, has_dither=None
+):
+    """Values (float32, in shape and layout of ``out``)."""
+    row_numel = out[:1].numel()
+    code = _unpack(codes, bits)[:, :row_numel]
+    ranges = ranges.float().repeat_interleave(group_size, 1)[:, :row_numel]
+    low, step = ranges.unbind(-1)
+    random = dither and _row_random16(out, group_size, dither)
+    value = _decode(
+        code,
+        low,
+        step,
+        2**bits - 1,
+        random,
+        has_dither and has_dither(low),
+    )
+    special = _special_values(code, low, bits > 1)
+    return _per_element(torch.where(step.isnan(), special, value), out)
 
 
 def _channels(vector, out):
@@ -360,10 +472,12 @@ def norm_act(
     return output, *codes, *act
 
 
-def norm_grad_sums(grad_output, codes, ranges, bits, group_size, relu):
+def norm_grad_sums(
+    grad_output, codes, ranges, bits, group_size, relu, dither=None
+):
     """Specification of :func:`mmactnn.ops.norm_grad_sums`."""
     decode = _decode_split if relu else _decode_plain
-    normal = decode(codes, ranges, grad_output, bits, group_size)
+    normal = decode(codes, ranges, grad_output, bits, group_size, dither)
     grad = grad_output.double()
     if relu:
         normal, positive = normal
@@ -374,20 +488,35 @@ def norm_grad_sums(grad_output, codes, ranges, bits, group_size, relu):
 
 
 def norm_add_grad_sums(
-    grad_output, codes, ranges, act_codes, bits, act_bits, group_size
+    grad_output,
+    codes,
+    ranges,
+    act_codes,
+    bits,
+    act_bits,
+    group_size,
+    dither=None,
 ):
     """Specification of :func:`mmactnn.ops.norm_add_grad_sums`."""
     grad = relu_codes_backward(grad_output, act_codes, act_bits)
-    sums = norm_grad_sums(grad, codes, ranges, bits, group_size, False)
+    sums = norm_grad_sums(grad, codes, ranges, bits, group_size, False, dither)
     return grad, sums
 
 
 def norm_grad_input(
-    grad_output, codes, ranges, scale, means, bits, group_size, relu
+    grad_output,
+    codes,
+    ranges,
+    scale,
+    means,
+    bits,
+    group_size,
+    relu,
+    dither=None,
 ):
     """Specification of :func:`mmactnn.ops.norm_grad_input`."""
     decode = _decode_split if relu else _decode_plain
-    normal = decode(codes, ranges, grad_output, bits, group_size)
+    normal = decode(codes, ranges, grad_output, bits, group_size, dither)
     grad = grad_output.float()
     if relu:
         normal, positive = normal
@@ -399,11 +528,22 @@ def norm_grad_input(
 
 
 def dequantize_split(
-    codes, ranges, weight, bias, size, stride, dtype, bits, group_size
+    codes,
+    ranges,
+    weight,
+    bias,
+    size,
+    stride,
+    dtype,
+    bits,
+    group_size,
+    dither=None,
 ):
     """Specification of :func:`mmactnn.ops.dequantize_split`."""
     out = torch.empty_strided(size, stride, dtype=dtype, device=codes.device)
-    normal, positive = _decode_split(codes, ranges, out, bits, group_size)
+    normal, positive = _decode_split(
+        codes, ranges, out, bits, group_size, dither
+    )
     if weight is not None:
         normal = normal * _channels(weight, out)
     if bias is not None:
@@ -413,7 +553,9 @@ def dequantize_split(
     return out.copy_(value.where(positive, 0.0))
 
 
-def dequantize_zeroed(codes, ranges, size, stride, dtype, bits, group_size):
+def dequantize_zeroed(
+    codes, ranges, size, stride, dtype, bits, group_size, dither=None
+):
     """Specification of :func:`mmactnn.ops.dequantize_zeroed`."""
     out = torch.empty_strided(size, stride, dtype=dtype, device=codes.device)
     row_numel = out[:1].numel()
@@ -422,7 +564,9 @@ def dequantize_zeroed(codes, ranges, size, stride, dtype, bits, group_size):
     low, step = ranges.unbind(-1)
     code = unpacked - 1
     largest = torch.finfo(dtype).max
-    value = (code * step + low).clamp(-largest, largest)
+    random = dither and _row_random16(out, group_size, dither)
+    value = _decode(code, low, step, 2**bits - 2, random)
+    value = value.clamp(-largest, largest)
     special = torch.where(code == 1, float('inf'), float('nan'))
     special = torch.where(code == 0, low, special)
     value = torch.where(step.isnan(), special, value)
@@ -462,7 +606,15 @@ def quantize_rows(
 
 
 def dequantize_rows(
-    codes, ranges, row_bits, row_starts, size, stride, dtype, group_size
+    codes,
+    ranges,
+    row_bits,
+    row_starts,
+    size,
+    stride,
+    dtype,
+    group_size,
+    dither=None,
 ):
     """Specification of :func:`mmactnn.ops.dequantize_rows`."""
     out = torch.empty_strided(size, stride, dtype=dtype, device=codes.device)
@@ -478,6 +630,7 @@ def dequantize_rows(
             dtype,
             bits,
             group_size,
+            dither and dither.at_row(n),
         )[0]
     return out
 

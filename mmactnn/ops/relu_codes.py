@@ -6,9 +6,9 @@ from ._fake import empty_payload, fake
 from .layout import dense_rows
 from .quantize import (
     DEFAULT_GROUP_SIZE,
-    as_int64,
     check_rows,
 )
+from .random_bits import as_int64
 from .rectified import check_rectified_bits, check_rectified_format
 
 __all__ = ['relu_codes', 'relu_codes_', 'relu_codes_backward']

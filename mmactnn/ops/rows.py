@@ -8,11 +8,11 @@ from .layout import dense_rows
 from .quantize import (
     DEFAULT_GROUP_SIZE,
     VALID_BITS,
-    as_int64,
     check_dtype,
     check_group_size,
     check_rows,
 )
+from .random_bits import as_int64, dither_arguments
 
 __all__ = [
     'allocate_sample_bits',
@@ -107,6 +107,8 @@ def dequantize_rows(
     stride,
     dtype,
     group_size=DEFAULT_GROUP_SIZE,
+    *,
+    dither=None,
 ):
     """Turn codes of several widths back into values.
 
@@ -124,9 +126,12 @@ def dequantize_rows(
             that was quantised.
         dtype (torch.dtype): float32, float16 or bfloat16.
         group_size (int, optional): Elements a range. Defaults to 256.
+        dither (Dither, optional): Random bits that the tensor was rounded
+            with, to be subtracted. Defaults to none.
 
     Returns:
-        Tensor[N, *]: ``low + code * step``, of ``dtype`` and ``stride``.
+        Tensor[N, *]: ``low + code * step``, of ``dtype`` and ``stride``; with
+        dither see :class:`mmactnn.ops.Dither`.
 
     Raises:
         ValueError: If ``group_size`` is not valid.
@@ -138,7 +143,15 @@ def dequantize_rows(
     check_dtype(dtype)
     require_kernels(codes.device)
     return torch.ops.mmactnn.dequantize_rows.default(
-        codes, ranges, row_bits, row_starts, size, stride, dtype, group_size
+        codes,
+        ranges,
+        row_bits,
+        row_starts,
+        size,
+        stride,
+        dtype,
+        group_size,
+        *dither_arguments(dither),
     )
 
 
@@ -236,7 +249,7 @@ def _fake_quantize_rows(
 
 @fake('dequantize_rows')
 def _fake_dequantize_rows(
-    codes, ranges, row_bits, row_starts, size, stride, dtype, group_size
+    codes, ranges, row_bits, row_starts, size, stride, dtype, *format
 ):
     return codes.new_empty_strided(size, stride, dtype=dtype)
 

@@ -192,7 +192,8 @@ class AdaptivePrecision:
         self._batch, self._samples = self._samples, None
         self._shares = None
         for layer in self.layers:
-            layer.reset()
+            if layer.report is not None or layer.norms is not None:
+                layer.reset()
         self._place = 0
 
     def end_pass(self):
@@ -212,7 +213,8 @@ class AdaptivePrecision:
         )
         self._open, self.due = False, True
         for layer in self.layers:
-            layer.close()
+            if layer.called:
+                layer.close()
         if self._batch is not None:
             self._remember()
         if self.collecting:
@@ -528,12 +530,11 @@ class LayerBits:
             self.called = True
 
     def close(self):
-        """Remember the state of the layer at the end of a pass."""
-        if self.called:
-            self.earlier = _Earlier(
-                self.bits, self.precision.collecting, self._observes_now()
-            )
-            self.called = False
+        """Remember the state of a called layer at the end of a pass."""
+        self.earlier = _Earlier(
+            self.bits, self.precision.collecting, self._observes_now()
+        )
+        self.called = False
 
     def forget_calls(self):
         """Forget which passes the layer was called in."""

@@ -3,7 +3,8 @@
 All in closed form and on the device. A group of range R that is rounded to b
 bits adds to each of its elements the variance
 ``E[f * (1 - f)] * (R / (2 ** b - 1)) ** 2``, with 1/6 for the mean over
-fractions f of a step that are uniform on [0, 1]. ``At one bit`` means times
+fractions f of a step that are uniform on [0, 1]; with dither it is 1/12
+whatever f is (:class:`mmactnn.ops.Dither`). ``At one bit`` means times
 ``(2 ** b - 1) ** 2`` for the mean b of the tensor's samples: the result
 includes the effect of how bits are allocated to samples.
 """
@@ -37,9 +38,12 @@ def variance_at_one_bit(payload):
     Returns:
         Tensor[N]: float32.
     """
-    steps = payload.ranges[..., 1].float()
+    low, steps = payload.ranges.float().unbind(-1)
     levels = 2**payload.format.bits - 1
-    return steps.square().mean(1) * (levels**2 / 6)
+    squares = steps.square()
+    if payload.format.dither is not None:
+        squares = torch.where(low == 0, squares, squares / 2)
+    return squares.mean(1) * (levels**2 / 6)
 
 
 def weight_gradient_variance(payload, grad_norms, fan):

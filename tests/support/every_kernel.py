@@ -45,6 +45,8 @@ POOL_SHAPES = (
     (2, 3, 7, 24),
     (1, 1, 3, 3),
 )
+# Decoding of codes alone, and with the random bits that all are rounded with.
+DITHERS = (None, ops.Dither(1, 0))
 WINDOWS = (
     dict(kernel_size=2),
     dict(kernel_size=3, stride=2, padding=1),
@@ -68,8 +70,9 @@ def run_quantize(x, bits, group_size):
     check(codes, expected[0])
     check(ranges, expected[1])
     format = (x.shape, x.stride(), x.dtype, bits, group_size)
-    y = ops.dequantize(codes, ranges, *format)
-    check(y, ops.dequantize(*expected, *format))
+    for dither in DITHERS:
+        y = ops.dequantize(codes, ranges, *format, dither=dither)
+        check(y, ops.dequantize(*expected, *format, dither=dither))
 
 
 def run_rows(x, group_size):
@@ -104,8 +107,11 @@ def run_widths(x, row_bits, row_starts, group_size):
     check(codes, expected[0])
     check(ranges, expected[1])
     format = (x.shape, x.stride(), x.dtype, group_size)
-    y = ops.dequantize_rows(codes, ranges, *cuda_widths, *format)
-    check(y, ops.dequantize_rows(*expected, row_bits, row_starts, *format))
+    widths = row_bits, row_starts
+    for dither in DITHERS:
+        random = dict(dither=dither)
+        y = ops.dequantize_rows(codes, ranges, *cuda_widths, *format, **random)
+        check(y, ops.dequantize_rows(*expected, *widths, *format, **random))
 
 
 def run_relu(x, arguments):
@@ -168,17 +174,25 @@ def run_norm_act(x, relu, add, bits, group_size):
         check(output, wanted)
     run_batch_norm_act(x, residual, vectors, format)
     like = (x.shape, x.stride(), x.dtype)
-    if add:
-        check(
-            ops.dequantize_zeroed(*actual[3:], *like, act_bits, group_size),
-            ops.dequantize_zeroed(*expected[3:], *like, act_bits, group_size),
-        )
-    elif relu:
-        like += (bits, group_size)
-        check(
-            ops.dequantize_split(*actual[1:3], *cuda_vectors[2:], *like),
-            ops.dequantize_split(*expected[1:3], *vectors[2:], *like),
-        )
+    for dither in DITHERS:
+        if add:
+            format = (*like, act_bits, group_size)
+            random = dict(dither=dither and dither.second())
+            check(
+                ops.dequantize_zeroed(*actual[3:], *format, **random),
+                ops.dequantize_zeroed(*expected[3:], *format, **random),
+            )
+        elif relu:
+            format = (*like, bits, group_size)
+            random = dict(dither=dither)
+            check(
+                ops.dequantize_split(
+                    *actual[1:3], *cuda_vectors[2:], *format, **random
+                ),
+                ops.dequantize_split(
+                    *expected[1:3], *vectors[2:], *format, **random
+                ),
+            )
 
 
 def run_batch_norm_act(x, residual, vectors, format):
@@ -189,7 +203,7 @@ def run_batch_norm_act(x, residual, vectors, format):
     mean, invstd, weight, bias = vectors
     relu, bits, act_bits, group_size = format
 
-    def forward(device, inplace):
+    def forward(device, inplace, dither):
         mean_, var, weight_, bias_ = (
             v.to(device) for v in (mean, invstd.square(), weight, bias)
         )
@@ -212,12 +226,14 @@ def run_batch_norm_act(x, residual, vectors, format):
             bits,
             act_bits,
             group_size,
+            dither=dither,
         )[1]
         return output, invstd_, *codes, *grads
 
-    expected = forward('cpu', False)
-    for inplace in (False, True):
-        for output, wanted in zip(forward('cuda', inplace), expected):
+    # In place with dither, and neither.
+    for inplace, dither in enumerate(DITHERS):
+        expected = forward('cpu', False, dither)
+        for output, wanted in zip(forward('cuda', inplace, dither), expected):
             check(output, wanted)
 
 

@@ -183,7 +183,8 @@ def rounding_variance(x, payload):
     """Closed form of the variance that rounding gives each element.
 
     A value a fraction f of a step above the code below it is rounded up with
-    probability f: the variance is ``step ** 2 * f * (1 - f)``.
+    probability f: the variance is ``step ** 2 * f * (1 - f)``. With dither it
+    is ``step ** 2 / 12``, but where 0 is the smallest value.
 
     Args:
         x (Tensor[N, *]): Contiguous tensor that was quantised.
@@ -200,4 +201,7 @@ def rounding_variance(x, payload):
     )
     low, step = low[:, : rows.shape[1]], step[:, : rows.shape[1]]
     fraction = ((rows - low) / step).frac()
-    return (step**2 * fraction * (1 - fraction)).view_as(x)
+    shares = fraction * (1 - fraction)
+    if payload.format.dither is not None:
+        shares = shares.where(low == 0, 1 / 12)
+    return (step**2 * shares).view_as(x)

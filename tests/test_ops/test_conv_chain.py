@@ -121,6 +121,7 @@ def run_backward(
     needs=None,
     needs_inputs=(True,),
     observed=False,
+    draws=(),
 ):
     """Run the backward pass, for all parameters unless ``needs`` is given.
 
@@ -143,6 +144,11 @@ def run_backward(
         True,
         observed,
         torch.float32,
+        [
+            number
+            for draw in draws
+            for number in (draw.numbers if draw else ops.NOT_DITHERED)
+        ],
     )
 
 
@@ -291,7 +297,10 @@ def test_inputs_that_are_encoded(kind, device):
 @pytest.mark.parametrize('strided', [False, True])
 @pytest.mark.parametrize('kind', ['PLAIN', 'ROWS'])
 def test_gradients_are_those_of_what_is_decoded(kind, strided, device):
-    """In float64, of the values that the codes stand for."""
+    """In float64, of the values that the codes stand for.
+
+    Those of strided gradients with dither.
+    """
     inputs = [torch.randn(3, 8, 9, 7, device=device) for _ in range(2)]
     names = ['RELU', 'RELU', 'NONE']
     layers = [
@@ -316,6 +325,12 @@ def test_gradients_are_those_of_what_is_decoded(kind, strided, device):
             g.contiguous(memory_format=torch.channels_last) for g in grads
         ]
     parameters, _ = flatten(layers)
+    draws = [None] * (len(inputs) + len(steps))
+    if strided:
+        offsets = ops.find_offsets(steps, (True, True))
+        draws = [
+            ops.Dither(SEED, 7 + offset) for part in offsets for offset in part
+        ]
     found = run_backward(
         grads,
         (codes, formats, kept, layouts),
@@ -323,6 +338,7 @@ def test_gradients_are_those_of_what_is_decoded(kind, strided, device):
         layers,
         needs_inputs=[True, True],
         observed=True,
+        draws=draws,
     )
     layout = inputs[0].shape, inputs[0].stride(), torch.float32
     expected = [0] * len(parameters)
@@ -330,13 +346,24 @@ def test_gradients_are_those_of_what_is_decoded(kind, strided, device):
     for n, grad in enumerate(grads):
         own = codes[len(codes) // 2 * n :]
         if kind == 'PLAIN':
-            values = [ops.dequantize(*own[:2], *layout, 8, GROUP_SIZE)]
+            values = [
+                ops.dequantize(
+                    *own[:2], *layout, 8, GROUP_SIZE, dither=draws[n]
+                )
+            ]
         else:
-            values = [ops.dequantize_rows(*own[:4], *layout, GROUP_SIZE)]
-        for i in (0, 2):
-            zeroed = kept[4 * n + i : 4 * n + i + 2]
+            values = [
+                ops.dequantize_rows(
+                    *own[:4], *layout, GROUP_SIZE, dither=draws[n]
+                )
+            ]
+        for i in (0, 1):
+            zeroed = kept[4 * n + 2 * i : 4 * n + 2 * i + 2]
+            random = dict(dither=draws[2 + 3 * n + i])
             values.append(
-                ops.dequantize_zeroed(*zeroed, *layout, 3, GROUP_SIZE)
+                ops.dequantize_zeroed(
+                    *zeroed, *layout, 3, GROUP_SIZE, **random
+                )
             )
         grad = grad.double()
         for i in (2, 1, 0):

@@ -125,13 +125,14 @@ def assert_decodes_as_specified(results, tensors, mode):
     else:
         arguments = (*payload[:2], weight, bias, *layout, bits, 64)
         name = 'dequantize_split'
-    found = getattr(ops, name)(*arguments)
     on_cpu = [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
-    expected = getattr(reference, name)(*on_cpu)
-    assert found.dtype == x.dtype
-    if x.numel():
-        assert found.stride() == x.stride()
-    assert_same_bits(found.cpu() + 0.0, expected + 0.0)
+    for dither in (None, ops.Dither(5, 9)):
+        found = getattr(ops, name)(*arguments, dither=dither)
+        expected = getattr(reference, name)(*on_cpu, dither)
+        assert found.dtype == x.dtype
+        if x.numel():
+            assert found.stride() == x.stride()
+        assert_same_bits(found.cpu() + 0.0, expected + 0.0)
 
 
 @pytest.mark.parametrize('dtype', DTYPES[1:], ids=str)
@@ -144,13 +145,14 @@ def test_outputs_beyond_the_dtype(mode, dtype, device):
     _, codes, ranges, *_ = run(ops.norm_act, tensors, mode)
     arguments = codes, ranges, weight, bias
     layout = x.shape, x.stride(), dtype, MODES[mode][2], 64
-    found = ops.dequantize_split(*arguments, *layout)
-    expected = reference.dequantize_split(
-        *(a.cpu() for a in arguments), *layout
-    )
-    # Infinities of float32 stay, and the rest is clamped.
-    assert (found.abs() >= torch.finfo(dtype).max).any()
-    assert_same_bits(found.cpu() + 0.0, expected + 0.0)
+    for dither in (None, ops.Dither(5, 9)):
+        found = ops.dequantize_split(*arguments, *layout, dither=dither)
+        expected = reference.dequantize_split(
+            *(a.cpu() for a in arguments), *layout, dither
+        )
+        # Infinities of float32 stay, and the rest is clamped.
+        assert (found.abs() >= torch.finfo(dtype).max).any()
+        assert_same_bits(found.cpu() + 0.0, expected + 0.0)
 
 
 @pytest.mark.parametrize('mode', ['plain', 'relu', 'add'])
@@ -187,6 +189,45 @@ def test_zeros_are_exact(mode, device):
     assert not value[output == 0].any()
     # The lowest of the others' range may be rounded to a hair below 0.
     assert (value[output > 0] > -0.05).all()
+
+
+@pytest.mark.parametrize('mode', ['relu', 'add'])
+def test_dither_is_unbiased_at_half_the_variance(mode, device):
+    tensors = make((2, 4, 16, 16), torch.float32, False, device=device)
+    # All outputs are positive, and none lies on a code.
+    tensors[4].abs_().add_(0.1)
+    tensors[5].add_(20)
+    draws, total, squares = 400, 0.0, 0.0
+    for seed in range(draws):
+        output, codes, ranges, act_codes, act_ranges = run(
+            ops.norm_act, tensors, mode, 256, seed=seed
+        )
+        layout = output.shape, output.stride(), output.dtype
+        # The offset of run().
+        dither = ops.Dither(seed, 9)
+        if mode == 'add':
+            value = ops.dequantize_zeroed(
+                act_codes, act_ranges, *layout, 2, 256, dither=dither.second()
+            )
+        else:
+            affine = tensors[4:]
+            value = ops.dequantize_split(
+                codes, ranges, *affine, *layout, 3, 256, dither=dither
+            )
+        error = (value - output).double()
+        total, squares = total + error, squares + error.square()
+    assert (output > 0).all()
+    # One group for each channel of a sample.
+    if mode == 'add':
+        step = act_ranges[..., 1].double().view(2, 4, 1, 1)
+    else:
+        step = ranges[..., 3].double().view(2, 4, 1, 1)
+        step = step * tensors[4].double().view(1, 4, 1, 1)
+    z = total / draws / (step.square() / 12 / draws).sqrt()
+    assert z.abs().max() < 5
+    assert float(z.square().mean()) == pytest.approx(1, abs=0.1)
+    ratio = squares / draws / (step.square() / 12)
+    assert float(ratio.mean()) == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize('mode', ['relu', 'add'])

@@ -1,5 +1,6 @@
 """Quantise and dequantise against their specification and closed forms."""
 
+import itertools
 import math
 
 import pytest
@@ -63,16 +64,13 @@ def assert_equal_to_reference(x, bits, group_size):
     expected = reference.quantize(x.cpu(), bits, group_size, -5, 9)
     assert_equal_with_nan(codes.cpu(), expected[0])
     assert_equal_with_nan(ranges.cpu(), expected[1])
-    y = ops.dequantize(
-        codes, ranges, x.shape, x.stride(), x.dtype, bits, group_size
-    )
-    assert y.stride() == x.stride()
-    assert_equal_with_nan(
-        y.cpu(),
-        reference.dequantize(
-            *expected, x.shape, x.stride(), x.dtype, bits, group_size
-        ),
-    )
+    format = x.shape, x.stride(), x.dtype, bits, group_size
+    for dither in (None, ops.Dither(-5, 9)):
+        y = ops.dequantize(codes, ranges, *format, dither=dither)
+        assert y.stride() == x.stride()
+        assert_equal_with_nan(
+            y.cpu(), reference.dequantize(*expected, *format, dither)
+        )
 
 
 def test_philox_equals_published_vectors():
@@ -82,6 +80,25 @@ def test_philox_equals_published_vectors():
     assert zeros.tolist() == [[0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]]
     ones = reference.philox(torch.tensor([-1]), 2**64 - 1, 2**64 - 1)
     assert ones.tolist() == [[0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]]
+
+    def pair(low, high, key):
+        counter = torch.tensor([low]), torch.tensor([high])
+        return reference.philox_pair(counter, key).tolist()[0]
+
+    # The same for philox2x32.
+    full = 2**32 - 1
+    assert pair(0, 0, 0) == [0x257A3673, 0xCD26BE2A]
+    assert pair(full, full, full) == [0xAB302C4D, 0x3DC9D239]
+    pi = pair(0x243F6A88, 0x85A308D3, 0x13198A2E)
+    assert pi == [0xBEDBBE6B, 0xE4C770B3]
+
+
+def test_splitmix_equals_published_numbers():
+    # The first outputs of Java's SplittableRandom from the seed 0.
+    golden = 0x9E3779B97F4A7C15
+    states = [golden * n & 2**64 - 1 for n in (1, 2, 3)]
+    expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [reference.mix64(state) for state in states] == expected
 
 
 def test_channels_last_is_read_in_memory_order(device):
@@ -117,6 +134,20 @@ def test_range_of_samples(device):
         whole = ops.dequantize(codes, ranges, x.shape, *layout, bits, 64)
         part = ops.dequantize(
             codes[1:4], ranges[1:4], (3, 3, 100), *layout, bits, 64
+        )
+        assert torch.equal(part, whole[1:4]), bits
+        dither = ops.Dither(4, 0)
+        whole = ops.dequantize(
+            codes, ranges, x.shape, *layout, bits, 64, dither=dither
+        )
+        part = ops.dequantize(
+            codes[1:4],
+            ranges[1:4],
+            (3, 3, 100),
+            *layout,
+            bits,
+            64,
+            dither=dither.at_row(1),
         )
         assert torch.equal(part, whole[1:4]), bits
 
@@ -168,6 +199,112 @@ def test_rounding_is_unbiased_with_the_variance_of_the_closed_form(
     kurtosis = variance * (step**2 - 3 * variance) - variance**2
     spread = ((kurtosis + 2 * variance**2).clamp(min=0) / draws).sqrt()
     assert ((sampled - variance).abs() <= 6 * spread + 1e-4 * step**2).all()
+
+
+class TestDither:
+    """Decoding with the random bits that values were rounded with."""
+
+    @pytest.mark.parametrize('bits', BITS)
+    def test_errors_are_uniform_whatever_the_value(self, bits, device):
+        draws = 4096
+        x = make((1, 256), torch.float32, device)
+        samples = x.expand(draws, 256).contiguous()
+        codes, ranges = ops.quantize(samples, bits, seed=11)
+        layout = samples.shape, samples.stride(), x.dtype, bits
+        y = ops.dequantize(codes, ranges, *layout, dither=ops.Dither(11, 0))
+        step = ranges[0, 0, 1].double()
+        # In steps: uniform on [-1/2, 1/2], but for rounding to float32.
+        errors = (y.double() - x.double()) / step
+        resolution = 2.0**-15 + float(3 * 2.0**-24 * x.abs().max() / step)
+        assert errors.abs().max() <= 0.5 + resolution
+        # Means of elements, whose bias is below the bits of u.
+        deviation = (1 / 12 / draws) ** 0.5
+        z = errors.mean(0).abs() / deviation
+        assert (z <= 5 + resolution / deviation).all()
+        # The fourth central moment of the law is 1/80.
+        spread = ((1 / 80 - 1 / 144) / draws) ** 0.5
+        assert ((errors.var(0) - 1 / 12).abs() <= 5 * spread).all()
+        # The law itself, by its largest distance from the uniform one
+        # (Kolmogorov), for 64 elements.
+        ordered = errors[:, :64].sort(0).values + 0.5
+        places = torch.arange(1, draws + 1, device=device) / draws
+        distance = (ordered - places[:, None]).abs().amax(0) * draws**0.5
+        # P(distance > 2.2) is 1e-4.
+        assert distance.max() < 2.2
+
+    def test_errors_of_elements_and_draws_are_uncorrelated(self, device):
+        x = torch.linspace(-1, 1, 256, device=device).expand(2048, 256)
+
+        def errors(seed, offset):
+            codes, ranges = ops.quantize(x, 2, seed=seed, offset=offset)
+            dither = ops.Dither(seed, offset)
+            layout = x.shape, (256, 1), x.dtype, 2
+            y = ops.dequantize(codes, ranges, *layout, dither=dither)
+            return (y - x).double() / ranges[0, 0, 1].double() * 12**0.5
+
+        found = errors(1, 0)
+        count = len(found)
+        correlation = found.T @ found / count
+        off = correlation[~torch.eye(256, dtype=torch.bool, device=device)]
+        assert off.abs().max() < 6 / math.sqrt(count)
+        # Neighbours share 8 of their 16 bits, the higher ones of one of them.
+        assert off.pow(2).mean().item() == pytest.approx(1 / count, rel=0.1)
+        for other in (errors(1, 1), errors(2, 0), errors(1, 1 << 63)):
+            correlated = (found * other).mean().abs()
+            assert correlated < 6 / math.sqrt(found.numel())
+
+    def test_groups_that_begin_with_zero_are_exact_there(self, device):
+        x = make((3, 512), torch.float32, device).relu()
+        x[1, :256] -= 1
+        for bits in BITS:
+            codes, ranges = ops.quantize(x, bits, seed=1)
+            layout = x.shape, x.stride(), x.dtype, bits
+            plain = ops.dequantize(codes, ranges, *layout)
+            y = ops.dequantize(codes, ranges, *layout, dither=ops.Dither(1, 0))
+            same = torch.ones(3, 2, dtype=torch.bool, device=device)
+            same[1, 0] = False
+            groups = (y == plain).view(3, 2, 256)
+            with case(bits=bits):
+                assert torch.equal(groups.all(-1), same)
+                assert groups[1, 0].float().mean() < 0.1
+                assert not y[0][x[0] == 0].any()
+
+    @pytest.mark.parametrize('value', [0.0, 1.0, -2.5])
+    def test_constant_groups_are_exact(self, value, device):
+        x = torch.full((2, 300), value, device=device)
+        for bits in BITS:
+            codes, ranges = ops.quantize(x, bits, seed=1)
+            layout = x.shape, x.stride(), x.dtype, bits
+            y = ops.dequantize(codes, ranges, *layout, dither=ops.Dither(1, 0))
+            assert torch.equal(y, x), bits
+
+    @pytest.mark.parametrize('dtype', DTYPES, ids=str)
+    def test_largest_numbers_stay_finite(self, dtype, device):
+        largest = torch.finfo(dtype).max
+        x = torch.full((8, 64), largest, dtype=dtype, device=device)
+        x[:, 0] = largest / 2
+        # The lowest number of float32 lies in no range of bfloat16.
+        signs = (1,) if dtype == torch.float32 else (1, -1)
+        for bits, sign in itertools.product(BITS, signs):
+            codes, ranges = ops.quantize(sign * x, bits, 64, seed=1)
+            layout = x.shape, x.stride(), dtype, bits, 64
+            y = ops.dequantize(codes, ranges, *layout, dither=ops.Dither(1, 0))
+            expected = reference.dequantize(
+                codes.cpu(), ranges.cpu(), *layout, ops.Dither(1, 0)
+            )
+            with case(bits=bits, sign=sign):
+                assert y.isfinite().all()
+                assert torch.equal(y.cpu(), expected)
+
+    def test_invalid_arguments(self, device):
+        x = torch.zeros(2, 64, device=device)
+        codes, ranges = ops.quantize(x, 2, seed=0)
+        layout = x.shape, x.stride(), x.dtype, 2
+        with pytest.raises(RuntimeError, match='dither must be seed, offset'):
+            dither = ops.Dither(0, 0, None, -1)
+            ops.dequantize(codes, ranges, *layout, dither=dither)
+        with pytest.raises(RuntimeError, match='or empty, got 2 numbers'):
+            torch.ops.mmactnn.dequantize(codes, ranges, *layout, 256, [1, 2])
 
 
 def test_rounding_of_elements_and_draws_is_independent(device):
@@ -285,7 +422,7 @@ def test_opcheck(bits, device):
     codes, ranges = ops.quantize(x, bits, 64, seed=1)
     opcheck(
         torch.ops.mmactnn.dequantize.default,
-        (codes, ranges, x.shape, x.stride(), x.dtype, bits, 64),
+        (codes, ranges, x.shape, x.stride(), x.dtype, bits, 64, [1, 0, 0]),
     )
 
 

@@ -59,9 +59,14 @@ def check_against_reference(x, group_size):
     equal(codes, expected[0])
     equal(ranges, expected[1])
     format = (x.shape, x.stride(), x.dtype, group_size)
-    y = ops.dequantize_rows(codes, ranges, row_bits, row_starts, *format)
-    assert y.stride() == x.stride()
-    equal(y, reference.dequantize_rows(*expected, *widths, *format))
+    for dither in (None, ops.Dither(-5, 9)):
+        y = ops.dequantize_rows(
+            codes, ranges, row_bits, row_starts, *format, dither=dither
+        )
+        assert y.stride() == x.stride()
+        equal(
+            y, reference.dequantize_rows(*expected, *widths, *format, dither)
+        )
 
 
 @in_turn(by='dtype', shape=SHAPES, dtype=DTYPES)
@@ -118,11 +123,18 @@ def test_range_of_samples(device):
     )
     rows = (ranges, row_bits, row_starts)
     format = (x.stride(), x.dtype, 64)
-    whole = ops.dequantize_rows(codes, *rows, x.shape, *format)
-    part = ops.dequantize_rows(
-        codes, *(t[2:7] for t in rows), (5, 3, 100), *format
-    )
-    assert torch.equal(part, whole[2:7])
+    for dither in (None, ops.Dither(4, 0)):
+        whole = ops.dequantize_rows(
+            codes, *rows, x.shape, *format, dither=dither
+        )
+        part = ops.dequantize_rows(
+            codes,
+            *(t[2:7] for t in rows),
+            (5, 3, 100),
+            *format,
+            dither=dither and dither.at_row(2),
+        )
+        assert torch.equal(part, whole[2:7])
 
 
 def test_rows_need_not_lie_in_order(device):

@@ -74,6 +74,12 @@ def assert_as_specified(x, bits, group_size, seed=-5, offset=9):
     assert_same_bits(in_place[0], codes)
     assert_same_bits(in_place[1], ranges)
 
+    for dither in (None, ops.Dither(seed, offset)):
+        arguments = x.shape, x.stride(), x.dtype, bits, group_size
+        value = ops.dequantize_zeroed(codes, ranges, *arguments, dither=dither)
+        wanted = reference.dequantize_zeroed(*expected[1:], *arguments, dither)
+        assert_same_values(value, wanted)
+
     grad = torch.empty_like(x).copy_(make(x.shape, x.dtype, x.device))
     passed = ops.relu_codes_backward(grad, codes, bits)
     if x.numel():

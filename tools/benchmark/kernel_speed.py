@@ -5,7 +5,8 @@
 The rate of a kernel is the bytes that must move (input once, codes, ranges,
 mask or positions, output once) over the median time; its share is that rate
 over the rate of ``Tensor.copy_`` of the same tensor, read and write both
-counted. GB = 10^9 bytes. The exit status is 1 if a kernel failed.
+counted. GB = 10^9 bytes. Codes are decoded with dither unless ``--rounding``
+is ``stochastic``. The exit status is 1 if a kernel failed.
 """
 
 import itertools
@@ -15,6 +16,7 @@ from functools import partial
 import torch
 
 from mmactnn import ops
+from mmactnn.config import ROUNDINGS
 from shared import output
 
 SHAPES = ((64, 256, 56, 56), (256, 512, 28, 28))
@@ -46,8 +48,13 @@ def median_ms(function, written, repeats=50, warmup=10):
     return statistics.median(s.elapsed_time(e) for s, e in times[warmup:])
 
 
-def measure(shape, dtype, channels_last, failures, device='cuda'):
+def measure(
+    shape, dtype, channels_last, failures, rounding='dither', device='cuda'
+):
     """Yield a row of each kernel on a tensor; failures get the errors."""
+    decoding = {}
+    if rounding == 'dither':
+        decoding = dict(dither=ops.Dither(1, 0))
     x = torch.randn(shape, device=device, dtype=dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
@@ -58,7 +65,7 @@ def measure(shape, dtype, channels_last, failures, device='cuda'):
     for cases in CASES:
         name = ' '.join([cases.__name__, *map(str, setting.values())])
         with output.catching(failures, name):
-            for kernel, read, written, function in cases(x):
+            for kernel, read, written, function in cases(x, decoding):
                 nbytes = sum(tensor.nbytes for tensor in written)
                 time = median_ms(function, nbytes)
                 nbytes += sum(tensor.nbytes for tensor in read)
@@ -73,17 +80,21 @@ def measure(shape, dtype, channels_last, failures, device='cuda'):
                 )
 
 
-def codes(x):
-    """Yield name, tensors read and written, and call: codes of one width."""
+def codes(x, decoding):
+    """Yield name, tensors read and written, and call: codes of one width.
+
+    ``decoding`` are further arguments of ops that decode.
+    """
     for bits in ops.VALID_BITS:
         payload = ops.quantize(x, bits, seed=1)
-        decode = partial(ops.dequantize, *payload, *_like(x), bits)
+        like = _like(x)
+        decode = partial(ops.dequantize, *payload, *like, bits, **decoding)
         encode = partial(ops.quantize, x, bits, seed=1)
         yield f'quantize {bits} bit', [x], payload, encode
         yield f'dequantize {bits} bit', payload, [x], decode
 
 
-def rows(x):
+def rows(x, decoding):
     """Yield likewise: codes of different widths by sample."""
     energies = ops.sample_range_energy(x)
     yield (
@@ -102,12 +113,13 @@ def rows(x):
         total = int(bits.sum())
         encode = partial(ops.quantize_rows, x, *widths, total, seed=1)
         payload = encode()
-        decode = partial(ops.dequantize_rows, *payload, *widths, *_like(x))
+        coded = (*payload, *widths, *_like(x))
+        decode = partial(ops.dequantize_rows, *coded, **decoding)
         yield f'quantize rows of {name}', [x], payload, encode
         yield f'dequantize rows of {name}', payload, [x], decode
 
 
-def norm_grads(x):
+def norm_grads(x, decoding):
     """Yield likewise: the backward pass of normalisations from codes."""
     running = [torch.zeros(x.shape[1], device=x.device) for _ in range(2)]
     stats = partial(ops.channel_stats, x, 1e-5, 0.1, *running)
@@ -119,18 +131,20 @@ def norm_grads(x):
         # Any codes are valid split codes, here with one range for both kinds.
         split_ranges = torch.cat([ranges, ranges], -1)
         for name, pair in (('norm', ranges), ('norm relu', split_ranges)):
-            format = dict(bits=bits, group_size=256, relu=pair is split_ranges)
+            relu = pair is split_ranges
+            format = dict(bits=bits, group_size=256, relu=relu, **decoding)
             read = [x, codes, pair]
             sums = partial(ops.norm_grad_sums, *read, **format)
             yield f'{name} grad sums {bits} bit', read, [], sums
             grads = partial(ops.norm_grad_input, *read, *vectors, **format)
             yield f'{name} grad input {bits} bit', read, [x], grads
         read = [x, codes, ranges, codes]
-        sums = partial(ops.norm_add_grad_sums, *read, bits, bits, 256)
+        format = (bits, bits, 256)
+        sums = partial(ops.norm_add_grad_sums, *read, *format, **decoding)
         yield f'norm add relu grad sums {bits} bit', read, [x], sums
 
 
-def norms(x):
+def norms(x, decoding):
     """Yield likewise: fused normalisation, and decoding of its codes."""
     mean, bias = torch.randn(2, x.shape[1], device=x.device)
     scale = torch.rand(x.shape[1], device=x.device) + 0.5
@@ -145,12 +159,13 @@ def norms(x):
         yield f'norm{name} {bits} bit', read, written, forward
         if add is not None:
             name, read = f'dequantize zeroed {bits} bit', act_payload
-            decode = partial(ops.dequantize_zeroed, *read, *like, bits)
+            coded = (*read, *like, bits)
+            decode = partial(ops.dequantize_zeroed, *coded, **decoding)
             yield name, read, [output], decode
         elif relu:
             name, read = f'dequantize split {bits} bit', [codes, ranges]
             affine = (scale, bias, *like, bits)
-            decode = partial(ops.dequantize_split, *read, *affine)
+            decode = partial(ops.dequantize_split, *read, *affine, **decoding)
             yield name, read, [output], decode
     y = torch.zeros_like(x)
     constants = (torch.ones(x.shape[1], device=x.device),) * 4
@@ -159,7 +174,7 @@ def norms(x):
         yield f'frozen norm{name} relu', read, [x], frozen
 
 
-def rectifiers(x):
+def rectifiers(x, _):
     """Yield likewise: ReLUs that keep a mask, or codes of their output."""
     # After the first call in place nothing is negative; the work is the same.
     y, mask = x.clone(), ops.relu_mask(x)[1]
@@ -178,7 +193,7 @@ def rectifiers(x):
         yield f'{name} backward', [x, written[1]], [x], backward
 
 
-def others(x):
+def others(x, _):
     """Yield likewise: dropout and max pooling."""
     yield 'dropout', [x], [x], partial(ops.dropout, x, 0.1, seed=1)
     forward = partial(ops.max_pool2d, x, 3, 2, 1)
@@ -199,12 +214,17 @@ def main(argv=None):
     """Measure and print a table."""
     parser = output.make_parser(__doc__)
     parser.add_argument('--out', help='json file for the rows')
+    roundings = dict(choices=ROUNDINGS, default=ROUNDINGS[0])
+    parser.add_argument('--rounding', **roundings, help='of what is decoded')
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit('no GPU: there is nothing to measure')
     failures = {}
     settings = itertools.product(SHAPES, DTYPES, (False, True))
-    results = [row for s in settings for row in measure(*s, failures)]
+    rounding = args.rounding
+    results = [
+        row for s in settings for row in measure(*s, failures, rounding)
+    ]
     output.publish(results, args)
     output.exit_on_failures(failures)
 

@@ -1,0 +1,85 @@
+"""Random bits as arguments of ops: those to round with, and to decode."""
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ['Dither']
+
+_SECOND = 1 << 63
+
+
+class Dither(NamedTuple):
+    """Random bits that a tensor was rounded with, for its decoding.
+
+    A value x of a range ``(low, step)`` has the code
+    ``q = floor((x - low) / step + u)`` with u uniform on [0, 1). Decoded as
+    ``low + (q - u + 1/2) * step`` its error is uniform within half a step
+    either way and does not depend on x: the expectation is x and the variance
+    ``step ** 2 / 12``, where ``low + q * step`` has up to three times and on
+    average twice as much (subtractive dither: L. G. Roberts, "Picture coding
+    using pseudo-random noise", 1962). u has 16 bits, at 8-bit codes 15, and
+    stands for the middle of its interval.
+
+    Values that lie on a code gain nothing: ``low + q * step`` is exact there.
+    Decoders of plain codes therefore leave groups alone whose ``low`` is 0,
+    such as those of a rectifier's output.
+
+    Attributes:
+        seed (int): Key of the random bits, 64 bits.
+        offset (int): Counter of the random bits, 64 bits.
+        offset_tensor (Tensor[1], optional): int64, as the tensor was rounded
+            with; added to ``offset``. Must not have changed since.
+        first_row (int): Sample of the tensor that the first row of the codes
+            belongs to.
+    """
+
+    seed: int
+    offset: int
+    offset_tensor: torch.Tensor | None = None
+    first_row: int = 0
+
+    @property
+    def numbers(self):
+        """tuple[int, int, int]: As :func:`conv_chain_backward` takes it."""
+        return 1, as_int64(self.seed), as_int64(self.offset)
+
+    def second(self):
+        """Random bits of the second payload of a call.
+
+        Returns:
+            Dither: For ``act_codes`` of :func:`mmactnn.ops.norm_act`.
+        """
+        return self._replace(offset=self.offset ^ _SECOND)
+
+    def at_row(self, row):
+        """Random bits of the samples from ``row`` on.
+
+        Args:
+            row (int): Sample, counted from ``first_row``.
+
+        Returns:
+            Dither: For codes of these samples.
+        """
+        return self._replace(first_row=self.first_row + row)
+
+
+def dither_arguments(dither):
+    """The last two arguments of ops that decode.
+
+    Args:
+        dither (Dither, optional): Random bits; None: no dither.
+
+    Returns:
+        tuple[list[int], Tensor | None]: Numbers and offset tensor.
+    """
+    if dither is None:
+        return [], None
+    seed, offset, offset_tensor, first_row = dither
+    return [as_int64(seed), as_int64(offset), first_row], offset_tensor
+
+
+def as_int64(value):
+    """The 64 lowest bits of an integer as the op's signed argument."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
