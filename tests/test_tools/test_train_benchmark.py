@@ -69,7 +69,7 @@ class Hungry(BaseModel):
         return dict(loss=self.conv(inputs).square().mean())
 """
 HUNGRY_CONFIG = """
-default_scope = 'mmdet'
+default_scope = 'mmseg'
 custom_imports = dict(imports=['hungry'], allow_failed_imports=False)
 model = dict(type='Hungry', num_classes=5)
 """
@@ -448,4 +448,4 @@ class TestProcess:
 
     def test_timeout(self, hungry):
         trial = make_trial(model=hungry, cfg_options=(), batch_size=9)
-        assert run_trial(trial, timeout=1)['result'] == TIMEOUT
+        assert run_trial(trial, timeout=0.3)['result'] == TIMEOUT
