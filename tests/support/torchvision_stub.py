@@ -20,8 +20,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from .tools import ROOT
-
 TORCHVISION_DIR = Path(sys.prefix, 'torchvision')
 
 # The ops that torchvision registers fake kernels for unconditionally. The
