@@ -140,12 +140,14 @@ def _no_scope(monkeypatch):
 
 
 @pytest.fixture(scope='session', autouse=True)
-def _quick_mmengine():
-    """See :func:`support.quick_mmengine.quick_mmengine`."""
+def _quick():
+    """Spare what takes longer than tests do."""
     from support.quick_mmengine import quick_mmengine
+    from support.quick_torch import quick_torch
 
     with pytest.MonkeyPatch.context() as patch:
         quick_mmengine(patch)
+        quick_torch(patch)
         yield
 
 

@@ -64,15 +64,18 @@ _train = load_tool('train.py')
 # smallest is trained; test_configs.py builds the others, which --full
 # trains. So it is with what is a part of another one: Mask R-CNN has all of
 # Faster R-CNN, as many times as Cascade R-CNN, UPerNet the pooling of PSPNet,
-# FCOS the towers of ATSS, and MoCo the neck and the loss of SimCLR.
+# FCOS the towers of ATSS, MoCo the neck and the loss of SimCLR, and others have
+# the head of FCN. test_linear_probe.py runs the probe by the tools.
 ALIKE = {
     'atss_r50',
     'cascade_rcnn_r50',
     'faster_rcnn_r50',
     'faster_rcnn_r50_bccd',
     'faster_rcnn_r50_paper',
+    'fcn_r18_digits',
     'fcn_r50',
     'fcn_r50_paper',
+    'linear_probe_r18_digits',
     'mocov2_r50',
     'mocov2_r50_paper',
     'pspnet_r50',
