@@ -65,6 +65,15 @@ def pytest_collection_modifyitems(config, items):
     """Start with what takes longest, lest processes wait for one another."""
     longest = ('test_integration', 'test_tools')
     items.sort(key=lambda item: item.path.parent.name not in longest)
+    import torch
+
+    if not torch.cuda.is_available():
+        # Before anything is set up for them.
+        skip = pytest.mark.skip(reason='no GPU is available')
+        for item in items:
+            params = item.callspec.params if hasattr(item, 'callspec') else {}
+            if params.get('device') == 'cuda':
+                item.add_marker(skip)
     if not config.getoption('--full'):
         skip = pytest.mark.skip(reason='takes long: pytest --full')
         for item in items:
@@ -97,8 +106,6 @@ def device(request):
     """Every device that the tested code has kernels for."""
     import torch
 
-    if request.param == 'cuda' and not torch.cuda.is_available():
-        pytest.skip('no GPU is available')
     return torch.device(request.param)
 
 

@@ -17,9 +17,9 @@ from .torchvision_stub import make_torchvision_importable
 CONFIGS = ROOT / 'configs' / 'actnn'
 ITERATIONS, BATCH = 2, 2
 
-# Few boxes, few negatives to contrast with, and few layers of a kind. No score is too low, because
-# a model that has hardly been trained would be evaluated on none. No epoch is
-# the last, in which YOLOX would have another loss.
+# Few boxes, few negatives to contrast with, and few layers of a kind. No score
+# is too low, because a model that has hardly been trained would be evaluated
+# on none. No epoch is the last, in which YOLOX would have another loss.
 _CAPS = dict(
     num=32,
     nms_pre=50,
@@ -64,8 +64,8 @@ _train = load_tool('train.py')
 # smallest is trained; test_configs.py builds the others, which --full
 # trains. So it is with what is a part of another one: Mask R-CNN has all of
 # Faster R-CNN, as many times as Cascade R-CNN, UPerNet the pooling of PSPNet,
-# FCOS the towers of ATSS, MoCo the neck and the loss of SimCLR, and others have
-# the head of FCN. test_linear_probe.py runs the probe by the tools.
+# FCOS the towers of ATSS, MoCo the neck and the loss of SimCLR, and others
+# have the head of FCN. test_linear_probe.py runs the probe by the tools.
 ALIKE = {
     'atss_r50',
     'cascade_rcnn_r50',
