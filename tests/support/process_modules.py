@@ -15,6 +15,9 @@ from support import (  # noqa: E402, F401
     precision_cases,
     sync_norm_cases,
 )
+from support.quick_mmengine import describe_environment  # noqa: E402
+
+describe_environment()
 
 # Collections of garbage would copy all of that in every fork.
 gc.collect()

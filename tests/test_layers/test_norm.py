@@ -181,7 +181,7 @@ class TestStatistics:
         x = make_input(device, size=(3, 4, 16, 16))
         grad_output = torch.randn_like(x)
         exact = in_float64(norm, x, grad_output)['weight'].to(device)
-        few, many = 64, 1024
+        few, many = 32, 512
         draws = self.draw(norm, x, grad_output, many)[1]
 
         noise = rounding_variance(x, norm.quantizer.pack(x))
