@@ -38,9 +38,10 @@ def pytest_configure(config):
 def pytest_xdist_make_scheduler(config, log):
     """Have one process run all files that start others.
 
-    These are forks of servers, which take seconds to start.
+    These are forks of servers, which take seconds to start. Many processes
+    would have to wait for that one.
     """
-    if config.getoption('dist') != 'loadfile':
+    if config.getoption('dist') != 'loadfile' or len(config.option.tx) > 4:
         return None
     from xdist.scheduler import LoadFileScheduling
 
