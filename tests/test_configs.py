@@ -6,7 +6,12 @@ import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import import_modules_from_strings
-from support.small_recipe import CONFIGS, load_recipe
+from support.small_recipe import (
+    ALIKE,
+    CONFIGS,
+    load_recipe,
+    shallow_resnets,
+)
 from support.stock import OFFICIAL, official, plain
 from support.tools import ROOT
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -43,7 +48,8 @@ def build_model(config):
     # Only the classes of the layers matter here; but ResNets of MMPretrain
     # want numbers when they are built.
     device = torch.device('cpu' if scope == 'mmpretrain' else 'meta')
-    with DefaultScope.overwrite_default_scope(scope), device:
+    scope = DefaultScope.overwrite_default_scope(scope)
+    with scope, shallow_resnets(config.default_scope), device:
         return MODELS.build(config.model)
 
 
@@ -58,7 +64,14 @@ def test_there_are_recipes():
     }
 
 
-@pytest.mark.parametrize('name', RECIPES)
+@pytest.mark.parametrize(
+    'name',
+    [
+        # What is trained in test_integration is built there.
+        pytest.param(name, marks=[pytest.mark.full] * (name not in ALIKE))
+        for name in RECIPES
+    ],
+)
 def test_recipe_builds_with_compressed_layers(name):
     config = load_recipe(name)
     assert config.custom_hooks[0].type == 'ActNNHook'

@@ -25,6 +25,12 @@ def copy_of_package(tmp_path):
     return tmp_path
 
 
+# Which distribution a module is of, it asks for each anew.
+QUICK = (
+    'import functools, importlib.metadata as metadata; '
+    'names = functools.cache(metadata.packages_distributions); '
+    'metadata.packages_distributions = names'
+)
 USE = (
     'import torch, mmactnn; conv = mmactnn.QConv2d(1, 1, 1); '
     'conv(torch.rand(1, 1, 8, 8))'
@@ -79,9 +85,10 @@ def test_exact_layers_need_no_library(copy_of_package, run_in_fork):
 
 
 def test_report(run_in_fork):
-    code = """
+    code = f"""
 import os
 import runpy
+{QUICK}
 os.environ['COLUMNS'] = '200'
 runpy.run_module('mmactnn', run_name='__main__')
 """
@@ -104,6 +111,7 @@ def test_report_of_a_check_that_fails(monkeypatch, capsys):
         return dict(quantize='ok', pool='the result differs')
 
     monkeypatch.setattr(__main__, 'self_check', broken)
+    monkeypatch.setattr(__main__, '_STACK', ('mmengine', 'no_such_module'))
     assert __main__.main() == 1
     text = ' '.join(capsys.readouterr().out.split())
     assert 'problem: self-check of pool on cpu: the result differs' in text
@@ -125,7 +133,8 @@ def test_kernels_of_an_op():
 
 def test_report_names_a_missing_library(copy_of_package, run_in_fork):
     result = run_in_fork(
-        'import sys; from mmactnn.__main__ import main; sys.exit(main())',
+        f'{QUICK}; import sys\n'
+        'from mmactnn.__main__ import main; sys.exit(main())',
         copy_of_package,
     )
     assert result.returncode == 1

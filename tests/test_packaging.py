@@ -175,7 +175,8 @@ def test_editable_install_links_configs_and_tools(tree, tmp_path):
     for name in ('configs', 'tools', 'model-index.yml'):
         assert (mim / name).is_symlink()
         assert (mim / name).resolve() == tree / name
-    code = 'import mmactnn; print(mmactnn.__file__)'
+    # Where it would be imported from; test_installed_package_imports does it.
+    code = 'import importlib.util as u; print(u.find_spec("mmactnn").origin)'
     output = run(python, '-c', code, cwd=tmp_path)
     assert Path(output.split()[-1]) == tree / 'mmactnn' / '__init__.py'
 

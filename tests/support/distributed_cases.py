@@ -27,7 +27,7 @@ from mmactnn.mmlab.launch import build_runner
 from support.processes import run_in_processes
 from support.toy import make_config
 
-WORLD, BATCH, STEPS = 2, 2, 6
+WORLD, BATCH, STEPS = 2, 2, 4
 SAMPLES = WORLD * BATCH * STEPS
 LR, MOMENTUM = 0.1, 0.9
 

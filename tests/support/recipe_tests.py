@@ -12,7 +12,8 @@ from mmactnn.adapters import find_adapters
 from mmactnn.memory import Category
 
 from .recipe_run import run_recipe
-from .small_recipe import ALIKE, ITERATIONS, make_data
+from .small_recipe import ALIKE, ITERATIONS, make_data, shallow_resnets
+from .torchvision_stub import make_torchvision_importable
 
 
 class RecipeTests:
@@ -33,6 +34,13 @@ class RecipeTests:
         folder = tmp_path_factory.mktemp('images') / self.toolbox
         make_data(self.toolbox, folder)
         return folder
+
+    @pytest.fixture(scope='class', autouse=True)
+    def _shallow_resnets(self):
+        if self.toolbox == 'mmpretrain':
+            make_torchvision_importable()
+        with shallow_resnets(self.toolbox):
+            yield
 
     @pytest.fixture(scope='class')
     def run(self, name, data, tmp_path_factory):

@@ -1,7 +1,10 @@
 """Shipped recipes as they are, but for a few small images and a CPU."""
 
+import contextlib
+import importlib
 import math
 
+import pytest
 import yaml
 from mmdet.datasets import CocoDataset
 
@@ -14,9 +17,9 @@ from .torchvision_stub import make_torchvision_importable
 CONFIGS = ROOT / 'configs' / 'actnn'
 ITERATIONS, BATCH = 2, 2
 
-# Few boxes, and few negatives to contrast with. No score is too low, because
-# a model that has hardly been trained would be evaluated on none. No epoch is
-# the last, in which YOLOX would have another loss.
+# Few boxes, few negatives to contrast with, and few layers of a kind. No score
+# is too low, because a model that has hardly been trained would be evaluated
+# on none. No epoch is the last, in which YOLOX would have another loss.
 _CAPS = dict(
     num=32,
     nms_pre=50,
@@ -24,7 +27,12 @@ _CAPS = dict(
     score_thr=0,
     num_last_epochs=-1,
     queue_len=8 * BATCH,
+    num_layers=2,
+    num_modules=1,
+    num_blocks=1,
 )
+# Blocks of a ResNet-50's stages: two in a row where one is as good elsewhere.
+_STAGES = (1, 2, 1, 1)
 # Images of detectors, whose ratios of sizes matter: 640 pixels and 800
 # become 96.
 _SCALE = 0.12
@@ -56,15 +64,18 @@ _train = load_tool('train.py')
 # smallest is trained; test_configs.py builds the others, which --full
 # trains. So it is with what is a part of another one: Mask R-CNN has all of
 # Faster R-CNN, as many times as Cascade R-CNN, UPerNet the pooling of PSPNet,
-# FCOS the towers of ATSS, and MoCo the neck and the loss of SimCLR.
+# FCOS the towers of ATSS, MoCo the neck and the loss of SimCLR, and others
+# have the head of FCN. test_linear_probe.py runs the probe by the tools.
 ALIKE = {
     'atss_r50',
     'cascade_rcnn_r50',
     'faster_rcnn_r50',
     'faster_rcnn_r50_bccd',
     'faster_rcnn_r50_paper',
+    'fcn_r18_digits',
     'fcn_r50',
     'fcn_r50_paper',
+    'linear_probe_r18_digits',
     'mocov2_r50',
     'mocov2_r50_paper',
     'pspnet_r50',
@@ -129,6 +140,20 @@ def make_data(toolbox, folder):
         num_val=BATCH,
         image_size=_side(800, toolbox),
     )
+
+
+@contextlib.contextmanager
+def shallow_resnets(toolbox):
+    """Build ResNets of 50 layers with fewer of them, as a context.
+
+    Args:
+        toolbox (str): See :func:`make_data`.
+    """
+    resnet = importlib.import_module(f'{toolbox}.models.backbones.resnet')
+    settings = resnet.ResNet.arch_settings
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(settings, 50, (settings[50][0], _STAGES))
+        yield
 
 
 def load_recipe(name):

@@ -20,8 +20,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from .tools import ROOT
-
 TORCHVISION_DIR = Path(sys.prefix, 'torchvision')
 
 # The ops that torchvision registers fake kernels for unconditionally. The
@@ -76,26 +74,14 @@ def _in_sight():
         sys.path.remove(str(TORCHVISION_DIR))
 
 
-def run_with_mmpretrain(run_in_fork, script: str, *folders: str) -> None:
-    """Run a script that imports MMPretrain, and demand that it succeeds.
+def need_mmpretrain() -> None:
+    """Make MMPretrain importable, or skip the test where that cannot be.
 
-    It gets a process of its own, as MMDetection must not find torchvision in
-    that of the tests. Skips the test if either is missing.
-
-    Args:
-        run_in_fork (callable): The fixture.
-        script (str): The script.
-        *folders (str): Folders of the repository to import from, besides
-            its root and ``tests``.
+    MMDetection comes first, which would import it if it could.
     """
     if importlib.util.find_spec('mmpretrain') is None or not (
         TORCHVISION_DIR.exists() or importlib.util.find_spec('torchvision')
     ):
         pytest.skip('mmpretrain or torchvision is not installed')
-    importable = (
-        'from support.torchvision_stub import make_torchvision_importable\n'
-        'make_torchvision_importable()\n'
-    )
-    paths = [ROOT / folder for folder in ('tests', *folders)]
-    run = run_in_fork(importable + script, ROOT, *paths)
-    assert run.returncode == 0, run.stderr
+    importlib.import_module('mmdet.models')
+    make_torchvision_importable()

@@ -181,7 +181,7 @@ class TestStatistics:
         x = make_input(device, size=(3, 4, 16, 16))
         grad_output = torch.randn_like(x)
         exact = in_float64(norm, x, grad_output)['weight'].to(device)
-        few, many = 64, 1024
+        few, many = 32, 512
         draws = self.draw(norm, x, grad_output, many)[1]
 
         noise = rounding_variance(x, norm.quantizer.pack(x))
@@ -227,11 +227,13 @@ class TestStatistics:
         scale = norm.weight.detach().double().view(1, -1, 1, 1) * invstd
         bias = -scale * grad_output.double() * noise / (2 * 8 * 8)
         deviation = (draws.var(0) / count).sqrt()
-        # Elements at the ends of a range hardly vary.
+        # Elements at the ends of a range hardly vary. Those of a channel err
+        # together, so that they tell less than their number; but without the
+        # bias it would be above 2 at 1 and at 2 bits.
         varies = deviation > 1e-3 * deviation.mean()
         z = ((draws.mean(0) - exact - bias) / deviation)[varies]
         assert varies.float().mean() > 0.9
-        assert 0.8 < z.square().mean().sqrt() < 1.2
+        assert 0.6 < z.square().mean().sqrt() < 1.6
         assert z.abs().max() < 5
         # Without the closed form of the bias the means would be off.
         assert bias.norm() < 0.1 * exact.norm()

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from support.forks import make_run_logged
 from support.tools import ROOT, load_tool
 
 pytest.importorskip('pandas')
@@ -233,11 +234,12 @@ class TestTool:
 
         asyncio.run(asyncio.wait_for(interrupt(), 30))
 
-    def test_real_training(self, tmp_path, monkeypatch):
+    def test_real_training(self, tmp_path, monkeypatch, run_in_fork):
         (tmp_path / 'tiny.py').write_text(TINY_PARTS)
         config = tmp_path / 'config.py'
         config.write_text(TINY)
         monkeypatch.setenv('PYTHONPATH', f'{ROOT}:{tmp_path}')
+        monkeypatch.setattr(run, 'run_logged', make_run_logged(run_in_fork))
         (row,) = compare(
             tmp_path, str(config), '--seeds', '1', '--levels', 'L3',
             '--gpus', '0',

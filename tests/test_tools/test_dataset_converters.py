@@ -88,8 +88,8 @@ def test_digits_train_and_val_use_different_scans(tmp_path):
     root = make_digits(
         tmp_path / 'crowded',
         *('--digits', '30', '30', '--scale', '0.08', '0.1'),
-        num_train=60,
-        num_val=60,
+        num_train=30,
+        num_val=15,
         image_size=100,
     )
     sources = {

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.run
 from mmengine.config import Config
 from support.dist_train import (
     assert_equal_bits,
     differing,
     load_states,
-    train,
 )
 from support.processes import run_tool_in_forks
-from support.tools import ROOT
+from support.tools import ROOT, run_tool
 from support.toy import make_config
 from support.toy_samples import sample_dataloader
 from torch import nn
@@ -46,9 +46,6 @@ def write_toy(path, *hooks, **kwargs):
 @pytest.fixture(scope='module')
 def story(tmp_path_factory):
     """A training that two processes begin, one goes on with, and two end.
-
-    The first two are of one node, the last two are nodes of their own, which
-    tools/dist_train.sh starts.
 
     Returns:
         SimpleNamespace: ``config``; and for each part ``lasts``, what it
@@ -80,15 +77,13 @@ def story(tmp_path_factory):
         found.lasts.append(torch.load(path, weights_only=False))
         options = ['--resume', '--cfg-options', 'randomness.seed=7']
         options.append(f'train_cfg.max_epochs={epoch}')
-        if epoch == 2:
-            log = run_tool_in_forks(
-                'train.py', config, *options, ranks=1, cwd=folder
-            )
-            states = load_states(work_dir, 1)
-        else:
+        if epoch == 3:
             options.append('sync_bn=torch')
-            log, states = train(config, 1, *options, cwd=folder, nodes=2)
-        found.states.append(states)
+        ranks = epoch - 1
+        log = run_tool_in_forks(
+            'train.py', config, *options, ranks=ranks, cwd=folder
+        )
+        found.states.append(load_states(work_dir, ranks))
         found.logs.append(log)
     return found
 
@@ -114,7 +109,7 @@ def test_goes_on_with_another_number_of_ranks(story, part):
     assert last['actnn']['precision']['history'].unique().numel() > 4
 
 
-def test_two_nodes_and_sync_bn(story):
+def test_two_ranks_and_sync_bn(story):
     assert 'communicate through gloo, not through nccl' in story.logs[-1]
     assert 'SyncBatchNorm -> QSyncBatchNorm' in story.logs[-1]
     # The running statistics, too.
@@ -123,7 +118,7 @@ def test_two_nodes_and_sync_bn(story):
 
 
 def test_two_ranks_evaluate(story):
-    """As the two nodes did at their end, each of them half of the images."""
+    """As two did at the end of their training, each half of the images."""
     folder = story.config.parent
     checkpoint = folder / 'work_dir' / 'epoch_3.pth'
     log = run_tool_in_forks(
@@ -148,7 +143,7 @@ printf '%s\n' "$@"
     ('tool', 'arguments'), [('train', []), ('test', ['epoch_1.pth'])]
 )
 def test_nodes_and_arguments_of_the_command_lines(tool, arguments, tmp_path):
-    """What is said to torch's launcher, for which a script stands in."""
+    """What is said to torch's launcher, in whose place a script runs."""
     python = tmp_path / 'python'
     python.write_text(PRINTER)
     python.chmod(0o755)
@@ -176,6 +171,37 @@ def test_nodes_and_arguments_of_the_command_lines(tool, arguments, tmp_path):
             '--nproc_per_node=4',
             *(f'{TOOLS}/{tool}.py', 'a config.py', *arguments),
             *('--launcher', 'pytorch', '--amp', '--work-dir', 'a b'),
+        ]
+        # As torch reads it.
+        parser = torch.distributed.run.get_args_parser()
+        config, *_ = torch.distributed.run.config_from_args(
+            parser.parse_args(words[2:])
+        )
+        assert config.nproc_per_node == 4
+        assert config.min_nodes == config.max_nodes == int(address[0])
+        assert config.rdzv_configs['rank'] == int(address[1])
+        assert config.rdzv_endpoint == ':'.join(address[2:])
+
+
+STARTED = """#!/usr/bin/env bash
+printf '%s\n' "$@" > "rank$RANK.txt"
+echo "$WORLD_SIZE $LOCAL_RANK $MASTER_ADDR" >> "rank$RANK.txt"
+"""
+
+
+def test_launcher_starts_what_is_run_in_forks_here(tmp_path, monkeypatch):
+    """Torch's launcher, which starts a script in place of Python."""
+    python = tmp_path / 'python'
+    python.write_text(STARTED)
+    python.chmod(0o755)
+    monkeypatch.setenv('PYTHON_EXEC', str(python))
+    run_tool('dist_train.sh', 'some.py', 2, '--resume', cwd=tmp_path)
+    for rank in (0, 1):
+        _, script, *words = (tmp_path / f'rank{rank}.txt').read_text().split()
+        assert os.path.samefile(script, TOOLS / 'train.py')
+        assert words == [
+            *('some.py', '--launcher', 'pytorch', '--resume'),
+            *('2', str(rank), '127.0.0.1'),
         ]
 
 
