@@ -132,7 +132,8 @@ def test_host_time(tmp_path, monkeypatch, capsys):
     assert 'batch 1' in capsys.readouterr().out
 
 
-def test_kernel_speed(monkeypatch):
+@pytest.mark.parametrize('rounding', ['dither', 'stochastic'])
+def test_kernel_speed(rounding, monkeypatch):
     tool = load_tool('benchmark/kernel_speed.py')
 
     def median_ms(function, written):
@@ -141,13 +142,15 @@ def test_kernel_speed(monkeypatch):
 
     monkeypatch.setattr(tool, 'median_ms', median_ms)
 
-    def stop(x):
+    def stop(x, decoding):
+        assert bool(decoding) == (rounding == 'dither')
         yield 'first', [x], [x], lambda: None
         raise RuntimeError('no such kernel')
 
     monkeypatch.setattr(tool, 'CASES', (*tool.CASES, stop))
     failures, shape = {}, (2, 8, 16, 16)
-    rows = list(tool.measure(shape, torch.float32, True, failures, 'cpu'))
+    setting = shape, torch.float32, True, failures, rounding
+    rows = list(tool.measure(*setting, device='cpu'))
     shares = {row['kernel']: row['share'] for row in rows}
     assert len(shares) == len(rows) > 60
     assert shares['dropout'] == shares['first'] == 1
