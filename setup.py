@@ -25,14 +25,22 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 from build_support.mim import BuildPyWithMim  # noqa: E402
-from build_support.unit import write_unit  # noqa: E402
+from build_support.unit import write_units  # noqa: E402
 
 # 2.10.0.0 in the notation of torch/csrc/stable/version.h.
 TORCH_TARGET_VERSION = '0x020a000000000000ULL'
 # Turing, Ampere, Hopper; anything newer compiles the last one's PTX.
 DEFAULT_CUDA_ARCHS = '7.5;8.0;9.0+PTX'
-# Folders of csrc/ whose sources are compiled as one.
-UNITS = ('cpu', 'ops')
+# Sources of csrc/ are compiled as few: apart, each would compile the headers
+# that they share again. These kernels take so long that they are compiled side
+# by side.
+APART = (
+    'dequantize_rectified',
+    'norm_act',
+    'norm_grad',
+    'quantize',
+    'relu_codes',
+)
 
 
 def find_cuda_home():
@@ -115,16 +123,10 @@ def extension():
         '-g0',
     ]
     flags = dict(cxx=[*common, *host], nvcc=[])
-    # Apart, these would compile the headers that they share again and again.
-    parts = {part: find(f'csrc/{part}/*.cpp') for part in UNITS}
-    units = [
-        write_unit(ROOT, f'build/{part}.cpp', sources)
-        for part, sources in parts.items()
-    ]
-    arguments = dict(
-        sources=[*units, *find('csrc/*.cpp', 'csrc/composite/*.cpp')],
-        extra_link_args=['-s'],
-    )
+    ops = find('csrc/*.cpp', 'csrc/ops/*.cpp', 'csrc/composite/*.cpp')
+    units = {'cpu.cpp': find('csrc/cpu/*.cpp'), 'ops.cpp': ops}
+    apart = []
+    arguments = {}
     cuda_home = find_cuda_home()
     if cuda_home is not None:
         # torch looks for a toolkit only if it was itself built with CUDA.
@@ -137,6 +139,10 @@ def extension():
             f'-DMMACTNN_CUDA_VERSION={release}',
             f'-DMMACTNN_CUDA_ARCHS={re.sub("[; ]+", "_", archs)}',
         ]
+        apart = [f'csrc/cuda/{name}_kernel.cu' for name in APART]
+        rest = sorted({*find('csrc/cuda/*.cu')} - {*apart})
+        units['cuda.cu'] = rest
+        units['runtime.cpp'] = find('csrc/cuda/*.cpp')
         flags['nvcc'] = [
             *common,
             # For host code that launches kernels; kernels have -O3 anyway.
@@ -145,15 +151,11 @@ def extension():
             '-fvisibility=hidden',
             '--threads=2',
             compression_flag(release),
-            # torch without CUDA does not have nvcc list the headers that a
+            # torch without CUDA does not have nvcc list the files that a
             # source includes. Commands that differ are run again.
-            f'-DMMACTNN_HEADERS={fingerprint(find("csrc/**/*.h"))}',
+            f'-DMMACTNN_INCLUDED={fingerprint(find("csrc/**/*.h", *rest))}',
         ]
         arguments.update(
-            sources=[
-                *arguments['sources'],
-                *find('csrc/cuda/*.cpp', 'csrc/cuda/*.cu'),
-            ],
             include_dirs=[str(Path(cuda_home, 'include'))],
             library_dirs=[str(Path(cuda_home, 'lib64'))],
             # Static, so that the binary loads without CUDA.
@@ -163,7 +165,9 @@ def extension():
         'mmactnn._C',
         extra_compile_args=flags,
         py_limited_api=True,
-        depends=find('csrc/**/*.h', *(f'csrc/{part}/*.cpp' for part in UNITS)),
+        depends=find('csrc/**/*.h', 'csrc/**/*.cpp', 'csrc/**/*.cu'),
+        sources=[*write_units(ROOT, 'build', units), *apart],
+        extra_link_args=['-s'],
         **arguments,
     )
 

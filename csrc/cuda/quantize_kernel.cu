@@ -372,22 +372,19 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Calls `body` with the bit width (kAnyBits for those of the one kernel) and
-// the group size as constants.
+// the group size as constants. Groups of a rare size take the kernel of all
+// widths.
 template <typename Body>
 void dispatch_format(const Geometry& geometry, const CodeLayout& layout,
                      const Body& body) {
   dispatch_group_size(geometry.group_size, [&](auto group) {
-    if (layout.bits == 1) {
-      body(Constant<1>{}, group);
-    } else if (layout.bits == 2) {
-      body(Constant<2>{}, group);
-    } else if (layout.bits == 4) {
-      body(Constant<4>{}, group);
-    } else if (layout.bits == 8) {
-      body(Constant<8>{}, group);
-    } else {
-      body(Constant<kAnyBits>{}, group);
+    if constexpr (decltype(group)::value != kAnyGroup) {
+      if (layout.bits == 1) return body(Constant<1>{}, group);
+      if (layout.bits == 2) return body(Constant<2>{}, group);
+      if (layout.bits == 4) return body(Constant<4>{}, group);
+      if (layout.bits == 8) return body(Constant<8>{}, group);
     }
+    body(Constant<kAnyBits>{}, group);
   });
 }
 

@@ -295,9 +295,20 @@ void relu_codes(const Memory& input, const Memory& output, const Memory& codes,
         check_launch();
       });
     };
-    dispatch_width(bits, [&](auto width) {
-      dispatch_group_size(geometry.group_size,
-                          [&](auto group) { launch_kernel(width, group); });
+    // Rare widths and group sizes have one kernel.
+    const Constant<kAnyGroup> any_group;
+    dispatch_group_size(geometry.group_size, [&](auto group) {
+      if constexpr (decltype(group)::value == kAnyGroup) {
+        launch_kernel(Constant<kAnyBits>{}, any_group);
+      } else {
+        dispatch_width(bits, [&](auto width) {
+          if constexpr (decltype(width)::value == kAnyBits) {
+            launch_kernel(width, any_group);
+          } else {
+            launch_kernel(width, group);
+          }
+        });
+      }
     });
   });
 }
