@@ -36,7 +36,9 @@ def run_in_processes(function, world_size, argument, device='cpu'):
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = world_size, folder, function, argument, device
-        _start(_process, world_size, arguments)
+        # The server may have initialised CUDA, which does not survive a fork.
+        method = 'spawn' if device == 'cuda' else 'forkserver'
+        _start(_process, world_size, arguments, method)
         return [
             torch.load(_result(folder, rank), weights_only=False)
             for rank in range(world_size)
@@ -121,8 +123,8 @@ def _log(folder, rank):
     return Path(folder) / f'{rank}.txt'
 
 
-def _start(function, count, arguments):
-    """Fork processes of a server that has imported what they need.
+def _start(function, count, arguments, method='forkserver'):
+    """Start processes, mostly as forks of a server that has imported modules.
 
     It lives as long as this process, and has no part of its state.
     """
@@ -132,9 +134,7 @@ def _start(function, count, arguments):
         # In some versions of Python it does not know the path of this one.
         patch.setenv('PYTHONPATH', os.pathsep.join(filter(None, paths)))
         forkserver.ensure_running()
-    mp.start_processes(
-        function, arguments, nprocs=count, start_method='forkserver'
-    )
+    mp.start_processes(function, arguments, nprocs=count, start_method=method)
 
 
 def _process(rank, world_size, folder, function, argument, device):
