@@ -55,6 +55,7 @@ _QUANTIZER_STATE = itemgetter(
     'chunk_bytes',
     'strict',
     'fused_bits',
+    'dithers',
     'meter',
 )
 
@@ -227,7 +228,8 @@ def _read_state(layers):
             own = relu.__dict__
             if type(relu) is not QReLU or any(_HOOKS(own)) or 'forward' in own:
                 return None
-            state += relu, _RELU_STATE(own), own['quantizer'].bits
+            quantizer = own['quantizer']
+            state += relu, _RELU_STATE(own), quantizer.bits, quantizer.dithers
     state += [None if p is None else p.dtype for p in parameters]
     return state, parameters, buffers
 

@@ -300,6 +300,8 @@ def put_in_place(block):
         lambda block: setattr(block.conv2, 'padding', 'same'),
         lambda block: setattr(block.conv2, 'padding_mode', 'circular'),
         lambda block: setattr(block.conv3.quantizer, 'bits', 8),
+        lambda block: setattr(block.conv1.quantizer, 'dithers', False),
+        lambda block: setattr(block.bn2.quantizer, 'dithers', False),
         lambda block: setattr(block.bn1, 'weight', None),
         lambda block: setattr(block.bn1, 'track_running_stats', False),
         lambda block: block.bn1.register_buffer('running_mean', None),
