@@ -11,6 +11,7 @@ import torch
 from torch.autograd import Function
 
 from .. import ops
+from ..codes.hooks import keep_tensors
 from ..codes.payload import PayloadFormat, QuantizedTensor
 from ..ops.layout import dense_rows
 from ..ops.random_bits import as_int64
@@ -124,12 +125,13 @@ class _Chain(Function):
             seed=draw.seed,
             offset=draw.offset,
         )
-        payloads.take(codes, draw, offsets[0])
+        dithers = keep_tensors()
+        payloads.take(codes, draw, offsets[0], dithers)
         for output, spec in zip(outputs, chain.output_payloads):
             payload = None
             if spec is not None:
                 dither = None
-                if chain.steps[spec.step].dithers:
+                if dithers and chain.steps[spec.step].dithers:
                     place = draw.offset + offsets[1][spec.step]
                     dither = ops.Dither(draw.seed, place)
                 payload = _output_payload(spec, output, own, cast, dither)
@@ -142,7 +144,7 @@ class _Chain(Function):
         codes, ctx.formats, ctx.draws = payloads.to_save(ctx.layouts)
         seed = as_int64(draw.seed)
         for step, place in zip(chain.steps, offsets[1]):
-            if step.dithers:
+            if dithers and step.dithers:
                 ctx.draws += 1, seed, as_int64(draw.offset + place)
             else:
                 ctx.draws += ops.NOT_DITHERED
@@ -232,13 +234,14 @@ class _InputPayloads:
             encoded[place] = True
         return tuple(encoded)
 
-    def take(self, codes, draw, offsets):
+    def take(self, codes, draw, offsets, dithers):
         """Take over the payloads that the op has made.
 
         Args:
             codes (Sequence[Tensor]): Second result of the op.
             draw (Draw): Seed, and offset of the first payload.
             offsets (Sequence[int]): Offset of each input from that.
+            dithers (bool): Whether codes may be decoded with dither.
         """
         begin = 0
         for place, quantizer, input, x, encoding in self._missing:
@@ -246,7 +249,7 @@ class _InputPayloads:
             if encoding.kind is ops.PayloadKind.ROWS:
                 bits /= x.shape[0]
             dither = None
-            if quantizer.dithers:
+            if dithers and quantizer.dithers:
                 dither = ops.Dither(draw.seed, draw.offset + offsets[place])
             format = PayloadFormat.of(
                 x, bits, encoding.group_size, dither=dither

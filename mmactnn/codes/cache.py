@@ -7,12 +7,9 @@ import weakref
 import zlib
 from typing import NamedTuple
 
-import torch
-
 from ..ops.capture import is_capturing
 from ..ops.layout import dense
-
-_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+from .hooks import top_hooks
 
 
 class _Entry(NamedTuple):
@@ -69,7 +66,7 @@ class PayloadCache:
             weakref.ref(tensor, functools.partial(entries.pop, key)),
             payload,
             tensor._version,
-            (_saved_tensors_hooks(True), tensor.is_cuda and is_capturing()),
+            (top_hooks(True), tensor.is_cuda and is_capturing()),
             checksum(tensor) if checked and tensor.is_cpu else None,
         )
 
@@ -90,7 +87,7 @@ class PayloadCache:
         if entry is None:
             return None
         context = (
-            _saved_tensors_hooks(True),
+            top_hooks(True),
             tensor.is_cuda and is_capturing(),
         )
         if (

@@ -12,6 +12,7 @@ from ..precision import sensitivity
 from ..precision.allocation import MAX_BITS, MIN_BITS
 from ..random import default_generator
 from .cache import default_cache
+from .hooks import keep_tensors, top_hooks
 from .payload import PayloadFormat, QuantizedTensor
 from .units import MIB
 
@@ -356,13 +357,16 @@ class LayerQuantizer:
                 offset,
                 offset_tensor,
             )
+        dither = None
+        if self.dithers and (top_hooks(True) is None or keep_tensors()):
+            dither = ops.Dither(*draw)
         format = PayloadFormat(
             rows.shape,
             rows.stride(),
             rows.dtype,
             bits,
             group_size,
-            dither=ops.Dither(*draw) if self.dithers else None,
+            dither=dither,
         )
         return QuantizedTensor(format, codes, ranges, row_bits, row_starts)
 
@@ -373,9 +377,10 @@ class LayerQuantizer:
             draw (Draw): Seed and offset that they were rounded with.
 
         Returns:
-            Dither, optional: None where codes alone are decoded.
+            Dither, optional: None where codes alone are decoded: by the
+            settings, or because :func:`.hooks.keep_tensors` is False.
         """
-        return ops.Dither(*draw) if self.dithers else None
+        return ops.Dither(*draw) if self.dithers and keep_tensors() else None
 
     def encoding(self, samples):
         """Format with which an op encodes a tensor as :meth:`pack` would.

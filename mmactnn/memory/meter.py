@@ -177,6 +177,9 @@ class ActivationMeter:
         # without a backward pass neither would be freed.
         return tensor.detach()
 
+    # See mmactnn.codes.hooks.
+    pack.keeps_tensors = True
+
     def _count(self, tensor):
         compressed = tensor in self._payloads
         origin = self._locate(), compressed

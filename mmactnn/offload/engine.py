@@ -106,6 +106,9 @@ class SwapEngine:
             self._settle()
             return self._pass.append(tensor, self._payload(tensor))
 
+    # See mmactnn.codes.hooks.
+    pack.keeps_tensors = True
+
     def unpack(self, packed):
         """Hook for every tensor that a backward pass needs.
 
