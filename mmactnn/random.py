@@ -5,15 +5,33 @@ from typing import NamedTuple
 
 import torch
 
+# The odd number next to 2^64 over the golden ratio.
+GOLDEN64 = 0x9E3779B97F4A7C15
+
 _MASK64 = (1 << 64) - 1
 
 
-def _mix(value):
-    """Spread an integer over 64 bits (the finaliser of SplitMix64)."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
+def mix64(value):
+    """Finaliser of SplitMix64: spreads a number over 64 bits.
+
+    G. L. Steele et al., "Fast splittable pseudorandom number generators",
+    OOPSLA'14, Sec. 3.
+
+    Args:
+        value (int): Its 64 lowest bits count.
+
+    Returns:
+        int: 64 bits, different ones for different numbers.
+    """
+    value &= _MASK64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
     return value ^ (value >> 31)
+
+
+def _mix(value):
+    """Spread an integer over 64 bits (one step of SplitMix64)."""
+    return mix64(value + GOLDEN64)
 
 
 class Draw(NamedTuple):

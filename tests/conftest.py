@@ -58,7 +58,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection(session):
-    """What is imported is there to stay: look for no garbage meanwhile."""
+    """Garbage collection is off: modules that are imported here stay."""
     gc.disable()
 
 

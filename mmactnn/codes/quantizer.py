@@ -357,16 +357,13 @@ class LayerQuantizer:
                 offset,
                 offset_tensor,
             )
-        dither = None
-        if self.dithers and (top_hooks(True) is None or keep_tensors()):
-            dither = ops.Dither(*draw)
         format = PayloadFormat(
             rows.shape,
             rows.stride(),
             rows.dtype,
             bits,
             group_size,
-            dither=dither,
+            dither=self.dither_of(draw),
         )
         return QuantizedTensor(format, codes, ranges, row_bits, row_starts)
 
@@ -380,7 +377,10 @@ class LayerQuantizer:
             Dither, optional: None where codes alone are decoded: by the
             settings, or because :func:`.hooks.keep_tensors` is False.
         """
-        return ops.Dither(*draw) if self.dithers and keep_tensors() else None
+        # A call less where there are no hooks: this runs for every payload.
+        if self.dithers and (top_hooks(True) is None or keep_tensors()):
+            return ops.Dither(*draw)
+        return None
 
     def encoding(self, samples):
         """Format with which an op encodes a tensor as :meth:`pack` would.

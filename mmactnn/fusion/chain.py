@@ -60,7 +60,7 @@ _QUANTIZER_STATE = itemgetter(
 )
 
 
-def may_chain(values):
+def fit_in_chain(values):
     """Whether values are tensors small enough to be inputs of a chain.
 
     Args:

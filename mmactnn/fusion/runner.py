@@ -3,7 +3,7 @@
 import torch
 
 from ..modules.execution import is_ordinary
-from .chain import ChainRunner, may_chain
+from .chain import ChainRunner, fit_in_chain
 from .eligibility import has_hooks, is_instrumented, may_fuse
 from .plan import ValueRef, collect_layers, members_of, resolve
 
@@ -109,7 +109,7 @@ class BlockRunner:
         first = values[plan.steps[start].args[0].slot]
         # An early exit: mostly, feature maps shrink along a block, so that the
         # first input is the largest.
-        if not may_chain([first]):
+        if not fit_in_chain([first]):
             return None
         found = collect_layers(module, plan, start, end, plan_to_merge)
         if found is None:
@@ -117,7 +117,7 @@ class BlockRunner:
         layers, slots = found
         inputs = [values[slot] for slot in slots]
         # Gradients of residuals live as long as the chain's, too.
-        if not may_chain(inputs):
+        if not fit_in_chain(inputs):
             return None
         key = id(plan), start
         chain = self._chains.get(key)

@@ -101,10 +101,10 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
         Returns:
             NormSettings: The settings.
         """
-        tracks = self.training and self.track_running_stats
-        counts = tracks and self.momentum is not None
+        buffers = self.next_buffers()
+        counts = buffers[2] is not None
         return NormSettings(
-            *self.next_buffers(),
+            *buffers,
             self.uses_batch_stats(),
             # A cumulative average needs the count of batches on the host.
             self.momentum if counts else self._next_momentum(),

@@ -6,6 +6,7 @@ import torch
 
 __all__ = ['Dither']
 
+_MASK64 = (1 << 64) - 1
 _SECOND = 1 << 63
 
 
@@ -81,5 +82,5 @@ def dither_arguments(dither):
 
 def as_int64(value):
     """The 64 lowest bits of an integer as the op's signed argument."""
-    value &= (1 << 64) - 1
+    value &= _MASK64
     return value - (1 << 64) if value >> 63 else value

@@ -5,12 +5,13 @@ Slow on purpose. Codes equal those of the compiled kernels, bit for bit.
 
 import torch
 
+from ..random import GOLDEN64, mix64
+
 _PHILOX_ROUNDS = 7
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PAIR_MULTIPLIER = 0xD256D193
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK32 = 0xFFFFFFFF
-_MASK64 = 0xFFFFFFFFFFFFFFFF
 _MIN_STEP = 2.0**-111
 _POSITIVE_INF, _NEGATIVE_INF, _NAN = 1, 2, 3
 
@@ -72,23 +73,6 @@ def philox_pair(counter, key):
     return torch.stack([c0, c1], dim=-1)
 
 
-def mix64(value):
-    """Finaliser of SplitMix64: spreads a number over 64 bits.
-
-    G. L. Steele et al., "Fast splittable pseudorandom number generators",
-    OOPSLA'14, Sec. 3.
-
-    Args:
-        value (int): 64 bits.
-
-    Returns:
-        int: 64 bits, different ones for different numbers.
-    """
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
-
-
 def block_words(blocks, seed, offset):
     """Random words of blocks of 8 elements.
 
@@ -100,7 +84,7 @@ def block_words(blocks, seed, offset):
     Returns:
         Tensor[B, 2]: int64 of 32 random bits each.
     """
-    stream = mix64((seed + (offset + 1) * 0x9E3779B97F4A7C15) & _MASK64)
+    stream = mix64(seed + (offset + 1) * GOLDEN64)
     counter = blocks & _MASK32, (blocks >> 32) ^ (stream & _MASK32)
     return philox_pair(counter, stream >> 32)
 

@@ -202,7 +202,7 @@ def run(autocast_dtype, device):
 @pytest.mark.parametrize('name', MODELS)
 @in_turn(level=[None, 'L0', 'L1', 'L2', 'L3'])
 def test_bytes(name, level, run, device):
-    """What is saved, and what the stock model would save."""
+    """Tensors that are saved, and those that the stock model saves."""
     model = MODELS[name]().to(device)
     stock = counted = count_saved_bytes(model, run)
     if level is not None:

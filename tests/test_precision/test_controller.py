@@ -469,7 +469,7 @@ class TestSeparation:
 
 
 def call_parts(net, x):
-    """What the network does, without a call of it."""
+    """Forward pass of the network by its layers, without a call of it."""
     x = net.frozen(net.relu(net.norm(net.stem(x))))
     x = net.pool(net.body(net.pool(net.body(x))))
     return net.fc(x.mean((2, 3)))

@@ -143,7 +143,7 @@ printf '%s\n' "$@"
     ('tool', 'arguments'), [('train', []), ('test', ['epoch_1.pth'])]
 )
 def test_nodes_and_arguments_of_the_command_lines(tool, arguments, tmp_path):
-    """What is said to torch's launcher, in whose place a script runs."""
+    """Arguments of torch's launcher, in whose place a script runs."""
     python = tmp_path / 'python'
     python.write_text(PRINTER)
     python.chmod(0o755)
