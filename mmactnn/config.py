@@ -252,7 +252,7 @@ class Compression(_Settings):
         rounding (str): ``'stochastic'`` rounds to one of the two nearest
             codes at random. ``'dither'`` does so, too, and subtracts the
             random number again when it decodes: half the variance at the
-            same bits, see :class:`mmactnn.ops.Dither`. Both are unbiased.
+            same bits, see :class:`mmactnn.ops.DrawnBits`. Both are unbiased.
         rules (tuple[Rule]): Exceptions by name of layer, or a dict of them,
             see :func:`get_level`; of several rules that match the last one
             applies. Rules have no effect at an exact level.

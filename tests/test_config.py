@@ -182,7 +182,7 @@ class TestRounding:
         model = small_model()
         convert_model(model, dict(base='L2', rounding=rounding))
         payload = model[0].quantizer.pack(torch.randn(2, 3, 16, 16))
-        assert (payload.format.dither is not None) == (rounding == 'dither')
+        assert (payload.format.drawn is not None) == (rounding == 'dither')
 
     def test_gradients_have_half_the_variance(self):
         images = torch.randn(2, 3, 16, 16)

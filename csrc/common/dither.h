@@ -15,17 +15,9 @@
 #include <cstdint>
 
 #include "codec.h"
-#include "philox.h"
 #include "portability.h"
 
 namespace mmactnn {
-
-// Random bits of the codes that an op decodes.
-struct Dither {
-  bool enabled;  // else codes alone are decoded, and the rest is unused
-  CountedStream random;
-  int64_t first_row;  // of the tensor that was rounded
-};
 
 // a * b + c, rounded once; the product must have 53 significant bits or fewer.
 MMACTNN_HOST_DEVICE float multiply_add(float a, float b, float c) {

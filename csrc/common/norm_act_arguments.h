@@ -3,9 +3,11 @@
 
 #include <cstdint>
 
+#include "geometry.h"
 #include "memory.h"
 #include "norm_act.h"
-#include "philox.h"
+#include "random_bits.h"
+#include "rotation.h"
 
 namespace mmactnn {
 
@@ -20,11 +22,22 @@ struct NormActArguments {
   int64_t bits;
   int64_t act_bits;
   int64_t group_size;
-  CountedStream random;
+  Rounding rounding;
 
   NormActPayload payload() const {
     if (!relu) return NormActPayload::kPlain;
     return residual ? NormActPayload::kPlainAndZeroed : NormActPayload::kSplit;
+  }
+  // Whether codes are rotated.
+  bool rotated(const Geometry& geometry) const {
+    const bool split = payload() == NormActPayload::kSplit;
+    return rounding.rotated &&
+           rotates(geometry, static_cast<int>(bits) - (split ? 1 : 0));
+  }
+  // The same of the codes of the output.
+  bool act_rotated(const Geometry& geometry) const {
+    return payload() == NormActPayload::kPlainAndZeroed && rounding.rotated &&
+           rotates(geometry, static_cast<int>(act_bits) - 1);
   }
 };
 

@@ -4,10 +4,12 @@
 #include <cstdint>
 
 #include "channels.h"
-#include "dither.h"
 #include "geometry.h"
 #include "memory.h"
 #include "norm.h"
+#include "random_bits.h"
+#include "rectified_codec.h"
+#include "rotation.h"
 
 namespace mmactnn {
 
@@ -16,11 +18,24 @@ struct NormArguments {
   Channels channels;
   Geometry geometry;
   const uint8_t* codes;
-  const uint32_t* ranges;
+  const void* ranges;
   const uint8_t* act_codes;  // null if there are none
   int64_t bits;
   int64_t act_bits;  // `bits` if there are none
-  Dither dither;     // of `codes`
+  DrawnBits drawn;   // of `codes`
+
+  int value_bits() const {
+    return static_cast<int>(bits) - (kind == NormCodes::kSplit ? 1 : 0);
+  }
+  bool rotated() const {
+    return drawn.rotated && rotates(geometry, value_bits());
+  }
+  // The least of `act_codes` whose element passes.
+  uint32_t least_passing() const {
+    const int width = static_cast<int>(act_bits);
+    return least_passing_code(width,
+                              drawn.rotated && rotates(geometry, width - 1));
+  }
 };
 
 // Sums over channels, and factors computed from them.

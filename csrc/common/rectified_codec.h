@@ -50,6 +50,13 @@ MMACTNN_HOST_DEVICE uint32_t split_value_code(uint32_t code, int bits) {
   return code & max_split_code(bits);
 }
 
+// The least zeroed code of an element that passes. Those of rotated ones have
+// the highest bit set (rotation.h).
+MMACTNN_HOST_DEVICE constexpr uint32_t least_passing_code(int bits,
+                                                          bool rotated) {
+  return rotated ? 1u << (bits - 1) : 1u;
+}
+
 // Special code of the positive kind where minus infinity cannot occur, so that
 // three codes are enough.
 MMACTNN_HOST_DEVICE uint32_t encode_zeroed_special(float value, Range range) {

@@ -87,7 +87,7 @@ class Forward {
   Forward(const std::vector<Tensor>& inputs, const OptionalTensors& parameters,
           const OptionalTensors& buffers, const Integers& plan,
           const std::vector<double>& settings, const Integers& formats,
-          int64_t seed, int64_t offset)
+          int64_t seed, int64_t offset, bool rotated)
       : inputs_(inputs),
         parameters_(parameters),
         buffers_(buffers),
@@ -95,6 +95,7 @@ class Forward {
         formats_(read_formats(formats, inputs.size())),
         seed_(seed),
         draw_(offset),
+        rotated_(rotated),
         codes_(inputs.size()) {
     const size_t layers = count_layers(parameters);
     STD_TORCH_CHECK(buffers.size() == layers * kBuffers, "buffers must be ",
@@ -129,7 +130,7 @@ class Forward {
       } else if (step.epilogue == Epilogue::kReLU) {
         const auto [codes, ranges] =
             call<Tensor, Tensor>("mmactnn::relu_codes_", output, step.bits,
-                                 step.group_size, seed_, draw_++, kNoTensor);
+                                 step.group_size, seed_, draw_++, kNoTensor, rotated_);
         kept_.push_back(codes);
         kept_.push_back(ranges);
       }
@@ -166,7 +167,7 @@ class Forward {
   // Unless it has a payload already, from this chain or another layer.
   void encode_input(size_t n) {
     if (formats_[n].kind == PayloadKind::kNone || !codes_[n].empty()) return;
-    codes_[n] = encode(inputs_[n], formats_[n], seed_, draw_++);
+    codes_[n] = encode(inputs_[n], formats_[n], seed_, draw_++, rotated_);
   }
 
   Tensor convolve(const Step& step) const {
@@ -188,7 +189,7 @@ class Forward {
             "mmactnn::batch_norm_act_", x, added, parameter[2], parameter[3],
             buffer[0], buffer[1], buffer[2], step.use_batch_stats, momentum,
             eps, step.epilogue == Epilogue::kNormReLU, step.bits, step.act_bits,
-            step.group_size, seed_, draw_++, kNoTensor);
+            step.group_size, seed_, draw_++, kNoTensor, rotated_);
     kept_.insert(kept_.end(), {invstd, codes, ranges});
     if (step.added) kept_.insert(kept_.end(), {act_codes, act_ranges});
   }
@@ -201,6 +202,7 @@ class Forward {
   std::vector<std::pair<double, double>> settings_;
   const int64_t seed_;
   int64_t draw_;
+  const bool rotated_;
   OptionalTensors outputs_;                 // of steps
   std::vector<std::vector<Tensor>> codes_;  // of inputs
   std::vector<Tensor> kept_;
@@ -211,10 +213,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
            Tensor>
 conv_chain(std::vector<Tensor> inputs, OptionalTensors parameters,
            OptionalTensors buffers, Integers plan, std::vector<double> settings,
-           Integers formats, int64_t seed, int64_t offset) {
+           Integers formats, int64_t seed, int64_t offset, bool rotated) {
   const NoGrad no_grad;
   Forward forward(inputs, parameters, buffers, plan, settings, formats, seed,
-                  offset);
+                  offset, rotated);
   forward.run();
   return {forward.outputs(), forward.codes(), forward.kept(),
           on_host(forward.layouts())};
@@ -350,7 +352,8 @@ class Backward {
     grad = with_strides(grad, layout_of(i).strides);
     if (step.epilogue == Epilogue::kReLU) {
       std::tie(grad) = call<Tensor>("mmactnn::relu_codes_backward", grad,
-                                    kept[0], step.bits);
+                                    kept[0], step.bits,
+                                    step_draws_[i].rotated());
       return;
     }
     const size_t first = step.layer * kParameters;
@@ -360,7 +363,7 @@ class Backward {
         "mmactnn::batch_norm_act_backward", grad, kept[1], kept[2], act_codes,
         parameters_[first + 2], kept[0], step.epilogue == Epilogue::kNormReLU,
         step.use_batch_stats, needs_conv, step.bits, step.act_bits,
-        step.group_size, step_draws_[i].dither(), kNoTensor);
+        step.group_size, step_draws_[i].drawn(), kNoTensor);
     // The gradient of the bias is first.
     for (const size_t k : {2, 3}) {
       if (needs_[first + k] != 0) add_parameter_grad(first + k, results[3 - k]);
@@ -388,7 +391,7 @@ class Backward {
       return std::get<0>(call<Tensor>(
           "mmactnn::dequantize_zeroed", codes[0], codes[1], layout.sizes,
           layout.strides, dtype_, added ? step.act_bits : step.bits,
-          step.group_size, draw.dither(), kNoTensor));
+          step.group_size, draw.drawn(), kNoTensor));
     }
     STD_TORCH_CHECK(step.epilogue == Epilogue::kNormReLU,
                     "what a convolution reads of another must be rectified");
@@ -396,7 +399,7 @@ class Backward {
     return std::get<0>(call<Tensor>(
         "mmactnn::dequantize_split", kept[1], kept[2], parameter[2],
         parameter[3], layout.sizes, layout.strides, dtype_, step.bits,
-        step.group_size, step_draws_[i].dither(), kNoTensor));
+        step.group_size, step_draws_[i].drawn(), kNoTensor));
   }
 
   // The gradients of a convolution, of which some are needed; returns that of
@@ -493,7 +496,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmactnn, m) {
   m.def(
       "conv_chain(Tensor[] inputs, Tensor?[] parameters, "
       "Tensor(a!)?[] buffers, int[] plan, float[] settings, int[] formats, "
-      "int seed, int offset) -> (Tensor[] outputs, Tensor[] codes, "
+      "int seed, int offset, bool rotated=False) -> (Tensor[] outputs, "
+      "Tensor[] codes, "
       "Tensor[] kept, Tensor layouts)");
   m.def(
       "conv_chain_backward(Tensor?[] grad_outputs, Tensor?[] codes, "

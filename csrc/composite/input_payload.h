@@ -67,24 +67,27 @@ inline const std::optional<Tensor> kNoTensor;
 
 // Random bits of codes.
 struct Draw {
-  bool dithered = false;
+  enum class Kind : int64_t { kNone = 0, kDither = 1, kRotated = 2 };
+
+  Kind kind = Kind::kNone;
   int64_t seed = 0;
   int64_t offset = 0;
 
+  bool rotated() const { return kind == Kind::kRotated; }
   // Argument of the ops that decode.
-  std::vector<int64_t> dither() const {
-    if (!dithered) return {};
-    return {seed, offset, 0};
+  std::vector<int64_t> drawn() const {
+    if (kind == Kind::kNone) return {};
+    return {seed, offset, 0, rotated() ? 1 : 0};
   }
   // That of the second payload of a step, see CountedStream::second().
   Draw second() const {
-    return {dithered, seed,
+    return {kind, seed,
             static_cast<int64_t>(static_cast<uint64_t>(offset) ^
                                  (uint64_t{1} << 63))};
   }
 };
 
-// Of all inputs and steps; of an empty list none is dithered.
+// Of all inputs and steps; of an empty list codes alone are decoded.
 inline std::vector<Draw> read_draws(const std::vector<int64_t>& draws,
                                     size_t count) {
   if (draws.empty()) return std::vector<Draw>(count);
@@ -93,18 +96,25 @@ inline std::vector<Draw> read_draws(const std::vector<int64_t>& draws,
                   " inputs and steps, or empty, got ", draws.size());
   std::vector<Draw> result;
   for (size_t n = 0; n < draws.size(); n += 3) {
-    result.push_back({draws[n] != 0, draws[n + 1], draws[n + 2]});
+    STD_TORCH_CHECK(draws[n] >= 0 && draws[n] <= 2,
+                    "the kind of a draw must be 0 (none), 1 (dither) or 2 "
+                    "(rotated), got ",
+                    draws[n]);
+    result.push_back(
+        {static_cast<Draw::Kind>(draws[n]), draws[n + 1], draws[n + 2]});
   }
   return result;
 }
 
 // Rounds an input: codes, ranges, and the widths of rows.
 inline std::vector<Tensor> encode(const Tensor& input, const Format& format,
-                                  int64_t seed, int64_t offset) {
+                                  int64_t seed, int64_t offset,
+                                  bool rotated) {
   if (format.kind == PayloadKind::kPlain) {
     const auto [codes, ranges] =
         call<Tensor, Tensor>("mmactnn::quantize", input, format.bits,
-                             format.group_size, seed, offset, kNoTensor);
+                             format.group_size, seed, offset, kNoTensor,
+                             rotated);
     return {codes, ranges};
   }
   STD_TORCH_CHECK(format.kind == PayloadKind::kRows,
@@ -116,7 +126,8 @@ inline std::vector<Tensor> encode(const Tensor& input, const Format& format,
       "mmactnn::allocate_sample_bits", energies, format.bits);
   const auto [codes, ranges] = call<Tensor, Tensor>(
       "mmactnn::quantize_rows", input, bits, starts, format.bits,
-      format.group_size, seed, offset, kNoTensor);
+      format.group_size, seed, offset, kNoTensor,
+                             rotated);
   return {codes, ranges, bits, starts};
 }
 
@@ -134,22 +145,22 @@ inline Tensor decode(const std::optional<Tensor>* codes, const Format& format,
       return std::get<0>(call<Tensor>("mmactnn::dequantize", *codes[0],
                                       *codes[1], layout.sizes, layout.strides,
                                       dtype, format.bits, format.group_size,
-                                      draw.dither(), kNoTensor));
+                                      draw.drawn(), kNoTensor));
     case PayloadKind::kRows:
       return std::get<0>(
           call<Tensor>("mmactnn::dequantize_rows", *codes[0], *codes[1],
                        *codes[2], *codes[3], layout.sizes, layout.strides,
-                       dtype, format.group_size, draw.dither(), kNoTensor));
+                       dtype, format.group_size, draw.drawn(), kNoTensor));
     case PayloadKind::kSplit:
       return std::get<0>(call<Tensor>(
           "mmactnn::dequantize_split", *codes[0], *codes[1], codes[2], codes[3],
           layout.sizes, layout.strides, dtype, format.bits, format.group_size,
-          draw.dither(), kNoTensor));
+          draw.drawn(), kNoTensor));
     case PayloadKind::kZeroed:
       return std::get<0>(call<Tensor>("mmactnn::dequantize_zeroed", *codes[0],
                                       *codes[1], layout.sizes, layout.strides,
                                       dtype, format.bits, format.group_size,
-                                      draw.dither(), kNoTensor));
+                                      draw.drawn(), kNoTensor));
     default:
       STD_TORCH_CHECK(false, "there is no such format");
   }

@@ -5,9 +5,9 @@
 #include <cstdint>
 
 #include "../common/codec.h"
-#include "../common/dither.h"
 #include "../common/geometry.h"
 #include "../common/philox.h"
+#include "../common/random_bits.h"
 #include "../common/rounding.h"
 #include "group.h"
 #include "parallel.h"
@@ -40,11 +40,11 @@ inline int64_t first_block(const Geometry& geometry, const Group& group) {
 // Draws the random bits of the elements of groups again.
 class GroupDither {
  public:
-  GroupDither(const Dither& dither, const Geometry& geometry)
-      : enabled_(dither.enabled),
-        stream_(dither.random.current_pair()),
+  GroupDither(const DrawnBits& drawn, const Geometry& geometry)
+      : enabled_(drawn.enabled),
+        stream_(drawn.random.current_pair()),
         geometry_(geometry),
-        first_block_(dither.first_row * geometry.blocks_per_row()) {}
+        first_block_(drawn.first_row * geometry.blocks_per_row()) {}
 
   // Returns false, without any bits, if codes alone are decoded.
   bool operator()(const Group& group, uint16_t* random) const {

@@ -6,6 +6,7 @@
 #include "../common/codec.h"
 #include "../common/rectified_codec.h"
 #include "group.h"
+#include "rotation.h"
 
 namespace mmactnn {
 
@@ -46,6 +47,19 @@ inline Range encode_zeroed(const float* output, const bool* positive,
     codes[i] = positive[i] ? static_cast<uint8_t>(codes[i] + 1) : 0;
   }
   return range;
+}
+
+// The same, rotated.
+inline Range encode_zeroed_rotated(const float* output, const bool* positive,
+                                   PairStream stream, uint64_t group, int bits,
+                                   uint8_t* codes) {
+  const RotatedRange range =
+      encode_rotated(output, positive, Blocked::kNothing, stream, group,
+                     bits - 1, codes);
+  for (int i = 0; i < kRotation; ++i) {
+    codes[i] = static_cast<uint8_t>(join_split(codes[i], positive[i], bits));
+  }
+  return range.one_kind();
 }
 
 }  // namespace mmactnn

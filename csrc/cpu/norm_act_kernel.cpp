@@ -14,6 +14,7 @@
 #include "kinds.h"
 #include "number.h"
 #include "parallel.h"
+#include "rotation.h"
 
 namespace mmactnn {
 namespace {
@@ -65,6 +66,18 @@ void normalise_group(const T* input, const T* residual, T* output,
   }
 }
 
+void encode_split_rotated(const GroupValues& values, PairStream stream,
+                          uint64_t group, int bits, uint8_t* codes,
+                          uint16_t* range) {
+  encode_rotated(values.normal, values.positive, Blocked::kValue, stream, group,
+                 bits - 1, codes)
+      .store(range);
+  for (int i = 0; i < kRotation; ++i) {
+    codes[i] =
+        static_cast<uint8_t>(join_split(codes[i], values.positive[i], bits));
+  }
+}
+
 Range encode_plain(const GroupValues& values, int bits, const uint16_t* random,
                    uint8_t* codes) {
   const uint32_t max_code = max_code_of(bits);
@@ -110,8 +123,11 @@ void norm_act(const NormActArguments& arguments, const Channels& channels,
       static_cast<const float*>(arguments.invstd.const_data_ptr()),
       static_cast<const float*>(arguments.weight.const_data_ptr()),
       static_cast<const float*>(arguments.bias.const_data_ptr())};
-  const PairStream stream = arguments.random.current_pair();
-  const PairStream zeroed_stream = arguments.random.second().current_pair();
+  const PairStream stream = arguments.rounding.random.current_pair();
+  const PairStream zeroed_stream =
+      arguments.rounding.random.second().current_pair();
+  const bool rotated = arguments.rotated(geometry);
+  const bool act_rotated = arguments.act_rotated(geometry);
   const int bits = static_cast<int>(arguments.bits);
   const int act_bits = static_cast<int>(arguments.act_bits);
   auto* codes = static_cast<uint8_t*>(outputs.codes.mutable_data_ptr());
@@ -138,20 +154,40 @@ void norm_act(const NormActArguments& arguments, const Channels& channels,
             const int64_t blocks = (group.count + kBlock - 1) / kBlock;
             normalise_group(source, residual, target, channels, parameters,
                             arguments.relu, group, values);
-            random_bits(stream, block, blocks, random);
+            const auto place = static_cast<uint64_t>(index);
+            if (!rotated) random_bits(stream, block, blocks, random);
             if (payload == NormActPayload::kSplit) {
-              encode_split(values, bits, random, unpacked, ranges + 2 * index);
+              if (rotated) {
+                encode_split_rotated(
+                    values, stream, place, bits, unpacked,
+                    reinterpret_cast<uint16_t*>(ranges) + 3 * index);
+              } else {
+                encode_split(values, bits, random, unpacked,
+                             ranges + 2 * index);
+              }
             } else {
-              ranges[index] =
-                  encode_plain(values, bits, random, unpacked).pack();
+              const Range range =
+                  rotated ? encode_rotated(values.normal, nullptr,
+                                           Blocked::kValue, stream, place, bits,
+                                           unpacked)
+                                .one_kind()
+                          : encode_plain(values, bits, random, unpacked);
+              ranges[index] = range.pack();
             }
             store_group(unpacked, geometry, group, bits, codes);
             if (payload != NormActPayload::kPlainAndZeroed) continue;
-            random_bits(zeroed_stream, block, blocks, random);
-            act_ranges[index] =
-                encode_zeroed(values.output, values.positive, values.count,
-                              act_bits, random, unpacked)
-                    .pack();
+            if (act_rotated) {
+              act_ranges[index] = encode_zeroed_rotated(
+                                      values.output, values.positive,
+                                      zeroed_stream, place, act_bits, unpacked)
+                                      .pack();
+            } else {
+              random_bits(zeroed_stream, block, blocks, random);
+              act_ranges[index] =
+                  encode_zeroed(values.output, values.positive, values.count,
+                                act_bits, random, unpacked)
+                      .pack();
+            }
             store_group(unpacked, geometry, group, act_bits, act_codes);
           }
         });

@@ -5,6 +5,7 @@
 
 #include "../common/channels.h"
 #include "../common/codec.h"
+#include "../common/dither.h"
 #include "../common/geometry.h"
 #include "../common/norm.h"
 #include "../common/norm_codes.h"
@@ -13,9 +14,24 @@
 #include "group.h"
 #include "number.h"
 #include "parallel.h"
+#include "rotation.h"
 
 namespace mmactnn {
 namespace {
+
+// The mean of each kind of a rotated group, with its scale.
+template <bool kSplit>
+void load_rotated_kinds(const void* ranges, int64_t index, Range* kinds) {
+  if constexpr (kSplit) {
+    const auto range =
+        RotatedRange::load(static_cast<const uint16_t*>(ranges) + 3 * index);
+    kinds[0] = {range.mean[0], range.scale};
+    kinds[1] = {range.mean[1], range.scale};
+  } else {
+    kinds[0] = kinds[1] =
+        Range::unpack(static_cast<const uint32_t*>(ranges)[index]);
+  }
+}
 
 // Calls `body(element, channel, passed, grad, normal)` with every element of a
 // row in memory order; `grad` is 0 where the gradient does not pass.
@@ -36,12 +52,16 @@ void for_each_element(const T* grad_output, const NormArguments& arguments,
     act_codes = row_codes(arguments.act_codes, act_bits);
   }
   constexpr int kRanges = kSplit ? 2 : 1;
-  const uint32_t* ranges =
-      arguments.ranges + row * geometry.groups_per_row() * kRanges;
+  const int64_t first_group = row * geometry.groups_per_row();
   const uint32_t max_code = kSplit ? max_split_code(bits) : max_code_of(bits);
+  const uint32_t least_passing = arguments.least_passing();
   const int fraction = fraction_bits(max_code);
-  const GroupDither draw(arguments.dither, geometry);
+  const GroupDither draw(arguments.drawn, geometry);
+  const RotatedDecoder rotated(arguments.drawn, geometry,
+                               arguments.value_bits());
   uint16_t random[kMaxGroup];
+  uint8_t unpacked[kRotation];
+  int32_t multiples[kRotation];
   const T* source = grad_output + row * geometry.row_numel;
   const int64_t channel_step = channels.last ? 1 : channels.plane;
   int64_t channel = 0, left = channel_step;
@@ -49,10 +69,21 @@ void for_each_element(const T* grad_output, const NormArguments& arguments,
        start += geometry.group_size) {
     const int64_t end =
         std::min(start + geometry.group_size, geometry.row_numel);
-    const uint32_t* words = ranges + start / geometry.group_size * kRanges;
-    const Range kinds[2] = {Range::unpack(words[0]),
-                            Range::unpack(words[kRanges - 1])};
-    const bool dithered = draw({row, start, end - start}, random);
+    const int64_t index = first_group + start / geometry.group_size;
+    Range kinds[2];
+    bool dithered = false;
+    if (rotated) {
+      load_rotated_kinds<kSplit>(arguments.ranges, index, kinds);
+      unpack_codes(codes + start / kBlock * bits, kRotation / kBlock, bits,
+                   unpacked);
+      rotated(index, unpacked, multiples);
+    } else {
+      const auto* words =
+          static_cast<const uint32_t*>(arguments.ranges) + index * kRanges;
+      kinds[0] = Range::unpack(words[0]);
+      kinds[1] = Range::unpack(words[kRanges - 1]);
+      dithered = draw({row, start, end - start}, random);
+    }
     for (int64_t i = start; i < end; ++i) {
       uint32_t code = code_at(codes, i, bits);
       bool passed = true;
@@ -62,10 +93,12 @@ void for_each_element(const T* grad_output, const NormArguments& arguments,
         range = kinds[passed];
         code = split_value_code(code, bits);
       } else if constexpr (kCodes == NormCodes::kMask) {
-        passed = code_at(act_codes, i, act_bits) != 0u;
+        passed = code_at(act_codes, i, act_bits) >= least_passing;
       }
       float normal;
-      if (range.special()) {
+      if (rotated) {
+        normal = rotated_value(multiples[i - start], range.step, range.low);
+      } else if (range.special()) {
         normal = decode_special(code, range, max_code);
       } else if (dithered) {
         normal = decode_dithered(code, random[i - start], range, fraction);

@@ -3,19 +3,28 @@
 #include <cstdint>
 
 #include "../common/codec.h"
+#include "../common/dither.h"
 #include "../common/geometry.h"
+#include "../common/random_bits.h"
 #include "codes.h"
 #include "group.h"
 #include "number.h"
 #include "parallel.h"
+#include "rotation.h"
 
 namespace mmactnn {
 namespace {
 
+void store_blocks(const uint8_t* unpacked, int64_t first, int64_t count,
+                  const RowCodes& row, uint8_t* codes) {
+  pack_codes(unpacked, count, row.bits, codes + row.begin + first * row.bits);
+}
+
 template <typename T>
 void quantize_groups(const T* input, uint8_t* codes, uint32_t* ranges,
                      const Geometry& geometry, const CodeLayout& layout,
-                     PairStream stream, int64_t begin, int64_t end) {
+                     const Rounding& rounding, int64_t begin, int64_t end) {
+  const PairStream stream = rounding.random.current_pair();
   float values[kMaxGroup];
   uint16_t random[kMaxGroup];
   uint8_t unpacked[kMaxGroup];
@@ -31,6 +40,15 @@ void quantize_groups(const T* input, uint8_t* codes, uint32_t* ranges,
     const int64_t stored = std::min<int64_t>(geometry.group_size / kBlock,
                                              layout.row_blocks - row_block);
     load_group(input, geometry, group, values);
+    if (rounding.rotated && rotates(geometry, row.bits)) {
+      ranges[index] =
+          encode_rotated(values, nullptr, Blocked::kValue, stream,
+                         static_cast<uint64_t>(index), row.bits, unpacked)
+              .one_kind()
+              .pack();
+      store_blocks(unpacked, row_block, stored, row, codes);
+      continue;
+    }
     const Range range = make_range(find_extent(values, count), max_code);
     ranges[index] = range.pack();
     if (range.special()) {
@@ -50,17 +68,16 @@ void quantize_groups(const T* input, uint8_t* codes, uint32_t* ranges,
       }
     }
     std::fill(unpacked + count, unpacked + stored * kBlock, uint8_t{0});
-    pack_codes(unpacked, stored, row.bits,
-               codes + row.begin + row_block * row.bits);
+    store_blocks(unpacked, row_block, stored, row, codes);
   }
 }
 
 template <typename T>
 void dequantize_groups(const uint8_t* codes, const uint32_t* ranges, T* output,
                        const Geometry& geometry, const CodeLayout& layout,
-                       const Dither& dither, int64_t begin, int64_t end) {
+                       const DrawnBits& drawn, int64_t begin, int64_t end) {
   const float largest = Largest<T>::value;
-  const GroupDither draw(dither, geometry);
+  const GroupDither draw(drawn, geometry);
   uint8_t unpacked[kMaxGroup];
   uint16_t random[kMaxGroup];
   for (int64_t index = begin; index < end; ++index) {
@@ -73,6 +90,15 @@ void dequantize_groups(const uint8_t* codes, const uint32_t* ranges, T* output,
                  row.bits, unpacked);
     T* target = output + group.row * geometry.row_numel + group.start;
     const Range range = Range::unpack(ranges[index]);
+    if (const RotatedDecoder rotated(drawn, geometry, row.bits); rotated) {
+      int32_t multiples[kRotation];
+      rotated(index, unpacked, multiples);
+      for (int i = 0; i < kRotation; ++i) {
+        const float value = rotated_value(multiples[i], range.step, range.low);
+        target[i] = static_cast<T>(clamp_finite(value, largest));
+      }
+      continue;
+    }
     if (range.special()) {
       for (int64_t i = 0; i < group.count; ++i) {
         target[i] =
@@ -97,8 +123,7 @@ namespace cpu {
 
 void quantize(const Memory& input, const Memory& codes, const Memory& ranges,
               const Geometry& geometry, const CodeLayout& layout,
-              const CountedStream& random) {
-  const PairStream stream = random.current_pair();
+              const Rounding& rounding) {
   auto* code_bytes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   auto* range_words = static_cast<uint32_t*>(ranges.mutable_data_ptr());
   dispatch_dtype(input.dtype(), [&](auto type) {
@@ -107,14 +132,14 @@ void quantize(const Memory& input, const Memory& codes, const Memory& ranges,
     parallel_for(geometry.groups(), kGrainElements / geometry.group_size,
                  [&](int64_t begin, int64_t end) {
                    quantize_groups(source, code_bytes, range_words, geometry,
-                                   layout, stream, begin, end);
+                                   layout, rounding, begin, end);
                  });
   });
 }
 
 void dequantize(const Memory& codes, const Memory& ranges, const Memory& output,
                 const Geometry& geometry, const CodeLayout& layout,
-                const Dither& dither) {
+                const DrawnBits& drawn) {
   const auto* code_bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
   const auto* range_words =
       static_cast<const uint32_t*>(ranges.const_data_ptr());
@@ -124,7 +149,7 @@ void dequantize(const Memory& codes, const Memory& ranges, const Memory& output,
     parallel_for(geometry.groups(), kGrainElements / geometry.group_size,
                  [&](int64_t begin, int64_t end) {
                    dequantize_groups(code_bytes, range_words, target, geometry,
-                                     layout, dither, begin, end);
+                                     layout, drawn, begin, end);
                  });
   });
 }

@@ -4,12 +4,14 @@
 #include "../common/codec.h"
 #include "../common/geometry.h"
 #include "../common/philox.h"
+#include "../common/random_bits.h"
 #include "../common/rectified_codec.h"
 #include "codes.h"
 #include "group.h"
 #include "kinds.h"
 #include "number.h"
 #include "parallel.h"
+#include "rotation.h"
 
 namespace mmactnn {
 namespace {
@@ -17,8 +19,10 @@ namespace {
 // `output` may be `input`.
 template <typename T>
 void rectify_groups(const T* input, T* output, uint8_t* codes, uint32_t* ranges,
-                    const Geometry& geometry, int bits, PairStream stream,
+                    const Geometry& geometry, int bits, const Rounding& rounding,
                     int64_t begin, int64_t end) {
+  const PairStream stream = rounding.random.current_pair();
+  const bool rotated = rounding.rotated && rotates(geometry, bits - 1);
   float values[kMaxGroup];
   bool positive[kMaxGroup];
   uint16_t random[kMaxGroup];
@@ -32,11 +36,18 @@ void rectify_groups(const T* input, T* output, uint8_t* codes, uint32_t* ranges,
       positive[i] = is_positive(values[i]);
       output[base + i] = positive[i] ? item : static_cast<T>(0.0f);
     }
-    random_bits(stream, static_cast<uint64_t>(first_block(geometry, group)),
-                (group.count + kBlock - 1) / kBlock, random);
-    ranges[index] =
-        encode_zeroed(values, positive, group.count, bits, random, unpacked)
-            .pack();
+    if (rotated) {
+      ranges[index] = encode_zeroed_rotated(
+                          values, positive, stream,
+                          static_cast<uint64_t>(index), bits, unpacked)
+                          .pack();
+    } else {
+      random_bits(stream, static_cast<uint64_t>(first_block(geometry, group)),
+                  (group.count + kBlock - 1) / kBlock, random);
+      ranges[index] =
+          encode_zeroed(values, positive, group.count, bits, random, unpacked)
+              .pack();
+    }
     store_group(unpacked, geometry, group, bits, codes);
   }
 }
@@ -47,8 +58,7 @@ namespace cpu {
 
 void relu_codes(const Memory& input, const Memory& output, const Memory& codes,
                 const Memory& ranges, const Geometry& geometry, int bits,
-                const CountedStream& random) {
-  const PairStream stream = random.current_pair();
+                const Rounding& rounding) {
   auto* code_bytes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   auto* range_words = static_cast<uint32_t*>(ranges.mutable_data_ptr());
   dispatch_dtype(input.dtype(), [&](auto type) {
@@ -58,14 +68,16 @@ void relu_codes(const Memory& input, const Memory& output, const Memory& codes,
     parallel_for(geometry.groups(), kGrainElements / geometry.group_size,
                  [&](int64_t begin, int64_t end) {
                    rectify_groups(source, target, code_bytes, range_words,
-                                  geometry, bits, stream, begin, end);
+                                  geometry, bits, rounding, begin, end);
                  });
   });
 }
 
 void relu_codes_backward(const Memory& grad_output, const Memory& codes,
                          const Memory& grad_input, const Geometry& geometry,
-                         int bits) {
+                         int bits, bool rotated) {
+  const uint32_t least = least_passing_code(
+      bits, rotated && rotates(geometry, bits - 1));
   const auto* code_bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
   dispatch_dtype(grad_output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -77,7 +89,7 @@ void relu_codes_backward(const Memory& grad_output, const Memory& codes,
           const int64_t base = group.row * geometry.row_numel + group.start;
           for (int64_t i = 0; i < group.count; ++i) {
             target[base + i] =
-                unpacked[i] != 0 ? source[base + i] : static_cast<T>(0.0f);
+                unpacked[i] >= least ? source[base + i] : static_cast<T>(0.0f);
           }
         });
   });

@@ -496,8 +496,8 @@ void dispatch_widths(bool whole, int bits, const Body& body) {
 template <template <typename, int, int> typename DecoderOf, typename Parameters>
 void decode_into(const Memory& codes, const Memory& ranges,
                  const Memory& output, const Geometry& geometry, int bits,
-                 const Dither& dither, const Parameters& parameters) {
-  const DitherSource draws(dither, geometry);
+                 const DrawnBits& drawn, const Parameters& parameters) {
+  const DitherSource draws(drawn, geometry);
   const int64_t row_blocks = geometry.blocks_per_row();
   STD_TORCH_CHECK(geometry.row_numel <= kMaxIndex, "a sample may have at most ",
                   kMaxIndex, " elements, got ", geometry.row_numel);
@@ -561,7 +561,7 @@ void dequantize_split(const Memory& codes, const Memory& ranges,
                       const Memory& weight, const Memory& bias,
                       const Memory& output, const Geometry& geometry,
                       const Channels& channels, int bits,
-                      const Dither& dither) {
+                      const DrawnBits& drawn) {
   const auto* weights = static_cast<const float*>(weight.const_data_ptr());
   const auto* biases = static_cast<const float*>(bias.const_data_ptr());
   const ChannelIndex index = index_channels(channels, {weights, biases});
@@ -572,17 +572,17 @@ void dequantize_split(const Memory& codes, const Memory& ranges,
   const Affine affine{weights, biases, index, repeats};
   if (!channels.last && channels.plane >= kBlock) {
     decode_into<PlaneSplitDecoder>(codes, ranges, output, geometry, bits,
-                                   dither, affine);
+                                   drawn, affine);
   } else {
     decode_into<ColumnSplitDecoder>(codes, ranges, output, geometry, bits,
-                                    dither, affine);
+                                    drawn, affine);
   }
 }
 
 void dequantize_zeroed(const Memory& codes, const Memory& ranges,
                        const Memory& output, const Geometry& geometry, int bits,
-                       const Dither& dither) {
-  decode_into<ZeroedDecoder>(codes, ranges, output, geometry, bits, dither,
+                       const DrawnBits& drawn) {
+  decode_into<ZeroedDecoder>(codes, ranges, output, geometry, bits, drawn,
                              NoParameters{});
 }
 

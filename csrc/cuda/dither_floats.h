@@ -6,21 +6,22 @@
 #include "../common/codec.h"
 #include "../common/dither.h"
 #include "../common/geometry.h"
+#include "../common/random_bits.h"
 #include "../common/rounding.h"
 #include "launch.h"
 
 namespace mmactnn {
 
-// Argument of kernels that decode, see Dither.
+// Argument of kernels that decode, see DrawnBits.
 struct DitherSource {
   bool enabled;
   CountedStream random;
   uint64_t first_block;  // of the launch
 
-  DitherSource(const Dither& dither, const Geometry& geometry)
-      : enabled(dither.enabled),
-        random(dither.random),
-        first_block(static_cast<uint64_t>(dither.first_row *
+  DitherSource(const DrawnBits& drawn, const Geometry& geometry)
+      : enabled(drawn.enabled),
+        random(drawn.random),
+        first_block(static_cast<uint64_t>(drawn.first_row *
                                           geometry.blocks_per_row())) {}
 
   DitherSource advanced(int64_t blocks) const {

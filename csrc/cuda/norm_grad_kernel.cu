@@ -328,7 +328,7 @@ Call make_call(const Memory& grad_output, const NormArguments& arguments) {
                             group_shift,
                             static_cast<int>(arguments.bits),
                             static_cast<int>(arguments.act_bits),
-                            DitherSource(arguments.dither, geometry)};
+                            DitherSource(arguments.drawn, geometry)};
   const bool blocks = channels.row_numel() % kBlock == 0 &&
                       (channels.last ? channels.count % kBlock == 0
                                      : channels.plane >= kBlock) &&

@@ -420,9 +420,9 @@ void quantize(const Memory& input, const Memory& codes, const Memory& ranges,
 
 void dequantize(const Memory& codes, const Memory& ranges, const Memory& output,
                 const Geometry& geometry, const CodeLayout& whole,
-                const Dither& dither) {
+                const DrawnBits& drawn) {
   CodeLayout layout = whole;
-  const DitherSource draws(dither, geometry);
+  const DitherSource draws(drawn, geometry);
   const cudaStream_t stream = current_stream();
   const auto* code_bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
   const auto* range_words =

@@ -98,10 +98,15 @@ inline Geometry code_geometry(const char* name, const Tensor& codes,
   return geometry;
 }
 
-// The ranges of plain codes, or of split ones: two for each group.
+// Numbers a range: two for each kind of elements, or, rotated, the mean of each
+// and a scale.
+inline int64_t range_width(bool split, bool rotated) {
+  if (!split) return 2;
+  return rotated ? 3 : 4;
+}
+
 inline void check_code_ranges(const Tensor& ranges, const Geometry& geometry,
-                              bool split, const Tensor& like) {
-  const int64_t width = split ? 4 : 2;
+                              int64_t width, const Tensor& like) {
   STD_TORCH_CHECK(ranges.scalar_type() == ScalarType::BFloat16 &&
                       ranges.is_contiguous() && ranges.dim() == 3 &&
                       ranges.size(0) == geometry.rows &&

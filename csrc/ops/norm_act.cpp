@@ -33,7 +33,7 @@ struct Format {
   int64_t bits;
   int64_t act_bits;
   int64_t group_size;
-  CountedStream random;
+  Rounding rounding;
 };
 
 struct Statistics {
@@ -95,12 +95,13 @@ Results normalise(const OnDevice& device, const Inputs& inputs,
   const NormActArguments arguments{
       input,           inputs.residual,   statistics.mean, statistics.invstd,
       inputs.weight,   inputs.bias,       format.relu,     format.bits,
-      format.act_bits, format.group_size, format.random};
+      format.act_bits, format.group_size, format.rounding};
   const NormActPayload payload = arguments.payload();
   check(inputs, format, payload, channels, in_place);
   const Geometry geometry = geometry_of(channels, format.group_size);
   const bool zeroed = payload == NormActPayload::kPlainAndZeroed;
-  const int64_t width = payload == NormActPayload::kSplit ? 4 : 2;
+  const int64_t width = range_width(payload == NormActPayload::kSplit,
+                                    arguments.rotated(geometry));
   const Results results{in_place ? input : empty_dense_like(input),
                         empty_codes(input, geometry, format.bits),
                         empty_ranges(input, geometry, width),
@@ -120,7 +121,8 @@ Results norm_act(Tensor input, std::optional<Tensor> residual, Tensor mean,
                  Tensor invstd, std::optional<Tensor> weight,
                  std::optional<Tensor> bias, bool relu, int64_t bits,
                  int64_t act_bits, int64_t group_size, int64_t seed,
-                 int64_t offset, std::optional<Tensor> offset_tensor) {
+                 int64_t offset, std::optional<Tensor> offset_tensor,
+                 bool rotated) {
   const OnDevice device(input);
   const Channels channels = channels_of("input", input);
   check_per_channel("mean", mean, channels, input);
@@ -128,7 +130,8 @@ Results norm_act(Tensor input, std::optional<Tensor> residual, Tensor mean,
   return normalise(device, {input, residual, weight, bias},
                    {channels, mean, invstd},
                    {relu, bits, act_bits, group_size,
-                    checked_stream(seed, offset, offset_tensor, input)},
+                    checked_rounding(seed, offset, offset_tensor, rotated,
+                                     group_size, input)},
                    false);
 }
 
@@ -166,7 +169,7 @@ auto batch_norm_act(Tensor input, std::optional<Tensor> residual,
                     bool use_batch_stats, double momentum, double eps,
                     bool relu, int64_t bits, int64_t act_bits,
                     int64_t group_size, int64_t seed, int64_t offset,
-                    std::optional<Tensor> offset_tensor) {
+                    std::optional<Tensor> offset_tensor, bool rotated) {
   const OnDevice device(input);
   const Statistics statistics =
       find_statistics(device, input,
@@ -175,7 +178,8 @@ auto batch_norm_act(Tensor input, std::optional<Tensor> residual,
   const auto [output, codes, ranges, act_codes, act_ranges] =
       normalise(device, {input, residual, weight, bias}, statistics,
                 {relu, bits, act_bits, group_size,
-                 checked_stream(seed, offset, offset_tensor, input)},
+                 checked_rounding(seed, offset, offset_tensor, rotated,
+                                     group_size, input)},
                 kInPlace);
   const std::tuple kept(statistics.invstd, codes, ranges, act_codes,
                         act_ranges);
@@ -193,25 +197,23 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmactnn, m) {
   m.def(
       "norm_act(Tensor input, Tensor? residual, Tensor mean, Tensor invstd, "
       "Tensor? weight, Tensor? bias, bool relu, int bits, int act_bits, "
-      "int group_size, int seed, int offset, Tensor? offset_tensor=None) -> "
-      "(Tensor output, Tensor codes, Tensor ranges, Tensor act_codes, Tensor "
+      "int group_size, int seed, int offset, Tensor? offset_tensor=None, "
+      "bool rotated=False) -> (Tensor output, Tensor codes, Tensor ranges, Tensor act_codes, Tensor "
       "act_ranges)");
   m.def(
       "batch_norm_act(Tensor input, Tensor? residual, Tensor? weight, "
       "Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, bool use_batch_stats, float momentum, "
       "float eps, bool relu, int bits, int act_bits, int group_size, int seed, "
-      "int offset, Tensor? offset_tensor=None) -> (Tensor output, Tensor "
-      "invstd, "
-      "Tensor codes, Tensor ranges, Tensor act_codes, Tensor act_ranges)");
+      "int offset, Tensor? offset_tensor=None, bool rotated=False) -> "
+      "(Tensor output, Tensor invstd, Tensor codes, Tensor ranges, Tensor act_codes, Tensor act_ranges)");
   m.def(
       "batch_norm_act_(Tensor(a!) input, Tensor? residual, Tensor? weight, "
       "Tensor? bias, Tensor(b!)? running_mean, Tensor(c!)? running_var, "
       "Tensor(d!)? num_batches_tracked, bool use_batch_stats, float momentum, "
       "float eps, bool relu, int bits, int act_bits, int group_size, int seed, "
-      "int offset, Tensor? offset_tensor=None) -> (Tensor invstd, Tensor "
-      "codes, "
-      "Tensor ranges, Tensor act_codes, Tensor act_ranges)");
+      "int offset, Tensor? offset_tensor=None, bool rotated=False) -> "
+      "(Tensor invstd, Tensor codes, Tensor ranges, Tensor act_codes, Tensor act_ranges)");
 }
 
 MMACTNN_IMPL(m) {

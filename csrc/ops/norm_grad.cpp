@@ -25,21 +25,25 @@ namespace {
 NormArguments check_norm_codes(const Tensor& grad_output, const Tensor& codes,
                                const Tensor& ranges, int64_t bits,
                                int64_t group_size, bool split,
-                               const std::vector<int64_t>& dither,
+                               const std::vector<int64_t>& drawn,
                                const std::optional<Tensor>& offset_tensor) {
   const Channels channels = channels_of("grad_output", grad_output);
   const Geometry geometry = code_geometry("codes", codes, channels, group_size,
                                           bits, split, grad_output);
-  check_code_ranges(ranges, geometry, split, grad_output);
-  return {split ? NormCodes::kSplit : NormCodes::kPlain,
-          channels,
-          geometry,
-          static_cast<const uint8_t*>(codes.const_data_ptr()),
-          static_cast<const uint32_t*>(ranges.const_data_ptr()),
-          nullptr,
-          bits,
-          bits,
-          checked_dither(dither, offset_tensor, grad_output)};
+  const NormArguments arguments{
+      split ? NormCodes::kSplit : NormCodes::kPlain,
+      channels,
+      geometry,
+      static_cast<const uint8_t*>(codes.const_data_ptr()),
+      ranges.const_data_ptr(),
+      nullptr,
+      bits,
+      bits,
+      checked_drawn(drawn, offset_tensor, grad_output)};
+  check_rotated_group(arguments.drawn.rotated, group_size);
+  check_code_ranges(ranges, geometry, range_width(split, arguments.rotated()),
+                    grad_output);
+  return arguments;
 }
 
 void add_act_codes(const Tensor& grad_output, const Tensor& act_codes,
@@ -87,21 +91,21 @@ std::tuple<std::optional<Tensor>, Tensor> sum_pair(
 
 Tensor norm_grad_sums(Tensor grad_output, Tensor codes, Tensor ranges,
                       int64_t bits, int64_t group_size, bool relu,
-                      std::vector<int64_t> dither,
+                      std::vector<int64_t> drawn,
                       std::optional<Tensor> offset_tensor) {
   const NormArguments arguments =
       check_norm_codes(grad_output, codes, ranges, bits, group_size, relu,
-                       dither, offset_tensor);
+                       drawn, offset_tensor);
   return std::get<1>(sum_pair(grad_output, arguments));
 }
 
 std::tuple<Tensor, Tensor> norm_add_grad_sums(
     Tensor grad_output, Tensor codes, Tensor ranges, Tensor act_codes,
     int64_t bits, int64_t act_bits, int64_t group_size,
-    std::vector<int64_t> dither, std::optional<Tensor> offset_tensor) {
+    std::vector<int64_t> drawn, std::optional<Tensor> offset_tensor) {
   NormArguments arguments =
       check_norm_codes(grad_output, codes, ranges, bits, group_size, false,
-                       dither, offset_tensor);
+                       drawn, offset_tensor);
   add_act_codes(grad_output, act_codes, act_bits, group_size, arguments);
   auto [passed, sums] = sum_pair(grad_output, arguments);
   return {*passed, sums};
@@ -110,11 +114,11 @@ std::tuple<Tensor, Tensor> norm_add_grad_sums(
 Tensor norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges,
                        Tensor scale, Tensor means, int64_t bits,
                        int64_t group_size, bool relu,
-                       std::vector<int64_t> dither,
+                       std::vector<int64_t> drawn,
                        std::optional<Tensor> offset_tensor) {
   const NormArguments arguments =
       check_norm_codes(grad_output, codes, ranges, bits, group_size, relu,
-                       dither, offset_tensor);
+                       drawn, offset_tensor);
   check_per_channel("scale", scale, arguments.channels, grad_output);
   check_per_channel("means", means, arguments.channels, grad_output, true);
   const Tensor grad_input = empty_dense_like(grad_output);
@@ -134,10 +138,10 @@ std::vector<Tensor> batch_norm_act_backward(
     std::optional<Tensor> act_codes, std::optional<Tensor> weight,
     Tensor invstd, bool relu, bool use_batch_stats, bool needs_input,
     int64_t bits, int64_t act_bits, int64_t group_size,
-    std::vector<int64_t> dither, std::optional<Tensor> offset_tensor) {
+    std::vector<int64_t> drawn, std::optional<Tensor> offset_tensor) {
   NormArguments arguments =
       check_norm_codes(grad_output, codes, ranges, bits, group_size,
-                       relu && !act_codes, dither, offset_tensor);
+                       relu && !act_codes, drawn, offset_tensor);
   const Channels channels = arguments.channels;
   check_per_channel("invstd", invstd, channels, grad_output);
   if (weight) check_per_channel("weight", *weight, channels, grad_output);
@@ -180,22 +184,22 @@ std::vector<Tensor> batch_norm_act_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(mmactnn, m) {
   m.def(
       "norm_grad_sums(Tensor grad_output, Tensor codes, Tensor ranges, "
-      "int bits, int group_size, bool relu, int[] dither=[], "
+      "int bits, int group_size, bool relu, int[] drawn=[], "
       "Tensor? offset_tensor=None) -> Tensor sums");
   m.def(
       "norm_add_grad_sums(Tensor grad_output, Tensor codes, Tensor ranges, "
       "Tensor act_codes, int bits, int act_bits, int group_size, "
-      "int[] dither=[], Tensor? offset_tensor=None) -> (Tensor grad, "
+      "int[] drawn=[], Tensor? offset_tensor=None) -> (Tensor grad, "
       "Tensor sums)");
   m.def(
       "norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges, "
       "Tensor scale, Tensor means, int bits, int group_size, bool relu, "
-      "int[] dither=[], Tensor? offset_tensor=None) -> Tensor");
+      "int[] drawn=[], Tensor? offset_tensor=None) -> Tensor");
   m.def(
       "batch_norm_act_backward(Tensor grad_output, Tensor codes, "
       "Tensor ranges, Tensor? act_codes, Tensor? weight, Tensor invstd, "
       "bool relu, bool use_batch_stats, bool needs_input, int bits, int "
-      "act_bits, int group_size, int[] dither=[], "
+      "act_bits, int group_size, int[] drawn=[], "
       "Tensor? offset_tensor=None) -> Tensor[]");
 }
 

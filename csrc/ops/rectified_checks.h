@@ -23,7 +23,7 @@ inline void check_rectified_bits(const char* name, int64_t bits) {
 // not depend on ranges, so that groups can have any size.
 inline Geometry check_zeroed_codes(const Tensor& grad_output,
                                    const Tensor& codes, int64_t bits) {
-  constexpr int64_t kAnyGroup = 512;
+  constexpr int64_t kAnyGroup = kRotation;
   check_rows("grad_output", grad_output);
   check_rectified_bits("bits", bits);
   const Geometry geometry =

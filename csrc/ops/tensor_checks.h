@@ -11,9 +11,10 @@
 #include <optional>
 #include <vector>
 
-#include "../common/dither.h"
 #include "../common/geometry.h"
 #include "../common/philox.h"
+#include "../common/random_bits.h"
+#include "../common/rotation.h"
 
 namespace mmactnn {
 
@@ -35,6 +36,12 @@ inline void check_same_device(const char* name, const Tensor& tensor,
                   " must be on the device of the other tensors");
 }
 
+inline void check_rotated_group(bool rotated, int64_t group_size) {
+  STD_TORCH_CHECK(!rotated || group_size == kRotation,
+                  "group_size must be ", kRotation, " for rotated codes, got ",
+                  group_size);
+}
+
 // The random stream of an op on `input`.
 inline CountedStream checked_stream(int64_t seed, int64_t offset,
                                     const std::optional<Tensor>& offset_tensor,
@@ -49,18 +56,29 @@ inline CountedStream checked_stream(int64_t seed, int64_t offset,
   return {first, static_cast<const int64_t*>(offset_tensor->const_data_ptr())};
 }
 
+// The rounding of an op on `input`.
+inline Rounding checked_rounding(int64_t seed, int64_t offset,
+                                 const std::optional<Tensor>& offset_tensor,
+                                 bool rotated, int64_t group_size,
+                                 const Tensor& input) {
+  check_rotated_group(rotated, group_size);
+  return {checked_stream(seed, offset, offset_tensor, input), rotated};
+}
+
 // The random bits of codes that are decoded to or for a tensor like `like`:
-// `numbers` are none, where codes alone are decoded, or else seed, offset and
-// the first row.
-inline Dither checked_dither(const std::vector<int64_t>& numbers,
+// `numbers` are none, where codes alone are decoded, or else seed, offset, the
+// first row, and 1 where codes are rotated, 0 where not.
+inline DrawnBits checked_drawn(const std::vector<int64_t>& numbers,
                              const std::optional<Tensor>& offset_tensor,
                              const Tensor& like) {
   if (numbers.empty()) return {};
-  STD_TORCH_CHECK(numbers.size() == 3 && numbers[2] >= 0,
-                  "dither must be seed, offset and first row, or empty, got ",
+  STD_TORCH_CHECK(numbers.size() == 4 && numbers[2] >= 0 &&
+                      (numbers[3] == 0 || numbers[3] == 1),
+                  "drawn must be empty, or seed, offset, first row and 1 for "
+                  "rotated codes or 0, got ",
                   numbers.size(), " numbers");
   return {true, checked_stream(numbers[0], numbers[1], offset_tensor, like),
-          numbers[2]};
+          numbers[2], numbers[3] != 0};
 }
 
 // True if the elements fill one piece of memory without gaps or overlaps.

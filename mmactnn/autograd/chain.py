@@ -130,11 +130,11 @@ class _Chain(Function):
         for output, spec in zip(outputs, chain.output_payloads):
             payload = None
             if spec is not None:
-                dither = None
+                drawn = None
                 if dithers and chain.steps[spec.step].dithers:
                     place = draw.offset + offsets[1][spec.step]
-                    dither = ops.Dither(draw.seed, place)
-                payload = _output_payload(spec, output, own, cast, dither)
+                    drawn = ops.DrawnBits(draw.seed, place)
+                payload = _output_payload(spec, output, own, cast, drawn)
             call.payloads.append(payload)
         ctx.adaptive = _first_layer_bits(chain.input_quantizers)
         ctx.probe = None
@@ -248,11 +248,11 @@ class _InputPayloads:
             end, bits = begin + encoding.num_tensors, encoding.bits
             if encoding.kind is ops.PayloadKind.ROWS:
                 bits /= x.shape[0]
-            dither = None
+            drawn = None
             if dithers and quantizer.dithers:
-                dither = ops.Dither(draw.seed, draw.offset + offsets[place])
+                drawn = ops.DrawnBits(draw.seed, draw.offset + offsets[place])
             format = PayloadFormat.of(
-                x, bits, encoding.group_size, dither=dither
+                x, bits, encoding.group_size, drawn=drawn
             )
             payload = QuantizedTensor(format, *codes[begin:end])
             self.payloads[place] = quantizer.publish(input, x, payload)
@@ -289,8 +289,8 @@ class _InputPayloads:
                 kind = ops.PayloadKind.ROWS
             codes += tensors
             formats += kind, int(format.bits), format.group_size
-            dither = format.dither
-            draws += ops.NOT_DITHERED if dither is None else dither.numbers
+            drawn = format.drawn
+            draws += ops.NOT_DITHERED if drawn is None else drawn.numbers
         return codes, formats, draws
 
 
@@ -300,15 +300,15 @@ def _first_layer_bits(quantizers):
     return next((bits for bits in found if bits is not None), None)
 
 
-def _output_payload(spec, output, kept, parameters, dither):
+def _output_payload(spec, output, kept, parameters, drawn):
     tensors = kept[spec.place : spec.place + 2]
     if spec.kind == 'split':
         first = spec.layer * ops.PARAMETERS
         tensors += parameters[first + 2 : first + ops.PARAMETERS]
-    if dither is not None and spec.follows_sum:
-        dither = dither.second()
+    if drawn is not None and spec.follows_sum:
+        drawn = drawn.second()
     format = PayloadFormat.of(
-        output, spec.bits, spec.group_size, spec.kind, dither
+        output, spec.bits, spec.group_size, spec.kind, drawn
     )
     return format.payload(*tensors)
 

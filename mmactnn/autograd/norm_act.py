@@ -56,9 +56,9 @@ class _NormAct(Function):
         kind = 'split' if relu and not adds else 'plain'
         bits = quantizer.fused_bits
         draw = quantizer.generator.next(x.device)
-        random, dither = draw._asdict(), quantizer.dither_of(draw)
+        random, drawn = draw._asdict(), quantizer.drawn_bits(draw)
         norm = PayloadFormat.of(
-            x, getattr(bits, kind), quantizer.group_size, kind, dither
+            x, getattr(bits, kind), quantizer.group_size, kind, drawn
         )
         inplace = inplace and group is None and x is input
         read = None
@@ -91,7 +91,7 @@ class _NormAct(Function):
             act = norm._replace(
                 bits=bits.zeroed,
                 kind='zeroed',
-                dither=dither and dither.second(),
+                drawn=drawn and drawn.second(),
             )
             payload = act.payload(*codes[2:])
         elif relu:
@@ -157,7 +157,7 @@ def _gradients(record, grad, codes, ranges, act, weight, invstd, needs_input):
         norm.bits,
         record.act.bits if act else 0,
         norm.group_size,
-        dither=norm.dither,
+        drawn=norm.drawn,
     )
 
 
@@ -182,7 +182,7 @@ def _global_batch_gradients(
 ):
     """Gradients with statistics over several processes."""
     bits, group_size = record.norm.bits, record.norm.group_size
-    random = dict(dither=record.norm.dither)
+    random = dict(drawn=record.norm.drawn)
     masks = record.relu and not act
     if act:
         grad, sums = ops.norm_add_grad_sums(

@@ -75,7 +75,7 @@ class _CodedReLU(Function):
             )
         output = finish(ctx, input, seen, inplace)
         format = PayloadFormat.of(
-            seen, bits, group_size, 'zeroed', quantizer.dither_of(draw)
+            seen, bits, group_size, 'zeroed', quantizer.drawn_bits(draw)
         )
         made.append(format.payload(codes, ranges))
         ctx.save_for_backward(codes)

@@ -23,7 +23,7 @@ class PayloadFormat(NamedTuple):
         group_size (int): Elements a range.
         kind (str): Kind of the codes: ``'plain'``, ``'split'`` or
             ``'zeroed'``.
-        dither (Dither, optional): Random bits that decoding subtracts.
+        drawn (DrawnBits, optional): Random bits that decoding subtracts.
     """
 
     size: torch.Size
@@ -32,13 +32,13 @@ class PayloadFormat(NamedTuple):
     bits: float
     group_size: int
     kind: str = 'plain'
-    dither: ops.Dither | None = None
+    drawn: ops.DrawnBits | None = None
 
     @classmethod
-    def of(cls, tensor, bits, group_size, kind='plain', dither=None):
+    def of(cls, tensor, bits, group_size, kind='plain', drawn=None):
         """Format of a tensor that is quantised in its own layout."""
         layout = tensor.shape, tensor.stride(), tensor.dtype
-        return cls(*layout, bits, group_size, kind, dither)
+        return cls(*layout, bits, group_size, kind, drawn)
 
     def payload(self, *tensors):
         """Make a payload from this format and saved tensors.
@@ -107,10 +107,10 @@ class Payload:
         format = self.format
         return (samples, *format.size[1:]), format.stride, format.dtype
 
-    def _dither(self, start):
+    def _drawn(self, start):
         """Random bits of the samples from ``start`` on."""
-        dither = self.format.dither
-        return dither if dither is None or not start else dither.at_row(start)
+        drawn = self.format.drawn
+        return drawn if drawn is None or not start else drawn.at_row(start)
 
 
 def pieces(samples, nbytes, max_bytes):
@@ -174,7 +174,7 @@ class QuantizedTensor(Payload):
                 *layout,
                 format.bits,
                 format.group_size,
-                dither=self._dither(start),
+                drawn=self._drawn(start),
             )
         ranges, bits, starts = _part(
             start, stop, self.ranges, self.row_bits, self.row_starts
@@ -187,7 +187,7 @@ class QuantizedTensor(Payload):
             starts,
             *layout,
             format.group_size,
-            dither=self._dither(start),
+            drawn=self._drawn(start),
         )
 
 
@@ -228,7 +228,7 @@ class SplitTensor(Payload):
             *self._layout(ranges.shape[0]),
             self.format.bits,
             self.format.group_size,
-            dither=self._dither(start),
+            drawn=self._drawn(start),
         )
 
 
@@ -263,7 +263,7 @@ class ZeroedTensor(Payload):
             *self._layout(ranges.shape[0]),
             self.format.bits,
             self.format.group_size,
-            dither=self._dither(start),
+            drawn=self._drawn(start),
         )
 
 

@@ -363,23 +363,23 @@ class LayerQuantizer:
             rows.dtype,
             bits,
             group_size,
-            dither=self.dither_of(draw),
+            drawn=self.drawn_bits(draw),
         )
         return QuantizedTensor(format, codes, ranges, row_bits, row_starts)
 
-    def dither_of(self, draw):
+    def drawn_bits(self, draw):
         """Random bits that the payloads of a draw are decoded with.
 
         Args:
             draw (Draw): Seed and offset that they were rounded with.
 
         Returns:
-            Dither, optional: None where codes alone are decoded: by the
+            DrawnBits, optional: None where codes alone are decoded: by the
             settings, or because :func:`.hooks.keep_tensors` is False.
         """
         # A call less where there are no hooks: this runs for every payload.
         if self.dithers and (top_hooks(True) is None or keep_tensors()):
-            return ops.Dither(*draw)
+            return ops.DrawnBits(*draw)
         return None
 
     def encoding(self, samples):

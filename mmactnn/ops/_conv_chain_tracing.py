@@ -78,20 +78,22 @@ def _read(source, inputs, outputs):
     return inputs[~source] if is_input(source) else outputs[source]
 
 
-def _encode(input, kind, bits, group_size, seed, offset):
+def _encode(input, kind, bits, group_size, seed, offset, rotated):
     ops = torch.ops.mmactnn
     if kind == PayloadKind.PLAIN:
-        return ops.quantize.default(input, bits, group_size, seed, offset)
+        return ops.quantize.default(
+            input, bits, group_size, seed, offset, None, rotated
+        )
     energies = ops.sample_range_energy.default(input, group_size)
     widths = ops.allocate_sample_bits.default(energies, bits)
     codes = ops.quantize_rows.default(
-        input, *widths, bits, group_size, seed, offset
+        input, *widths, bits, group_size, seed, offset, None, rotated
     )
     return *codes, *widths
 
 
 def _run_epilogue(
-    step, x, residual, parameters, buffers, settings, seed, offset
+    step, x, residual, parameters, buffers, settings, seed, offset, rotated
 ):
     """Overwrite a convolution's output; returns the tensors to save."""
     if step.epilogue is Epilogue.NONE:
@@ -99,7 +101,7 @@ def _run_epilogue(
     ops = torch.ops.mmactnn
     if step.epilogue is Epilogue.RELU:
         return ops.relu_codes_.default(
-            x, step.bits, step.group_size, seed, offset
+            x, step.bits, step.group_size, seed, offset, None, rotated
         )
     if residual is not None:
         residual = _with_strides(residual, x.stride())
@@ -116,6 +118,8 @@ def _run_epilogue(
         step.group_size,
         seed,
         offset,
+        None,
+        rotated,
     )
     return payload[: step.num_saved]
 
@@ -123,7 +127,15 @@ def _run_epilogue(
 @decomposition('conv_chain')
 @torch.no_grad()
 def _conv_chain(
-    inputs, parameters, buffers, plan, settings, formats, seed, offset
+    inputs,
+    parameters,
+    buffers,
+    plan,
+    settings,
+    formats,
+    seed,
+    offset,
+    rotated=False,
 ):
     steps = read_steps(plan)
     draws = itertools.count(offset)
@@ -134,7 +146,9 @@ def _conv_chain(
             n = ~step.source
             kind, *format = formats[3 * n : 3 * n + 3]
             if kind != PayloadKind.NONE and not codes[n]:
-                codes[n] = _encode(inputs[n], kind, *format, seed, next(draws))
+                codes[n] = _encode(
+                    inputs[n], kind, *format, seed, next(draws), rotated
+                )
         first = step.layer * PARAMETERS
         own = parameters[first : first + PARAMETERS]
         x = torch.ops.aten.convolution.default(
@@ -154,6 +168,7 @@ def _conv_chain(
             settings[2 * step.layer : 2 * step.layer + 2],
             seed,
             0 if step.epilogue is Epilogue.NONE else next(draws),
+            rotated,
         )
         outputs.append(x)
     return (

@@ -15,7 +15,7 @@ from ._fake import empty_sums, fake
 from .layout import dense_channels, with_strides
 from .norm_act import fake_norm_act
 from .quantize import DEFAULT_GROUP_SIZE
-from .random_bits import as_int64, dither_arguments
+from .random_bits import as_int64, drawn_arguments
 
 __all__ = [
     'NormSettings',
@@ -62,6 +62,7 @@ def batch_norm_act(
     seed,
     offset=0,
     offset_tensor=None,
+    rotated=False,
 ):
     """Compute statistics of channels and run :func:`norm_act` with them.
 
@@ -78,6 +79,7 @@ def batch_norm_act(
         seed (int): See :func:`norm_act`.
         offset (int, optional): See :func:`norm_act`.
         offset_tensor (Tensor[1], optional): See :func:`norm_act`.
+        rotated (bool, optional): See :func:`norm_act`.
 
     Returns:
         tuple[Tensor, Tensor, list[Tensor]]: The output (Tensor[N, C, *]);
@@ -106,6 +108,7 @@ def batch_norm_act(
         as_int64(seed),
         as_int64(offset),
         offset_tensor,
+        rotated,
     )
     return output, invstd, payload[: 2 if residual is None else 4]
 
@@ -124,6 +127,7 @@ def batch_norm_act_(
     seed,
     offset=0,
     offset_tensor=None,
+    rotated=False,
 ):
     """:func:`batch_norm_act` in place.
 
@@ -141,6 +145,7 @@ def batch_norm_act_(
         seed (int): See :func:`batch_norm_act`.
         offset (int, optional): See :func:`batch_norm_act`.
         offset_tensor (Tensor[1], optional): See :func:`batch_norm_act`.
+        rotated (bool, optional): See :func:`batch_norm_act`.
 
     Returns:
         tuple[Tensor, list[Tensor]]: Results of :func:`batch_norm_act` after
@@ -166,6 +171,7 @@ def batch_norm_act_(
         as_int64(seed),
         as_int64(offset),
         offset_tensor,
+        rotated,
     )
     return invstd, payload[: 2 if residual is None else 4]
 
@@ -184,7 +190,7 @@ def batch_norm_act_backward(
     act_bits,
     group_size,
     *,
-    dither=None,
+    drawn=None,
 ):
     """Gradients of :func:`batch_norm_act`.
 
@@ -204,7 +210,7 @@ def batch_norm_act_backward(
         bits (int): Bits of ``codes``.
         act_bits (int): Bits of ``act_codes``.
         group_size (int): Elements a range.
-        dither (Dither, optional): See :func:`norm_grad_sums`.
+        drawn (DrawnBits, optional): See :func:`norm_grad_sums`.
 
     Returns:
         tuple[tuple[Tensor, Tensor], list[Tensor]]: The gradients of bias and
@@ -230,7 +236,7 @@ def batch_norm_act_backward(
         bits,
         act_bits,
         group_size,
-        *dither_arguments(dither),
+        *drawn_arguments(drawn),
     )
     return tuple(results[:2]), results[2:]
 

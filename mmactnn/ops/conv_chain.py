@@ -17,7 +17,7 @@ __all__ = [
     'ChainStep',
     'Encoding',
     'Epilogue',
-    'NOT_DITHERED',
+    'NOT_DRAWN',
     'NOT_ENCODED',
     'PARAMETERS',
     'PayloadKind',
@@ -93,8 +93,8 @@ class ChainStep(NamedTuple):
         bits (int): Bits a code of the epilogue's payload.
         act_bits (int): Bits a code of the output after an addition, else 0.
         group_size (int): Elements a range.
-        dithers (bool): Whether the epilogue's payloads are decoded with
-            dither. Defaults to False.
+        rounding (str): Rounding of the epilogue's payloads, see
+            :class:`mmactnn.Compression`. Defaults to ``'stochastic'``.
     """
 
     source: int
@@ -109,7 +109,7 @@ class ChainStep(NamedTuple):
     bits: int
     act_bits: int
     group_size: int
-    dithers: bool = False
+    rounding: str = 'stochastic'
 
     @property
     def has_norm(self):
@@ -244,13 +244,23 @@ class Encoding(NamedTuple):
 
 
 # For payloads whose codes alone are decoded.
-NOT_DITHERED = (0, 0, 0)
+NOT_DRAWN = (0, 0, 0)
 
 # For inputs that have a payload already, or that no convolution reads.
 NOT_ENCODED = Encoding(PayloadKind.NONE, 0, 0)
 
 
-def conv_chain(inputs, parameters, buffers, plan, formats, *, seed, offset=0):
+def conv_chain(
+    inputs,
+    parameters,
+    buffers,
+    plan,
+    formats,
+    *,
+    seed,
+    offset=0,
+    rotated=False,
+):
     """Forward pass of a chain of convolutions with their epilogues.
 
     The epilogue, :func:`mmactnn.ops.batch_norm_act_` or
@@ -273,6 +283,8 @@ def conv_chain(inputs, parameters, buffers, plan, formats, *, seed, offset=0):
             ``NOT_ENCODED``.
         seed (int): Key of the random bits, 64 bits.
         offset (int, optional): Counter of the random bits, 64 bits.
+        rotated (bool, optional): Whether codes are rotated, see
+            :class:`DrawnBits`. Defaults to False.
 
     Returns:
         tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]: ``outputs``
@@ -299,6 +311,7 @@ def conv_chain(inputs, parameters, buffers, plan, formats, *, seed, offset=0):
             formats,
             as_int64(seed),
             as_int64(offset),
+            rotated,
         )
     except RuntimeError as error:
         _raise_out_of_memory(error)
@@ -346,7 +359,7 @@ def conv_chain_backward(
         draws (Sequence[int], optional): Random bits of the payloads of each
             input and then of each step, one after the other: 1, seed and
             offset as signed integers, whose ``act_codes`` have
-            :meth:`Dither.second`; ``NOT_DITHERED`` where codes alone are
+            :meth:`DrawnBits.second`; ``NOT_DRAWN`` where codes alone are
             decoded. Defaults to none.
 
     Returns:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ._fake import empty_payload, fake
+from ._fake import empty_payload, fake, row_numel
 from .layout import dense_channels, with_strides
 from .quantize import (
     DEFAULT_GROUP_SIZE,
@@ -11,6 +11,7 @@ from .quantize import (
 )
 from .random_bits import as_int64
 from .rectified import check_rectified_format
+from .rotation import rotates
 
 __all__ = ['norm_act']
 
@@ -68,6 +69,7 @@ def norm_act(
     seed,
     offset=0,
     offset_tensor=None,
+    rotated=False,
 ):
     """Normalise, add a residual and rectify, with codes for the backward pass.
 
@@ -108,6 +110,11 @@ def norm_act(
             is reserved for zeroed codes. Defaults to 0.
         offset_tensor (Tensor[1], optional): As in
             :func:`mmactnn.ops.quantize`.
+        rotated (bool, optional): As in :func:`mmactnn.ops.quantize`. Ranges
+            of rotated split codes are 3 numbers: the mean of elements that
+            do not pass the ReLU, that of those that do, and the scale.
+            Zeroed codes of passing elements then have the highest bit set.
+            Defaults to False.
 
     Returns:
         tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ``output`` (Tensor[N,
@@ -145,6 +152,7 @@ def norm_act(
         as_int64(seed),
         as_int64(offset),
         offset_tensor,
+        rotated,
     )
 
 
@@ -163,12 +171,14 @@ def fake_norm_act(
     seed,
     offset,
     offset_tensor=None,
+    rotated=False,
 ):
     """Fake kernel, also for ops that include this one."""
     output = torch.empty_like(input)
     codes, ranges = empty_payload(input, bits, group_size)
     if relu and residual is None:
-        ranges = ranges.new_empty((*ranges.shape[:2], 4))
+        has_scale = rotated and rotates(row_numel(input), bits - 1)
+        ranges = ranges.new_empty((*ranges.shape[:2], 3 if has_scale else 4))
     if residual is None:
         return output, codes, ranges, codes.new_empty(0), ranges.new_empty(0)
     act = empty_payload(input, act_bits, group_size)

@@ -5,7 +5,7 @@ import torch
 from ._fake import empty_sums, fake
 from .channel_stats import check_channels, check_vector
 from .quantize import check_format
-from .random_bits import dither_arguments
+from .random_bits import drawn_arguments
 from .rectified import check_rectified_format
 
 __all__ = ['norm_add_grad_sums', 'norm_grad_input', 'norm_grad_sums']
@@ -19,7 +19,7 @@ def _check(grad_output, bits, group_size, relu):
 
 
 def norm_grad_sums(
-    grad_output, codes, ranges, bits, group_size, relu, *, dither=None
+    grad_output, codes, ranges, bits, group_size, relu, *, drawn=None
 ):
     """Sums over each channel of a normalisation's gradient.
 
@@ -39,7 +39,7 @@ def norm_grad_sums(
         bits (int): Bits a code, from 1 to 8, with ``relu`` from 2.
         group_size (int): Elements a range: 64, 128, 256 or 512.
         relu (bool): Whether a ReLU follows, whose mask the codes hold.
-        dither (Dither, optional): Random bits that the normalised input was
+        drawn (DrawnBits, optional): Random bits that the normalised input was
             rounded with, to be subtracted. Defaults to none.
 
     Returns:
@@ -61,7 +61,7 @@ def norm_grad_sums(
         bits,
         group_size,
         relu,
-        *dither_arguments(dither),
+        *drawn_arguments(drawn),
     )
 
 
@@ -74,7 +74,7 @@ def norm_add_grad_sums(
     act_bits,
     group_size,
     *,
-    dither=None,
+    drawn=None,
 ):
     """:func:`norm_grad_sums` behind a ReLU of a residual sum.
 
@@ -89,7 +89,7 @@ def norm_add_grad_sums(
         bits (int): Bits a code of ``codes``, from 1 to 8.
         act_bits (int): Bits a code of ``act_codes``, from 2 to 8.
         group_size (int): Elements a range: 64, 128, 256 or 512.
-        dither (Dither, optional): As in :func:`norm_grad_sums`.
+        drawn (DrawnBits, optional): As in :func:`norm_grad_sums`.
 
     Returns:
         tuple[Tensor, Tensor]: The gradient of the sum before the ReLU
@@ -112,7 +112,7 @@ def norm_add_grad_sums(
         bits,
         act_bits,
         group_size,
-        *dither_arguments(dither),
+        *drawn_arguments(drawn),
     )
 
 
@@ -126,7 +126,7 @@ def norm_grad_input(
     group_size,
     relu,
     *,
-    dither=None,
+    drawn=None,
 ):
     """Gradient of a normalisation's input.
 
@@ -146,7 +146,7 @@ def norm_grad_input(
         bits (int): Bits a code, from 1 to 8, with ``relu`` from 2.
         group_size (int): Elements a range: 64, 128, 256 or 512.
         relu (bool): Whether the codes are split ones.
-        dither (Dither, optional): As in :func:`norm_grad_sums`.
+        drawn (DrawnBits, optional): As in :func:`norm_grad_sums`.
 
     Returns:
         Tensor[N, C, *]: Of the dtype and the strides of ``grad_output``.
@@ -171,7 +171,7 @@ def norm_grad_input(
         bits,
         group_size,
         relu,
-        *dither_arguments(dither),
+        *drawn_arguments(drawn),
     )
 
 

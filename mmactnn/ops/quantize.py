@@ -5,7 +5,7 @@ import torch
 from ..extension import require_kernels
 from ._fake import empty_payload, fake
 from .layout import dense_rows
-from .random_bits import as_int64, dither_arguments
+from .random_bits import as_int64, drawn_arguments
 
 __all__ = [
     'DEFAULT_GROUP_SIZE',
@@ -97,6 +97,7 @@ def quantize(
     seed,
     offset=0,
     offset_tensor=None,
+    rotated=False,
 ):
     """Round a tensor to codes of a few bits, stochastically.
 
@@ -126,6 +127,9 @@ def quantize(
         offset_tensor (Tensor[1], optional): int64, on the device of
             ``input``. The kernel adds it to ``offset``, so that a CUDA graph
             that increments it rounds anew in every replay. Defaults to 0.
+        rotated (bool, optional): Whether to rotate groups where there are
+            such codes, see :class:`mmactnn.ops.DrawnBits`: ``ranges`` then
+            hold mean and scale. Needs ``group_size=256``. Defaults to False.
 
     Returns:
         tuple[Tensor, Tensor]: ``codes`` (Tensor[N, ceil(M / 8) * bits],
@@ -150,6 +154,7 @@ def quantize(
         as_int64(seed),
         as_int64(offset),
         offset_tensor,
+        rotated,
     )
 
 
@@ -162,7 +167,7 @@ def dequantize(
     bits,
     group_size=DEFAULT_GROUP_SIZE,
     *,
-    dither=None,
+    drawn=None,
 ):
     """Turn codes back into values.
 
@@ -178,12 +183,12 @@ def dequantize(
         dtype (torch.dtype): float32, float16 or bfloat16.
         bits (int): Bits a code, from 1 to 8.
         group_size (int, optional): Elements a range. Defaults to 256.
-        dither (Dither, optional): Random bits that the tensor was rounded
+        drawn (DrawnBits, optional): Random bits that the tensor was rounded
             with, to be subtracted. Defaults to none.
 
     Returns:
         Tensor[N, *]: ``low + code * step``, of ``dtype`` and ``stride``; with
-        dither see :class:`mmactnn.ops.Dither`.
+        dither see :class:`mmactnn.ops.DrawnBits`.
 
     Raises:
         ValueError: If ``bits`` or ``group_size`` is not valid.
@@ -202,12 +207,12 @@ def dequantize(
         dtype,
         bits,
         group_size,
-        *dither_arguments(dither),
+        *drawn_arguments(drawn),
     )
 
 
 @fake('quantize')
-def _fake_quantize(input, bits, group_size, seed, offset, offset_tensor=None):
+def _fake_quantize(input, bits, group_size, seed, offset, offset_tensor=None, rotated=False):
     return empty_payload(input, bits, group_size)
 
 

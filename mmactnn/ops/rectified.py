@@ -5,7 +5,7 @@ import torch
 from ..extension import require_kernels
 from ._fake import fake
 from .quantize import DEFAULT_GROUP_SIZE, check_dtype, check_group_size
-from .random_bits import dither_arguments
+from .random_bits import drawn_arguments
 
 __all__ = ['dequantize_split', 'dequantize_zeroed']
 
@@ -62,7 +62,7 @@ def dequantize_split(
     bits,
     group_size=DEFAULT_GROUP_SIZE,
     *,
-    dither=None,
+    drawn=None,
 ):
     """Decode split codes of a normalised input to the output of its ReLU.
 
@@ -82,13 +82,13 @@ def dequantize_split(
         dtype (torch.dtype): float32, float16 or bfloat16.
         bits (int): Bits a code, from 2 to 8.
         group_size (int, optional): Elements a range. Defaults to 256.
-        dither (Dither, optional): Random bits that the tensor was rounded
+        drawn (DrawnBits, optional): Random bits that the tensor was rounded
             with, to be subtracted. Defaults to none.
 
     Returns:
         Tensor[N, C, *]: ``(low + code * step) * weight + bias`` where the
         output was positive, exactly 0 elsewhere; of ``dtype`` and ``stride``.
-        With dither see :class:`mmactnn.ops.Dither`.
+        With dither see :class:`mmactnn.ops.DrawnBits`.
 
     Raises:
         ValueError: If ``bits`` or ``group_size`` is not valid.
@@ -107,7 +107,7 @@ def dequantize_split(
         dtype,
         bits,
         group_size,
-        *dither_arguments(dither),
+        *drawn_arguments(drawn),
     )
 
 
@@ -120,7 +120,7 @@ def dequantize_zeroed(
     bits,
     group_size=DEFAULT_GROUP_SIZE,
     *,
-    dither=None,
+    drawn=None,
 ):
     """Decode zeroed codes to the output of a ReLU.
 
@@ -134,13 +134,13 @@ def dequantize_zeroed(
         dtype (torch.dtype): float32, float16 or bfloat16.
         bits (int): Bits a code, from 2 to 8.
         group_size (int, optional): Elements a range. Defaults to 256.
-        dither (Dither, optional): Random bits that the tensor was rounded
+        drawn (DrawnBits, optional): Random bits that the tensor was rounded
             with, to be subtracted. Defaults to none.
 
     Returns:
         Tensor[N, *]: 0 where the code is 0, else ``low + (code - 1) * step``;
         of ``dtype`` and ``stride``. With dither see
-        :class:`mmactnn.ops.Dither`.
+        :class:`mmactnn.ops.DrawnBits`.
 
     Raises:
         ValueError: If ``bits`` or ``group_size`` is not valid.
@@ -157,7 +157,7 @@ def dequantize_zeroed(
         dtype,
         bits,
         group_size,
-        *dither_arguments(dither),
+        *drawn_arguments(drawn),
     )
 
 

@@ -5,88 +5,12 @@ Slow on purpose. Codes equal those of the compiled kernels, bit for bit.
 
 import torch
 
-from ..random import GOLDEN64, mix64
+from . import rotation_reference as rotation
+from .philox_reference import pair_words, philox
+from .rotation import rotates
 
-_PHILOX_ROUNDS = 7
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_PAIR_MULTIPLIER = 0xD256D193
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_MASK32 = 0xFFFFFFFF
 _MIN_STEP = 2.0**-111
 _POSITIVE_INF, _NEGATIVE_INF, _NAN = 1, 2, 3
-
-
-def philox(blocks, seed, offset):
-    """Random words of Philox4x32-7.
-
-    J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11,
-    Sec. 2.2.
-
-    Args:
-        blocks (Tensor[B]): int64, lower half of the counter.
-        seed (int): Key, 64 bits.
-        offset (int): Upper half of the counter, 64 bits.
-
-    Returns:
-        Tensor[B, 4]: int64 of 32 random bits each.
-    """
-    c = [
-        blocks & _MASK32,
-        (blocks >> 32) & _MASK32,
-        torch.full_like(blocks, offset & _MASK32),
-        torch.full_like(blocks, (offset >> 32) & _MASK32),
-    ]
-    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
-    for _ in range(_PHILOX_ROUNDS):
-        high0, low0 = _multiply(c[0], _MULTIPLIERS[0])
-        high1, low1 = _multiply(c[2], _MULTIPLIERS[1])
-        c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
-        k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
-    return torch.stack(c, dim=-1)
-
-
-def _multiply(a, constant):
-    """Both halves of a product of 32-bit numbers."""
-    # By halves of the constant, as 64-bit products do not fit into int64.
-    low = a * (constant & 0xFFFF)
-    high = a * (constant >> 16)
-    product_high = (high + (low >> 16)) >> 16
-    product_low = (((high & 0xFFFF) << 16) + low) & _MASK32
-    return product_high, product_low
-
-
-def philox_pair(counter, key):
-    """Random words of Philox2x32-7, see :func:`philox`.
-
-    Args:
-        counter (tuple[Tensor[B], Tensor[B]]): int64, halves of 32 bits.
-        key (int): 32 bits.
-
-    Returns:
-        Tensor[B, 2]: int64 of 32 random bits each.
-    """
-    c0, c1 = counter
-    for _ in range(_PHILOX_ROUNDS):
-        high, low = _multiply(c0, _PAIR_MULTIPLIER)
-        c0, c1 = high ^ key ^ c1, low
-        key = (key + _WEYL[0]) & _MASK32
-    return torch.stack([c0, c1], dim=-1)
-
-
-def block_words(blocks, seed, offset):
-    """Random words of blocks of 8 elements.
-
-    Args:
-        blocks (Tensor[B]): int64, indices of blocks.
-        seed (int): 64 bits.
-        offset (int): 64 bits.
-
-    Returns:
-        Tensor[B, 2]: int64 of 32 random bits each.
-    """
-    stream = mix64(seed + (offset + 1) * GOLDEN64)
-    counter = blocks & _MASK32, (blocks >> 32) ^ (stream & _MASK32)
-    return philox_pair(counter, stream >> 32)
 
 
 def _bfloat16_outward(value, towards_inf):
@@ -154,7 +78,15 @@ def _moved(offset, offset_tensor):
     return offset if offset_tensor is None else offset + int(offset_tensor)
 
 
-def quantize(input, bits, group_size, seed, offset, offset_tensor=None):
+def quantize(
+    input,
+    bits,
+    group_size,
+    seed,
+    offset,
+    offset_tensor=None,
+    rotated=False,
+):
     """Specification of :func:`mmactnn.ops.quantize`, same arguments."""
     offset = _moved(offset, offset_tensor)
     levels = 2**bits - 1
@@ -168,6 +100,12 @@ def quantize(input, bits, group_size, seed, offset, offset_tensor=None):
             input.new_zeros((rows, row_blocks * bits), dtype=torch.uint8),
             input.new_zeros((rows, row_groups, 2), dtype=torch.bfloat16),
         )
+    if rotated and rotates(row_numel, bits):
+        codes, means, scale = rotation.encode(
+            groups, valid, True, bits, seed, offset
+        )
+        ranges = torch.stack([means[:, 1], scale], -1)
+        return _pack(codes.view(rows, -1), bits), _ranges(ranges, rows)
     low, step = _make_range(groups, valid, levels)
     low_, step_ = low[:, None], step[:, None]
 
@@ -181,12 +119,17 @@ def quantize(input, bits, group_size, seed, offset, offset_tensor=None):
     codes = torch.where(step_.isnan(), special.clamp(max=levels), codes)
 
     codes = (codes * valid).view(rows, -1)[:, : row_blocks * 8]
-    ranges = torch.stack([low, step], -1).view(rows, row_groups, 2)
-    return _pack(codes, bits), ranges.to(torch.bfloat16)
+    ranges = torch.stack([low, step], -1)
+    return _pack(codes, bits), _ranges(ranges, rows)
+
+
+def _ranges(numbers, rows):
+    """Ranges (Tensor[N, G, R]) of all groups (Tensor[N * G, R])."""
+    return numbers.view(rows, -1, numbers.shape[-1]).to(torch.bfloat16)
 
 
 def dequantize(
-    codes, ranges, size, stride, dtype, bits, group_size, dither=None
+    codes, ranges, size, stride, dtype, bits, group_size, drawn=None
 ):
     """Specification of :func:`mmactnn.ops.dequantize`, same arguments."""
     out = torch.empty_strided(size, stride, dtype=dtype, device=codes.device)
@@ -194,7 +137,7 @@ def dequantize(
         return out
     # Codes of 0 are exact where 0 is the smallest value.
     value = _decode_plain(
-        codes, ranges, out, bits, group_size, dither, lambda low: low != 0
+        codes, ranges, out, bits, group_size, drawn, lambda low: low != 0
     )
     largest = torch.finfo(dtype).max
     clamped = value.clamp(-largest, largest)
@@ -210,7 +153,7 @@ def _random16(rows, row_numel, group_size, seed, offset, device, first_row=0):
     starts = (torch.arange(rows, device=device) + first_row) * row_blocks
     blocks = torch.arange(row_groups * group_size // 8, device=device)
     blocks = (starts[:, None] + blocks).flatten()
-    words = block_words(blocks, seed, offset).flatten()
+    words = pair_words(blocks, seed, offset).flatten()
     # Element i of a word takes bytes i and i + 1.
     twice = words | (words & 0xFF) << 32
     return torch.stack(
@@ -218,17 +161,17 @@ def _random16(rows, row_numel, group_size, seed, offset, device, first_row=0):
     ).view(-1, group_size)
 
 
-def _row_random16(out, group_size, dither):
+def _row_random16(out, group_size, drawn):
     """16 random bits (Tensor[N, M]) of each element, in memory order."""
     rows, row_numel = out.shape[0], out[:1].numel()
     random = _random16(
         rows,
         row_numel,
         group_size,
-        dither.seed,
-        _moved(dither.offset, dither.offset_tensor),
+        drawn.seed,
+        _moved(drawn.offset, drawn.offset_tensor),
         out.device,
-        dither.first_row,
+        drawn.first_row,
     )
     padded = -(-row_numel // group_size) * group_size
     return random.view(rows, padded)[:, :row_numel]
@@ -291,12 +234,19 @@ def _encode_kind(groups, kind, levels, random):
     return torch.where(step_.isnan(), special, codes), low, step
 
 
-def _split_codes(value, positive, bits, group_size, seed, offset):
+def _split_codes(value, positive, bits, group_size, seed, offset, rotated):
     """Split codes of ``value`` (Tensor[N, *]), see rectified_codec.h."""
     rows, row_numel = value.shape[0], value[:1].numel()
     levels = 2 ** (bits - 1) - 1
     groups, valid = _make_groups(value, group_size)
     kinds = _make_groups(positive, group_size)[0] != 0
+    if rotated and rotates(row_numel, bits - 1):
+        codes, means, scale = rotation.encode(
+            groups, kinds, True, bits - 1, seed, offset
+        )
+        codes = codes | kinds.long() << (bits - 1)
+        ranges = torch.cat([means, scale[:, None]], -1)
+        return _pack(codes.view(rows, -1), bits), _ranges(ranges, rows)
     random = _random16(rows, row_numel, group_size, seed, offset, value.device)
     codes, ranges = torch.zeros_like(random), []
     for sign, kind in enumerate([valid & ~kinds, valid & kinds]):
@@ -307,16 +257,22 @@ def _split_codes(value, positive, bits, group_size, seed, offset):
     row_blocks = -(-row_numel // 8)
     row_groups = -(-row_numel // group_size)
     codes = codes.view(rows, row_groups * group_size)[:, : row_blocks * 8]
-    ranges = torch.stack(ranges, -1).view(rows, row_groups, 4)
-    return _pack(codes, bits), ranges.to(torch.bfloat16)
+    return _pack(codes, bits), _ranges(torch.stack(ranges, -1), rows)
 
 
-def _zeroed_codes(value, bits, group_size, seed, offset):
+def _zeroed_codes(value, bits, group_size, seed, offset, rotated):
     """Zeroed codes of a rectifier's output, see rectified_codec.h."""
     rows, row_numel = value.shape[0], value[:1].numel()
     levels = 2**bits - 2
     groups, valid = _make_groups(value, group_size)
     kind = valid & ~(groups <= 0)
+    if rotated and rotates(row_numel, bits - 1):
+        codes, means, scale = rotation.encode(
+            groups, kind, False, bits - 1, seed, offset
+        )
+        codes = codes | kind.long() << (bits - 1)
+        ranges = torch.stack([means[:, 1], scale], -1)
+        return _pack(codes.view(rows, -1), bits), _ranges(ranges, rows)
     random = _random16(rows, row_numel, group_size, seed, offset, value.device)
     codes, low, step = _encode_kind(groups, kind, levels, random)
     nan = step.isnan()[:, None] & (codes == _NAN)
@@ -324,8 +280,7 @@ def _zeroed_codes(value, bits, group_size, seed, offset):
     row_blocks = -(-row_numel // 8)
     row_groups = -(-row_numel // group_size)
     codes = codes.view(rows, row_groups * group_size)[:, : row_blocks * 8]
-    ranges = torch.stack([low, step], -1).view(rows, row_groups, 2)
-    return _pack(codes, bits), ranges.to(torch.bfloat16)
+    return _pack(codes, bits), _ranges(torch.stack([low, step], -1), rows)
 
 
 def _per_element(tensor, out):
@@ -346,17 +301,62 @@ def _special_values(code, low, has_inf):
     return torch.where(code == 0, low, special)
 
 
-def _decode_split(codes, ranges, out, bits, group_size, dither=None):
+def _passes(unpacked, bits, rotated):
+    """Whether the elements of zeroed codes (Tensor[N, M]) pass."""
+    if rotated and rotates(unpacked.shape[1], bits - 1):
+        return unpacked >> (bits - 1) == 1
+    return unpacked != 0
+
+
+def _decode_rotated(code, mean, scale, bits, drawn):
+    """Values of rotated codes of rows.
+
+    Args:
+        code (Tensor[N, M]): int64.
+        mean (Tensor[N, M]): float32, mean of the kind of each element.
+        scale (Tensor[N, G]): float32.
+        bits (int): Bits of a code.
+        drawn (DrawnBits): Random bits.
+
+    Returns:
+        Tensor[N, M]: float32.
+    """
+    row_groups = scale.shape[1]
+    first = drawn.first_row * row_groups
+    groups = torch.arange(scale.numel(), device=code.device) + first
+    values = rotation.decode(
+        code.reshape(-1, 256),
+        mean.reshape(-1, 256),
+        scale.flatten(),
+        bits,
+        groups,
+        drawn.seed,
+        _moved(drawn.offset, drawn.offset_tensor),
+    )
+    return values.view(code.shape)
+
+
+def _is_rotated(drawn, row_numel, bits):
+    return drawn is not None and drawn.rotated and rotates(row_numel, bits)
+
+
+def _decode_split(codes, ranges, out, bits, group_size, drawn=None):
     """Values (float32, in shape and layout of ``out``) and their kinds."""
     row_numel = out[:1].numel()
     levels = 2 ** (bits - 1) - 1
     unpacked = _unpack(codes, bits)[:, :row_numel]
     positive = unpacked >> (bits - 1) == 1
     code = unpacked & levels
+    if _is_rotated(drawn, row_numel, bits - 1):
+        ranges = ranges.float()
+        means = ranges.repeat_interleave(group_size, 1)
+        mean = torch.where(positive, means[..., 1], means[..., 0])
+        value = _decode_rotated(code, mean, ranges[..., 2], bits - 1, drawn)
+        return _per_element(value, out), _per_element(positive, out)
     ranges = ranges.float().repeat_interleave(group_size, 1)[:, :row_numel]
     low = torch.where(positive, ranges[..., 2], ranges[..., 0])
     step = torch.where(positive, ranges[..., 3], ranges[..., 1])
-    random = dither and _row_random16(out, group_size, dither)
+    random = drawn and _row_random16(out, group_size, drawn)
     value = _decode(code, low, step, levels, random)
     special = _special_values(code, low, bits > 2)
     value = torch.where(step.isnan(), special, value)
@@ -364,14 +364,19 @@ def _decode_split(codes, ranges, out, bits, group_size, dither=None):
 
 
 def _decode_plain(
-    codes, ranges, out, bits, group_size, dither=None, has_dither=None
+    codes, ranges, out, bits, group_size, drawn=None, has_dither=None
 ):
     """Values (float32, in shape and layout of ``out``)."""
     row_numel = out[:1].numel()
     code = _unpack(codes, bits)[:, :row_numel]
+    if _is_rotated(drawn, row_numel, bits):
+        ranges = ranges.float()
+        mean = ranges[..., 0].repeat_interleave(group_size, 1)
+        value = _decode_rotated(code, mean, ranges[..., 1], bits, drawn)
+        return _per_element(value, out)
     ranges = ranges.float().repeat_interleave(group_size, 1)[:, :row_numel]
     low, step = ranges.unbind(-1)
-    random = dither and _row_random16(out, group_size, dither)
+    random = drawn and _row_random16(out, group_size, drawn)
     value = _decode(
         code,
         low,
@@ -420,6 +425,7 @@ def norm_act(
     seed,
     offset,
     offset_tensor=None,
+    rotated=False,
 ):
     """Specification of :func:`mmactnn.ops.norm_act`, same arguments."""
     offset = _moved(offset, offset_tensor)
@@ -444,24 +450,28 @@ def norm_act(
     )
     if relu and residual is None:
         positive = _strided_like(~(output <= 0), input.to(torch.bool))
-        codes = _split_codes(normal, positive, bits, group_size, seed, offset)
+        codes = _split_codes(
+            normal, positive, bits, group_size, seed, offset, rotated
+        )
     else:
-        codes = quantize(normal, bits, group_size, seed, offset)
+        codes = quantize(
+            normal, bits, group_size, seed, offset, None, rotated
+        )
     if residual is not None:
         # Zeroed codes have a stream of their own, with the highest bit of the
         # counter set.
         act = _zeroed_codes(
-            output, act_bits, group_size, seed, offset ^ (1 << 63)
+            output, act_bits, group_size, seed, offset ^ (1 << 63), rotated
         )
     return output, *codes, *act
 
 
 def norm_grad_sums(
-    grad_output, codes, ranges, bits, group_size, relu, dither=None
+    grad_output, codes, ranges, bits, group_size, relu, drawn=None
 ):
     """Specification of :func:`mmactnn.ops.norm_grad_sums`."""
     decode = _decode_split if relu else _decode_plain
-    normal = decode(codes, ranges, grad_output, bits, group_size, dither)
+    normal = decode(codes, ranges, grad_output, bits, group_size, drawn)
     grad = grad_output.double()
     if relu:
         normal, positive = normal
@@ -479,11 +489,12 @@ def norm_add_grad_sums(
     bits,
     act_bits,
     group_size,
-    dither=None,
+    drawn=None,
 ):
     """Specification of :func:`mmactnn.ops.norm_add_grad_sums`."""
-    grad = relu_codes_backward(grad_output, act_codes, act_bits)
-    sums = norm_grad_sums(grad, codes, ranges, bits, group_size, False, dither)
+    rotated = bool(drawn and drawn.rotated)
+    grad = relu_codes_backward(grad_output, act_codes, act_bits, rotated)
+    sums = norm_grad_sums(grad, codes, ranges, bits, group_size, False, drawn)
     return grad, sums
 
 
@@ -496,11 +507,11 @@ def norm_grad_input(
     bits,
     group_size,
     relu,
-    dither=None,
+    drawn=None,
 ):
     """Specification of :func:`mmactnn.ops.norm_grad_input`."""
     decode = _decode_split if relu else _decode_plain
-    normal = decode(codes, ranges, grad_output, bits, group_size, dither)
+    normal = decode(codes, ranges, grad_output, bits, group_size, drawn)
     grad = grad_output.float()
     if relu:
         normal, positive = normal
@@ -521,12 +532,12 @@ def dequantize_split(
     dtype,
     bits,
     group_size,
-    dither=None,
+    drawn=None,
 ):
     """Specification of :func:`mmactnn.ops.dequantize_split`."""
     out = torch.empty_strided(size, stride, dtype=dtype, device=codes.device)
     normal, positive = _decode_split(
-        codes, ranges, out, bits, group_size, dither
+        codes, ranges, out, bits, group_size, drawn
     )
     if weight is not None:
         normal = normal * _channels(weight, out)
@@ -538,17 +549,25 @@ def dequantize_split(
 
 
 def dequantize_zeroed(
-    codes, ranges, size, stride, dtype, bits, group_size, dither=None
+    codes, ranges, size, stride, dtype, bits, group_size, drawn=None
 ):
     """Specification of :func:`mmactnn.ops.dequantize_zeroed`."""
     out = torch.empty_strided(size, stride, dtype=dtype, device=codes.device)
     row_numel = out[:1].numel()
     unpacked = _unpack(codes, bits)[:, :row_numel]
+    largest = torch.finfo(dtype).max
+    if _is_rotated(drawn, row_numel, bits - 1):
+        ranges = ranges.float()
+        passes = _passes(unpacked, bits, True)
+        mean = ranges[..., 0].repeat_interleave(group_size, 1)
+        code = unpacked & 2 ** (bits - 1) - 1
+        value = _decode_rotated(code, mean, ranges[..., 1], bits - 1, drawn)
+        value = value.clamp(-largest, largest).where(passes, 0.0)
+        return out.copy_(_per_element(value, out))
     ranges = ranges.float().repeat_interleave(group_size, 1)[:, :row_numel]
     low, step = ranges.unbind(-1)
     code = unpacked - 1
-    largest = torch.finfo(dtype).max
-    random = dither and _row_random16(out, group_size, dither)
+    random = drawn and _row_random16(out, group_size, drawn)
     value = _decode(code, low, step, 2**bits - 2, random)
     value = value.clamp(-largest, largest)
     special = torch.where(code == 1, float('inf'), float('nan'))
@@ -572,6 +591,7 @@ def quantize_rows(
     seed,
     offset,
     offset_tensor=None,
+    rotated=False,
 ):
     """Specification of :func:`mmactnn.ops.quantize_rows`, same arguments."""
     offset = _moved(offset, offset_tensor)
@@ -582,7 +602,9 @@ def quantize_rows(
     ranges = quantize(input, 1, group_size, seed, offset)[1]
     widths = zip(row_bits.tolist(), row_starts.tolist())
     for n, (bits, start) in enumerate(widths):
-        whole = quantize(input, bits, group_size, seed, offset)
+        whole = quantize(
+            input, bits, group_size, seed, offset, None, rotated
+        )
         first = _row_bytes(row_numel, start)[0]
         codes[first : first + whole[0].shape[1]] = whole[0][n]
         ranges[n] = whole[1][n]
@@ -598,7 +620,7 @@ def dequantize_rows(
     stride,
     dtype,
     group_size,
-    dither=None,
+    drawn=None,
 ):
     """Specification of :func:`mmactnn.ops.dequantize_rows`."""
     out = torch.empty_strided(size, stride, dtype=dtype, device=codes.device)
@@ -614,7 +636,7 @@ def dequantize_rows(
             dtype,
             bits,
             group_size,
-            dither and dither.at_row(n),
+            drawn and drawn.at_row(n),
         )[0]
     return out
 
@@ -686,17 +708,26 @@ def relu_mask(input, max=None, slope=None):
     return input.where(keep, rest), mask
 
 
-def relu_codes(input, bits, group_size, seed, offset, offset_tensor=None):
+def relu_codes(
+    input,
+    bits,
+    group_size,
+    seed,
+    offset,
+    offset_tensor=None,
+    rotated=False,
+):
     """Specification of :func:`mmactnn.ops.relu_codes`, same arguments."""
     offset = _moved(offset, offset_tensor)
     output = _strided_like(input.where(~(input <= 0), 0.0), input)
-    return output, *_zeroed_codes(output, bits, group_size, seed, offset)
+    codes = _zeroed_codes(output, bits, group_size, seed, offset, rotated)
+    return output, *codes
 
 
-def relu_codes_backward(grad_output, codes, bits):
+def relu_codes_backward(grad_output, codes, bits, rotated=False):
     """Specification of :func:`mmactnn.ops.relu_codes_backward`."""
     row_numel = grad_output[:1].numel()
-    positive = _unpack(codes, bits)[:, :row_numel] != 0
+    positive = _passes(_unpack(codes, bits)[:, :row_numel], bits, rotated)
     positive = _per_element(positive, grad_output)
     return _strided_like(grad_output.where(positive, 0.0), grad_output)
 

@@ -22,6 +22,7 @@ def relu_codes(
     seed,
     offset=0,
     offset_tensor=None,
+    rotated=False,
 ):
     """ReLU and zeroed codes of its output.
 
@@ -46,6 +47,9 @@ def relu_codes(
             to 0.
         offset_tensor (Tensor[1], optional): As in
             :func:`mmactnn.ops.quantize`.
+        rotated (bool, optional): As in :func:`mmactnn.ops.quantize`; codes
+            of passing elements then have the highest bit set, and no code
+            stands for 0 alone. Defaults to False.
 
     Returns:
         tuple[Tensor, Tensor, Tensor]: The output (Tensor[N, *], dtype and
@@ -69,6 +73,7 @@ def relu_codes(
         as_int64(seed),
         as_int64(offset),
         offset_tensor,
+        rotated,
     )
 
 
@@ -80,6 +85,7 @@ def relu_codes_(
     seed,
     offset=0,
     offset_tensor=None,
+    rotated=False,
 ):
     """:func:`relu_codes` in place.
 
@@ -91,6 +97,7 @@ def relu_codes_(
         seed (int): See :func:`relu_codes`.
         offset (int, optional): See :func:`relu_codes`.
         offset_tensor (Tensor[1], optional): See :func:`relu_codes`.
+        rotated (bool, optional): See :func:`relu_codes`.
 
     Returns:
         tuple[Tensor, Tensor]: ``codes`` and ``ranges`` of
@@ -112,10 +119,11 @@ def relu_codes_(
         as_int64(seed),
         as_int64(offset),
         offset_tensor,
+        rotated,
     )
 
 
-def relu_codes_backward(grad_output, codes, bits):
+def relu_codes_backward(grad_output, codes, bits, rotated=False):
     """Gradient of a ReLU from the codes of its output.
 
     Args:
@@ -123,9 +131,10 @@ def relu_codes_backward(grad_output, codes, bits):
         codes (Tensor[N, ceil(M / 8) * bits]): uint8, from
             :func:`relu_codes`; any zeroed codes of M elements a sample.
         bits (int): Bits a code, from 2 to 8.
+        rotated (bool, optional): As in :func:`relu_codes`.
 
     Returns:
-        Tensor[N, *]: ``grad_output`` where the code is not 0, else 0.
+        Tensor[N, *]: ``grad_output`` where the output was not 0, else 0.
 
     Raises:
         ValueError: If ``bits`` is not valid, or ``grad_output`` has no
@@ -137,13 +146,19 @@ def relu_codes_backward(grad_output, codes, bits):
     check_rectified_bits(bits)
     check_rows(grad_output)
     return torch.ops.mmactnn.relu_codes_backward.default(
-        grad_output, codes, bits
+        grad_output, codes, bits, rotated
     )
 
 
 @fake('relu_codes')
 def _fake_relu_codes(
-    input, bits, group_size, seed, offset, offset_tensor=None
+    input,
+    bits,
+    group_size,
+    seed,
+    offset,
+    offset_tensor=None,
+    rotated=False,
 ):
     payload = empty_payload(input, bits, group_size)
     return torch.empty_like(input), *payload
@@ -151,11 +166,17 @@ def _fake_relu_codes(
 
 @fake('relu_codes_')
 def _fake_relu_codes_(
-    input, bits, group_size, seed, offset, offset_tensor=None
+    input,
+    bits,
+    group_size,
+    seed,
+    offset,
+    offset_tensor=None,
+    rotated=False,
 ):
     return empty_payload(input, bits, group_size)
 
 
 @fake('relu_codes_backward')
-def _fake_relu_codes_backward(grad_output, codes, bits):
+def _fake_relu_codes_backward(grad_output, codes, bits, rotated=False):
     return torch.empty_like(grad_output)

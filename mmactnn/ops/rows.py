@@ -12,7 +12,7 @@ from .quantize import (
     check_group_size,
     check_rows,
 )
-from .random_bits import as_int64, dither_arguments
+from .random_bits import as_int64, drawn_arguments
 
 __all__ = [
     'allocate_sample_bits',
@@ -48,6 +48,7 @@ def quantize_rows(
     seed,
     offset=0,
     offset_tensor=None,
+    rotated=False,
 ):
     """Round each sample of a tensor to codes of its own width.
 
@@ -68,6 +69,8 @@ def quantize_rows(
         offset (int, optional): Counter of the random bits, 64 bits. Defaults
             to 0.
         offset_tensor (Tensor[1], optional): As in :func:`quantize`.
+        rotated (bool, optional): As in :func:`quantize`, for the samples
+            whose codes have few enough bits. Defaults to False.
 
     Returns:
         tuple[Tensor, Tensor]: ``codes`` (Tensor[total_bits * B], uint8), B
@@ -95,6 +98,7 @@ def quantize_rows(
         as_int64(seed),
         as_int64(offset),
         offset_tensor,
+        rotated,
     )
 
 
@@ -108,7 +112,7 @@ def dequantize_rows(
     dtype,
     group_size=DEFAULT_GROUP_SIZE,
     *,
-    dither=None,
+    drawn=None,
 ):
     """Turn codes of several widths back into values.
 
@@ -126,12 +130,12 @@ def dequantize_rows(
             that was quantised.
         dtype (torch.dtype): float32, float16 or bfloat16.
         group_size (int, optional): Elements a range. Defaults to 256.
-        dither (Dither, optional): Random bits that the tensor was rounded
+        drawn (DrawnBits, optional): Random bits that the tensor was rounded
             with, to be subtracted. Defaults to none.
 
     Returns:
         Tensor[N, *]: ``low + code * step``, of ``dtype`` and ``stride``; with
-        dither see :class:`mmactnn.ops.Dither`.
+        dither see :class:`mmactnn.ops.DrawnBits`.
 
     Raises:
         ValueError: If ``group_size`` is not valid.
@@ -151,7 +155,7 @@ def dequantize_rows(
         stride,
         dtype,
         group_size,
-        *dither_arguments(dither),
+        *drawn_arguments(drawn),
     )
 
 
@@ -240,6 +244,7 @@ def _fake_quantize_rows(
     seed,
     offset,
     offset_tensor=None,
+    rotated=False,
 ):
     # Rows are padded to 8 blocks of 8 elements.
     row_blocks = ceil_div(row_numel(input), 64) * 8

@@ -4,7 +4,7 @@ All in closed form and on the device. A group of range R that is rounded to b
 bits adds to each of its elements the variance
 ``E[f * (1 - f)] * (R / (2 ** b - 1)) ** 2``, with 1/6 for the mean over
 fractions f of a step that are uniform on [0, 1]; with dither it is 1/12
-whatever f is (:class:`mmactnn.ops.Dither`). ``At one bit`` means times
+whatever f is (:class:`mmactnn.ops.DrawnBits`). ``At one bit`` means times
 ``(2 ** b - 1) ** 2`` for the mean b of the tensor's samples: the result
 includes the effect of how bits are allocated to samples.
 """
@@ -41,7 +41,7 @@ def variance_at_one_bit(payload):
     low, steps = payload.ranges.float().unbind(-1)
     levels = 2**payload.format.bits - 1
     squares = steps.square()
-    if payload.format.dither is not None:
+    if payload.format.drawn is not None:
         squares = torch.where(low == 0, squares, squares / 2)
     return squares.mean(1) * (levels**2 / 6)
 

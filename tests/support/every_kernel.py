@@ -46,7 +46,7 @@ POOL_SHAPES = (
     (1, 1, 3, 3),
 )
 # Decoding of codes alone, and with the random bits that all are rounded with.
-DITHERS = (None, ops.Dither(1, 0))
+DRAWN = (None, ops.DrawnBits(1, 0))
 WINDOWS = (
     dict(kernel_size=2),
     dict(kernel_size=3, stride=2, padding=1),
@@ -70,9 +70,9 @@ def run_quantize(x, bits, group_size):
     check(codes, expected[0])
     check(ranges, expected[1])
     format = (x.shape, x.stride(), x.dtype, bits, group_size)
-    for dither in DITHERS:
-        y = ops.dequantize(codes, ranges, *format, dither=dither)
-        check(y, ops.dequantize(*expected, *format, dither=dither))
+    for drawn in DRAWN:
+        y = ops.dequantize(codes, ranges, *format, drawn=drawn)
+        check(y, ops.dequantize(*expected, *format, drawn=drawn))
 
 
 def run_rows(x, group_size):
@@ -108,8 +108,8 @@ def run_widths(x, row_bits, row_starts, group_size):
     check(ranges, expected[1])
     format = (x.shape, x.stride(), x.dtype, group_size)
     widths = row_bits, row_starts
-    for dither in DITHERS:
-        random = dict(dither=dither)
+    for drawn in DRAWN:
+        random = dict(drawn=drawn)
         y = ops.dequantize_rows(codes, ranges, *cuda_widths, *format, **random)
         check(y, ops.dequantize_rows(*expected, *widths, *format, **random))
 
@@ -174,17 +174,17 @@ def run_norm_act(x, relu, add, bits, group_size):
         check(output, wanted)
     run_batch_norm_act(x, residual, vectors, format)
     like = (x.shape, x.stride(), x.dtype)
-    for dither in DITHERS:
+    for drawn in DRAWN:
         if add:
             format = (*like, act_bits, group_size)
-            random = dict(dither=dither and dither.second())
+            random = dict(drawn=drawn and drawn.second())
             check(
                 ops.dequantize_zeroed(*actual[3:], *format, **random),
                 ops.dequantize_zeroed(*expected[3:], *format, **random),
             )
         elif relu:
             format = (*like, bits, group_size)
-            random = dict(dither=dither)
+            random = dict(drawn=drawn)
             check(
                 ops.dequantize_split(
                     *actual[1:3], *cuda_vectors[2:], *format, **random
@@ -203,7 +203,7 @@ def run_batch_norm_act(x, residual, vectors, format):
     mean, invstd, weight, bias = vectors
     relu, bits, act_bits, group_size = format
 
-    def forward(device, inplace, dither):
+    def forward(device, inplace, drawn):
         mean_, var, weight_, bias_ = (
             v.to(device) for v in (mean, invstd.square(), weight, bias)
         )
@@ -226,14 +226,14 @@ def run_batch_norm_act(x, residual, vectors, format):
             bits,
             act_bits,
             group_size,
-            dither=dither,
+            drawn=drawn,
         )[1]
         return output, invstd_, *codes, *grads
 
     # In place with dither, and neither.
-    for inplace, dither in enumerate(DITHERS):
-        expected = forward('cpu', False, dither)
-        for output, wanted in zip(forward('cuda', inplace, dither), expected):
+    for inplace, drawn in enumerate(DRAWN):
+        expected = forward('cpu', False, drawn)
+        for output, wanted in zip(forward('cuda', inplace, drawn), expected):
             check(output, wanted)
 
 

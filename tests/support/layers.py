@@ -202,6 +202,6 @@ def rounding_variance(x, payload):
     low, step = low[:, : rows.shape[1]], step[:, : rows.shape[1]]
     fraction = ((rows - low) / step).frac()
     shares = fraction * (1 - fraction)
-    if payload.format.dither is not None:
+    if payload.format.drawn is not None:
         shares = shares.where(low == 0, 1 / 12)
     return (step**2 * shares).view_as(x)

@@ -40,7 +40,7 @@ def test_hooks_of_a_meter_keep_tensors():
 
     def look(module, args):
         payload = module[0].quantizer.pack(args[0])
-        found.append(payload.format.dither is not None)
+        found.append(payload.format.drawn is not None)
 
     model.register_forward_pre_hook(look)
     with mmactnn.measure_activations(model):

@@ -329,7 +329,7 @@ def test_gradients_are_those_of_what_is_decoded(kind, strided, device):
     if strided:
         offsets = ops.find_offsets(steps, (True, True))
         draws = [
-            ops.Dither(SEED, 7 + offset) for part in offsets for offset in part
+            ops.DrawnBits(SEED, 7 + offset) for part in offsets for offset in part
         ]
     found = run_backward(
         grads,
@@ -348,18 +348,18 @@ def test_gradients_are_those_of_what_is_decoded(kind, strided, device):
         if kind == 'PLAIN':
             values = [
                 ops.dequantize(
-                    *own[:2], *layout, 8, GROUP_SIZE, dither=draws[n]
+                    *own[:2], *layout, 8, GROUP_SIZE, drawn=draws[n]
                 )
             ]
         else:
             values = [
                 ops.dequantize_rows(
-                    *own[:4], *layout, GROUP_SIZE, dither=draws[n]
+                    *own[:4], *layout, GROUP_SIZE, drawn=draws[n]
                 )
             ]
         for i in (0, 1):
             zeroed = kept[4 * n + 2 * i : 4 * n + 2 * i + 2]
-            random = dict(dither=draws[2 + 3 * n + i])
+            random = dict(drawn=draws[2 + 3 * n + i])
             values.append(
                 ops.dequantize_zeroed(
                     *zeroed, *layout, 3, GROUP_SIZE, **random

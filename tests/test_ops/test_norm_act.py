@@ -126,9 +126,9 @@ def assert_decodes_as_specified(results, tensors, mode):
         arguments = (*payload[:2], weight, bias, *layout, bits, 64)
         name = 'dequantize_split'
     on_cpu = [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
-    for dither in (None, ops.Dither(5, 9)):
-        found = getattr(ops, name)(*arguments, dither=dither)
-        expected = getattr(reference, name)(*on_cpu, dither)
+    for drawn in (None, ops.DrawnBits(5, 9)):
+        found = getattr(ops, name)(*arguments, drawn=drawn)
+        expected = getattr(reference, name)(*on_cpu, drawn)
         assert found.dtype == x.dtype
         if x.numel():
             assert found.stride() == x.stride()
@@ -145,10 +145,10 @@ def test_outputs_beyond_the_dtype(mode, dtype, device):
     _, codes, ranges, *_ = run(ops.norm_act, tensors, mode)
     arguments = codes, ranges, weight, bias
     layout = x.shape, x.stride(), dtype, MODES[mode][2], 64
-    for dither in (None, ops.Dither(5, 9)):
-        found = ops.dequantize_split(*arguments, *layout, dither=dither)
+    for drawn in (None, ops.DrawnBits(5, 9)):
+        found = ops.dequantize_split(*arguments, *layout, drawn=drawn)
         expected = reference.dequantize_split(
-            *(a.cpu() for a in arguments), *layout, dither
+            *(a.cpu() for a in arguments), *layout, drawn
         )
         # Infinities of float32 stay, and the rest is clamped.
         assert (found.abs() >= torch.finfo(dtype).max).any()
@@ -204,15 +204,15 @@ def test_dither_is_unbiased_at_half_the_variance(mode, device):
         )
         layout = output.shape, output.stride(), output.dtype
         # The offset of run().
-        dither = ops.Dither(seed, 9)
+        drawn = ops.DrawnBits(seed, 9)
         if mode == 'add':
             value = ops.dequantize_zeroed(
-                act_codes, act_ranges, *layout, 2, 256, dither=dither.second()
+                act_codes, act_ranges, *layout, 2, 256, drawn=drawn.second()
             )
         else:
             affine = tensors[4:]
             value = ops.dequantize_split(
-                codes, ranges, *affine, *layout, 3, 256, dither=dither
+                codes, ranges, *affine, *layout, 3, 256, drawn=drawn
             )
         error = (value - output).double()
         total, squares = total + error, squares + error.square()

@@ -83,7 +83,7 @@ class Case:
     def _format(self):
         return self.bits, self.group_size, self.kind == SPLIT
 
-    def sums(self, where=ops, dither=None):
+    def sums(self, where=ops, drawn=None):
         """The gradient that passes, if it is returned, and the sums."""
         if self.kind == MASK:
             return where.norm_add_grad_sums(
@@ -94,17 +94,17 @@ class Case:
                 self.bits,
                 self.act_bits,
                 self.group_size,
-                dither=dither,
+                drawn=drawn,
             )
         return None, where.norm_grad_sums(
             self.grad,
             self.codes,
             self.ranges,
             *self._format(),
-            dither=dither,
+            drawn=drawn,
         )
 
-    def grad_input(self, where=ops, dither=None):
+    def grad_input(self, where=ops, drawn=None):
         """The gradient of the input."""
         return where.norm_grad_input(
             self.grad,
@@ -113,16 +113,16 @@ class Case:
             self.scale,
             self.means,
             *self._format(),
-            dither=dither,
+            drawn=drawn,
         )
 
     def check(self):
         """Compare with the specification."""
         elements = self.grad.numel() // max(self.grad.shape[1], 1)
         # The codes are those of the seed 3 at offset 0.
-        for dither in (None, ops.Dither(3, 0)):
-            passed, sums = self.sums(ops, dither)
-            expected_passed, expected = self.sums(reference, dither)
+        for drawn in (None, ops.DrawnBits(3, 0)):
+            passed, sums = self.sums(ops, drawn)
+            expected_passed, expected = self.sums(reference, drawn)
             torch.testing.assert_close(
                 sums, expected, rtol=1e-5, atol=1e-6 * elements, equal_nan=True
             )
@@ -130,8 +130,8 @@ class Case:
                 assert_equal(passed, expected_passed)
             else:
                 assert_equal(
-                    self.grad_input(ops, dither),
-                    self.grad_input(reference, dither),
+                    self.grad_input(ops, drawn),
+                    self.grad_input(reference, drawn),
                 )
 
 

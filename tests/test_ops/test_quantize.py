@@ -10,7 +10,7 @@ from support.pairs import case, pairs
 
 from mmactnn import ops
 from mmactnn.extension import require_kernels
-from mmactnn.ops import reference
+from mmactnn.ops import philox_reference, reference
 
 BITS = tuple(range(1, 9))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -65,25 +65,25 @@ def assert_equal_to_reference(x, bits, group_size):
     assert_equal_with_nan(codes.cpu(), expected[0])
     assert_equal_with_nan(ranges.cpu(), expected[1])
     format = x.shape, x.stride(), x.dtype, bits, group_size
-    for dither in (None, ops.Dither(-5, 9)):
-        y = ops.dequantize(codes, ranges, *format, dither=dither)
+    for drawn in (None, ops.DrawnBits(-5, 9)):
+        y = ops.dequantize(codes, ranges, *format, drawn=drawn)
         assert y.stride() == x.stride()
         assert_equal_with_nan(
-            y.cpu(), reference.dequantize(*expected, *format, dither)
+            y.cpu(), reference.dequantize(*expected, *format, drawn)
         )
 
 
 def test_philox_equals_published_vectors():
     # Random123's known answers for philox4x32 with 7 rounds, all-zero and
     # all-one inputs and the digits of pi.
-    zeros = reference.philox(torch.tensor([0]), 0, 0)
+    zeros = philox_reference.philox(torch.tensor([0]), 0, 0)
     assert zeros.tolist() == [[0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]]
-    ones = reference.philox(torch.tensor([-1]), 2**64 - 1, 2**64 - 1)
+    ones = philox_reference.philox(torch.tensor([-1]), 2**64 - 1, 2**64 - 1)
     assert ones.tolist() == [[0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]]
 
     def pair(low, high, key):
         counter = torch.tensor([low]), torch.tensor([high])
-        return reference.philox_pair(counter, key).tolist()[0]
+        return philox_reference.philox_pair(counter, key).tolist()[0]
 
     # The same for philox2x32.
     full = 2**32 - 1
@@ -136,9 +136,9 @@ def test_range_of_samples(device):
             codes[1:4], ranges[1:4], (3, 3, 100), *layout, bits, 64
         )
         assert torch.equal(part, whole[1:4]), bits
-        dither = ops.Dither(4, 0)
+        drawn = ops.DrawnBits(4, 0)
         whole = ops.dequantize(
-            codes, ranges, x.shape, *layout, bits, 64, dither=dither
+            codes, ranges, x.shape, *layout, bits, 64, drawn=drawn
         )
         part = ops.dequantize(
             codes[1:4],
@@ -147,7 +147,7 @@ def test_range_of_samples(device):
             *layout,
             bits,
             64,
-            dither=dither.at_row(1),
+            drawn=drawn.at_row(1),
         )
         assert torch.equal(part, whole[1:4]), bits
 
@@ -211,7 +211,7 @@ class TestDither:
         samples = x.expand(draws, 256).contiguous()
         codes, ranges = ops.quantize(samples, bits, seed=11)
         layout = samples.shape, samples.stride(), x.dtype, bits
-        y = ops.dequantize(codes, ranges, *layout, dither=ops.Dither(11, 0))
+        y = ops.dequantize(codes, ranges, *layout, drawn=ops.DrawnBits(11, 0))
         step = ranges[0, 0, 1].double()
         # In steps: uniform on [-1/2, 1/2], but for rounding to float32.
         errors = (y.double() - x.double()) / step
@@ -237,9 +237,9 @@ class TestDither:
 
         def errors(seed, offset):
             codes, ranges = ops.quantize(x, 2, seed=seed, offset=offset)
-            dither = ops.Dither(seed, offset)
+            drawn = ops.DrawnBits(seed, offset)
             layout = x.shape, (256, 1), x.dtype, 2
-            y = ops.dequantize(codes, ranges, *layout, dither=dither)
+            y = ops.dequantize(codes, ranges, *layout, drawn=drawn)
             return (y - x).double() / ranges[0, 0, 1].double() * 12**0.5
 
         found = errors(1, 0)
@@ -260,7 +260,7 @@ class TestDither:
             codes, ranges = ops.quantize(x, bits, seed=1)
             layout = x.shape, x.stride(), x.dtype, bits
             plain = ops.dequantize(codes, ranges, *layout)
-            y = ops.dequantize(codes, ranges, *layout, dither=ops.Dither(1, 0))
+            y = ops.dequantize(codes, ranges, *layout, drawn=ops.DrawnBits(1, 0))
             same = torch.ones(3, 2, dtype=torch.bool, device=device)
             same[1, 0] = False
             groups = (y == plain).view(3, 2, 256)
@@ -275,7 +275,7 @@ class TestDither:
         for bits in BITS:
             codes, ranges = ops.quantize(x, bits, seed=1)
             layout = x.shape, x.stride(), x.dtype, bits
-            y = ops.dequantize(codes, ranges, *layout, dither=ops.Dither(1, 0))
+            y = ops.dequantize(codes, ranges, *layout, drawn=ops.DrawnBits(1, 0))
             assert torch.equal(y, x), bits
 
     @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -288,9 +288,9 @@ class TestDither:
         for bits, sign in itertools.product(BITS, signs):
             codes, ranges = ops.quantize(sign * x, bits, 64, seed=1)
             layout = x.shape, x.stride(), dtype, bits, 64
-            y = ops.dequantize(codes, ranges, *layout, dither=ops.Dither(1, 0))
+            y = ops.dequantize(codes, ranges, *layout, drawn=ops.DrawnBits(1, 0))
             expected = reference.dequantize(
-                codes.cpu(), ranges.cpu(), *layout, ops.Dither(1, 0)
+                codes.cpu(), ranges.cpu(), *layout, ops.DrawnBits(1, 0)
             )
             with case(bits=bits, sign=sign):
                 assert y.isfinite().all()
@@ -301,8 +301,8 @@ class TestDither:
         codes, ranges = ops.quantize(x, 2, seed=0)
         layout = x.shape, x.stride(), x.dtype, 2
         with pytest.raises(RuntimeError, match='dither must be seed, offset'):
-            dither = ops.Dither(0, 0, None, -1)
-            ops.dequantize(codes, ranges, *layout, dither=dither)
+            drawn = ops.DrawnBits(0, 0, None, -1)
+            ops.dequantize(codes, ranges, *layout, drawn=drawn)
         with pytest.raises(RuntimeError, match='or empty, got 2 numbers'):
             torch.ops.mmactnn.dequantize(codes, ranges, *layout, 256, [1, 2])
 

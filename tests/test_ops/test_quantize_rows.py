@@ -59,13 +59,13 @@ def check_against_reference(x, group_size):
     equal(codes, expected[0])
     equal(ranges, expected[1])
     format = (x.shape, x.stride(), x.dtype, group_size)
-    for dither in (None, ops.Dither(-5, 9)):
+    for drawn in (None, ops.DrawnBits(-5, 9)):
         y = ops.dequantize_rows(
-            codes, ranges, row_bits, row_starts, *format, dither=dither
+            codes, ranges, row_bits, row_starts, *format, drawn=drawn
         )
         assert y.stride() == x.stride()
         equal(
-            y, reference.dequantize_rows(*expected, *widths, *format, dither)
+            y, reference.dequantize_rows(*expected, *widths, *format, drawn)
         )
 
 
@@ -123,16 +123,16 @@ def test_range_of_samples(device):
     )
     rows = (ranges, row_bits, row_starts)
     format = (x.stride(), x.dtype, 64)
-    for dither in (None, ops.Dither(4, 0)):
+    for drawn in (None, ops.DrawnBits(4, 0)):
         whole = ops.dequantize_rows(
-            codes, *rows, x.shape, *format, dither=dither
+            codes, *rows, x.shape, *format, drawn=drawn
         )
         part = ops.dequantize_rows(
             codes,
             *(t[2:7] for t in rows),
             (5, 3, 100),
             *format,
-            dither=dither and dither.at_row(2),
+            drawn=drawn and drawn.at_row(2),
         )
         assert torch.equal(part, whole[2:7])
 

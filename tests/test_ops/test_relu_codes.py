@@ -74,10 +74,10 @@ def assert_as_specified(x, bits, group_size, seed=-5, offset=9):
     assert_same_bits(in_place[0], codes)
     assert_same_bits(in_place[1], ranges)
 
-    for dither in (None, ops.Dither(seed, offset)):
+    for drawn in (None, ops.DrawnBits(seed, offset)):
         arguments = x.shape, x.stride(), x.dtype, bits, group_size
-        value = ops.dequantize_zeroed(codes, ranges, *arguments, dither=dither)
-        wanted = reference.dequantize_zeroed(*expected[1:], *arguments, dither)
+        value = ops.dequantize_zeroed(codes, ranges, *arguments, drawn=drawn)
+        wanted = reference.dequantize_zeroed(*expected[1:], *arguments, drawn)
         assert_same_values(value, wanted)
 
     grad = torch.empty_like(x).copy_(make(x.shape, x.dtype, x.device))

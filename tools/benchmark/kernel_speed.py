@@ -54,7 +54,7 @@ def measure(
     """Yield a row of each kernel on a tensor; failures get the errors."""
     decoding = {}
     if rounding == 'dither':
-        decoding = dict(dither=ops.Dither(1, 0))
+        decoding = dict(drawn=ops.DrawnBits(1, 0))
     x = torch.randn(shape, device=device, dtype=dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)

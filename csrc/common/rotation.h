@@ -1,0 +1,136 @@
+// Rotated codes: a group of 256 values is turned by a random rotation, after
+// which every coefficient is nearly normally distributed whatever the values
+// are, and rounded to the nearest of 2^bits levels for that distribution.
+//
+// From the values x of a group the mean m of those of their kind is taken away
+// (kinds are the elements that a rectifier lets pass, and the others), random
+// signs s are put on the rest r, and y = H (s r) for the Hadamard matrix H of
+// order 256 (Sylvester's: of +1 and -1, not divided by 16). Coefficients have
+// the root mean square |r|. Code c of a coefficient stands for the odd number
+// q = 2 c - (2^bits - 1), in units of half a step of |r|. Decoded is
+//
+//   x' = m + scale * s (H q),  scale = <r, r> / <y, q>,
+//
+// whose projection on r is r. The rest of the error is orthogonal to r and, as
+// rotations are random, of any direction: x' is unbiased but for a small rest,
+// since signs with a Hadamard matrix are not all rotations (EDEN: S. Vargaftik
+// et al., "EDEN: Communication-efficient and robust distributed mean estimation
+// for federated learning", ICML'22). For normal coefficients the variance is
+// <r, r> / 256 times D / (1 - D), D being the squared error of the levels.
+//
+// Levels are at equal distances, those of J. Max, "Quantizing for minimum
+// distortion" (IRE Transactions on Information Theory, 1960), Table II: at 2
+// and 3 bits their squared error is 1 % and 8 % above that of levels at any
+// distances (Table I), and sums of H q are small integers, hence exact in any
+// order and on any device.
+//
+// A group's range is its mean and `scale` (bfloat16, NaN where a value of the
+// group is not finite); that of split codes is the mean of the elements that do
+// not pass, of those that do, and `scale`. Split and zeroed codes of b bits
+// have the highest bit set for elements that pass, and b - 1 bits for the
+// coefficient of the element's place; zeroed ones stand for 0 where it is not.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "codec.h"
+#include "geometry.h"
+#include "philox.h"
+#include "portability.h"
+
+namespace mmactnn {
+
+constexpr int kRotation = 256;  // elements of a group
+// More bits have no less variance than dither has, at uniform levels.
+constexpr int kMaxRotatedBits = 3;
+constexpr int kRotationWords = kRotation / 32;  // of signs
+
+// Whether codes that are asked to be rotated are, with `bits` bits for values;
+// all others have ranges, and dither.
+MMACTNN_HOST_DEVICE constexpr bool rotates(const Geometry& geometry, int bits) {
+  return bits <= kMaxRotatedBits && geometry.group_size == kRotation &&
+         geometry.row_numel % kRotation == 0;
+}
+
+// Distance of levels for the standard normal distribution. One bit has levels
+// of any distance: the sign.
+MMACTNN_HOST_DEVICE constexpr float rotation_step(int bits) {
+  return bits == 1 ? 1.5958f : bits == 2 ? 0.9957f : 0.5860f;
+}
+
+// bfloat16 rounded to nearest, to even in a tie; NaN and inf as they are.
+MMACTNN_HOST_DEVICE float bfloat16_nearest(float value) {
+  uint32_t bits = float_bits(value);
+  if (is_finite(value)) bits += 0x7FFFu + (bits >> 16 & 1u);
+  return bits_float(bits & 0xFFFF0000u);
+}
+
+// Signs of 32 elements, a set bit for a minus: bit 8 i + k of word w is that of
+// element k of block w + 8 i of the group.
+MMACTNN_HOST_DEVICE uint32_t rotation_signs(PairStream stream, uint64_t group,
+                                            int word) {
+  const uint64_t pair =
+      group * (kRotationWords / 2) + static_cast<uint64_t>(word / 2);
+  const PhiloxPair random =
+      philox_pair(static_cast<uint32_t>(pair),
+                  stream.counter ^ static_cast<uint32_t>(pair >> 32),
+                  stream.key);
+  return word % 2 == 0 ? random.word[0] : random.word[1];
+}
+
+// Mean of a kind from its sum, as a bfloat16. The rest of the values is taken
+// from that, so that its rounding is no error.
+MMACTNN_HOST_DEVICE float kind_mean(float sum, float count) {
+  if (count == 0.0f) return 0.0f;
+#ifdef __CUDA_ARCH__
+  return bfloat16_nearest(__fdiv_rn(sum, count));
+#else
+  return bfloat16_nearest(sum / count);
+#endif
+}
+
+// Factor of coefficients to units of a step, from <r, r>.
+MMACTNN_HOST_DEVICE float rotation_factor(float energy, int bits) {
+  const float step = rotation_step(bits);
+#ifdef __CUDA_ARCH__
+  return __fdiv_rn(1.0f, multiply(step, __fsqrt_rn(energy)));
+#else
+  return 1.0f / multiply(step, std::sqrt(energy));
+#endif
+}
+
+// Code of a coefficient. NaN has code 0.
+MMACTNN_HOST_DEVICE uint32_t rotation_code(float coefficient, float factor,
+                                           int bits) {
+  const auto half = static_cast<float>(1 << (bits - 1));
+  const float scaled = multiply(coefficient, factor);
+  const float above = scaled > -half ? scaled : -half;
+  const float inside = above < half - 0.5f ? above : half - 0.5f;
+#ifdef __CUDA_ARCH__
+  // The floor of the exact sum, in the last bits.
+  const float whole = __fadd_rd(inside, bits_float(kIntegerFloat) + half);
+  return float_bits(whole) - kIntegerFloat;
+#else
+  return static_cast<uint32_t>(static_cast<int32_t>(std::floor(inside)) +
+                               (1 << (bits - 1)));
+#endif
+}
+
+// The odd number that a code stands for.
+MMACTNN_HOST_DEVICE constexpr int rotation_level(uint32_t code, int bits) {
+  return 2 * static_cast<int>(code) - static_cast<int>(max_code_of(bits));
+}
+
+// `scale` of a group from <r, r> and <y, q>.
+MMACTNN_HOST_DEVICE float rotation_scale(float energy, float product) {
+  if (energy == 0.0f) return 0.0f;
+#ifdef __CUDA_ARCH__
+  const float scale = bfloat16_nearest(__fdiv_rn(energy, product));
+#else
+  const float scale = bfloat16_nearest(energy / product);
+#endif
+  return is_finite(scale) ? scale : bits_float(0x7FC00000u);
+}
+
+}  // namespace mmactnn

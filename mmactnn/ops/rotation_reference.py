@@ -1,0 +1,120 @@
+"""Rotated codes in plain torch: specification of ``csrc/common/rotation.h``."""
+
+import torch
+
+from .philox_reference import pair_words
+from .rotation import ROTATION
+
+# Distance of levels for the standard normal distribution, by bits: J. Max,
+# "Quantizing for minimum distortion", 1960, Table II.
+STEPS = {1: 1.5958, 2: 0.9957, 3: 0.5860}
+_WORDS = ROTATION // 32
+
+
+def transform(numbers):
+    """Product with the Hadamard matrix of order 256, not normalised.
+
+    Args:
+        numbers (Tensor[G, 256]): Any dtype.
+
+    Returns:
+        Tensor[G, 256]: Sums in the order of the kernels.
+    """
+    step = 1
+    while step < ROTATION:
+        pairs = numbers.view(-1, ROTATION // (2 * step), 2, step)
+        a, b = pairs.unbind(2)
+        numbers = torch.stack([a + b, a - b], 2).view(-1, ROTATION)
+        step *= 2
+    return numbers
+
+
+def negative_signs(groups, seed, offset):
+    """Signs of rotations.
+
+    Args:
+        groups (Tensor[G]): int64, indices of groups.
+        seed (int): 64 bits.
+        offset (int): 64 bits.
+
+    Returns:
+        Tensor[G, 256]: bool, whether an element's sign is a minus.
+    """
+    pairs = torch.arange(_WORDS // 2, device=groups.device)
+    pairs = (groups[:, None] * (_WORDS // 2) + pairs).flatten()
+    words = pair_words(pairs, seed, offset).view(-1, 1, _WORDS, 1)
+    # Block w + 8 i of 8 elements has byte i of word w.
+    shifts = torch.arange(32, device=groups.device).view(4, 1, 8)
+    return (words >> shifts & 1).bool().view(-1, ROTATION)
+
+
+def _tree_sum(numbers):
+    while numbers.shape[1] > 1:
+        numbers = numbers[:, ::2] + numbers[:, 1::2]
+    return numbers[:, 0]
+
+
+def _bfloat16(numbers):
+    return numbers.to(torch.bfloat16).float()
+
+
+def encode(groups, passes, codes_blocked, bits, seed, offset):
+    """Codes of coefficients.
+
+    Args:
+        groups (Tensor[G, 256]): float32.
+        passes (Tensor[G, 256]): bool, whether elements pass a rectifier.
+        codes_blocked (bool): Whether those that do not are coded.
+        bits (int): Bits of a code, 1 to 3.
+        seed (int): 64 bits.
+        offset (int): 64 bits.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: Codes (Tensor[G, 256], int64), means of
+        elements that do not pass and of those that do (Tensor[G, 2],
+        float32), and scales (Tensor[G], float32).
+    """
+    means = []
+    for kind in (~passes & codes_blocked, passes):
+        count = kind.sum(1).float()
+        mean = _tree_sum(groups.where(kind, 0.0)) / count
+        means.append(_bfloat16(mean).where(count != 0, 0.0))
+    means = torch.stack(means, 1)
+    mean = means[:, 1:].where(passes, means[:, :1])
+    rest = (groups - mean).where(passes | codes_blocked, 0.0)
+    index = torch.arange(groups.shape[0], device=groups.device)
+    negative = negative_signs(index, seed, offset)
+    energy = _tree_sum(rest * rest)
+    factor = 1.0 / (torch.tensor(STEPS[bits]) * energy.sqrt())
+    coefficients = transform(torch.where(negative, -rest, rest))
+    half = 2 ** (bits - 1)
+    scaled = coefficients * factor[:, None]
+    scaled = scaled.where(scaled > -half, -half).clamp(max=half - 0.5)
+    codes = scaled.floor().long() + half
+    levels = (2 * codes - (2 * half - 1)).float()
+    scale = _bfloat16(energy / _tree_sum(coefficients * levels))
+    scale = scale.where(scale.isfinite(), float('nan'))
+    return codes, means, scale.where(energy != 0, 0.0)
+
+
+def decode(codes, mean, scale, bits, groups, seed, offset):
+    """Values of codes.
+
+    Args:
+        codes (Tensor[G, 256]): int64.
+        mean (Tensor[G, 256]): float32, mean of the kind of each element.
+        scale (Tensor[G]): float32.
+        bits (int): Bits of a code, 1 to 3.
+        groups (Tensor[G]): int64, indices of groups.
+        seed (int): 64 bits.
+        offset (int): 64 bits.
+
+    Returns:
+        Tensor[G, 256]: float32.
+    """
+    multiples = transform(2 * codes - (2**bits - 1))
+    negative = negative_signs(groups, seed, offset)
+    multiples = torch.where(negative, -multiples, multiples)
+    # Rounded once: the product is exact in float64.
+    exact = multiples.double() * scale.double()[:, None] + mean.double()
+    return exact.float()
