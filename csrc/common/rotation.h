@@ -3,26 +3,28 @@
 // are, and rounded to the nearest of 2^bits levels for that distribution.
 //
 // From the values x of a group the mean m of those of their kind is taken away
-// (kinds are the elements that a rectifier lets pass, and the others), random
-// signs s are put on the rest r, and y = H (s r) for the Hadamard matrix H of
-// order 256 (Sylvester's: of +1 and -1, not divided by 16). Coefficients have
-// the root mean square |r|. Code c of a coefficient stands for the odd number
-// q = 2 c - (2^bits - 1), in units of half a step of |r|. Decoded is
+// (kinds are the elements that a rectifier lets pass, and the others). The rest
+// r is rounded to integers v of 8 bits times a power of two, random signs s are
+// put on it, and y = H (s v) for the Hadamard matrix H of order 256 (Sylvester's
+// of +1 and -1). Coefficients have the root mean square |v|. Code c of a
+// coefficient stands for the odd number q = 2 c - (2^bits - 1), in units of half
+// a step of |v|. Decoded is
 //
-//   x' = m + scale * s (H q),  scale = <r, r> / <y, q>,
+//   x' = m + scale * s (H q),  scale = r / v * <v, v> / <y, q>,
 //
 // whose projection on r is r. The rest of the error is orthogonal to r and, as
 // rotations are random, of any direction: x' is unbiased but for a small rest,
 // since signs with a Hadamard matrix are not all rotations (EDEN: S. Vargaftik
 // et al., "EDEN: Communication-efficient and robust distributed mean estimation
-// for federated learning", ICML'22). For normal coefficients the variance is
-// <r, r> / 256 times D / (1 - D), D being the squared error of the levels.
+// for federated learning", ICML'22), and v is rounded. For normal coefficients
+// the variance is <r, r> / 256 times D / (1 - D), D being the squared error of
+// the levels.
 //
 // Levels are at equal distances, those of J. Max, "Quantizing for minimum
 // distortion" (IRE Transactions on Information Theory, 1960), Table II: at 2
 // and 3 bits their squared error is 1 % and 8 % above that of levels at any
-// distances (Table I), and sums of H q are small integers, hence exact in any
-// order and on any device.
+// distances (Table I). All sums but those of means are of small integers, and
+// hence exact in any order, on any device, and in the float16 of tensor cores.
 //
 // A group's range is its mean and `scale` (bfloat16, NaN where a value of the
 // group is not finite); that of split codes is the mean of the elements that do
@@ -84,36 +86,55 @@ MMACTNN_HOST_DEVICE uint32_t rotation_signs(PairStream stream, uint64_t group,
 MMACTNN_HOST_DEVICE float kind_mean(float sum, float count) {
   if (count == 0.0f) return 0.0f;
 #ifdef __CUDA_ARCH__
-  return bfloat16_nearest(__fdiv_rn(sum, count));
+  return bfloat16_nearest(multiply(sum, __frcp_rn(count)));
 #else
-  return bfloat16_nearest(sum / count);
+  return bfloat16_nearest(multiply(sum, 1.0f / count));
 #endif
 }
 
-// Factor of coefficients to units of a step, from <r, r>.
+// Power of two that makes integers of rests, of 128 at most.
+class RotationUnit {
+ public:
+  // `largest` is the absolute value of the largest rest.
+  explicit MMACTNN_HOST_DEVICE RotationUnit(float largest) {
+    // 64 to 128 after the product; of the smallest numbers less.
+    constexpr uint32_t kTop = 127 + 133, kLargestExponent = 253;
+    const uint32_t exponent = kTop - (float_bits(largest) >> 23);
+    factor_ = (exponent < kLargestExponent ? exponent : kLargestExponent) << 23;
+  }
+
+  MMACTNN_HOST_DEVICE float factor() const { return bits_float(factor_); }
+  MMACTNN_HOST_DEVICE float inverse() const {
+    return bits_float((UINT32_C(254) << 23) - factor_);
+  }
+
+ private:
+  uint32_t factor_;
+};
+
+// Factor of coefficients to units of a step, from <v, v>.
 MMACTNN_HOST_DEVICE float rotation_factor(float energy, int bits) {
+  if (energy == 0.0f) return 0.0f;
   const float step = rotation_step(bits);
 #ifdef __CUDA_ARCH__
-  return __fdiv_rn(1.0f, multiply(step, __fsqrt_rn(energy)));
+  return __frcp_rn(multiply(step, __fsqrt_rn(energy)));
 #else
   return 1.0f / multiply(step, std::sqrt(energy));
 #endif
 }
 
-// Code of a coefficient. NaN has code 0.
-MMACTNN_HOST_DEVICE uint32_t rotation_code(float coefficient, float factor,
-                                           int bits) {
+// Code of a coefficient, as the last bits of a float above kIntegerFloat.
+MMACTNN_HOST_DEVICE float rotation_code(float coefficient, float factor,
+                                        int bits) {
   const auto half = static_cast<float>(1 << (bits - 1));
   const float scaled = multiply(coefficient, factor);
   const float above = scaled > -half ? scaled : -half;
   const float inside = above < half - 0.5f ? above : half - 0.5f;
 #ifdef __CUDA_ARCH__
-  // The floor of the exact sum, in the last bits.
-  const float whole = __fadd_rd(inside, bits_float(kIntegerFloat) + half);
-  return float_bits(whole) - kIntegerFloat;
+  // The floor of the exact sum.
+  return __fadd_rd(inside, bits_float(kIntegerFloat) + half);
 #else
-  return static_cast<uint32_t>(static_cast<int32_t>(std::floor(inside)) +
-                               (1 << (bits - 1)));
+  return bits_float(kIntegerFloat) + (std::floor(inside) + half);
 #endif
 }
 
@@ -122,15 +143,16 @@ MMACTNN_HOST_DEVICE constexpr int rotation_level(uint32_t code, int bits) {
   return 2 * static_cast<int>(code) - static_cast<int>(max_code_of(bits));
 }
 
-// `scale` of a group from <r, r> and <y, q>.
-MMACTNN_HOST_DEVICE float rotation_scale(float energy, float product) {
+// `scale` of a group from <v, v> and <y, q>, which floats hold exactly.
+MMACTNN_HOST_DEVICE float rotation_scale(float energy, float product,
+                                         float inverse_unit) {
   if (energy == 0.0f) return 0.0f;
 #ifdef __CUDA_ARCH__
-  const float scale = bfloat16_nearest(__fdiv_rn(energy, product));
+  const float ratio = __fdiv_rn(energy, product);
 #else
-  const float scale = bfloat16_nearest(energy / product);
+  const float ratio = energy / product;
 #endif
-  return is_finite(scale) ? scale : bits_float(0x7FC00000u);
+  return bfloat16_nearest(multiply(ratio, inverse_unit));
 }
 
 }  // namespace mmactnn

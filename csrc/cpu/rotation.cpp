@@ -1,16 +1,22 @@
 #include "rotation.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 namespace mmactnn {
 namespace {
 
-// Sum of all numbers, pairs of neighbours first. They are overwritten.
+// Sum of all numbers, of each block first. They are overwritten.
 float tree_sum(float* numbers) {
-  for (int count = kRotation / 2; count > 0; count /= 2) {
-    for (int i = 0; i < count; ++i) {
-      numbers[i] = numbers[2 * i] + numbers[2 * i + 1];
-    }
+  constexpr int kBlocks = kRotation / kBlock;
+  for (int block = 0; block < kBlocks; ++block) {
+    const float* of = numbers + block * kBlock;
+    numbers[block] = ((of[0] + of[1]) + (of[2] + of[3])) +
+                     ((of[4] + of[5]) + (of[6] + of[7]));
+  }
+  for (int count = kBlocks / 2; count > 0; count /= 2) {
+    for (int i = 0; i < count; ++i) numbers[i] += numbers[i + count];
   }
   return numbers[0];
 }
@@ -59,37 +65,58 @@ RotatedRange encode_rotated(const float* values, const bool* passes,
                             Blocked blocked, PairStream stream, uint64_t group,
                             int bits, uint8_t* codes) {
   const auto kind = [&](int i) { return passes == nullptr || passes[i]; };
-  float numbers[kRotation], coefficients[kRotation];
+  const bool both = passes != nullptr && blocked == Blocked::kValue;
+  float numbers[kRotation];
   RotatedRange range{};
-  for (const bool pass : {false, true}) {
-    if (!pass && (passes == nullptr || blocked == Blocked::kNothing)) continue;
-    float count = 0.0f;
-    for (int i = 0; i < kRotation; ++i) {
-      const bool own = kind(i) == pass;
-      numbers[i] = own ? values[i] : 0.0f;
-      if (own) count += 1.0f;
-    }
-    range.mean[pass] = kind_mean(tree_sum(numbers), count);
-  }
-  bool negative[kRotation];
-  draw_signs(stream, group, negative);
+  float count = 0.0f;
   for (int i = 0; i < kRotation; ++i) {
     const bool pass = kind(i);
-    const bool coded = pass || blocked == Blocked::kValue;
-    const float rest = coded ? add(values[i], -range.mean[pass]) : 0.0f;
-    numbers[i] = multiply(rest, rest);
-    coefficients[i] = negative[i] ? -rest : rest;
+    numbers[i] = pass ? values[i] : 0.0f;
+    if (pass) count += 1.0f;
   }
-  const float energy = tree_sum(numbers);
-  const float factor = rotation_factor(energy, bits);
-  transform(coefficients);
+  const float passing = tree_sum(numbers);
+  range.mean[1] = kind_mean(passing, count);
+  if (both) {
+    std::copy(values, values + kRotation, numbers);
+    range.mean[0] = kind_mean(add(tree_sum(numbers), -passing),
+                              static_cast<float>(kRotation) - count);
+  }
+  float largest = 0.0f, poison = 0.0f;
   for (int i = 0; i < kRotation; ++i) {
-    const uint32_t code = rotation_code(coefficients[i], factor, bits);
-    codes[i] = static_cast<uint8_t>(code);
-    numbers[i] = multiply(coefficients[i],
-                          static_cast<float>(rotation_level(code, bits)));
+    const bool pass = kind(i);
+    const bool coded = pass || both;
+    numbers[i] = coded ? add(values[i], -range.mean[pass]) : 0.0f;
+    largest = std::max(largest, std::fabs(numbers[i]));
+    poison += numbers[i] * 0.0f;  // NaN as soon as one rest is not finite
   }
-  range.scale = rotation_scale(energy, tree_sum(numbers));
+  const bool finite = !is_nan(poison);
+  const RotationUnit unit(largest);
+  bool negative[kRotation];
+  draw_signs(stream, group, negative);
+  int32_t integers[kRotation];
+  int32_t energy = 0, product = 0;
+  for (int i = 0; i < kRotation; ++i) {
+    // To the nearest, to even in a tie, as the last bits of a float.
+    constexpr float kWhole = 0x1.8p23f;
+    const float scaled = finite ? multiply(numbers[i], unit.factor()) : 0.0f;
+    const auto v = static_cast<int32_t>(add(add(scaled, kWhole), -kWhole));
+    energy += v * v;
+    integers[i] = negative[i] ? -v : v;
+  }
+  transform(integers);
+  const float factor = rotation_factor(static_cast<float>(energy), bits);
+  for (int i = 0; i < kRotation; ++i) {
+    const uint32_t code =
+        float_bits(
+            rotation_code(static_cast<float>(integers[i]), factor, bits)) -
+        kIntegerFloat;
+    codes[i] = static_cast<uint8_t>(code);
+    product += integers[i] * rotation_level(code, bits);
+  }
+  range.scale = finite ? rotation_scale(static_cast<float>(energy),
+                                        static_cast<float>(product),
+                                        unit.inverse())
+                       : bits_float(0x7FC00000u);
   return range;
 }
 

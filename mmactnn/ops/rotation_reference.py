@@ -49,8 +49,14 @@ def negative_signs(groups, seed, offset):
 
 
 def _tree_sum(numbers):
+    """Sum over groups (Tensor[G, 256]), of each block of 8 first."""
+    numbers = numbers.view(-1, ROTATION // 8, 8)
+    while numbers.shape[2] > 1:
+        numbers = numbers[..., ::2] + numbers[..., 1::2]
+    numbers = numbers[..., 0]
     while numbers.shape[1] > 1:
-        numbers = numbers[:, ::2] + numbers[:, 1::2]
+        first, second = numbers.chunk(2, 1)
+        numbers = first + second
     return numbers[:, 0]
 
 
@@ -74,27 +80,41 @@ def encode(groups, passes, codes_blocked, bits, seed, offset):
         elements that do not pass and of those that do (Tensor[G, 2],
         float32), and scales (Tensor[G], float32).
     """
-    means = []
-    for kind in (~passes & codes_blocked, passes):
-        count = kind.sum(1).float()
-        mean = _tree_sum(groups.where(kind, 0.0)) / count
-        means.append(_bfloat16(mean).where(count != 0, 0.0))
+    passing = _tree_sum(groups.where(passes, 0.0))
+    sums = [_tree_sum(groups) - passing, passing]
+    counts = [(~passes).sum(1), passes.sum(1)]
+    means = [
+        _bfloat16(total * (1.0 / count.float())).where(count != 0, 0.0)
+        for total, count in zip(sums, counts)
+    ]
+    if not codes_blocked:
+        means[0] = torch.zeros_like(means[1])
     means = torch.stack(means, 1)
     mean = means[:, 1:].where(passes, means[:, :1])
     rest = (groups - mean).where(passes | codes_blocked, 0.0)
+    finite = rest.isfinite().all(1)
+    rest = rest.where(finite[:, None], 0.0)
+    # Powers of two that make integers of up to 128.
+    exponent = rest.abs().amax(1).frexp().exponent
+    unit = torch.ldexp(
+        torch.ones_like(mean[:, 0]), (7 - exponent).clamp(max=126)
+    )
+    unit = unit.where(rest.any(1), 2.0**126)
+    integers = (rest * unit[:, None]).round().long()
+    energy = integers.square().sum(1).float()
     index = torch.arange(groups.shape[0], device=groups.device)
     negative = negative_signs(index, seed, offset)
-    energy = _tree_sum(rest * rest)
-    factor = 1.0 / (torch.tensor(STEPS[bits]) * energy.sqrt())
-    coefficients = transform(torch.where(negative, -rest, rest))
+    coefficients = transform(torch.where(negative, -integers, integers))
+    step = torch.tensor(STEPS[bits])
+    factor = (1.0 / (step * energy.sqrt())).where(energy != 0, 0.0)
     half = 2 ** (bits - 1)
-    scaled = coefficients * factor[:, None]
-    scaled = scaled.where(scaled > -half, -half).clamp(max=half - 0.5)
-    codes = scaled.floor().long() + half
-    levels = (2 * codes - (2 * half - 1)).float()
-    scale = _bfloat16(energy / _tree_sum(coefficients * levels))
-    scale = scale.where(scale.isfinite(), float('nan'))
-    return codes, means, scale.where(energy != 0, 0.0)
+    scaled = coefficients.float() * factor[:, None]
+    codes = scaled.clamp(-half, half - 0.5).floor().long() + half
+    levels = 2 * codes - (2 * half - 1)
+    product = (coefficients * levels).sum(1).float()
+    scale = _bfloat16(energy / product * (1.0 / unit))
+    scale = scale.where(energy != 0, 0.0).where(finite, float('nan'))
+    return codes, means, scale
 
 
 def decode(codes, mean, scale, bits, groups, seed, offset):
