@@ -40,6 +40,9 @@ APART = (
     'norm_grad',
     'quantize',
     'relu_codes',
+    'rotated_codes',
+    'rotated_norm_act',
+    'rotated_norm_grad',
 )
 
 

@@ -50,6 +50,9 @@ struct CodeLayout {
   const uint8_t* row_bits;    // of each row
   const int32_t* row_starts;  // the sum of the widths of all rows before
   int64_t total_bits;         // the sum of all widths
+  // Widths of rows that are looked at; others count as nowhere.
+  int least_bits = 1;
+  int most_bits = kMaxBits;
 
   // Widths are data of the device that no launcher has seen. A row that
   // leaves the codes has none: it is neither written nor read.
@@ -62,7 +65,7 @@ struct CodeLayout {
       if (row_bits == nullptr) return {bits, row * row_blocks * bits};
       const int width = row_bits[row];
       const int64_t start = row_starts[row];
-      const bool fits = width >= 1 && width <= kMaxBits && start >= 0 &&
+      const bool fits = width >= least_bits && width <= most_bits && start >= 0 &&
                         start + width <= total_bits;
       return {fits ? width : 0, start * row_blocks};
     }

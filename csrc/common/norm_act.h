@@ -2,6 +2,8 @@
 // every operation, each of which is rounded by itself, as in reference.py.
 #pragma once
 
+#include <type_traits>
+
 #include "codec.h"
 #include "portability.h"
 
@@ -14,6 +16,22 @@ enum class NormActPayload {
   kPlainAndZeroed,  // plain ones, and zeroed ones of the output, where a
                     // residual and a rectifier follow
 };
+
+// Calls `body` with it as a constant.
+template <typename Body>
+void dispatch_payload(NormActPayload payload, const Body& body) {
+  switch (payload) {
+    case NormActPayload::kPlain:
+      return body(
+          std::integral_constant<NormActPayload, NormActPayload::kPlain>{});
+    case NormActPayload::kSplit:
+      return body(
+          std::integral_constant<NormActPayload, NormActPayload::kSplit>{});
+    case NormActPayload::kPlainAndZeroed:
+      return body(std::integral_constant<NormActPayload,
+                                         NormActPayload::kPlainAndZeroed>{});
+  }
+}
 
 // Stand-ins for a missing weight and bias, which change no value: adding -0
 // preserves both zeros.

@@ -30,11 +30,10 @@ struct NormArguments {
   bool rotated() const {
     return drawn.rotated && rotates(geometry, value_bits());
   }
-  // The least of `act_codes` whose element passes.
-  uint32_t least_passing() const {
+  // See passing_bits(), of `act_codes`.
+  uint32_t act_passing_bits() const {
     const int width = static_cast<int>(act_bits);
-    return least_passing_code(width,
-                              drawn.rotated && rotates(geometry, width - 1));
+    return passing_bits(width, drawn.rotated && rotates(geometry, width - 1));
   }
 };
 

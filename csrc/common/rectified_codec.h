@@ -50,11 +50,10 @@ MMACTNN_HOST_DEVICE uint32_t split_value_code(uint32_t code, int bits) {
   return code & max_split_code(bits);
 }
 
-// The least zeroed code of an element that passes. Those of rotated ones have
-// the highest bit set (rotation.h).
-MMACTNN_HOST_DEVICE constexpr uint32_t least_passing_code(int bits,
-                                                          bool rotated) {
-  return rotated ? 1u << (bits - 1) : 1u;
+// Bits of which a zeroed code has any where the element passes: the highest
+// one of rotated codes (rotation.h).
+MMACTNN_HOST_DEVICE constexpr uint32_t passing_bits(int bits, bool rotated) {
+  return rotated ? 1u << (bits - 1) : max_code_of(bits);
 }
 
 // Special code of the positive kind where minus infinity cannot occur, so that

@@ -126,15 +126,15 @@ void dequantize_split(const Memory& codes, const Memory& ranges,
 void dequantize_zeroed(const Memory& codes, const Memory& ranges,
                        const Memory& output, const Geometry& geometry, int bits,
                        const DrawnBits& drawn) {
-  const uint32_t least = least_passing_code(
-      bits, drawn.rotated && rotates(geometry, bits - 1));
+  const uint32_t passing =
+      passing_bits(bits, drawn.rotated && rotates(geometry, bits - 1));
   dispatch_dtype(output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     decode_elements<1>(
         codes, ranges, geometry, bits, max_zeroed_code(bits), drawn,
         static_cast<T*>(output.mutable_data_ptr()),
         [&](const Decoder& decode, int64_t, int64_t i, uint32_t code) {
-          if (code < least) return 0.0f;
+          if ((code & passing) == 0u) return 0.0f;
           if (decode.special()) {
             return decode_zeroed_special(code - 1u, decode.range());
           }

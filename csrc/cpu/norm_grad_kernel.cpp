@@ -54,7 +54,7 @@ void for_each_element(const T* grad_output, const NormArguments& arguments,
   constexpr int kRanges = kSplit ? 2 : 1;
   const int64_t first_group = row * geometry.groups_per_row();
   const uint32_t max_code = kSplit ? max_split_code(bits) : max_code_of(bits);
-  const uint32_t least_passing = arguments.least_passing();
+  const uint32_t passing = arguments.act_passing_bits();
   const int fraction = fraction_bits(max_code);
   const GroupDither draw(arguments.drawn, geometry);
   const RotatedDecoder rotated(arguments.drawn, geometry,
@@ -93,7 +93,7 @@ void for_each_element(const T* grad_output, const NormArguments& arguments,
         range = kinds[passed];
         code = split_value_code(code, bits);
       } else if constexpr (kCodes == NormCodes::kMask) {
-        passed = code_at(act_codes, i, act_bits) >= least_passing;
+        passed = (code_at(act_codes, i, act_bits) & passing) != 0u;
       }
       float normal;
       if (rotated) {

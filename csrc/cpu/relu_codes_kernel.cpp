@@ -76,8 +76,8 @@ void relu_codes(const Memory& input, const Memory& output, const Memory& codes,
 void relu_codes_backward(const Memory& grad_output, const Memory& codes,
                          const Memory& grad_input, const Geometry& geometry,
                          int bits, bool rotated) {
-  const uint32_t least = least_passing_code(
-      bits, rotated && rotates(geometry, bits - 1));
+  const uint32_t passing =
+      passing_bits(bits, rotated && rotates(geometry, bits - 1));
   const auto* code_bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
   dispatch_dtype(grad_output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -89,7 +89,7 @@ void relu_codes_backward(const Memory& grad_output, const Memory& codes,
           const int64_t base = group.row * geometry.row_numel + group.start;
           for (int64_t i = 0; i < group.count; ++i) {
             target[base + i] =
-                unpacked[i] >= least ? source[base + i] : static_cast<T>(0.0f);
+                (unpacked[i] & passing) != 0u ? source[base + i] : static_cast<T>(0.0f);
           }
         });
   });

@@ -18,6 +18,7 @@
 #include "dither_floats.h"
 #include "launch.h"
 #include "packed_block.h"
+#include "rotated.h"
 
 namespace mmactnn {
 namespace {
@@ -562,6 +563,10 @@ void dequantize_split(const Memory& codes, const Memory& ranges,
                       const Memory& output, const Geometry& geometry,
                       const Channels& channels, int bits,
                       const DrawnBits& drawn) {
+  if (drawn.rotated && rotates(geometry, bits - 1)) {
+    return rotated::dequantize_split(codes, ranges, weight, bias, output,
+                                     geometry, channels, bits, drawn);
+  }
   const auto* weights = static_cast<const float*>(weight.const_data_ptr());
   const auto* biases = static_cast<const float*>(bias.const_data_ptr());
   const ChannelIndex index = index_channels(channels, {weights, biases});
@@ -582,6 +587,10 @@ void dequantize_split(const Memory& codes, const Memory& ranges,
 void dequantize_zeroed(const Memory& codes, const Memory& ranges,
                        const Memory& output, const Geometry& geometry, int bits,
                        const DrawnBits& drawn) {
+  if (drawn.rotated && rotates(geometry, bits - 1)) {
+    return rotated::dequantize_zeroed(codes, ranges, output, geometry, bits,
+                                      drawn);
+  }
   decode_into<ZeroedDecoder>(codes, ranges, output, geometry, bits, drawn,
                              NoParameters{});
 }

@@ -1,4 +1,5 @@
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 
 #include "../common/channels.h"
@@ -17,18 +18,12 @@
 #include "launch.h"
 #include "packed_block.h"
 #include "rectified_codes.h"
+#include "rectified_zero.h"
+#include "rotated.h"
+#include "workspace.h"
 
 namespace mmactnn {
 namespace {
-
-// The largest number that becomes a zero of the dtype: half of the smallest
-// one, a tie.
-template <typename T>
-constexpr float kLargestZero = 0.0f;
-template <>
-constexpr float kLargestZero<__half> = 0x1p-25f;
-template <>
-constexpr float kLargestZero<__nv_bfloat16> = 0x1p-134f;
 
 // The blocks of a group that one thread holds: the more, the less the work
 // that is done once a group and thread costs each element, as long as there
@@ -465,7 +460,23 @@ namespace cuda {
 
 void norm_act(const NormActArguments& arguments, const Channels& channels,
               const Geometry& geometry, const NormActOutputs& outputs) {
+  const bool rotated = arguments.rotated(geometry);
+  const bool act_rotated = arguments.act_rotated(geometry);
+  const bool zeroed = arguments.payload() == NormActPayload::kPlainAndZeroed;
+  if (rotated && (act_rotated || !zeroed)) {
+    return rotated::norm_act(arguments, channels, outputs, false);
+  }
   const Memory& input = arguments.input;
+  auto* codes = static_cast<uint8_t*>(outputs.codes.mutable_data_ptr());
+  auto* ranges = static_cast<uint32_t*>(outputs.ranges.mutable_data_ptr());
+  // Widths of which one alone has rotated codes are rare, and take two kernels.
+  std::optional<Workspace> unused;
+  if (rotated) {
+    rotated::norm_act(arguments, channels, outputs, true);
+    unused.emplace(outputs.codes.numel() / 4 + geometry.groups());
+    ranges = reinterpret_cast<uint32_t*>(unused->data());
+    codes = reinterpret_cast<uint8_t*>(ranges + geometry.groups());
+  }
   const auto* mean = static_cast<const float*>(arguments.mean.const_data_ptr());
   const auto* invstd =
       static_cast<const float*>(arguments.invstd.const_data_ptr());
@@ -485,31 +496,30 @@ void norm_act(const NormActArguments& arguments, const Channels& channels,
         invstd,
         weight,
         bias,
-        static_cast<uint8_t*>(outputs.codes.mutable_data_ptr()),
-        static_cast<uint32_t*>(outputs.ranges.mutable_data_ptr()),
+        codes,
+        ranges,
         static_cast<uint8_t*>(outputs.act_codes.mutable_data_ptr()),
         static_cast<uint32_t*>(outputs.act_ranges.mutable_data_ptr()),
         0,
-        arguments.random,
-        arguments.random.second(),
+        arguments.rounding.random,
+        arguments.rounding.random.second(),
         index,
         static_cast<int>(arguments.bits),
         static_cast<int>(arguments.act_bits),
         static_cast<int>(geometry.group_size),
         0,
         false};
-    switch (arguments.payload()) {
-      case NormActPayload::kPlain:
-        return launch_payload<T, NormActPayload::kPlain>(arguments, geometry,
-                                                         op, stream);
-      case NormActPayload::kSplit:
-        return launch_payload<T, NormActPayload::kSplit>(arguments, geometry,
-                                                         op, stream);
-      case NormActPayload::kPlainAndZeroed:
-        return launch_payload<T, NormActPayload::kPlainAndZeroed>(
-            arguments, geometry, op, stream);
-    }
+    dispatch_payload(arguments.payload(), [&](auto payload) {
+      launch_payload<T, decltype(payload)::value>(arguments, geometry, op,
+                                                  stream);
+    });
   });
+  if (act_rotated) {
+    rotated::relu_codes(outputs.output, outputs.output, outputs.act_codes,
+                        outputs.act_ranges, geometry,
+                        static_cast<int>(arguments.act_bits),
+                        arguments.rounding.random.second());
+  }
 }
 
 }  // namespace cuda

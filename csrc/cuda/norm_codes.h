@@ -37,6 +37,7 @@ struct NormPayload {
   int group_shift;  // binary logarithm of the blocks of a group
   int bits;
   int act_bits;
+  uint32_t act_passing;  // see passing_bits()
   DitherSource dither;
 };
 
@@ -100,12 +101,12 @@ struct NormPiece {
   __device__ __forceinline__ uint32_t code(int i, int bits) const {
     return static_cast<uint32_t>(codes >> (i * bits)) & max_code_of(bits);
   }
-  __device__ __forceinline__ bool positive(int i, int bits,
-                                           int act_bits) const {
+  __device__ __forceinline__ bool positive(int i, int bits, int act_bits,
+                                           uint32_t passing) const {
     if constexpr (kSplit) return split_positive(code(i, bits), bits);
     if constexpr (kMask) {
-      return (static_cast<uint32_t>(act_codes >> (i * act_bits)) &
-              max_code_of(act_bits)) != 0u;
+      return (static_cast<uint32_t>(act_codes >> (i * act_bits)) & passing) !=
+             0u;
     }
     return true;
   }
@@ -152,7 +153,7 @@ struct NormPiece {
         const float normal = range.special()
                                  ? decode_special(value, range, max_code)
                                  : own.value(any_number(i, value));
-        body(i, true, positive(i, bits, act_bits) ? grads.value(i) : 0.0f,
+        body(i, true, positive(i, bits, act_bits, payload.act_passing) ? grads.value(i) : 0.0f,
              normal);
       }
       return;
@@ -160,7 +161,8 @@ struct NormPiece {
     const auto decode_all = [&](const auto& number) {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
-        const bool passed = positive(i, bits, act_bits);
+        const bool passed =
+            positive(i, bits, act_bits, payload.act_passing);
         const DitherScale own = DitherScale::select(
             kSplit && (kPassed || passed), scale, upper_scale);
         body(i, passed, grads.value(i), own.value(number(i)));
@@ -195,7 +197,9 @@ struct NormPiece {
                                                T* grad) const {
     const int bits = kBits == kAnyBits ? payload.bits : kBits;
     const int act_bits = kBits == kAnyBits ? payload.act_bits : kBits;
-    grads.store(in(grad), [&](int i) { return positive(i, bits, act_bits); });
+    grads.store(in(grad), [&](int i) { 
+      return positive(i, bits, act_bits, payload.act_passing);
+    });
   }
 };
 

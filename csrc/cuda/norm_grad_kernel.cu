@@ -10,6 +10,8 @@
 #include "channel_walk.h"
 #include "launch.h"
 #include "norm_codes.h"
+#include "norm_sums.h"
+#include "rotated.h"
 #include "workspace.h"
 
 namespace mmactnn {
@@ -26,31 +28,6 @@ constexpr int kFactoredAtOnce = kItems == kBlock ? 2 : 4;
 // Thread blocks of a multiprocessor that registers must suffice for.
 template <int kBits, int kWanted>
 constexpr int kResident = kBits == kAnyBits ? kWanted - 1 : kWanted;
-
-// Makes the outputs from sums of a channel over all splits.
-struct SumsOutputs {
-  float* gradients;  // [C]
-  float* products;   // [C], of the gradients with the normalised input
-  // Scale and means for grad_input(), [3, C]; null if not wanted.
-  float* factors;
-  const float* weight;  // null: none
-  const float* invstd;
-  float count;           // elements of each channel
-  bool use_batch_stats;  // whether the means are subtracted
-  int64_t channels;
-
-  // `which`: 0 for the gradients, 1 for their products.
-  __device__ __forceinline__ void write(int64_t channel, int which,
-                                        float sum) const {
-    (which == 0 ? gradients : products)[channel] = sum;
-    if (factors == nullptr) return;
-    factors[(1 + which) * channels + channel] =
-        use_batch_stats ? __fdiv_rn(sum, count) : 0.0f;
-    if (which != 0) return;
-    const float scale = weight == nullptr ? 1.0f : weight[channel];
-    factors[channel] = multiply(invstd[channel], scale);
-  }
-};
 
 // Sums of the gradients that pass and of their products with the normalised
 // input. Those of several splits go to `partial`, [splits, 2, C]; `grad`, of
@@ -196,24 +173,6 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
 }
 
-struct NormVectors {
-  const float* scale;
-  const float* means;  // of the gradient, then of its product
-  int64_t channels;
-};
-
-struct ChannelFactors {
-  float scale;
-  float mean_grad;
-  float mean_product;
-};
-
-__device__ __forceinline__ ChannelFactors
-load_factors(const NormVectors& vectors, int64_t channel) {
-  return {vectors.scale[channel], vectors.means[channel],
-          vectors.means[vectors.channels + channel]};
-}
-
 // Channel after channel, by pieces in memory order. Of the channels of a
 // piece of more than one element, at least 8 elements each lie in a row.
 template <typename T, int kBits, NormCodes kCodes, int kItems>
@@ -321,13 +280,14 @@ Call make_call(const Memory& grad_output, const NormArguments& arguments) {
   while (kBlock << group_shift < geometry.group_size) ++group_shift;
   const NormPayload payload{arguments.codes,
                             arguments.act_codes,
-                            reinterpret_cast<const uint8_t*>(arguments.ranges),
+                            static_cast<const uint8_t*>(arguments.ranges),
                             channels.row_numel(),
                             static_cast<uint32_t>(geometry.blocks_per_row()),
                             static_cast<uint32_t>(geometry.groups_per_row()),
                             group_shift,
                             static_cast<int>(arguments.bits),
                             static_cast<int>(arguments.act_bits),
+                            arguments.act_passing_bits(),
                             DitherSource(arguments.drawn, geometry)};
   const bool blocks = channels.row_numel() % kBlock == 0 &&
                       (channels.last ? channels.count % kBlock == 0
@@ -362,15 +322,7 @@ template <NormCodes kCodes>
 void sum_gradients(const Memory& grad_output, const NormArguments& arguments,
                    const NormSums& sums) {
   const int64_t channels = arguments.channels.count;
-  const SumsOutputs outputs{
-      sums.gradients,
-      sums.products,
-      static_cast<float*>(sums.factors.mutable_data_ptr()),
-      sums.weight,
-      sums.invstd,
-      static_cast<float>(arguments.channels.channel_numel()),
-      sums.use_batch_stats,
-      channels};
+  const SumsOutputs outputs(arguments.channels, sums);
   const Call call = make_call(grad_output, arguments);
   dispatch_dtype(grad_output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -468,6 +420,9 @@ namespace cuda {
 
 void norm_grad_sums(const Memory& grad_output, const NormArguments& arguments,
                     const NormSums& sums) {
+  if (arguments.rotated()) {
+    return rotated::norm_grad_sums(grad_output, arguments, sums);
+  }
   dispatch_codes(arguments.kind, [&](auto codes) {
     sum_gradients<decltype(codes)::value>(grad_output, arguments, sums);
   });
@@ -475,6 +430,10 @@ void norm_grad_sums(const Memory& grad_output, const NormArguments& arguments,
 
 void norm_grad_input(const Memory& grad_output, const NormArguments& arguments,
                      const NormFactors& factors, const Memory& grad_input) {
+  if (arguments.rotated()) {
+    return rotated::norm_grad_input(grad_output, arguments, factors,
+                                    grad_input);
+  }
   if (arguments.kind == NormCodes::kSplit) {
     gradients<NormCodes::kSplit>(grad_output, arguments, factors, grad_input);
   } else {

@@ -98,6 +98,27 @@ struct PackedBlock {
   }
 };
 
+// A whole block of memory, which is `vectorized` if it starts on a 16-byte
+// boundary.
+template <typename T>
+__device__ __forceinline__ void load_block(PackedBlock<T>& block,
+                                           const T* source, bool vectorized) {
+  if (vectorized) {
+    block.load(source);
+  } else {
+    block.load(source, 0, kBlock);
+  }
+}
+template <typename T>
+__device__ __forceinline__ void store_block(const PackedBlock<T>& block,
+                                            T* target, bool vectorized) {
+  if (vectorized) {
+    block.store(target);
+  } else {
+    block.store(target, kBlock);
+  }
+}
+
 // The codes of a block, the first in the lowest bits.
 template <int kBits>
 using CodeWord =

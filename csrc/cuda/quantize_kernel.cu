@@ -13,6 +13,7 @@
 #include "group_words.h"
 #include "launch.h"
 #include "packed_block.h"
+#include "rotated.h"
 #include "words.h"
 
 namespace mmactnn {
@@ -394,8 +395,15 @@ namespace cuda {
 
 void quantize(const Memory& input, const Memory& codes, const Memory& ranges,
               const Geometry& geometry, const CodeLayout& whole,
-              const CountedStream& random) {
+              const Rounding& rounding) {
   CodeLayout layout = whole;
+  if (rounding.rotated && rotates(geometry, 1)) {
+    if (rotated::quantize(input, codes, ranges, geometry, whole,
+                          rounding.random)) {
+      return;
+    }
+    layout.least_bits = kMaxRotatedBits + 1;
+  }
   const cudaStream_t stream = current_stream();
   auto* code_bytes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   auto* range_words = static_cast<uint32_t*>(ranges.mutable_data_ptr());
@@ -411,7 +419,8 @@ void quantize(const Memory& input, const Memory& codes, const Memory& ranges,
             <<<grid_size<kSharedItems>(launch), kThreads, 0, stream>>>(
                 source + row * geometry.row_numel, code_bytes,
                 range_words + row * geometry.groups_per_row(), launch, layout,
-                random, static_cast<uint64_t>(row * launch.row_blocks));
+                rounding.random,
+                static_cast<uint64_t>(row * launch.row_blocks));
         check_launch();
       });
     });
@@ -422,6 +431,12 @@ void dequantize(const Memory& codes, const Memory& ranges, const Memory& output,
                 const Geometry& geometry, const CodeLayout& whole,
                 const DrawnBits& drawn) {
   CodeLayout layout = whole;
+  if (drawn.rotated && rotates(geometry, 1)) {
+    if (rotated::dequantize(codes, ranges, output, geometry, whole, drawn)) {
+      return;
+    }
+    layout.least_bits = kMaxRotatedBits + 1;
+  }
   const DitherSource draws(drawn, geometry);
   const cudaStream_t stream = current_stream();
   const auto* code_bytes = static_cast<const uint8_t*>(codes.const_data_ptr());

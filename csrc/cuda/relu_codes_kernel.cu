@@ -16,6 +16,7 @@
 #include "packed.h"
 #include "packed_block.h"
 #include "rectified_codes.h"
+#include "rotated.h"
 
 namespace mmactnn {
 namespace {
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(kThreads)
     relu_codes_backward_kernel(const T* __restrict__ grad_output,
                                const uint8_t* __restrict__ codes,
                                T* __restrict__ grad_input, BlockRows rows,
-                               int any_bits) {
+                               int any_bits, uint32_t passing) {
   constexpr int kAtOnce = kBlocksAtOnce<T>;
   const int bits = kBits == kAnyBits ? any_bits : kBits;
   const uint32_t first = blockIdx.x * (kThreads * kAtOnce) + threadIdx.x;
@@ -210,8 +211,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int u = 0; u < kAtOnce; ++u) {
     if (count[u] == 0) continue;
     const PackedBlock<T> passed = grads[u].kept([&](int i) {
-      return (static_cast<uint32_t>(words[u] >> (i * bits)) &
-              max_code_of(bits)) != 0u;
+      return (static_cast<uint32_t>(words[u] >> (i * bits)) & passing) != 0u;
     });
     T* target = grad_input + offset[u];
     if (rows.vectorized && count[u] == kBlock) {
@@ -240,7 +240,8 @@ void dispatch_width(int bits, const Body& body) {
 
 template <typename T>
 void backward(const T* source, const uint8_t* codes, T* target,
-              const Geometry& geometry, int bits, cudaStream_t stream) {
+              const Geometry& geometry, int bits, uint32_t passing,
+              cudaStream_t stream) {
   const int64_t row_blocks = geometry.blocks_per_row();
   STD_TORCH_CHECK(row_blocks <= kMaxIndex, "a sample may have at most ",
                   kMaxIndex, " blocks of elements, got ", row_blocks);
@@ -260,7 +261,7 @@ void backward(const T* source, const uint8_t* codes, T* target,
       relu_codes_backward_kernel<T, decltype(constant)::value>
           <<<static_cast<unsigned int>((blocks + kStep - 1) / kStep), kThreads,
              0, stream>>>(source + element, codes + row * row_blocks * bits,
-                          target + element, rows, bits);
+                          target + element, rows, bits, passing);
       check_launch();
     });
   }
@@ -272,7 +273,11 @@ namespace cuda {
 
 void relu_codes(const Memory& input, const Memory& output, const Memory& codes,
                 const Memory& ranges, const Geometry& geometry, int bits,
-                const CountedStream& random) {
+                const Rounding& rounding) {
+  if (rounding.rotated && rotates(geometry, bits - 1)) {
+    return rotated::relu_codes(input, output, codes, ranges, geometry, bits,
+                               rounding.random);
+  }
   const cudaStream_t stream = current_stream();
   auto* code_bytes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   auto* range_words = static_cast<uint32_t*>(ranges.mutable_data_ptr());
@@ -291,7 +296,7 @@ void relu_codes(const Memory& input, const Memory& output, const Memory& codes,
             <<<grid_size<kSharedItems>(launch), kThreads, 0, stream>>>(
                 source + element, target + element, code_bytes + block * bits,
                 range_words + row * geometry.groups_per_row(), launch, bits,
-                random, static_cast<uint64_t>(block));
+                rounding.random, static_cast<uint64_t>(block));
         check_launch();
       });
     };
@@ -315,13 +320,15 @@ void relu_codes(const Memory& input, const Memory& output, const Memory& codes,
 
 void relu_codes_backward(const Memory& grad_output, const Memory& codes,
                          const Memory& grad_input, const Geometry& geometry,
-                         int bits) {
+                         int bits, bool rotated) {
+  const uint32_t passing =
+      passing_bits(bits, rotated && rotates(geometry, bits - 1));
   dispatch_dtype(grad_output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     backward(static_cast<const T*>(grad_output.const_data_ptr()),
              static_cast<const uint8_t*>(codes.const_data_ptr()),
              static_cast<T*>(grad_input.mutable_data_ptr()), geometry, bits,
-             current_stream());
+             passing, current_stream());
   });
 }
 

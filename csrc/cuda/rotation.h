@@ -1,0 +1,253 @@
+// Rotations of groups by a warp, on tensor cores: thread i holds block i.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/codec.h"
+#include "../common/geometry.h"
+#include "../common/philox.h"
+#include "../common/rotation.h"
+#include "launch.h"
+
+namespace mmactnn {
+
+constexpr int kPairs = kBlock / 2;
+
+// Elements i and i + 4 of a block, in the lower and the upper half of a word:
+// as float16, or as integers.
+struct BlockPairs {
+  uint32_t pair[kPairs];
+};
+
+// Products with the Hadamard matrix of order 256, as two of order 16: the bits
+// of an element's place are those of a row and of a column of a 16 x 16 matrix,
+// in the order in which the tensor core's operands hold them, and H, which
+// depends on the common bits of two places alone, is the same in any order.
+class Hadamard {
+ public:
+  __device__ __forceinline__ Hadamard() {
+    const uint32_t column = threadIdx.x % 4 * 2;
+    const uint32_t row = threadIdx.x % kWarp / 4;
+    constexpr uint32_t kOnes = 0x3C003C00u;
+    plus_ = kOnes ^ (__popc(row & column) % 2u) << 15 ^
+            (__popc(row & (column + 1u)) % 2u) << 31;
+  }
+
+  // Sums of `x` must be exact in float16 over 16 of them, and in float over all.
+  __device__ __forceinline__ void transform(const BlockPairs& x,
+                                            float (&y)[kBlock]) const {
+    // The entries of the eight rows and columns from the eighth on have the
+    // signs of the first eight, but for those where both are.
+    const uint32_t minus = plus_ ^ 0x80008000u;
+    uint32_t z[kPairs];
+    multiply_columns(x, plus_, plus_, z[0], z[1]);
+    multiply_columns(x, plus_, minus, z[2], z[3]);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(z[i]));
+    }
+    multiply_rows(minus, z[0], z[1], y[0], y[4], y[1], y[5]);
+    multiply_rows(minus, z[2], z[3], y[2], y[6], y[3], y[7]);
+  }
+
+ private:
+  // 8 columns of the product with H from the right, from 8 columns of H.
+  static __device__ __forceinline__ void multiply_columns(const BlockPairs& x,
+                                                          uint32_t h0,
+                                                          uint32_t h1,
+                                                          uint32_t& z0,
+                                                          uint32_t& z1) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    asm volatile("{\n\t"
+        ".reg .b32 half<2>;\n\t"
+        "mma.sync.aligned.m16n8k8.row.col.f16.f16.f16.f16 "
+        "{half0, half1}, {%2, %3}, {%6}, {%8, %8};\n\t"
+        "mma.sync.aligned.m16n8k8.row.col.f16.f16.f16.f16 "
+        "{%0, %1}, {%4, %5}, {%7}, {half0, half1};\n\t"
+        "}"
+        : "=r"(z0), "=r"(z1)
+        : "r"(x.pair[0]), "r"(x.pair[1]), "r"(x.pair[2]), "r"(x.pair[3]),
+          "r"(h0), "r"(h1), "r"(0));
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 "
+        "{%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%8, %8};"
+        : "=r"(z0), "=r"(z1)
+        : "r"(x.pair[0]), "r"(x.pair[1]), "r"(x.pair[2]), "r"(x.pair[3]),
+          "r"(h0), "r"(h1), "r"(0));
+#endif
+  }
+
+  // 8 columns of the product with H from the left.
+  __device__ __forceinline__ void multiply_rows(uint32_t minus, uint32_t z0,
+                                                uint32_t z1, float& y0,
+                                                float& y1, float& y2,
+                                                float& y3) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    asm volatile("{\n\t"
+        ".reg .f32 half<4>;\n\t"
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+        "{half0, half1, half2, half3}, {%4, %4}, {%6}, {%8, %8, %8, %8};\n\t"
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5}, {%7}, {half0, half1, half2, half3};\n\t"
+        "}"
+        : "=f"(y0), "=f"(y1), "=f"(y2), "=f"(y3)
+        : "r"(plus_), "r"(minus), "r"(z0), "r"(z1), "f"(0.0f));
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %4, %4, %5}, {%6, %7}, {%8, %8, %8, %8};"
+        : "=f"(y0), "=f"(y1), "=f"(y2), "=f"(y3)
+        : "r"(plus_), "r"(minus), "r"(z0), "r"(z1), "f"(0.0f));
+#endif
+  }
+
+  uint32_t plus_;
+};
+
+// Signs of a thread's blocks in kCount groups.
+template <int kCount>
+class BlockSigns {
+  static_assert(kCount <= 8, "a warp draws for 8 groups at a time");
+
+ public:
+  // `group(u)` counts all groups of the tensor.
+  template <typename Group>
+  __device__ __forceinline__ BlockSigns(PairStream stream, const Group& group) {
+    const uint32_t lane = threadIdx.x % kWarp;
+    // Each thread draws two of a group's eight words.
+    uint64_t own = group(0);
+#pragma unroll
+    for (int u = 1; u < kCount; ++u) {
+      if (lane / 4 == u) own = group(u);
+    }
+    const uint64_t pair = own * (kRotationWords / 2) + lane % 4;
+    const PhiloxPair random =
+        philox_pair(static_cast<uint32_t>(pair),
+                    stream.counter ^ static_cast<uint32_t>(pair >> 32),
+                    stream.key);
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      const uint32_t source = u * 4 + lane % kRotationWords / 2;
+      const uint32_t even =
+          __shfl_sync(0xFFFFFFFFu, random.word[0], source);
+      const uint32_t odd = __shfl_sync(0xFFFFFFFFu, random.word[1], source);
+      const uint32_t word = lane % 2 == 0 ? even : odd;
+      byte_[u] = word >> (8 * (lane / kRotationWords)) & 0xFFu;
+    }
+  }
+
+  // Changes the signs of float16 numbers of the u-th group.
+  __device__ __forceinline__ void flip(int u, BlockPairs& x) const {
+    const uint32_t spread = byte_[u] | byte_[u] << 12;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      x.pair[i] ^= spread << (15 - i) & 0x80008000u;
+    }
+  }
+  __device__ __forceinline__ float flip(int u, int i, float y) const {
+    return bits_float(float_bits(y) ^ (byte_[u] << (31 - i) & 0x80000000u));
+  }
+
+ private:
+  uint32_t byte_[kCount];
+};
+
+// Codes of a width that is known at run time, `stride` bits each of which the
+// lowest `bits` are for the coefficient and the highest, if there is another
+// one, for the mask.
+struct RotatedCodes {
+  int stride;
+  int bits;
+
+  __device__ __forceinline__ float half() const {
+    return static_cast<float>(1 << (bits - 1));
+  }
+};
+
+// The codes of a block of a group, in the lowest bits. `last` is the last word
+// of all codes.
+__device__ __forceinline__ uint32_t load_block_codes(const uint8_t* codes,
+                                               int64_t block, int stride,
+                                               const uint32_t* last) {
+  const int64_t byte = block * stride;
+  const auto* word = reinterpret_cast<const uint32_t*>(codes) + byte / 4;
+  const uint32_t* next = word < last ? word + 1 : last;
+  return __funnelshift_r(*word, *next, static_cast<int>(byte % 4) * 8);
+}
+
+// Writes the codes of a block; `stride` is at most 4.
+__device__ __forceinline__ void store_block_codes(uint8_t* codes, int64_t block,
+                                                  int stride, uint32_t word) {
+  uint8_t* target = codes + block * stride;
+  if (stride == 2) {
+    *reinterpret_cast<uint16_t*>(target) = static_cast<uint16_t>(word);
+  } else if (stride == 4) {
+    *reinterpret_cast<uint32_t*>(target) = word;
+  } else {
+    target[0] = static_cast<uint8_t>(word);
+    if (stride == 3) {
+      target[1] = static_cast<uint8_t>(word >> 8);
+      target[2] = static_cast<uint8_t>(word >> 16);
+    }
+  }
+}
+
+// Coefficients of a block's codes.
+class RotatedDecode {
+ public:
+  explicit __device__ __forceinline__ RotatedDecode(const RotatedCodes& codes)
+      : stride_(codes.stride),
+        // A code is put to the top of a float16's fraction.
+        first_(codes.bits - 10),
+        mask_(max_code_of(codes.bits) * 0x00010001u << (10 - codes.bits)) {
+    const float middle = 3.0f - 1.0f / static_cast<float>(1 << codes.bits);
+    const __half2 both = __float2half2_rn(-middle);
+    middle_ = *reinterpret_cast<const uint32_t*>(&both);
+    unit_ = static_cast<float>(1 << codes.bits);
+  }
+
+  // Multiples of a group's scale, as `unit()` of them.
+  __device__ __forceinline__ float unit() const { return unit_; }
+
+  // A word of each pair of elements: their codes below bit 10 of the halves,
+  // and the bit above the code in bit 10.
+  __device__ __forceinline__ BlockPairs spread(uint32_t word) const {
+    // The halves hold four codes each.
+    const int four = 4 * stride_;
+    const uint32_t halves = (word & ((1u << four) - 1u)) |
+                            word >> four << 16;
+    BlockPairs result;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int shift = i * stride_ + first_;
+      result.pair[i] = __funnelshift_r(halves, halves, shift);
+    }
+    return result;
+  }
+  // From spread(): (2 code - (2^bits - 1)) / 2^bits.
+  __device__ __forceinline__ BlockPairs levels(const BlockPairs& codes) const {
+    BlockPairs result;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const uint32_t two = (codes.pair[i] & mask_) | 0x40004000u;
+      const __half2 sum = __hadd2(*reinterpret_cast<const __half2*>(&two),
+                                  *reinterpret_cast<const __half2*>(&middle_));
+      result.pair[i] = *reinterpret_cast<const uint32_t*>(&sum);
+    }
+    return result;
+  }
+
+ private:
+  int stride_;
+  int first_;
+  uint32_t mask_;
+  uint32_t middle_;
+  float unit_;
+};
+
+// Whether the bit above the code of element `i` is set, from
+// RotatedDecode::spread().
+__device__ __forceinline__ bool spread_flag(const BlockPairs& codes, int i) {
+  return (codes.pair[i % kPairs] & (i < kPairs ? 0x400u : 0x4000000u)) != 0u;
+}
+
+}  // namespace mmactnn
