@@ -65,8 +65,8 @@ struct CodeLayout {
       if (row_bits == nullptr) return {bits, row * row_blocks * bits};
       const int width = row_bits[row];
       const int64_t start = row_starts[row];
-      const bool fits = width >= least_bits && width <= most_bits && start >= 0 &&
-                        start + width <= total_bits;
+      const bool fits = width >= least_bits && width <= most_bits &&
+                        start >= 0 && start + width <= total_bits;
       return {fits ? width : 0, start * row_blocks};
     }
   }

@@ -5,10 +5,10 @@
 // From the values x of a group the mean m of those of their kind is taken away
 // (kinds are the elements that a rectifier lets pass, and the others). The rest
 // r is rounded to integers v of 8 bits times a power of two, random signs s are
-// put on it, and y = H (s v) for the Hadamard matrix H of order 256 (Sylvester's
-// of +1 and -1). Coefficients have the root mean square |v|. Code c of a
-// coefficient stands for the odd number q = 2 c - (2^bits - 1), in units of half
-// a step of |v|. Decoded is
+// put on it, and y = H (s v) for the Hadamard matrix H of order 256
+// (Sylvester's of +1 and -1). Coefficients have the root mean square |v|. Code
+// c of a coefficient stands for the odd number q = 2 c - (2^bits - 1), in units
+// of half a step of |v|. Decoded is
 //
 //   x' = m + scale * s (H q),  scale = r / v * <v, v> / <y, q>,
 //
@@ -37,6 +37,7 @@
 #include <cstdint>
 
 #include "codec.h"
+#include "dither.h"
 #include "geometry.h"
 #include "philox.h"
 #include "portability.h"
@@ -74,10 +75,9 @@ MMACTNN_HOST_DEVICE uint32_t rotation_signs(PairStream stream, uint64_t group,
                                             int word) {
   const uint64_t pair =
       group * (kRotationWords / 2) + static_cast<uint64_t>(word / 2);
-  const PhiloxPair random =
-      philox_pair(static_cast<uint32_t>(pair),
-                  stream.counter ^ static_cast<uint32_t>(pair >> 32),
-                  stream.key);
+  const PhiloxPair random = philox_pair(
+      static_cast<uint32_t>(pair),
+      stream.counter ^ static_cast<uint32_t>(pair >> 32), stream.key);
   return word % 2 == 0 ? random.word[0] : random.word[1];
 }
 
@@ -112,29 +112,31 @@ class RotationUnit {
   uint32_t factor_;
 };
 
-// Factor of coefficients to units of a step, from <v, v>.
+// Factor of coefficients from <v, v>: one over the width of all levels.
 MMACTNN_HOST_DEVICE float rotation_factor(float energy, int bits) {
   if (energy == 0.0f) return 0.0f;
-  const float step = rotation_step(bits);
+  const float width = rotation_step(bits) * static_cast<float>(1 << bits);
 #ifdef __CUDA_ARCH__
-  return __frcp_rn(multiply(step, __fsqrt_rn(energy)));
+  return __frcp_rn(multiply(width, __fsqrt_rn(energy)));
 #else
-  return 1.0f / multiply(step, std::sqrt(energy));
+  return 1.0f / multiply(width, std::sqrt(energy));
 #endif
 }
 
-// Code of a coefficient, as the last bits of a float above kIntegerFloat.
+// Code of a coefficient, as the last bits of a float above kIntegerFloat: the
+// floor of its place among all levels, from 0 to 1, times a little less than
+// their number.
 MMACTNN_HOST_DEVICE float rotation_code(float coefficient, float factor,
                                         int bits) {
-  const auto half = static_cast<float>(1 << (bits - 1));
-  const float scaled = multiply(coefficient, factor);
-  const float above = scaled > -half ? scaled : -half;
-  const float inside = above < half - 0.5f ? above : half - 0.5f;
+  const float number = static_cast<float>(1 << bits) * (1.0f - 0x1p-24f);
 #ifdef __CUDA_ARCH__
-  // The floor of the exact sum.
-  return __fadd_rd(inside, bits_float(kIntegerFloat) + half);
+  const float place = __saturatef(__fmaf_rn(coefficient, factor, 0.5f));
+  return __fmaf_rd(place, number, bits_float(kIntegerFloat));
 #else
-  return bits_float(kIntegerFloat) + (std::floor(inside) + half);
+  const float place = multiply_add(coefficient, factor, 0.5f);
+  const float inside = place > 0.0f ? (place < 1.0f ? place : 1.0f) : 0.0f;
+  return bits_float(kIntegerFloat) + static_cast<float>(static_cast<int32_t>(
+                                         static_cast<double>(inside) * number));
 #endif
 }
 

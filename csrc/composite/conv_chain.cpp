@@ -128,9 +128,9 @@ class Forward {
       if (step.has_norm()) {
         normalise(step, output);
       } else if (step.epilogue == Epilogue::kReLU) {
-        const auto [codes, ranges] =
-            call<Tensor, Tensor>("mmactnn::relu_codes_", output, step.bits,
-                                 step.group_size, seed_, draw_++, kNoTensor, rotated_);
+        const auto [codes, ranges] = call<Tensor, Tensor>(
+            "mmactnn::relu_codes_", output, step.bits, step.group_size, seed_,
+            draw_++, kNoTensor, rotated_);
         kept_.push_back(codes);
         kept_.push_back(ranges);
       }
@@ -351,9 +351,9 @@ class Backward {
     const Tensor* kept = kept_.data() + first_kept_[i];
     grad = with_strides(grad, layout_of(i).strides);
     if (step.epilogue == Epilogue::kReLU) {
-      std::tie(grad) = call<Tensor>("mmactnn::relu_codes_backward", grad,
-                                    kept[0], step.bits,
-                                    step_draws_[i].rotated());
+      std::tie(grad) =
+          call<Tensor>("mmactnn::relu_codes_backward", grad, kept[0], step.bits,
+                       step_draws_[i].rotated());
       return;
     }
     const size_t first = step.layer * kParameters;

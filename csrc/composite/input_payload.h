@@ -108,13 +108,11 @@ inline std::vector<Draw> read_draws(const std::vector<int64_t>& draws,
 
 // Rounds an input: codes, ranges, and the widths of rows.
 inline std::vector<Tensor> encode(const Tensor& input, const Format& format,
-                                  int64_t seed, int64_t offset,
-                                  bool rotated) {
+                                  int64_t seed, int64_t offset, bool rotated) {
   if (format.kind == PayloadKind::kPlain) {
-    const auto [codes, ranges] =
-        call<Tensor, Tensor>("mmactnn::quantize", input, format.bits,
-                             format.group_size, seed, offset, kNoTensor,
-                             rotated);
+    const auto [codes, ranges] = call<Tensor, Tensor>(
+        "mmactnn::quantize", input, format.bits, format.group_size, seed,
+        offset, kNoTensor, rotated);
     return {codes, ranges};
   }
   STD_TORCH_CHECK(format.kind == PayloadKind::kRows,
@@ -126,8 +124,7 @@ inline std::vector<Tensor> encode(const Tensor& input, const Format& format,
       "mmactnn::allocate_sample_bits", energies, format.bits);
   const auto [codes, ranges] = call<Tensor, Tensor>(
       "mmactnn::quantize_rows", input, bits, starts, format.bits,
-      format.group_size, seed, offset, kNoTensor,
-                             rotated);
+      format.group_size, seed, offset, kNoTensor, rotated);
   return {codes, ranges, bits, starts};
 }
 

@@ -53,9 +53,8 @@ inline Range encode_zeroed(const float* output, const bool* positive,
 inline Range encode_zeroed_rotated(const float* output, const bool* positive,
                                    PairStream stream, uint64_t group, int bits,
                                    uint8_t* codes) {
-  const RotatedRange range =
-      encode_rotated(output, positive, Blocked::kNothing, stream, group,
-                     bits - 1, codes);
+  const RotatedRange range = encode_rotated(output, positive, Blocked::kNothing,
+                                            stream, group, bits - 1, codes);
   for (int i = 0; i < kRotation; ++i) {
     codes[i] = static_cast<uint8_t>(join_split(codes[i], positive[i], bits));
   }

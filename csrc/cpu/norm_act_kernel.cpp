@@ -167,11 +167,11 @@ void norm_act(const NormActArguments& arguments, const Channels& channels,
               }
             } else {
               const Range range =
-                  rotated ? encode_rotated(values.normal, nullptr,
-                                           Blocked::kValue, stream, place, bits,
-                                           unpacked)
-                                .one_kind()
-                          : encode_plain(values, bits, random, unpacked);
+                  rotated
+                      ? encode_rotated(values.normal, nullptr, Blocked::kValue,
+                                       stream, place, bits, unpacked)
+                            .one_kind()
+                      : encode_plain(values, bits, random, unpacked);
               ranges[index] = range.pack();
             }
             store_group(unpacked, geometry, group, bits, codes);

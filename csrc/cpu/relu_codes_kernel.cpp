@@ -19,8 +19,8 @@ namespace {
 // `output` may be `input`.
 template <typename T>
 void rectify_groups(const T* input, T* output, uint8_t* codes, uint32_t* ranges,
-                    const Geometry& geometry, int bits, const Rounding& rounding,
-                    int64_t begin, int64_t end) {
+                    const Geometry& geometry, int bits,
+                    const Rounding& rounding, int64_t begin, int64_t end) {
   const PairStream stream = rounding.random.current_pair();
   const bool rotated = rounding.rotated && rotates(geometry, bits - 1);
   float values[kMaxGroup];
@@ -37,10 +37,10 @@ void rectify_groups(const T* input, T* output, uint8_t* codes, uint32_t* ranges,
       output[base + i] = positive[i] ? item : static_cast<T>(0.0f);
     }
     if (rotated) {
-      ranges[index] = encode_zeroed_rotated(
-                          values, positive, stream,
-                          static_cast<uint64_t>(index), bits, unpacked)
-                          .pack();
+      ranges[index] =
+          encode_zeroed_rotated(values, positive, stream,
+                                static_cast<uint64_t>(index), bits, unpacked)
+              .pack();
     } else {
       random_bits(stream, static_cast<uint64_t>(first_block(geometry, group)),
                   (group.count + kBlock - 1) / kBlock, random);
@@ -83,15 +83,16 @@ void relu_codes_backward(const Memory& grad_output, const Memory& codes,
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(grad_output.const_data_ptr());
     T* target = static_cast<T*>(grad_input.mutable_data_ptr());
-    for_each_group(
-        code_bytes, geometry, bits,
-        [&](int64_t, const Group& group, const uint8_t* unpacked) {
-          const int64_t base = group.row * geometry.row_numel + group.start;
-          for (int64_t i = 0; i < group.count; ++i) {
-            target[base + i] =
-                (unpacked[i] & passing) != 0u ? source[base + i] : static_cast<T>(0.0f);
-          }
-        });
+    for_each_group(code_bytes, geometry, bits,
+                   [&](int64_t, const Group& group, const uint8_t* unpacked) {
+                     const int64_t base =
+                         group.row * geometry.row_numel + group.start;
+                     for (int64_t i = 0; i < group.count; ++i) {
+                       target[base + i] = (unpacked[i] & passing) != 0u
+                                              ? source[base + i]
+                                              : static_cast<T>(0.0f);
+                     }
+                   });
   });
 }
 

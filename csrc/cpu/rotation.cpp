@@ -106,17 +106,16 @@ RotatedRange encode_rotated(const float* values, const bool* passes,
   transform(integers);
   const float factor = rotation_factor(static_cast<float>(energy), bits);
   for (int i = 0; i < kRotation; ++i) {
-    const uint32_t code =
-        float_bits(
-            rotation_code(static_cast<float>(integers[i]), factor, bits)) -
-        kIntegerFloat;
+    const uint32_t code = float_bits(rotation_code(
+                              static_cast<float>(integers[i]), factor, bits)) -
+                          kIntegerFloat;
     codes[i] = static_cast<uint8_t>(code);
     product += integers[i] * rotation_level(code, bits);
   }
-  range.scale = finite ? rotation_scale(static_cast<float>(energy),
-                                        static_cast<float>(product),
-                                        unit.inverse())
-                       : bits_float(0x7FC00000u);
+  range.scale =
+      finite ? rotation_scale(static_cast<float>(energy),
+                              static_cast<float>(product), unit.inverse())
+             : bits_float(0x7FC00000u);
   return range;
 }
 

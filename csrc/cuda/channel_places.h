@@ -6,6 +6,7 @@
 
 #include "../common/channels.h"
 #include "../common/codec.h"
+#include "../common/portability.h"
 #include "launch.h"
 
 namespace mmactnn {
@@ -34,8 +35,7 @@ struct ChannelPlaces {
     uint32_t count;
     uint32_t step;
   };
-  __device__ __forceinline__ Places places(uint32_t channel,
-                                           uint32_t width) const {
+  MMACTNN_HOST_DEVICE Places places(uint32_t channel, uint32_t width) const {
     if (last) return {channel, width / count, count};
     return {channel * plane, plane, 1};
   }

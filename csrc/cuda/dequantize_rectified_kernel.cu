@@ -576,8 +576,8 @@ void dequantize_split(const Memory& codes, const Memory& ranges,
       kThreads * 16 / output.element_size() % channels.count == 0;
   const Affine affine{weights, biases, index, repeats};
   if (!channels.last && channels.plane >= kBlock) {
-    decode_into<PlaneSplitDecoder>(codes, ranges, output, geometry, bits,
-                                   drawn, affine);
+    decode_into<PlaneSplitDecoder>(codes, ranges, output, geometry, bits, drawn,
+                                   affine);
   } else {
     decode_into<ColumnSplitDecoder>(codes, ranges, output, geometry, bits,
                                     drawn, affine);

@@ -153,7 +153,9 @@ struct NormPiece {
         const float normal = range.special()
                                  ? decode_special(value, range, max_code)
                                  : own.value(any_number(i, value));
-        body(i, true, positive(i, bits, act_bits, payload.act_passing) ? grads.value(i) : 0.0f,
+        body(i, true,
+             positive(i, bits, act_bits, payload.act_passing) ? grads.value(i)
+                                                              : 0.0f,
              normal);
       }
       return;
@@ -161,8 +163,7 @@ struct NormPiece {
     const auto decode_all = [&](const auto& number) {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
-        const bool passed =
-            positive(i, bits, act_bits, payload.act_passing);
+        const bool passed = positive(i, bits, act_bits, payload.act_passing);
         const DitherScale own = DitherScale::select(
             kSplit && (kPassed || passed), scale, upper_scale);
         body(i, passed, grads.value(i), own.value(number(i)));
@@ -197,7 +198,7 @@ struct NormPiece {
                                                T* grad) const {
     const int bits = kBits == kAnyBits ? payload.bits : kBits;
     const int act_bits = kBits == kAnyBits ? payload.act_bits : kBits;
-    grads.store(in(grad), [&](int i) { 
+    grads.store(in(grad), [&](int i) {
       return positive(i, bits, act_bits, payload.act_passing);
     });
   }

@@ -24,11 +24,13 @@ namespace {
 // done once for all of them, as long as there are registers.
 constexpr int kEncodedAtOnce = 4;
 constexpr int kDecodedAtOnce = 4;
-constexpr int kResidentBlocks = 2;
+// Thread blocks of a multiprocessor that registers must suffice for.
+constexpr int kEncodeResident = 2;
+constexpr int kDecodeResident = 4;
 
-// A kernel with rows of a width each takes those of one width; others are left
-// to another launch.
-struct RowPlaces {
+// Location of the codes of rows with a width each. A launch takes those of one
+// width and leaves the others to another one.
+struct OwnRows {
   CodeLayout layout;
   Divider by_groups_per_row;  // of less than 2^31 groups
   int bits;
@@ -41,7 +43,6 @@ struct RowPlaces {
     int64_t blocks;  // of the tensor before the row
   };
   __device__ __forceinline__ Place of(int64_t group) const {
-    if (layout.row_bits == nullptr) return {true, 0, 0};
     const uint32_t row =
         by_groups_per_row.quotient(static_cast<uint32_t>(group));
     const RowCodes codes = layout.row<kAnyBits>(row);
@@ -50,10 +51,17 @@ struct RowPlaces {
   }
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+// The same of rows of one width.
+struct UniformRows {
+  static __device__ __forceinline__ OwnRows::Place of(int64_t) {
+    return {true, 0, 0};
+  }
+};
+
+template <typename T, typename Rows>
+__global__ void __launch_bounds__(kThreads, kEncodeResident)
     quantize_kernel(const T* __restrict__ input, uint8_t* __restrict__ codes,
-                    uint32_t* __restrict__ ranges, RowPlaces rows,
+                    uint32_t* __restrict__ ranges, Rows rows,
                     RotatedCodes format, CountedStream random, GroupWalk walk,
                     bool vectorized) {
   const GroupCursor cursor(walk);
@@ -62,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   for (uint32_t k = 0; k < cursor.count(); k += kEncodedAtOnce) {
     PackedBlock<T> blocks[kEncodedAtOnce];
     int64_t group[kEncodedAtOnce];
-    RowPlaces::Place place[kEncodedAtOnce];
+    OwnRows::Place place[kEncodedAtOnce];
     bool any = false;
 #pragma unroll
     for (int u = 0; u < kEncodedAtOnce; ++u) {
@@ -73,7 +81,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     if (!any) continue;
 #pragma unroll
     for (int u = 0; u < kEncodedAtOnce; ++u) {
-      load_block(blocks[u], input + cursor.block(group[u]) * kBlock, vectorized);
+      load_block(blocks[u], input + cursor.block(group[u]) * kBlock,
+                 vectorized);
     }
     const BlockSigns<kEncodedAtOnce> signs(
         stream, [&](int u) { return static_cast<uint64_t>(group[u]); });
@@ -99,10 +108,10 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
-    dequantize_kernel(RotatedSource source, T* __restrict__ output,
-                      RowPlaces rows, GroupWalk walk, bool vectorized) {
+template <typename T, typename Rows>
+__global__ void __launch_bounds__(kThreads, kDecodeResident)
+    dequantize_kernel(RotatedSource source, T* __restrict__ output, Rows rows,
+                      GroupWalk walk, bool vectorized) {
   const GroupCursor cursor(walk);
   const RotatedDecoder decoder(source);
   for (uint32_t k = 0; k < cursor.count(); k += kDecodedAtOnce) {
@@ -113,18 +122,18 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 #pragma unroll
     for (int u = 0; u < kDecodedAtOnce; ++u) {
       group[u] = cursor.group(k + u);
-      const RowPlaces::Place place = rows.of(group[u]);
+      const OwnRows::Place place = rows.of(group[u]);
       taken[u] = place.taken && k + u < cursor.count();
       any |= taken[u];
-      words[u] = taken[u] ? source.load_word(
-                                cursor.block(group[u]) - place.blocks,
-                                place.begin)
-                          : 0u;
+      words[u] = taken[u]
+                     ? source.load_word(cursor.block(group[u]) - place.blocks,
+                                        place.begin)
+                     : 0u;
       range[u] = source.plain_range(group[u]);
     }
     if (!any) continue;
-    const auto signs = decoder.signs<kDecodedAtOnce>(
-        [&](int u) { return group[u]; });
+    const auto signs =
+        decoder.signs<kDecodedAtOnce>([&](int u) { return group[u]; });
 #pragma unroll
     for (int u = 0; u < kDecodedAtOnce; ++u) {
       float y[kBlock], values[kBlock];
@@ -146,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 
 // `output` may be `input`.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+__global__ void __launch_bounds__(kThreads, kEncodeResident)
     relu_codes_kernel(const T* input, T* output, uint8_t* __restrict__ codes,
                       uint32_t* __restrict__ ranges, RotatedCodes format,
                       CountedStream random, GroupWalk walk, bool vectorized) {
@@ -159,7 +168,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 #pragma unroll
     for (int u = 0; u < kEncodedAtOnce; ++u) {
       group[u] = cursor.group(k + u);
-      load_block(blocks[u], input + cursor.block(group[u]) * kBlock, vectorized);
+      load_block(blocks[u], input + cursor.block(group[u]) * kBlock,
+                 vectorized);
     }
     const BlockSigns<kEncodedAtOnce> signs(
         stream, [&](int u) { return static_cast<uint64_t>(group[u]); });
@@ -180,7 +190,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       if (k + u < cursor.count()) {
         PackedBlock<T> packed;
         packed.set(rectified);
-        store_block(packed, output + cursor.block(group[u]) * kBlock, vectorized);
+        store_block(packed, output + cursor.block(group[u]) * kBlock,
+                    vectorized);
       }
     }
     encode_rotated<RotatedKinds::kPassing>(format, hadamard, signs, values,
@@ -195,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+__global__ void __launch_bounds__(kThreads, kDecodeResident)
     dequantize_zeroed_kernel(RotatedSource source, T* __restrict__ output,
                              GroupWalk walk, bool vectorized) {
   const GroupCursor cursor(walk);
@@ -210,8 +221,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       words[u] = source.load_word(cursor.block(group[u]));
       range[u] = source.plain_range(group[u]);
     }
-    const auto signs = decoder.signs<kDecodedAtOnce>(
-        [&](int u) { return group[u]; });
+    const auto signs =
+        decoder.signs<kDecodedAtOnce>([&](int u) { return group[u]; });
 #pragma unroll
     for (int u = 0; u < kDecodedAtOnce; ++u) {
       float y[kBlock], values[kBlock];
@@ -234,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 }
 
 template <typename T, bool kElements>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+__global__ void __launch_bounds__(kThreads, kDecodeResident)
     dequantize_split_kernel(RotatedSource source, T* __restrict__ output,
                             const float* __restrict__ weight,
                             const float* __restrict__ bias,
@@ -256,8 +267,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       words[u] = source.load_word(cursor.block(group[u]));
       range[u] = source.split_range(group[u]).passing();
     }
-    const auto signs = decoder.signs<kDecodedAtOnce>(
-        [&](int u) { return group[u]; });
+    const auto signs =
+        decoder.signs<kDecodedAtOnce>([&](int u) { return group[u]; });
 #pragma unroll
     for (int u = 0; u < kDecodedAtOnce; ++u) {
       float y[kBlock], values[kBlock];
@@ -293,14 +304,16 @@ bool for_each_width(const CodeLayout& layout, const Body& body) {
   return false;
 }
 
-RowPlaces row_places(const Geometry& geometry, const CodeLayout& layout,
-                     int bits) {
-  const bool rows = layout.row_bits != nullptr;
-  STD_TORCH_CHECK(!rows || geometry.groups() <= kMaxIndex,
+// Calls `body` with the location of rows of a width.
+template <typename Body>
+void dispatch_rows(const Geometry& geometry, const CodeLayout& layout, int bits,
+                   const Body& body) {
+  if (layout.row_bits == nullptr) return body(UniformRows{});
+  STD_TORCH_CHECK(geometry.groups() <= kMaxIndex,
                   "a tensor with bits for each sample may have at most ",
                   kMaxIndex, " groups, got ", geometry.groups());
-  return {layout, Divider(static_cast<uint32_t>(geometry.groups_per_row())),
-          bits};
+  body(OwnRows{
+      layout, Divider(static_cast<uint32_t>(geometry.groups_per_row())), bits});
 }
 
 }  // namespace
@@ -310,17 +323,18 @@ namespace rotated {
 bool quantize(const Memory& input, const Memory& codes, const Memory& ranges,
               const Geometry& geometry, const CodeLayout& layout,
               const CountedStream& random) {
-  const GroupWalk walk = make_walk(geometry, kResidentBlocks);
+  const GroupWalk walk = make_walk(geometry, kEncodeResident);
   return for_each_width(layout, [&](int bits) {
     dispatch_dtype(input.dtype(), [&](auto type) {
       using T = typename decltype(type)::type;
       const T* source = static_cast<const T*>(input.const_data_ptr());
-      quantize_kernel<T><<<walk.grid(), walk.threads(), 0, current_stream()>>>(
-          source, static_cast<uint8_t*>(codes.mutable_data_ptr()),
-          static_cast<uint32_t*>(ranges.mutable_data_ptr()),
-          row_places(geometry, layout, bits), RotatedCodes{bits, bits}, random,
-          walk, is_aligned(source, 16));
-      check_launch();
+      dispatch_rows(geometry, layout, bits, [&](const auto& rows) {
+        quantize_kernel<<<walk.grid(), walk.threads(), 0, current_stream()>>>(
+            source, static_cast<uint8_t*>(codes.mutable_data_ptr()),
+            static_cast<uint32_t*>(ranges.mutable_data_ptr()), rows,
+            RotatedCodes{bits, bits}, random, walk, is_aligned(source, 16));
+        check_launch();
+      });
     });
   });
 }
@@ -328,17 +342,17 @@ bool quantize(const Memory& input, const Memory& codes, const Memory& ranges,
 bool dequantize(const Memory& codes, const Memory& ranges, const Memory& output,
                 const Geometry& geometry, const CodeLayout& layout,
                 const DrawnBits& drawn) {
-  const GroupWalk walk = make_walk(geometry, kResidentBlocks);
+  const GroupWalk walk = make_walk(geometry, kDecodeResident);
   return for_each_width(layout, [&](int bits) {
     const RotatedSource source(codes, ranges, geometry, {bits, bits}, drawn);
     dispatch_dtype(output.dtype(), [&](auto type) {
       using T = typename decltype(type)::type;
       T* target = static_cast<T*>(output.mutable_data_ptr());
-      dequantize_kernel<T>
-          <<<walk.grid(), walk.threads(), 0, current_stream()>>>(
-              source, target, row_places(geometry, layout, bits), walk,
-              is_aligned(target, 16));
-      check_launch();
+      dispatch_rows(geometry, layout, bits, [&](const auto& rows) {
+        dequantize_kernel<<<walk.grid(), walk.threads(), 0, current_stream()>>>(
+            source, target, rows, walk, is_aligned(target, 16));
+        check_launch();
+      });
     });
   });
 }
@@ -346,7 +360,7 @@ bool dequantize(const Memory& codes, const Memory& ranges, const Memory& output,
 void relu_codes(const Memory& input, const Memory& output, const Memory& codes,
                 const Memory& ranges, const Geometry& geometry, int bits,
                 const CountedStream& random) {
-  const GroupWalk walk = make_walk(geometry, kResidentBlocks);
+  const GroupWalk walk = make_walk(geometry, kEncodeResident);
   dispatch_dtype(input.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(input.const_data_ptr());
@@ -363,7 +377,7 @@ void relu_codes(const Memory& input, const Memory& output, const Memory& codes,
 void dequantize_zeroed(const Memory& codes, const Memory& ranges,
                        const Memory& output, const Geometry& geometry, int bits,
                        const DrawnBits& drawn) {
-  const GroupWalk walk = make_walk(geometry, kResidentBlocks);
+  const GroupWalk walk = make_walk(geometry, kDecodeResident);
   const RotatedSource source(codes, ranges, geometry, {bits, bits - 1}, drawn);
   dispatch_dtype(output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -380,7 +394,7 @@ void dequantize_split(const Memory& codes, const Memory& ranges,
                       const Memory& output, const Geometry& geometry,
                       const Channels& channels, int bits,
                       const DrawnBits& drawn) {
-  const GroupWalk walk = make_walk(channels, kResidentBlocks);
+  const GroupWalk walk = make_walk(channels, kDecodeResident);
   const RotatedSource source(codes, ranges, geometry, {bits, bits - 1}, drawn);
   const ChannelPlaces places(channels);
   dispatch_dtype(output.dtype(), [&](auto type) {
@@ -389,7 +403,8 @@ void dequantize_split(const Memory& codes, const Memory& ranges,
     places.dispatch([&](auto elements) {
       dequantize_split_kernel<T, decltype(elements)::value>
           <<<walk.grid(), walk.threads(), 0, current_stream()>>>(
-              source, target, static_cast<const float*>(weight.const_data_ptr()),
+              source, target,
+              static_cast<const float*>(weight.const_data_ptr()),
               static_cast<const float*>(bias.const_data_ptr()), places, walk,
               is_aligned(target, 16));
       check_launch();

@@ -70,8 +70,8 @@ struct RotatedSource {
 // Coefficients of a block, and their way back to multiples of a scale.
 class RotatedDecoder {
  public:
-  explicit __device__ __forceinline__ RotatedDecoder(
-      const RotatedSource& source)
+  explicit __device__ __forceinline__
+  RotatedDecoder(const RotatedSource& source)
       : codes_(source.format),
         stream_(source.random.current_pair()),
         first_group_(source.first_group) {}

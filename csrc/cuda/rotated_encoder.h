@@ -38,20 +38,37 @@ struct GroupRange {
   }
 };
 
-template <typename T>
-__device__ __forceinline__ T warp_total(T value) {
-  // From the highest bit of a block's place to the lowest, as in the
-  // specification.
+// Puts 8 bits to where codes of `stride` bits begin.
+class FlagSpread {
+ public:
+  explicit __device__ __forceinline__ FlagSpread(int stride)
+      : shift_(stride - 1) {
+    const uint32_t twice = 1u + (1u << stride);
+    const uint32_t fourfold = twice * (1u + (1u << (2 * stride)));
+    fours_ = 0xFu * (1u + (1u << (4 * stride)));
+    twos_ = 0x3u * (1u + (1u << (2 * stride))) * (1u + (1u << (4 * stride)));
+    ones_ = fourfold * (1u + (1u << (4 * stride)));
+  }
+  __device__ __forceinline__ uint32_t of(uint32_t flags) const {
+    flags = (flags | flags << (4 * shift_)) & fours_;
+    flags = (flags | flags << (2 * shift_)) & twos_;
+    return (flags | flags << shift_) & ones_;
+  }
+
+ private:
+  int shift_;
+  uint32_t fours_;
+  uint32_t twos_;
+  uint32_t ones_;
+};
+
+__device__ __forceinline__ int32_t warp_integer_total(int32_t value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) {
     value += __shfl_xor_sync(0xFFFFFFFFu, value, step);
   }
   return value;
-}
-
-__device__ __forceinline__ int32_t warp_integer_total(int32_t value) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  return warp_total(value);
 #else
   return __reduce_add_sync(0xFFFFFFFFu, value);
 #endif
@@ -74,37 +91,84 @@ __device__ __forceinline__ float block_total(const float (&values)[kBlock]) {
              add(add(values[4], values[5]), add(values[6], values[7])));
 }
 
-// Calls `body(u)` for one of kCount groups in each thread, with its number,
-// and returns for all groups what it returned in the thread of that number.
-// Arithmetic that is done once a group is done once, not by all threads.
-template <int kCount, typename Body>
-__device__ __forceinline__ void for_own_group(float (&results)[kCount],
-                                              const Body& body) {
-  const float own = body(static_cast<int>(threadIdx.x) % kCount);
+// Sums over a warp of a number for each of kCount groups; a thread gets that
+// of own_group(). From the highest bit of a block's place to the lowest, as in
+// the specification.
+template <int kCount>
+__device__ __forceinline__ int own_group() {
+  return static_cast<int>(threadIdx.x % kWarp) / (kWarp / kCount);
+}
+
+// By value: a reference to one of two elements would put both into memory.
+template <typename T>
+__device__ __forceinline__ T choose(bool second, T a, T b) {
+  return second ? b : a;
+}
+
+template <int kCount, int kStep = kWarp / 2>
+__device__ __forceinline__ float own_total(const float (&values)[kCount]) {
+  if constexpr (kCount == 1) {
+    float total = values[0];
+#pragma unroll
+    for (int step = kStep; step > 0; step /= 2) {
+      total += __shfl_xor_sync(0xFFFFFFFFu, total, step);
+    }
+    return total;
+  } else {
+    // Either half of the threads keeps half of the groups.
+    const bool upper = (threadIdx.x & kStep) != 0u;
+    float kept[kCount / 2];
+#pragma unroll
+    for (int u = 0; u < kCount / 2; ++u) {
+      const float a = values[u], b = values[u + kCount / 2];
+      kept[u] = choose(upper, a, b) +
+                __shfl_xor_sync(0xFFFFFFFFu, choose(upper, b, a), kStep);
+    }
+    return own_total<kCount / 2, kStep / 2>(kept);
+  }
+}
+
+// Numbers of all groups, from the threads whose own they are. Arithmetic that
+// is done once a group is done by these threads alone.
+template <int kCount>
+__device__ __forceinline__ void share_own(float own, float (&results)[kCount]) {
 #pragma unroll
   for (int u = 0; u < kCount; ++u) {
-    results[u] = __shfl_sync(0xFFFFFFFFu, own, u);
+    results[u] = __shfl_sync(0xFFFFFFFFu, own, u * (kWarp / kCount));
   }
 }
 
 template <typename T, int kCount>
-__device__ __forceinline__ T pick(const T (&values)[kCount], int which) {
+__device__ __forceinline__ T own_of(const T (&values)[kCount]) {
   T value = values[0];
 #pragma unroll
   for (int u = 1; u < kCount; ++u) {
-    if (which == u) value = values[u];
+    value = choose(own_group<kCount>() == u, value, values[u]);
   }
   return value;
+}
+
+// The larger one; NaN if one is.
+__device__ __forceinline__ float larger(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  return b > a || is_nan(b) ? b : a;
+#else
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#endif
 }
 
 // Encodes kCount groups. Bit i of `flags` is set if element i passes; `values`
 // become rests. `words` are the codes of the thread's blocks.
 template <RotatedKinds kKinds, int kCount>
-__device__ __forceinline__ void encode_rotated(
-    const RotatedCodes& codes, const Hadamard& hadamard,
-    const BlockSigns<kCount>& signs, float (&values)[kCount][kBlock],
-    const uint32_t (&flags)[kCount], uint32_t (&words)[kCount],
-    GroupRange (&ranges)[kCount]) {
+__device__ __forceinline__ void encode_rotated(const RotatedCodes& codes,
+                                               const Hadamard& hadamard,
+                                               const BlockSigns<kCount>& signs,
+                                               float (&values)[kCount][kBlock],
+                                               const uint32_t (&flags)[kCount],
+                                               uint32_t (&words)[kCount],
+                                               GroupRange (&ranges)[kCount]) {
   constexpr bool kFlags = kKinds != RotatedKinds::kOne;
   const auto passes = [&](int u, int i) {
     return !kFlags || (flags[u] >> i & 1u) != 0u;
@@ -119,10 +183,9 @@ __device__ __forceinline__ void encode_rotated(
     for (int i = 0; i < kBlock; ++i) {
       kept[i] = passes(u, i) ? values[u][i] : 0.0f;
     }
-    passing[u] = warp_total(block_total(kept));
-    total[u] = 0.0f;
+    passing[u] = block_total(kept);
     if constexpr (kKinds == RotatedKinds::kBoth) {
-      total[u] = warp_total(block_total(values[u]));
+      total[u] = block_total(values[u]);
     }
     count[u] = kRotation;
     if constexpr (kFlags) {
@@ -130,14 +193,14 @@ __device__ __forceinline__ void encode_rotated(
     }
   }
   float mean[kCount], passing_mean[kCount];
-  for_own_group(passing_mean, [&](int u) {
-    return kind_mean(pick(passing, u), static_cast<float>(pick(count, u)));
-  });
+  const float own_passing = own_total(passing);
+  const int32_t own_count = own_of(count);
+  share_own(kind_mean(own_passing, static_cast<float>(own_count)),
+            passing_mean);
   if constexpr (kKinds == RotatedKinds::kBoth) {
-    for_own_group(mean, [&](int u) {
-      return kind_mean(add(pick(total, u), -pick(passing, u)),
-                       static_cast<float>(kRotation - pick(count, u)));
-    });
+    share_own(kind_mean(add(own_total(total), -own_passing),
+                        static_cast<float>(kRotation - own_count)),
+              mean);
   }
 
   BlockPairs integers[kCount];
@@ -145,7 +208,7 @@ __device__ __forceinline__ void encode_rotated(
   bool finite[kCount];
 #pragma unroll
   for (int u = 0; u < kCount; ++u) {
-    uint32_t largest = 0;
+    float block_largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
       float rest = add(values[u][i], -passing_mean[u]);
@@ -156,9 +219,9 @@ __device__ __forceinline__ void encode_rotated(
         rest = passes(u, i) ? rest : other;
       }
       values[u][i] = rest;
-      largest = max(largest, float_bits(rest) & 0x7FFFFFFFu);
+      block_largest = larger(block_largest, fabsf(rest));
     }
-    largest = warp_largest(largest);
+    const uint32_t largest = warp_largest(float_bits(block_largest));
     finite[u] = largest < 0x7F800000u;
     const RotationUnit power(bits_float(largest));
     unit[u] = power.inverse();
@@ -168,8 +231,9 @@ __device__ __forceinline__ void encode_rotated(
     uint32_t whole[kPairs];
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
+      // The product is exact, or too small to matter.
       const auto integer = [&](int k) {
-        return float_bits(add(multiply(values[u][k], power.factor()), kWhole));
+        return float_bits(fmaf(values[u][k], power.factor(), kWhole));
       };
       whole[i] = __byte_perm(integer(i), integer(i + kPairs), 0x5410);
     }
@@ -200,10 +264,10 @@ __device__ __forceinline__ void encode_rotated(
   }
 
   float factor[kCount];
-  for_own_group(factor, [&](int u) {
-    return rotation_factor(pick(energy, u), codes.bits);
-  });
+  const float own_energy = own_of(energy);
+  share_own(rotation_factor(own_energy, codes.bits), factor);
   float product[kCount];
+  const FlagSpread spread(codes.stride);
   const auto largest_code = static_cast<float>(max_code_of(codes.bits));
 #pragma unroll
   for (int u = 0; u < kCount; ++u) {
@@ -221,26 +285,21 @@ __device__ __forceinline__ void encode_rotated(
     uint32_t halves = 0;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      uint32_t two = __byte_perm(whole[i], whole[i + kPairs], 0x5410);
-      if constexpr (kFlags) {
-        const uint32_t flag = (flags[u] >> i & 1u) |
-                              (flags[u] >> (i + kPairs) & 1u) << 16;
-        two |= flag << codes.bits;
-      }
-      halves += two << (i * codes.stride);
+      const uint32_t two = __byte_perm(whole[i], whole[i + kPairs], 0x5410);
+      halves += two * (1u << (i * codes.stride));
     }
     words[u] = (halves & 0xFFFFu) | halves >> 16 << (4 * codes.stride);
+    if constexpr (kFlags) words[u] |= spread.of(flags[u]) << codes.bits;
     const int32_t of_codes = warp_integer_total(static_cast<int32_t>(sum));
     // The sum of all coefficients is 256 times the first integer.
     product[u] = 2.0f * static_cast<float>(of_codes) -
                  largest_code * (static_cast<float>(kRotation) * first[u]);
   }
   float scale[kCount];
-  for_own_group(scale, [&](int u) {
-    return pick(finite, u) ? rotation_scale(pick(energy, u), pick(product, u),
-                                            pick(unit, u))
-                           : bits_float(0x7FC00000u);
-  });
+  share_own(own_of(finite)
+                ? rotation_scale(own_energy, own_of(product), own_of(unit))
+                : bits_float(0x7FC00000u),
+            scale);
 #pragma unroll
   for (int u = 0; u < kCount; ++u) {
     ranges[u] = {kKinds == RotatedKinds::kBoth ? mean[u] : 0.0f,

@@ -20,7 +20,9 @@ namespace mmactnn {
 namespace {
 
 // Groups that a warp takes at a time, see rotated_codes_kernel.cu.
-constexpr int kAtOnce = 4;
+template <NormActPayload kPayload>
+constexpr int kGroupsAtOnce =
+    kPayload == NormActPayload::kPlainAndZeroed ? 2 : 4;
 constexpr int kResidentBlocks = 2;
 
 // The output may be the input. Null pointers stand for a missing tensor and an
@@ -49,6 +51,7 @@ struct NormAct {
 template <typename T, NormActPayload kPayload, bool kElements>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     norm_act_kernel(const NormAct<T> op, const GroupWalk walk) {
+  constexpr int kAtOnce = kGroupsAtOnce<kPayload>;
   constexpr bool kRectified = kPayload != NormActPayload::kPlain;
   constexpr bool kSplit = kPayload == NormActPayload::kSplit;
   constexpr bool kZeroed = kPayload == NormActPayload::kPlainAndZeroed;

@@ -3,6 +3,7 @@
 #include "../common/channels.h"
 #include "../common/codec.h"
 #include "../common/dispatch.h"
+#include "../common/divider.h"
 #include "../common/geometry.h"
 #include "../common/norm.h"
 #include "../common/norm_codes.h"
@@ -23,9 +24,11 @@ namespace mmactnn {
 namespace {
 
 // Groups that a warp takes at a time, see rotated_codes_kernel.cu.
-template <typename T>
-constexpr int kAtOnce = sizeof(T) == 4 ? 2 : 4;
-constexpr int kResidentBlocks = 2;
+template <typename T, NormCodes kCodes>
+constexpr int kAtOnce = sizeof(T) == 4 || kCodes == NormCodes::kMask ? 2 : 4;
+// Thread blocks of a multiprocessor that registers must suffice for.
+template <NormCodes kCodes>
+constexpr int kResident = kCodes == NormCodes::kMask ? 3 : 2;
 
 // Zeroed codes of a rectifier that follows an addition, rotated or not.
 struct ActCodes {
@@ -114,9 +117,9 @@ class NormGroups {
   __device__ __forceinline__ void store_passed(const ActCodes& act_codes, int u,
                                                T* target,
                                                bool vectorized) const {
-    store_block(
-        grads_[u].kept([&](int i) { return act_codes.passes(act_words_[u], i); }),
-        target, vectorized);
+    store_block(grads_[u].kept(
+                    [&](int i) { return act_codes.passes(act_words_[u], i); }),
+                target, vectorized);
   }
 
  private:
@@ -134,15 +137,16 @@ class NormGroups {
 template <bool kElements>
 constexpr int kPlaceSums = kElements ? kBlock : 2;
 
-// Partial sums of each place of a row: [splits, 2, kPlaceSums, period * 32],
-// gradients and then their products with the normalised input.
+// Partial sums of the places of a row, gradients and then their products with
+// the normalised input: [splits, 2, width], where the width is that of the row
+// in elements or, of two channels in a block, [2, blocks].
 template <typename T, NormCodes kCodes, bool kElements>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+__global__ void __launch_bounds__(kThreads, kResident<kCodes>)
     sums_kernel(const T* __restrict__ grad_output, T* __restrict__ grad,
                 float* __restrict__ partial, RotatedSource source,
                 ActCodes act_codes, ChannelPlaces channels, GroupWalk walk,
                 bool vectorized) {
-  constexpr int kCount = kAtOnce<T>;
+  constexpr int kCount = kAtOnce<T, kCodes>;
   constexpr int kSums = kPlaceSums<kElements>;
   const GroupCursor cursor(walk);
   const RotatedDecoder decoder(source);
@@ -163,15 +167,16 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
                       });
       if constexpr (kCodes == NormCodes::kMask) {
         if (inside) {
-          groups.store_passed(
-              act_codes, u, grad + cursor.block(groups.group(u)) * kBlock,
-              vectorized);
+          groups.store_passed(act_codes, u,
+                              grad + cursor.block(groups.group(u)) * kBlock,
+                              vectorized);
         }
       }
     }
   }
-  // Of the rows of the thread block.
-  __shared__ float shared[2 * kSums][kThreads];
+  // Of the rows of the thread block. Neighbours in a block are in banks of
+  // their own.
+  __shared__ float shared[2 * kSums][kThreads + 1];
   const int left = kElements ? kBlock : channels.left(cursor.place());
 #pragma unroll
   for (int which = 0; which < 2; ++which) {
@@ -185,56 +190,79 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       }
     }
 #pragma unroll
-    for (int s = 0; s < kSums; ++s) shared[which * kSums + s][threadIdx.x] = own[s];
+    for (int s = 0; s < kSums; ++s) {
+      shared[which * kSums + s][threadIdx.x] = own[s];
+    }
   }
   __syncthreads();
-  const uint32_t width = walk.period * kWarp;
   const uint32_t side = walk.across * kWarp;
-  const uint32_t column = blockIdx.x * side + threadIdx.x;
-  if (threadIdx.x >= side || column >= width) return;
-  float* target = partial + int64_t{blockIdx.y} * 2 * kSums * width + column;
-#pragma unroll
-  for (int s = 0; s < 2 * kSums; ++s) {
+  const uint32_t first_column = blockIdx.x * side;
+  const uint32_t columns = min(side, walk.period * kWarp - first_column);
+  const int64_t width = int64_t{walk.period} * kWarp * kSums;
+  for (uint32_t n = threadIdx.x; n < 2 * kSums * columns; n += blockDim.x) {
+    const uint32_t which = n / (kSums * columns);
+    const uint32_t rest = n - which * kSums * columns;
+    const uint32_t sum = kElements ? rest % kSums : rest / columns;
+    const uint32_t column = kElements ? rest / kSums : rest % columns;
     float total = 0.0f;
     for (uint32_t d = 0; d < walk.depth; ++d) {
-      total += shared[s][d * side + threadIdx.x];
+      total += shared[which * kSums + sum][d * side + column];
     }
-    target[int64_t{s} * width] = total;
+    const int64_t place =
+        kElements ? int64_t{first_column} * kSums + rest
+                  : int64_t{sum} * walk.period * kWarp + first_column + column;
+    partial[(int64_t{blockIdx.y} * 2 + which) * width + place] = total;
   }
 }
 
-// Adds the partial sums up, a channel for each thread block.
-template <bool kElements>
+constexpr int kFinishWarps = 32;
+
+// Adds up sums of elements, of a channel for each thread of a warp; blockIdx.y
+// is that of the two sums.
+__global__ void __launch_bounds__(kFinishWarps* kWarp)
+    finish_elements_kernel(const float* __restrict__ partial,
+                           SumsOutputs outputs, ChannelPlaces channels,
+                           uint32_t width, uint32_t splits, Divider by_places) {
+  const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const uint32_t channel = blockIdx.x * kWarp + lane;
+  const auto places = channels.places(min(channel, channels.count - 1), width);
+  double sum = 0.0;
+#pragma unroll 4
+  for (uint32_t n = warp; n < splits * places.count; n += kFinishWarps) {
+    const uint32_t split = by_places.quotient(n);
+    const uint32_t place =
+        places.first + (n - split * places.count) * places.step;
+    sum += partial[(int64_t{split} * 2 + blockIdx.y) * width + place];
+  }
+  __shared__ double sums[kFinishWarps][kWarp];
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp != 0 || channel >= channels.count) return;
+  for (int w = 1; w < kFinishWarps; ++w) sum += sums[w][lane];
+  outputs.write(channel, blockIdx.y, static_cast<float>(sum));
+}
+
+// Adds up sums of blocks of two channels, of a channel for each thread block.
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(const float* __restrict__ partial, SumsOutputs outputs,
-                  ChannelPlaces channels, uint32_t period, uint32_t splits) {
-  constexpr int kSums = kPlaceSums<kElements>;
+    finish_blocks_kernel(const float* __restrict__ partial, SumsOutputs outputs,
+                         ChannelPlaces channels, uint32_t blocks,
+                         uint32_t splits) {
   const uint32_t channel = blockIdx.x;
-  const int64_t width = int64_t{period} * kWarp;
-  const auto places = channels.places(channel, period * kRotation);
+  const auto places = channels.places(channel, 0);
+  // The blocks that begin in the channel, and the one before.
+  const uint32_t first = (places.first + kBlock - 1) / kBlock;
+  const uint32_t end = (places.first + places.count + kBlock - 1) / kBlock;
   double sums[2] = {};
-  const auto add_place = [&](uint32_t split, uint32_t block, int sum) {
+  for (uint32_t split = 0; split < splits; ++split) {
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      const int64_t row = (int64_t{split} * 2 + which) * kSums + sum;
-      sums[which] += partial[row * width + block];
-    }
-  };
-  for (uint32_t split = 0; split < splits; ++split) {
-    if constexpr (kElements) {
-      for (uint32_t n = threadIdx.x; n < places.count; n += kThreads) {
-        const uint32_t place = places.first + n * places.step;
-        add_place(split, place / kBlock, place % kBlock);
-      }
-    } else {
-      // The blocks that begin in the channel, and the one before.
-      const uint32_t first = (places.first + kBlock - 1) / kBlock;
-      const uint32_t end = (places.first + places.count + kBlock - 1) / kBlock;
+      const float* row =
+          partial + (int64_t{split} * 2 + which) * 2 * int64_t{blocks};
       for (uint32_t b = first + threadIdx.x; b < end; b += kThreads) {
-        add_place(split, b, 0);
+        sums[which] += row[b];
       }
       if (threadIdx.x == 0 && places.first % kBlock != 0) {
-        add_place(split, first - 1, 1);
+        sums[which] += row[int64_t{blocks} + first - 1];
       }
     }
   }
@@ -248,11 +276,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, NormCodes kCodes, bool kElements>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+__global__ void __launch_bounds__(kThreads, kResident<kCodes>)
     grad_kernel(const T* __restrict__ grad_output, T* __restrict__ grad_input,
                 RotatedSource source, NormVectors vectors,
                 ChannelPlaces channels, GroupWalk walk, bool vectorized) {
-  constexpr int kCount = kAtOnce<T>;
+  constexpr int kCount = kAtOnce<T, kCodes>;
   const GroupCursor cursor(walk);
   if (cursor.count() == 0) return;
   const RotatedDecoder decoder(source);
@@ -271,9 +299,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       float result[kBlock];
       groups.for_each(decoder, signs, {}, u,
                       [&](int i, float value, float normal) {
-                        result[i] =
-                            norm_grad(value, normal, mean_grad.of(i),
-                                      mean_product.of(i), factor.of(i));
+                        result[i] = norm_grad(value, normal, mean_grad.of(i),
+                                              mean_product.of(i), factor.of(i));
                       });
       if (k + u >= cursor.count()) continue;
       PackedBlock<T> packed;
@@ -306,7 +333,6 @@ namespace rotated {
 
 void norm_grad_sums(const Memory& grad_output, const NormArguments& arguments,
                     const NormSums& sums) {
-  const GroupWalk walk = make_walk(arguments.channels, kResidentBlocks);
   const ChannelPlaces places(arguments.channels);
   const RotatedSource source = source_of(arguments);
   const ActCodes act_codes = act_codes_of(arguments);
@@ -318,17 +344,28 @@ void norm_grad_sums(const Memory& grad_output, const NormArguments& arguments,
     T* passed = static_cast<T*>(sums.grad.mutable_data_ptr());
     const bool vectorized = is_aligned(grad, 16) && is_aligned(passed, 16);
     dispatch_codes(arguments.kind, [&](auto codes) {
+      constexpr NormCodes kCodes = decltype(codes)::value;
+      const GroupWalk walk = make_walk(arguments.channels, kResident<kCodes>);
       places.dispatch([&](auto elements) {
         constexpr bool kElements = decltype(elements)::value;
         const Workspace partial(int64_t{walk.splits} * 2 *
                                 kPlaceSums<kElements> * walk.period * kWarp);
-        sums_kernel<T, decltype(codes)::value, kElements>
+        sums_kernel<T, kCodes, kElements>
             <<<walk.grid(), walk.threads(), 0, stream>>>(
                 grad, passed, partial.data(), source, act_codes, places, walk,
                 vectorized);
         check_launch();
-        finish_kernel<kElements><<<places.count, kThreads, 0, stream>>>(
-            partial.data(), outputs, places, walk.period, walk.splits);
+        const uint32_t blocks = walk.period * kWarp;
+        if constexpr (kElements) {
+          const uint32_t width = blocks * kBlock;
+          const dim3 grid((places.count + kWarp - 1) / kWarp, 2);
+          finish_elements_kernel<<<grid, kFinishWarps * kWarp, 0, stream>>>(
+              partial.data(), outputs, places, width, walk.splits,
+              Divider(places.places(0, width).count));
+        } else {
+          finish_blocks_kernel<<<places.count, kThreads, 0, stream>>>(
+              partial.data(), outputs, places, blocks, walk.splits);
+        }
         check_launch();
       });
     });
@@ -337,7 +374,8 @@ void norm_grad_sums(const Memory& grad_output, const NormArguments& arguments,
 
 void norm_grad_input(const Memory& grad_output, const NormArguments& arguments,
                      const NormFactors& factors, const Memory& grad_input) {
-  const GroupWalk walk = make_walk(arguments.channels, kResidentBlocks);
+  const GroupWalk walk =
+      make_walk(arguments.channels, kResident<NormCodes::kPlain>);
   const ChannelPlaces places(arguments.channels);
   const RotatedSource source = source_of(arguments);
   const NormVectors vectors{factors.scale, factors.means,

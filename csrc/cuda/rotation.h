@@ -33,7 +33,8 @@ class Hadamard {
             (__popc(row & (column + 1u)) % 2u) << 31;
   }
 
-  // Sums of `x` must be exact in float16 over 16 of them, and in float over all.
+  // Sums of `x` must be exact in float16 over 16 of them, and in float over
+  // all.
   __device__ __forceinline__ void transform(const BlockPairs& x,
                                             float (&y)[kBlock]) const {
     // The entries of the eight rows and columns from the eighth on have the
@@ -44,7 +45,8 @@ class Hadamard {
     multiply_columns(x, plus_, minus, z[2], z[3]);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(z[i]));
+      asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;"
+                   : "+r"(z[i]));
     }
     multiply_rows(minus, z[0], z[1], y[0], y[4], y[1], y[5]);
     multiply_rows(minus, z[2], z[3], y[2], y[6], y[3], y[7]);
@@ -58,7 +60,8 @@ class Hadamard {
                                                           uint32_t& z0,
                                                           uint32_t& z1) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-    asm volatile("{\n\t"
+    asm volatile(
+        "{\n\t"
         ".reg .b32 half<2>;\n\t"
         "mma.sync.aligned.m16n8k8.row.col.f16.f16.f16.f16 "
         "{half0, half1}, {%2, %3}, {%6}, {%8, %8};\n\t"
@@ -69,7 +72,8 @@ class Hadamard {
         : "r"(x.pair[0]), "r"(x.pair[1]), "r"(x.pair[2]), "r"(x.pair[3]),
           "r"(h0), "r"(h1), "r"(0));
 #else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 "
         "{%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%8, %8};"
         : "=r"(z0), "=r"(z1)
         : "r"(x.pair[0]), "r"(x.pair[1]), "r"(x.pair[2]), "r"(x.pair[3]),
@@ -83,7 +87,8 @@ class Hadamard {
                                                 float& y1, float& y2,
                                                 float& y3) const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-    asm volatile("{\n\t"
+    asm volatile(
+        "{\n\t"
         ".reg .f32 half<4>;\n\t"
         "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
         "{half0, half1, half2, half3}, {%4, %4}, {%6}, {%8, %8, %8, %8};\n\t"
@@ -93,7 +98,8 @@ class Hadamard {
         : "=f"(y0), "=f"(y1), "=f"(y2), "=f"(y3)
         : "r"(plus_), "r"(minus), "r"(z0), "r"(z1), "f"(0.0f));
 #else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0, %1, %2, %3}, {%4, %4, %4, %5}, {%6, %7}, {%8, %8, %8, %8};"
         : "=f"(y0), "=f"(y1), "=f"(y2), "=f"(y3)
         : "r"(plus_), "r"(minus), "r"(z0), "r"(z1), "f"(0.0f));
@@ -120,15 +126,13 @@ class BlockSigns {
       if (lane / 4 == u) own = group(u);
     }
     const uint64_t pair = own * (kRotationWords / 2) + lane % 4;
-    const PhiloxPair random =
-        philox_pair(static_cast<uint32_t>(pair),
-                    stream.counter ^ static_cast<uint32_t>(pair >> 32),
-                    stream.key);
+    const PhiloxPair random = philox_pair(
+        static_cast<uint32_t>(pair),
+        stream.counter ^ static_cast<uint32_t>(pair >> 32), stream.key);
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       const uint32_t source = u * 4 + lane % kRotationWords / 2;
-      const uint32_t even =
-          __shfl_sync(0xFFFFFFFFu, random.word[0], source);
+      const uint32_t even = __shfl_sync(0xFFFFFFFFu, random.word[0], source);
       const uint32_t odd = __shfl_sync(0xFFFFFFFFu, random.word[1], source);
       const uint32_t word = lane % 2 == 0 ? even : odd;
       byte_[u] = word >> (8 * (lane / kRotationWords)) & 0xFFu;
@@ -166,8 +170,8 @@ struct RotatedCodes {
 // The codes of a block of a group, in the lowest bits. `last` is the last word
 // of all codes.
 __device__ __forceinline__ uint32_t load_block_codes(const uint8_t* codes,
-                                               int64_t block, int stride,
-                                               const uint32_t* last) {
+                                                     int64_t block, int stride,
+                                                     const uint32_t* last) {
   const int64_t byte = block * stride;
   const auto* word = reinterpret_cast<const uint32_t*>(codes) + byte / 4;
   const uint32_t* next = word < last ? word + 1 : last;
@@ -213,8 +217,7 @@ class RotatedDecode {
   __device__ __forceinline__ BlockPairs spread(uint32_t word) const {
     // The halves hold four codes each.
     const int four = 4 * stride_;
-    const uint32_t halves = (word & ((1u << four) - 1u)) |
-                            word >> four << 16;
+    const uint32_t halves = (word & ((1u << four) - 1u)) | word >> four << 16;
     BlockPairs result;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {

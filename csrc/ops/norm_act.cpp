@@ -179,7 +179,7 @@ auto batch_norm_act(Tensor input, std::optional<Tensor> residual,
       normalise(device, {input, residual, weight, bias}, statistics,
                 {relu, bits, act_bits, group_size,
                  checked_rounding(seed, offset, offset_tensor, rotated,
-                                     group_size, input)},
+                                  group_size, input)},
                 kInPlace);
   const std::tuple kept(statistics.invstd, codes, ranges, act_codes,
                         act_ranges);
@@ -198,7 +198,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmactnn, m) {
       "norm_act(Tensor input, Tensor? residual, Tensor mean, Tensor invstd, "
       "Tensor? weight, Tensor? bias, bool relu, int bits, int act_bits, "
       "int group_size, int seed, int offset, Tensor? offset_tensor=None, "
-      "bool rotated=False) -> (Tensor output, Tensor codes, Tensor ranges, Tensor act_codes, Tensor "
+      "bool rotated=False) -> (Tensor output, Tensor codes, Tensor ranges, "
+      "Tensor act_codes, Tensor "
       "act_ranges)");
   m.def(
       "batch_norm_act(Tensor input, Tensor? residual, Tensor? weight, "
@@ -206,14 +207,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmactnn, m) {
       "Tensor(c!)? num_batches_tracked, bool use_batch_stats, float momentum, "
       "float eps, bool relu, int bits, int act_bits, int group_size, int seed, "
       "int offset, Tensor? offset_tensor=None, bool rotated=False) -> "
-      "(Tensor output, Tensor invstd, Tensor codes, Tensor ranges, Tensor act_codes, Tensor act_ranges)");
+      "(Tensor output, Tensor invstd, Tensor codes, Tensor ranges, Tensor "
+      "act_codes, Tensor act_ranges)");
   m.def(
       "batch_norm_act_(Tensor(a!) input, Tensor? residual, Tensor? weight, "
       "Tensor? bias, Tensor(b!)? running_mean, Tensor(c!)? running_var, "
       "Tensor(d!)? num_batches_tracked, bool use_batch_stats, float momentum, "
       "float eps, bool relu, int bits, int act_bits, int group_size, int seed, "
       "int offset, Tensor? offset_tensor=None, bool rotated=False) -> "
-      "(Tensor invstd, Tensor codes, Tensor ranges, Tensor act_codes, Tensor act_ranges)");
+      "(Tensor invstd, Tensor codes, Tensor ranges, Tensor act_codes, Tensor "
+      "act_ranges)");
 }
 
 MMACTNN_IMPL(m) {

@@ -93,9 +93,8 @@ Tensor norm_grad_sums(Tensor grad_output, Tensor codes, Tensor ranges,
                       int64_t bits, int64_t group_size, bool relu,
                       std::vector<int64_t> drawn,
                       std::optional<Tensor> offset_tensor) {
-  const NormArguments arguments =
-      check_norm_codes(grad_output, codes, ranges, bits, group_size, relu,
-                       drawn, offset_tensor);
+  const NormArguments arguments = check_norm_codes(
+      grad_output, codes, ranges, bits, group_size, relu, drawn, offset_tensor);
   return std::get<1>(sum_pair(grad_output, arguments));
 }
 
@@ -116,9 +115,8 @@ Tensor norm_grad_input(Tensor grad_output, Tensor codes, Tensor ranges,
                        int64_t group_size, bool relu,
                        std::vector<int64_t> drawn,
                        std::optional<Tensor> offset_tensor) {
-  const NormArguments arguments =
-      check_norm_codes(grad_output, codes, ranges, bits, group_size, relu,
-                       drawn, offset_tensor);
+  const NormArguments arguments = check_norm_codes(
+      grad_output, codes, ranges, bits, group_size, relu, drawn, offset_tensor);
   check_per_channel("scale", scale, arguments.channels, grad_output);
   check_per_channel("means", means, arguments.channels, grad_output, true);
   const Tensor grad_input = empty_dense_like(grad_output);

@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t bits,
                                     bool rotated) {
   const Geometry geometry = input_geometry(input, group_size);
   check_bits(bits);
-  const Rounding rounding = checked_rounding(seed, offset, offset_tensor,
-                                             rotated, group_size, input);
+  const Rounding rounding =
+      checked_rounding(seed, offset, offset_tensor, rotated, group_size, input);
   const Tensor codes = empty_codes(input, geometry, bits);
   const Tensor ranges =
       encode(input, codes, geometry, uniform_layout(geometry, bits), rounding);
@@ -70,8 +70,8 @@ std::tuple<Tensor, Tensor> quantize_rows(Tensor input, Tensor row_bits,
   check_total_bits(total_bits, geometry.rows);
   const CodeLayout layout =
       checked_row_layout(input, geometry, row_bits, row_starts, total_bits);
-  const Rounding rounding = checked_rounding(seed, offset, offset_tensor,
-                                             rotated, group_size, input);
+  const Rounding rounding =
+      checked_rounding(seed, offset, offset_tensor, rotated, group_size, input);
   const Tensor codes = empty_row_codes(input, geometry, total_bits);
   const Tensor ranges = encode(input, codes, geometry, layout, rounding);
   return {codes, ranges};

@@ -26,8 +26,8 @@ std::tuple<Tensor, Tensor> rectify(const Tensor& input, const Tensor& output,
                                    bool rotated) {
   const Geometry geometry = input_geometry(input, group_size);
   check_rectified_bits("bits", bits);
-  const Rounding rounding = checked_rounding(seed, offset, offset_tensor,
-                                             rotated, group_size, input);
+  const Rounding rounding =
+      checked_rounding(seed, offset, offset_tensor, rotated, group_size, input);
   const Tensor codes = empty_codes(input, geometry, bits);
   const Tensor ranges = empty_ranges(input, geometry);
   if (input.numel() != 0) {
@@ -41,9 +41,8 @@ std::tuple<Tensor, Tensor, Tensor> relu_codes(
     Tensor input, int64_t bits, int64_t group_size, int64_t seed,
     int64_t offset, std::optional<Tensor> offset_tensor, bool rotated) {
   const Tensor output = empty_dense_like(input);
-  const auto [codes, ranges] =
-      rectify(input, output, bits, group_size, seed, offset, offset_tensor,
-                  rotated);
+  const auto [codes, ranges] = rectify(input, output, bits, group_size, seed,
+                                       offset, offset_tensor, rotated);
   return {output, codes, ranges};
 }
 
@@ -53,7 +52,7 @@ std::tuple<Tensor, Tensor> relu_codes_(Tensor input, int64_t bits,
                                        std::optional<Tensor> offset_tensor,
                                        bool rotated) {
   return rectify(input, input, bits, group_size, seed, offset, offset_tensor,
-                  rotated);
+                 rotated);
 }
 
 Tensor relu_codes_backward(Tensor grad_output, Tensor codes, int64_t bits,

@@ -37,9 +37,8 @@ inline void check_same_device(const char* name, const Tensor& tensor,
 }
 
 inline void check_rotated_group(bool rotated, int64_t group_size) {
-  STD_TORCH_CHECK(!rotated || group_size == kRotation,
-                  "group_size must be ", kRotation, " for rotated codes, got ",
-                  group_size);
+  STD_TORCH_CHECK(!rotated || group_size == kRotation, "group_size must be ",
+                  kRotation, " for rotated codes, got ", group_size);
 }
 
 // The random stream of an op on `input`.
@@ -69,8 +68,8 @@ inline Rounding checked_rounding(int64_t seed, int64_t offset,
 // `numbers` are none, where codes alone are decoded, or else seed, offset, the
 // first row, and 1 where codes are rotated, 0 where not.
 inline DrawnBits checked_drawn(const std::vector<int64_t>& numbers,
-                             const std::optional<Tensor>& offset_tensor,
-                             const Tensor& like) {
+                               const std::optional<Tensor>& offset_tensor,
+                               const Tensor& like) {
   if (numbers.empty()) return {};
   STD_TORCH_CHECK(numbers.size() == 4 && numbers[2] >= 0 &&
                       (numbers[3] == 0 || numbers[3] == 1),

@@ -105,12 +105,13 @@ def encode(groups, passes, codes_blocked, bits, seed, offset):
     index = torch.arange(groups.shape[0], device=groups.device)
     negative = negative_signs(index, seed, offset)
     coefficients = transform(torch.where(negative, -integers, integers))
-    step = torch.tensor(STEPS[bits])
-    factor = (1.0 / (step * energy.sqrt())).where(energy != 0, 0.0)
-    half = 2 ** (bits - 1)
-    scaled = coefficients.float() * factor[:, None]
-    codes = scaled.clamp(-half, half - 0.5).floor().long() + half
-    levels = 2 * codes - (2 * half - 1)
+    width = torch.tensor(STEPS[bits] * 2**bits)
+    factor = (1.0 / (width * energy.sqrt())).where(energy != 0, 0.0)
+    # Rounded once: products are exact in float64.
+    place = coefficients.double() * factor.double()[:, None] + 0.5
+    place = place.float().clamp(0.0, 1.0).double()
+    codes = (place * (2**bits * (1 - 2.0**-24))).long()
+    levels = 2 * codes - (2**bits - 1)
     product = (coefficients * levels).sum(1).float()
     scale = _bfloat16(energy / product * (1.0 / unit))
     scale = scale.where(energy != 0, 0.0).where(finite, float('nan'))
