@@ -286,15 +286,25 @@ class TestTool:
         config.write_text(TINY)
         monkeypatch.setenv('PYTHONPATH', f'{ROOT}:{tmp_path}')
         monkeypatch.setattr(run, 'run_logged', make_run_logged(run_in_fork))
-        (row,) = compare(
-            tmp_path, str(config), '--seeds', '1', '--levels', 'L3',
-            '--gpus', '0',
-        )  # fmt: skip
+        command = [
+            str(config), '--seeds', '1', '--levels', 'L3', '--gpus', '0',
+        ]  # fmt: skip
+        (row,) = compare(tmp_path, *command)
         assert row['result'] == OK, row['message']
         assert [step for step, _ in row['losses']] == [1, 2]
         assert [step for step, _ in row['evaluations']] == [1]
         assert row['unit'] == 'epoch'
         assert row['exact_mib'] > 2 * row['saved_mib'] > 0
+
+        # As if it had been killed before its last evaluation.
+        out = tmp_path / 'out'
+        (scalars,) = out.glob('*/*/vis_data/scalars.json')
+        first, second, _ = scalars.read_text().splitlines(True)
+        scalars.write_text(first + second)
+        (out / 'results.json').write_text(
+            json.dumps([{**row, 'result': UNFINISHED}])
+        )
+        assert compare(tmp_path, *command) == [row]
 
 
 def training_processes(log):
