@@ -159,6 +159,31 @@ def test_paper_recipe_trains_everything(name):
     )
 
 
+def test_cifar10_recipe_is_the_stock_one_shortened():
+    stock, ours = (
+        Config(without_defaults(plain(config.to_dict())))
+        for config in (
+            Config.fromstring(
+                "_base_ = 'mmpretrain::resnet/resnet18_8xb16_cifar10.py'",
+                '.py',
+            ),
+            Config.fromfile(CONFIGS / 'resnet18_cifar10.py'),
+        )
+    )
+    pop_unnamed_layers(ours.model, stock.model)
+    assert ours.model == stock.model
+    assert ours.optim_wrapper == stock.optim_wrapper
+    batch_size = stock.auto_scale_lr.base_batch_size
+    assert ours.train_dataloader.batch_size == batch_size
+    assert ours.train_cfg.max_epochs * 10 == stock.train_cfg.max_epochs
+    schedule = ours.param_scheduler
+    schedule.milestones = [10 * epoch for epoch in schedule.milestones]
+    assert schedule == stock.param_scheduler
+    for name in ('train_dataloader', 'val_dataloader'):
+        pipeline = stock[name].dataset.pipeline
+        assert ours[name].dataset.pipeline == pipeline
+
+
 @pytest.mark.parametrize('name', ['fcn_r50', 'sem_fpn_r50'])
 def test_paper_recipe_of_segmentors(name):
     stock, paper = load_recipe(name), load_recipe(f'{name}_paper')

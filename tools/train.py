@@ -3,6 +3,8 @@
 import argparse
 
 from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
 
 from mmactnn.mmlab.launch import (
     UsageError,
@@ -78,12 +80,31 @@ def enable_amp(cfg: Config) -> None:
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 
 
+class LastEvaluation(Hook):
+    """Evaluates a training that is resumed from its end.
+
+    It may have been killed between its last checkpoint and the evaluation,
+    which MMEngine would omit.
+    """
+
+    priority = 'LOWEST'
+
+    def before_train(self, runner: Runner) -> None:
+        """Evaluate if no iteration is left."""
+        if runner.iter >= runner.max_iters and runner.val_loop is not None:
+            runner.val_loop.run()
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train as the command line says."""
     with told_in_one_line():
         cfg = build_config(parse_args(argv))
         check_data(cfg, ['train', 'val'])
-    build_runner(cfg).train()
+    runner = build_runner(cfg)
+    runner.register_hook(LastEvaluation())
+    runner.train()
+    # It refers to the process group.
+    del runner
     leave_process_group()
 
 

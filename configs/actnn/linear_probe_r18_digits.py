@@ -57,6 +57,6 @@ param_scheduler = dict(
 )
 
 default_hooks = dict(
-    logger=dict(interval=10), checkpoint=dict(interval=10, max_keep_ckpts=1)
+    logger=dict(interval=10), checkpoint=dict(interval=10, max_keep_ckpts=2)
 )
 randomness = dict(seed=0)

@@ -79,6 +79,7 @@ ALIKE = {
     'mocov2_r50',
     'mocov2_r50_paper',
     'pspnet_r50',
+    'resnet18_cifar10',
     'resnet50_cifar10',
     'retinanet_r101',
     'retinanet_r50',

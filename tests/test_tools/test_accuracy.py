@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,17 @@ from shared.results import (  # noqa: E402
 
 accuracy = load_tool('benchmark/accuracy.py')
 
-# Stands for tools/train.py: does what the config, a file, says, and logs how
-# it was called.
+# Stands for tools/train.py: does what the config, a file, says, or the base of
+# the config; and logs how it was called.
 TRAINING = """
-import json, os, pathlib, sys, time
+import ast, json, os, pathlib, sys, time
 config, work_dir = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[3])
 options = dict(o.split('=') for o in sys.argv[6:])
 assert sys.argv[4:6] == ['--resume', '--cfg-options']
+if config.parent == work_dir.parent:
+    base, _, level = config.read_text().splitlines()
+    config = pathlib.Path(ast.literal_eval(base.split(' = ')[1]))
+    options['level'] = ast.literal_eval(level.split(' = ')[1])
 with open(config.with_name('calls'), 'a') as file:
     gpu = os.environ['CUDA_VISIBLE_DEVICES']
     file.write(json.dumps([config.stem, gpu, options]) + '\\n')
@@ -41,8 +46,7 @@ if what == 'fail':
     sys.exit('no data')
 if what == 'hang':
     time.sleep(60)
-level = options.get('custom_hooks.0.level')
-seed = int(options['randomness.seed'])
+seed, level = int(options['randomness.seed']), options.get('level')
 part = work_dir / '1' / 'vis_data'
 part.mkdir(parents=True)
 lines = [dict(loss=3 - seed, step=10, epoch=1)]
@@ -162,9 +166,9 @@ class TestTool:
         called = calls(tmp_path)
         options = [options for name, _, options in called if name == 'small']
         assert all(o['a.b'] == '1' for o in options)
-        assert {
-            (o['custom_hooks.0.level'], o['randomness.seed']) for o in options
-        } == {(level, seed) for level in ('L0', 'L3') for seed in '01'}
+        assert {(o['level'], o['randomness.seed']) for o in options} == {
+            (level, seed) for level in ('L0', 'L3') for seed in '01'
+        }
         assert {gpu for _, gpu, _ in called} == {'0', '1'}
         text = capsys.readouterr().out
         assert text.count('-0.500') == 2
@@ -174,6 +178,11 @@ class TestTool:
         assert compare(tmp_path, '--plot') == rows
         assert len(calls(tmp_path)) == 8
         assert (tmp_path / 'out' / 'small_accuracy.png').stat().st_size
+        lines = (tmp_path / 'out' / 'table.md').read_text().splitlines()
+        assert lines[3] == (
+            '| small | mIoU | epoch 1 | L3 | 69.500 | 70.500 | 70.000 | 1.000 '
+            '| -0.500 |  |'
+        )
         assert capsys.readouterr().out.count('-0.500') == 4
 
     def test_probe(self, configs, tmp_path):
@@ -213,6 +222,44 @@ class TestTool:
         )  # fmt: skip
         assert (row['result'], row['losses']) == (TIMEOUT, [])
 
+    def test_limit(self, configs, tmp_path, capsys):
+        """The first run is stopped, the second does not begin."""
+        command = [
+            *configs(small='hang'), '--seeds', '0', '--gpus', '0',
+            '--levels', 'L0', 'L3',
+        ]  # fmt: skip
+        rows = compare(tmp_path, *command, '--limit', '1')
+        assert [row['result'] for row in rows] == [UNFINISHED] * 2
+        assert [o['level'] for _, _, o in calls(tmp_path)] == ['L0']
+        text = capsys.readouterr().out
+        assert 'small.py L0 seed 0: unfinished' in text
+        # Another day.
+        configs(small='')
+        rows = compare(tmp_path, *command)
+        assert [row['result'] for row in rows] == [OK] * 2
+        assert len(calls(tmp_path)) == 3
+
+    def test_level_that_differs_from_one_by_name(self, configs, tmp_path):
+        level = 'L3:{"norm": 4, "rules": {"neck.*bn": null}}'
+        (row,) = compare(
+            tmp_path, *configs(small=''), '--levels', level, '--seeds', '0',
+            '--gpus', '0',
+        )  # fmt: skip
+        assert (row['level'], row['result']) == (level, OK)
+        ((_, _, options),) = calls(tmp_path)
+        rules = {'neck.*bn': None}
+        assert options['level'] == dict(base='L3', norm=4, rules=rules)
+
+    def test_bounds(self, configs, tmp_path, capsys):
+        command = [*configs(small=''), '--seeds', '0', '--gpus', '0']
+        for value, within in (('0.5', 'yes'), ('0.4', 'no')):
+            compare(tmp_path, *command, '--bounds', f'small={value}')
+            table = (tmp_path / 'out' / 'table.md').read_text()
+            assert f'| -0.500 | {value}00 | {within} |' in table
+        compare(tmp_path, '--bounds', 'large=1')
+        text = capsys.readouterr().out
+        assert 'no results for the bound of large' in text
+
     def test_interrupt_ends_trainings(self, configs, tmp_path):
         runs = [Run(config, 'L0', 0) for config in configs(a='hang', b='hang')]
         logs = [tmp_path / run.name / 'log.txt' for run in runs]
@@ -240,15 +287,25 @@ class TestTool:
         config.write_text(TINY)
         monkeypatch.setenv('PYTHONPATH', f'{ROOT}:{tmp_path}')
         monkeypatch.setattr(run, 'run_logged', make_run_logged(run_in_fork))
-        (row,) = compare(
-            tmp_path, str(config), '--seeds', '1', '--levels', 'L3',
-            '--gpus', '0',
-        )  # fmt: skip
+        command = [
+            str(config), '--seeds', '1', '--levels', 'L3', '--gpus', '0',
+        ]  # fmt: skip
+        (row,) = compare(tmp_path, *command)
         assert row['result'] == OK, row['message']
         assert [step for step, _ in row['losses']] == [1, 2]
         assert [step for step, _ in row['evaluations']] == [1]
         assert row['unit'] == 'epoch'
         assert row['exact_mib'] > 2 * row['saved_mib'] > 0
+
+        # As if it had been killed before its last evaluation.
+        out = tmp_path / 'out'
+        (scalars,) = out.glob('*/*/vis_data/scalars.json')
+        first, second, _ = scalars.read_text().splitlines(True)
+        scalars.write_text(first + second)
+        (out / 'results.json').write_text(
+            json.dumps([{**row, 'result': UNFINISHED}])
+        )
+        assert compare(tmp_path, *command) == [row]
 
 
 def training_processes(log):
@@ -270,13 +327,17 @@ class TestArguments:
             ([__file__, __file__], 'names of their own'),
             (['--probe', 'other.py', __file__], 'must follow a config'),
             (['--per-gpu', '0'], 'per_gpu must be 1 or more'),
-            (['--levels', 'L9'], "invalid choice: 'L9'"),
+            (['--limit', '0'], 'limit must be 1 or more, got 0'),
+            (['--bounds', 'small'], "invalid bound value: 'small'"),
+            (['--levels', 'L9'], "--levels L9: level must be .* got 'L9'"),
+            (['--levels', 'L3:[1]'], r'--levels L3:\[1\]: '),
+            (['--levels', 'L3:{"cnv": 4}'], "'cnv'"),
         ],
     )
     def test_rejects(self, argv, message, capsys):
         with pytest.raises(SystemExit):
             accuracy.parse_args(argv)
-        assert message in capsys.readouterr().err
+        assert re.search(message, capsys.readouterr().err)
 
     def test_other_settings_need_another_folder(self, tmp_path):
         results = Results(Run, tmp_path)
@@ -336,7 +397,7 @@ class TestSummary:
         exact, ours = summary.table()
         assert exact == {
             **common, 'level': 'L0', 'seed 0': 4.0, 'seed 1': 6.0,
-            'mean': 5.0, 'activations, MiB': 80.0,
+            'mean': 5.0, 'spread': 2.0, 'activations, MiB': 80.0,
         }  # fmt: skip
         assert (ours['mean'], ours['difference']) == (4.5, -0.5)
 
@@ -351,6 +412,26 @@ class TestSummary:
         (summary,) = summarize(rows)
         assert summary.seeds == [0]
         assert [row['mean'] for row in summary.table()] == [1.0, 3.0]
+
+    def test_finished_seeds_count_if_there_are_any(self):
+        rows = [
+            make_row(level, seed, [(1, 5.0 * seed)], result=result)
+            for seed, result in enumerate((OK, UNFINISHED, OK))
+            for level in ('L0', 'L3')
+        ]
+        (summary,) = summarize(rows)
+        assert summary.seeds == [0, 2]
+
+    def test_bound(self):
+        rows = [
+            make_row(level, 0, [(1, value)])
+            for level, value in (('L0', 0.577), ('L3', 0.567))
+        ]
+        (summary,) = summarize(rows)
+        for bound, within in ((0.01, 'yes'), (0.009, 'no')):
+            exact, ours = summary.table(bound)
+            assert 'bound' not in exact
+            assert (ours['bound'], ours['within']) == (bound, within)
 
     def test_without_evaluations(self):
         (summary,) = summarize([make_row('L0'), make_row('L3')])

@@ -1,10 +1,12 @@
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from support.tools import ROOT, load_tool
+from support.torchvision_stub import need_mmpretrain
 
 pytest.importorskip('pycocotools')
 pytest.importorskip('sklearn')
@@ -14,6 +16,7 @@ from sklearn.datasets import load_digits  # noqa: E402
 
 digits = load_tool('dataset_converters/digits.py')
 bccd = load_tool('dataset_converters/bccd.py')
+cifar10 = load_tool('dataset_converters/cifar10.py')
 
 
 # -- digits -----------------------------------------------------------------
@@ -463,3 +466,123 @@ def test_bccd_image_in_two_splits(voc_root, tmp_path):
 def test_bccd_does_not_write_into_its_input(voc_root):
     with pytest.raises(ValueError, match='out must not be the input'):
         bccd.convert(voc_root, voc_root)
+
+
+# -- CIFAR-10 ---------------------------------------------------------------
+
+
+def cifar_samples(split):
+    """Images of noise, and their labels."""
+    rng = np.random.default_rng(len(split))
+    count = {'train': 20, 'test': 6}[split]
+    shape = (count, 32, 32, 3)
+    return rng.integers(256, size=shape, dtype=np.uint8), np.arange(count) % 10
+
+
+@pytest.fixture
+def sheets(tmp_path):
+    """Two sheets of two rows of five, and one of two rows of three."""
+    root = tmp_path / 'sheets'
+    root.mkdir()
+    for split, count in (('train', 2), ('test', 1)):
+        images, labels = cifar_samples(split)
+        for number, part in enumerate(np.split(images, count)):
+            rows = [np.hstack(row) for row in np.split(part, 2)]
+            sheet = Image.fromarray(np.vstack(rows))
+            sheet.save(root / f'{split}_{number:02}.png')
+        np.savetxt(root / f'{split}_labels.txt', labels, '%d')
+    return root
+
+
+@pytest.fixture
+def batches(tmp_path):
+    root = tmp_path / 'cifar-10-batches-py'
+    root.mkdir()
+    for split, names in cifar10.BATCHES.items():
+        images, labels = cifar_samples(split)
+        planes = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+        for name, rows, part in zip(
+            names,
+            np.array_split(planes, len(names)),
+            np.array_split(labels, len(names)),
+        ):
+            content = {'data': rows, 'labels': part.tolist()}
+            (root / name).write_bytes(pickle.dumps(content))
+    return root
+
+
+@pytest.mark.parametrize('form', ['sheets', 'batches'])
+def test_cifar10_loads_as_its_recipe_says(form, request, tmp_path):
+    root, out = request.getfixturevalue(form), tmp_path / 'out'
+    cifar10.convert(root, out)
+    assert sorted(path.name for path in out.iterdir()) == [
+        'test.pkl',
+        'train.pkl',
+    ]
+    need_mmpretrain()
+    from mmengine.config import Config
+    from mmpretrain.datasets import CIFAR10, BaseDataset
+
+    config = Config.fromfile(ROOT / 'configs/actnn/resnet18_cifar10.py')
+    for split, loader in (
+        ('train', config.train_dataloader),
+        ('test', config.val_dataloader),
+    ):
+        settings = loader.dataset.to_dict()
+        assert settings.pop('type') == 'BaseDataset'
+        settings.update(data_root=str(out), pipeline=[])
+        dataset = BaseDataset(**settings)
+        images, labels = cifar_samples(split)
+        found = [dataset[index] for index in range(len(dataset))]
+        np.testing.assert_array_equal([one['img'] for one in found], images)
+        assert [one['gt_label'] for one in found] == list(labels)
+        assert dataset.CLASSES == CIFAR10.METAINFO['classes']
+
+
+def test_cifar10_images_of_jpg_sheets_do_not_mix(sheets, tmp_path):
+    colours = np.linspace(0, 255, 10).astype(np.uint8)
+    sheet = np.kron(colours.reshape(2, 5), np.ones((32, 32), np.uint8))
+    Image.fromarray(sheet).save(sheets / 'train_01.jpg')
+    (sheets / 'train_01.png').unlink()
+    images, _ = cifar10.read_sheets(sheets, 'train')
+    means = images[10:].astype(int).mean((1, 2, 3))
+    np.testing.assert_allclose(means, colours, atol=2)
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('1 2', 'got 2 labels for 6 images'),
+        ('1 2 3 4 5 10', 'labels must be 0 to 9, got 10'),
+        ('1 2 3 4 5 x', "test_labels.txt: .* 'x'"),
+    ],
+)
+def test_cifar10_bad_labels(sheets, tmp_path, text, message):
+    (sheets / 'test_labels.txt').write_text(text)
+    with pytest.raises(ValueError, match=message):
+        cifar10.convert(sheets, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_cifar10_bad_sheet(sheets, tmp_path):
+    Image.new('RGB', (64, 40)).save(sheets / 'test_00.png')
+    with pytest.raises(ValueError, match='multiples of 32, got 64x40'):
+        cifar10.convert(sheets, tmp_path / 'out')
+
+
+@pytest.mark.parametrize('content', [b'', pickle.dumps([1]), pickle.dumps({})])
+def test_cifar10_bad_batch(batches, tmp_path, content):
+    (batches / 'test_batch').write_bytes(content)
+    with pytest.raises(ValueError, match='test_batch is not a batch of CIFAR'):
+        cifar10.convert(batches, tmp_path / 'out')
+
+
+def test_cifar10_missing_files(sheets, batches, tmp_path):
+    with pytest.raises(FileNotFoundError, match='has neither data_batch_1'):
+        cifar10.convert(tmp_path, tmp_path / 'out')
+    (batches / 'test_batch').unlink()
+    with pytest.raises(FileNotFoundError, match='test_batch is missing'):
+        cifar10.convert(batches, tmp_path / 'out')
+    (sheets / 'test_00.png').unlink()
+    with pytest.raises(FileNotFoundError, match='needs test_.*jpg'):
+        cifar10.convert(sheets, tmp_path / 'out')

@@ -5,18 +5,24 @@
 Trains every config from every seed at every level with tools/train.py, several
 side by side on each GPU, and compares the means of its metric at the last
 evaluation that all runs of a config have. Losses and metrics are written to
-DIR/results.json, checkpoints and logs to a folder of each run beside it. The
-first of --levels is the reference of the comparison. With --probe CONFIG
+DIR/results.json, the comparison to DIR/table.md, checkpoints and logs to a
+folder of each run beside them. --levels are names, or names and what differs
+from them, as L3:{"norm": 4}; the first is the reference of the comparison, and
+--bounds says how far from it the means of a config may be. With --probe CONFIG
 PROBE, the self-supervised CONFIG is evaluated by training PROBE, a config, on
-its backbone. By default all GPUs are used; --gpus 0 is the CPU. A command that
-is started again resumes from the last checkpoints and skips finished runs;
-without configs, it reports the results in DIR.
+its backbone. By default all GPUs are used; --gpus 0 is the CPU.
+
+A command that is started again resumes from the last checkpoints and skips
+finished runs; without configs, it reports the results in DIR. After --limit
+seconds no run begins, and those that run are stopped, for such a command.
 
 ActNNHook must be the first custom hook of the configs. Times are meaningless
 where trainings share a GPU. The exit status is 1 if a run failed.
 """
 
 import asyncio
+import math
+import time
 from pathlib import Path
 
 import torch
@@ -27,10 +33,15 @@ from comparison.run import Run
 from comparison.schedule import make_slots, train_all
 from comparison.summary import summarize
 from shared import output
+from shared.levels import read_level
 from shared.processes import exit_on_sigterm
 from shared.results import OK, UNFINISHED, Results
 
-LEVELS = list(mmactnn.LEVELS)
+
+def bound(text):
+    """Name and value of a bound, of a text NAME=VALUE."""
+    name, _, value = text.partition('=')
+    return name, float(value)
 
 
 def parse_args(argv=None):
@@ -38,7 +49,7 @@ def parse_args(argv=None):
     parser = output.make_parser(__doc__)
     add = parser.add_argument
     add('configs', nargs='*', metavar='CONFIG')
-    add('--levels', nargs='+', choices=LEVELS, default=['L0', 'L3'])
+    add('--levels', nargs='+', default=['L0', 'L3'])
     add('--seeds', nargs='+', type=int, default=[0, 1, 2])
     add('--probe', nargs=2, action='append', default=[], help='CONFIG PROBE')
     add('--cfg-options', nargs='+', default=[], help='KEY=VALUE of configs')
@@ -46,10 +57,17 @@ def parse_args(argv=None):
     add('--gpus', type=int, default=torch.cuda.device_count(), help='or CPU')
     add('--per-gpu', type=int, default=1, help='trainings side by side')
     add('--timeout', type=float, help='seconds of each training')
+    add('--limit', type=float, default=math.inf, help='seconds of all')
+    add('--bounds', nargs='+', type=bound, default=[], help='NAME=VALUE')
     add('--out', type=Path, default=Path('work_dirs/accuracy'), help='folder')
     add('--plot', action='store_true', help='draw curves into --out, too')
     args = parser.parse_args(argv)
-    output.check_positive(parser, args, 'per_gpu')
+    output.check_positive(parser, args, 'per_gpu', 'limit')
+    for level in args.levels:
+        try:
+            mmactnn.get_level(read_level(level))
+        except (TypeError, ValueError) as error:
+            parser.error(f'--levels {level}: {error}')
     for config in (*args.configs, *(probe for _, probe in args.probe)):
         if not Path(config).is_file():
             parser.error(f'a config must be a file, got {config!r}')
@@ -71,12 +89,12 @@ def begin(runs, results):
     earlier = {run.name: run for run in map(results.trial, results.rows)}
     for run in runs:
         # Runs of the same name share a work directory.
-        if earlier.get(run.name, run) != run:
+        if earlier.setdefault(run.name, run) != run:
             raise ValueError(
                 f'the results hold {earlier[run.name]}, got {run}: other '
                 'settings need another folder'
             )
-        if run.name not in earlier:
+        if results.find(run) is None:
             results.put(run, dict(result=UNFINISHED))
     return [run for run in runs if results.find(run)['result'] != OK]
 
@@ -94,6 +112,7 @@ def describe(row):
 
 def train(args, results, console):
     """Train runs, save and print their results; return failures by name."""
+    end = time.monotonic() + args.limit
     folder, failures, probes = args.out.resolve(), {}, dict(args.probe)
     # Levels of the same config and seed are neighbours.
     runs = [
@@ -111,10 +130,17 @@ def train(args, results, console):
         bar = progress.add_task('runs', total=len(runs))
 
         async def train_one(run, slot):
-            outcome = await run.train(folder, slot, args.timeout)
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            training = run.train(folder, slot, args.timeout)
+            try:
+                outcome = await asyncio.wait_for(training, left)
+            except asyncio.TimeoutError:
+                outcome = dict(result=UNFINISHED, message=None)
             figures = outcome | run.read_figures(folder, args.metrics)
             row = results.put(run, figures)
-            if row['result'] != OK:
+            if row['result'] not in (OK, UNFINISHED):
                 failures[run.name] = row['message'] or row['result']
             progress.console.print(describe(row), markup=False)
             progress.advance(bar)
@@ -128,13 +154,23 @@ def main(argv=None):
     args = parse_args(argv)
     console, results = output.make_console(), Results(Run, args.out)
     failures = train(args, results, console)
-    summaries = summarize(results.rows)
-    table = [row for summary in summaries for row in summary.table()]
+    summaries, bounds = summarize(results.rows), dict(args.bounds)
+    for name in sorted(bounds.keys() - {s.config for s in summaries}):
+        print('no results for the bound of', name)
+    table = [
+        row
+        for summary in summaries
+        for row in summary.table(bounds.get(summary.config))
+    ]
     seeds = sorted({seed for s in summaries for seed in s.seeds})
     formats = {f'seed {seed}': '.3f' for seed in seeds}
-    formats |= {'mean': '.3f', 'difference': '+.3f', 'activations, MiB': '.1f'}
+    formats |= {'mean': '.3f', 'spread': '.3f', 'difference': '+.3f'}
+    formats |= {'bound': '.3f', 'within': ''} if bounds else {}
+    formats |= {'activations, MiB': '.1f'}
     columns = ('config', 'metric', 'at', 'level', *formats)
     console.print(output.make_table(table, columns=columns, formats=formats))
+    markdown = output.make_markdown(table, columns, formats)
+    (args.out / 'table.md').write_text(markdown)
     for summary in summaries if args.plot else ():
         path = args.out / f'{summary.config}_accuracy.png'
         plots.plot(summary).savefig(path, dpi=100)

@@ -25,7 +25,8 @@ param_scheduler = [
     ),
 ]
 
+# Of two checkpoints one is complete at any time.
 default_hooks = dict(
-    logger=dict(interval=10), checkpoint=dict(interval=10, max_keep_ckpts=1)
+    logger=dict(interval=10), checkpoint=dict(interval=5, max_keep_ckpts=2)
 )
 randomness = dict(seed=0)

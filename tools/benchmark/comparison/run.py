@@ -1,14 +1,22 @@
 """One training of a comparison: a config at a level, from a seed."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
 from run_log import RunLog, choose_metric
+from shared.levels import read_level
 from shared.processes import run_logged
 from shared.results import OK
 
 _TRAIN = Path(__file__).parents[2] / 'train.py'
+
+# Options of a command line cannot hold all that a level can.
+_CONFIG = """_base_ = {config!r}
+custom_hooks = _base_.custom_hooks
+custom_hooks[0].level = {level!r}
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +24,9 @@ class Run:
     """A config that is trained at one level from one seed.
 
     The first custom hook of the config is ``ActNNHook``; options override its
-    settings by ``KEY=VALUE``. A probe is the path of a config that is trained
-    afterwards on the trained backbone, to evaluate it.
+    settings by ``KEY=VALUE``. The level is a text for
+    :func:`shared.levels.read_level`. A probe is the path of a config that is
+    trained afterwards on the trained backbone, to evaluate it.
     """
 
     config: str
@@ -29,7 +38,8 @@ class Run:
     @property
     def name(self):
         """str: Name of the run and of its work directory."""
-        return f'{Path(self.config).stem}_{self.level}_{self.seed}'
+        level = re.sub(r'[^\w.]+', '-', self.level).strip('-')
+        return f'{Path(self.config).stem}_{level}_{self.seed}'
 
     async def train(self, folder, environment, timeout=None):
         """Train the run and its probe, or resume them.
@@ -46,9 +56,14 @@ class Run:
             log = work_dir / 'log.txt'
             return await run_logged(command, environment, log, timeout)
 
-        work_dir = folder / self.name
-        level = f'custom_hooks.0.level={self.level}'
-        outcome = await train(self.config, work_dir, level, *self.options)
+        work_dir, config = folder / self.name, folder / f'{self.name}.py'
+        config.write_text(
+            _CONFIG.format(
+                config=str(Path(self.config).resolve()),
+                level=read_level(self.level),
+            )
+        )
+        outcome = await train(config, work_dir, *self.options)
         if self.probe is None or outcome['result'] != OK:
             return outcome
         # MMEngine's, which tells the path that the checkpoint was written to:

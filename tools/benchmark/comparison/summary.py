@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pandas
 
+from shared.results import OK
+
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """Runs of one config, level beside level.
 
-    Seeds count that all levels have evaluated at least once, or else begun.
-    Curves have a column for each level and seed, and a row for each step that
-    all of them have. Memory is that of each level.
+    Seeds count that all levels have evaluated at least once, or else begun;
+    where any have finished at all levels, only these. Curves have a column for
+    each level and seed, and a row for each step that all of them have. Memory
+    is that of each level.
     """
 
     config: str
@@ -23,10 +26,12 @@ class Summary:
     evaluations: pandas.DataFrame
     saved_mib: dict
 
-    def table(self):
+    def table(self, bound=None):
         """Rows of levels: metrics at the last evaluation that all runs have.
 
-        By seed, their mean and its difference from that of the first level.
+        By seed, their mean and spread (largest minus smallest), and the
+        difference of the mean from that of the first level, which may be as
+        large as a bound.
         """
         rows = []
         for level, mib in self.saved_mib.items():
@@ -36,8 +41,13 @@ class Summary:
                 values = self.evaluations[level].iloc[-1]
                 row |= {f'seed {seed}': v for seed, v in values.items()}
                 row['mean'] = values.mean()
+                row['spread'] = values.max() - values.min()
                 if rows:
                     row['difference'] = row['mean'] - rows[0]['mean']
+                if rows and bound is not None:
+                    # Means of decimals are not exact.
+                    within = round(abs(row['difference']), 9) <= bound
+                    row |= dict(bound=bound, within='yes' if within else 'no')
             rows.append(row | {'activations, MiB': mib})
         return rows
 
@@ -65,6 +75,12 @@ def _summarize(config, rows):
     seeds = having('evaluations') or having('losses')
     if not seeds:
         return None
+    finished = [
+        seed
+        for seed in seeds
+        if all(runs[level, seed]['result'] == OK for level in levels)
+    ]
+    seeds = finished or seeds
     first = runs[levels[0], seeds[0]]
     return Summary(
         config=config,

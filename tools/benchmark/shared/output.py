@@ -62,20 +62,32 @@ def make_progress(console):
 
 def make_table(rows, title=None, columns=None, formats=None):
     """Table of rows or a frame for the terminal, with formats by column."""
+    names, *lines = _make_cells(rows, columns, formats)
+    table = Table(*(Column(n, overflow='fold') for n in names), title=title)
+    for line in lines:
+        # Not markup: systems have brackets.
+        table.add_row(*map(Text, line))
+    return table
+
+
+def make_markdown(rows, columns=None, formats=None):
+    """The same table as text in Markdown."""
+    names, *lines = _make_cells(rows, columns, formats)
+    lines = [names, ['---'] * len(names), *lines]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def _make_cells(rows, columns, formats):
+    """Names of columns, followed by rows of texts."""
     # Dtype object, so that integers beside gaps do not become floats.
     frame = pandas.DataFrame(rows, dtype=object).reindex(columns=columns)
-    columns = (Column(name, overflow='fold') for name in frame.columns)
-    table = Table(*columns, title=title)
     specs = [(formats or {}).get(name, '') for name in frame.columns]
+    yield list(frame.columns)
     for row in frame.itertuples(index=False):
-        # Not markup: systems have brackets.
-        table.add_row(
-            *(
-                Text('' if value is None or value != value else f'{value:{s}}')
-                for value, s in zip(row, specs)
-            )
-        )
-    return table
+        yield [
+            '' if value is None or value != value else f'{value:{spec}}'
+            for value, spec in zip(row, specs)
+        ]
 
 
 def describe_device(device):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 from functools import partial
 
@@ -12,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mmactnn
 from mmactnn.offload import attached_swap
+from shared.levels import read_level
 
 from .trial import PRECISIONS
 
@@ -85,10 +85,9 @@ def parse_system(name):
     reason = ''
     try:
         if kind in mmactnn.LEVELS:
-            changes = dict(json.loads(argument)) if colon else {}
-            window = changes.pop('window_mib', None)
-            changes = {**changes, 'base': kind} if changes else kind
-            level = mmactnn.get_level(changes)
+            level = read_level(base)
+            window = level.pop('window_mib', None) if colon else None
+            level = mmactnn.get_level(level)
             if window is None or level.swap and window > 0:
                 return System('level', precision, level, window_mib=window)
             reason = ': window_mib must be positive and of a level that swaps'
