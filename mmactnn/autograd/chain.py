@@ -14,7 +14,6 @@ from .. import ops
 from ..codes.hooks import keep_tensors
 from ..codes.payload import PayloadFormat, QuantizedTensor
 from ..ops.layout import dense_rows
-from ..ops.random_bits import as_int64
 from .double_backward import first_order_only
 
 _KINDS = {kind.name.lower(): kind for kind in ops.PayloadKind}
@@ -56,6 +55,7 @@ class Chain(NamedTuple):
             None where the next layer has to make one.
         casts (bool): Whether parameters have other dtypes than the op takes.
         generator (RoundingGenerator): Source of random bits.
+        rotated (bool): Whether payloads are rotated.
         observed (bool): Whether the chain can report to adaptive precision:
             for the first layer, if no other one reads an input.
         offsets (dict): Results of :func:`mmactnn.ops.find_offsets` so far, by
@@ -68,6 +68,7 @@ class Chain(NamedTuple):
     output_payloads: list
     casts: bool
     generator: object
+    rotated: bool
     observed: bool
     offsets: dict
 
@@ -124,16 +125,19 @@ class _Chain(Function):
             payloads.encodings,
             seed=draw.seed,
             offset=draw.offset,
+            rotated=chain.rotated,
         )
-        dithers = keep_tensors()
-        payloads.take(codes, draw, offsets[0], dithers)
+        kept = keep_tensors()
+        payloads.take(codes, draw, offsets[0], kept)
+        drawn = [
+            ops.DrawnBits.of(step.rounding, draw.seed, draw.offset + place)
+            if kept
+            else None
+            for step, place in zip(chain.steps, offsets[1])
+        ]
         for output, spec in zip(outputs, chain.output_payloads):
             payload = None
             if spec is not None:
-                drawn = None
-                if dithers and chain.steps[spec.step].dithers:
-                    place = draw.offset + offsets[1][spec.step]
-                    drawn = ops.DrawnBits(draw.seed, place)
                 payload = _output_payload(spec, output, own, cast, drawn)
             call.payloads.append(payload)
         ctx.adaptive = _first_layer_bits(chain.input_quantizers)
@@ -142,12 +146,8 @@ class _Chain(Function):
             ctx.probe = payloads.probe()
             ctx.format = payloads.payloads[0].format
         codes, ctx.formats, ctx.draws = payloads.to_save(ctx.layouts)
-        seed = as_int64(draw.seed)
-        for step, place in zip(chain.steps, offsets[1]):
-            if dithers and step.dithers:
-                ctx.draws += 1, seed, as_int64(draw.offset + place)
-            else:
-                ctx.draws += ops.NOT_DITHERED
+        for of_step in drawn:
+            ctx.draws += of_step.numbers if of_step else ops.NOT_DRAWN
         ctx.save_for_backward(*parameters, *codes, *own)
         ctx.counts = count, len(parameters), len(parameters) + len(codes)
         ctx.plan, ctx.dtype = chain.plan, dtype
@@ -234,14 +234,14 @@ class _InputPayloads:
             encoded[place] = True
         return tuple(encoded)
 
-    def take(self, codes, draw, offsets, dithers):
+    def take(self, codes, draw, offsets, kept):
         """Take over the payloads that the op has made.
 
         Args:
             codes (Sequence[Tensor]): Second result of the op.
             draw (Draw): Seed, and offset of the first payload.
             offsets (Sequence[int]): Offset of each input from that.
-            dithers (bool): Whether codes may be decoded with dither.
+            kept (bool): See :func:`.hooks.keep_tensors`.
         """
         begin = 0
         for place, quantizer, input, x, encoding in self._missing:
@@ -249,8 +249,10 @@ class _InputPayloads:
             if encoding.kind is ops.PayloadKind.ROWS:
                 bits /= x.shape[0]
             drawn = None
-            if dithers and quantizer.dithers:
-                drawn = ops.DrawnBits(draw.seed, draw.offset + offsets[place])
+            if kept:
+                drawn = ops.DrawnBits.of(
+                    quantizer.rounding, draw.seed, draw.offset + offsets[place]
+                )
             format = PayloadFormat.of(
                 x, bits, encoding.group_size, drawn=drawn
             )
@@ -279,7 +281,7 @@ class _InputPayloads:
             strides, place = place + 1 + x.dim(), place + 1 + 2 * x.dim()
             if payload is None:
                 formats += ops.NOT_ENCODED
-                draws += ops.NOT_DITHERED
+                draws += ops.NOT_DRAWN
                 continue
             tensors, format = payload.tensors, payload.format
             if format.stride != x.stride():
@@ -290,7 +292,7 @@ class _InputPayloads:
             codes += tensors
             formats += kind, int(format.bits), format.group_size
             drawn = format.drawn
-            draws += ops.NOT_DITHERED if drawn is None else drawn.numbers
+            draws += ops.NOT_DRAWN if drawn is None else drawn.numbers
         return codes, formats, draws
 
 
@@ -305,7 +307,8 @@ def _output_payload(spec, output, kept, parameters, drawn):
     if spec.kind == 'split':
         first = spec.layer * ops.PARAMETERS
         tensors += parameters[first + 2 : first + ops.PARAMETERS]
-    if drawn is not None and spec.follows_sum:
+    drawn = drawn[spec.step]
+    if drawn and spec.follows_sum:
         drawn = drawn.second()
     format = PayloadFormat.of(
         output, spec.bits, spec.group_size, spec.kind, drawn

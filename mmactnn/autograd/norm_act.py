@@ -56,7 +56,7 @@ class _NormAct(Function):
         kind = 'split' if relu and not adds else 'plain'
         bits = quantizer.fused_bits
         draw = quantizer.generator.next(x.device)
-        random, drawn = draw._asdict(), quantizer.drawn_bits(draw)
+        random, drawn = quantizer.random(draw), quantizer.drawn_bits(draw)
         norm = PayloadFormat.of(
             x, getattr(bits, kind), quantizer.group_size, kind, drawn
         )

@@ -1,4 +1,4 @@
-"""Rotated codes in plain torch: specification of ``csrc/common/rotation.h``."""
+"""Rotated codes in plain torch, as in ``csrc/common/rotation.h``."""
 
 import torch
 

@@ -147,7 +147,7 @@ def run_backward(
         [
             number
             for draw in draws
-            for number in (draw.numbers if draw else ops.NOT_DITHERED)
+            for number in (draw.numbers if draw else ops.NOT_DRAWN)
         ],
     )
 
@@ -329,7 +329,9 @@ def test_gradients_are_those_of_what_is_decoded(kind, strided, device):
     if strided:
         offsets = ops.find_offsets(steps, (True, True))
         draws = [
-            ops.DrawnBits(SEED, 7 + offset) for part in offsets for offset in part
+            ops.DrawnBits(SEED, 7 + offset)
+            for part in offsets
+            for offset in part
         ]
     found = run_backward(
         grads,

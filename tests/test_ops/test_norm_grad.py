@@ -350,10 +350,10 @@ def test_opcheck(kind, device):
         if kind == MASK:
             opcheck(
                 namespace.norm_add_grad_sums.default,
-                (*payload, case.act_codes, 2, 2, 64, [3, 0, 0]),
+                (*payload, case.act_codes, 2, 2, 64, [3, 0, 0, 0]),
             )
             continue
-        format = 2, 64, kind == SPLIT, [3, 0, 0]
+        format = 2, 64, kind == SPLIT, [3, 0, 0, 0]
         opcheck(namespace.norm_grad_sums.default, (*payload, *format))
         opcheck(
             namespace.norm_grad_input.default,

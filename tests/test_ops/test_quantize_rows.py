@@ -64,9 +64,7 @@ def check_against_reference(x, group_size):
             codes, ranges, row_bits, row_starts, *format, drawn=drawn
         )
         assert y.stride() == x.stride()
-        equal(
-            y, reference.dequantize_rows(*expected, *widths, *format, drawn)
-        )
+        equal(y, reference.dequantize_rows(*expected, *widths, *format, drawn))
 
 
 @in_turn(by='dtype', shape=SHAPES, dtype=DTYPES)

@@ -16,7 +16,6 @@ from functools import partial
 import torch
 
 from mmactnn import ops
-from mmactnn.config import ROUNDINGS
 from shared import output
 
 SHAPES = ((64, 256, 56, 56), (256, 512, 28, 28))
@@ -214,7 +213,7 @@ def main(argv=None):
     """Measure and print a table."""
     parser = output.make_parser(__doc__)
     parser.add_argument('--out', help='json file for the rows')
-    roundings = dict(choices=ROUNDINGS, default=ROUNDINGS[0])
+    roundings = dict(choices=ops.ROUNDINGS, default=ops.DEFAULT_ROUNDING)
     parser.add_argument('--rounding', **roundings, help='of what is decoded')
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
