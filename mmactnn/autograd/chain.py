@@ -13,6 +13,7 @@ from torch.autograd import Function
 from .. import ops
 from ..codes.hooks import keep_tensors
 from ..codes.payload import PayloadFormat, QuantizedTensor
+from ..codes.saved_bits import to_cpu
 from ..ops.layout import dense_rows
 from .double_backward import first_order_only
 
@@ -127,12 +128,9 @@ class _Chain(Function):
             offset=draw.offset,
             rotated=chain.rotated,
         )
-        kept = keep_tensors()
-        payloads.take(codes, draw, offsets[0], kept)
+        payloads.take(codes, draw, offsets[0])
         drawn = [
             ops.DrawnBits.of(step.rounding, draw.seed, draw.offset + place)
-            if kept
-            else None
             for step, place in zip(chain.steps, offsets[1])
         ]
         for output, spec in zip(outputs, chain.output_payloads):
@@ -148,8 +146,12 @@ class _Chain(Function):
         codes, ctx.formats, ctx.draws = payloads.to_save(ctx.layouts)
         for of_step in drawn:
             ctx.draws += of_step.numbers if of_step else ops.NOT_DRAWN
-        ctx.save_for_backward(*parameters, *codes, *own)
         ctx.counts = count, len(parameters), len(parameters) + len(codes)
+        if keep_tensors():
+            ctx.save_for_backward(*parameters, *codes, *own)
+        else:
+            numbers, ctx.draws = to_cpu(ctx.draws), None
+            ctx.save_for_backward(*parameters, *codes, *own, numbers)
         ctx.plan, ctx.dtype = chain.plan, dtype
         ctx.wide = inputs[0].dtype is torch.float32
         ctx.set_materialize_grads(False)
@@ -159,6 +161,10 @@ class _Chain(Function):
     @first_order_only('A block that is fused')
     def backward(ctx, *grad_outputs):
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+        draws = ctx.draws
+        if draws is None:
+            *saved, numbers = saved
+            draws = numbers.tolist()
         inputs, first_code, first_kept = ctx.counts
         parameters = saved[:first_code]
         codes = saved[first_code:first_kept]
@@ -175,11 +181,12 @@ class _Chain(Function):
             ctx.wide,
             ctx.probe is not None,
             ctx.dtype,
-            ctx.draws,
+            draws,
         )
         first, *of_parameters = grads[inputs:]
         if first is not None:
-            payload = ctx.format.payload(*codes)
+            # For its variance, which depends on no random bits.
+            payload = ctx.format.make(*codes)
             fan = parameters[0][0].numel()
             ctx.probe.linear(payload, first, of_parameters[0], fan)
         return None, *grads[:inputs], *of_parameters
@@ -234,25 +241,22 @@ class _InputPayloads:
             encoded[place] = True
         return tuple(encoded)
 
-    def take(self, codes, draw, offsets, kept):
+    def take(self, codes, draw, offsets):
         """Take over the payloads that the op has made.
 
         Args:
             codes (Sequence[Tensor]): Second result of the op.
             draw (Draw): Seed, and offset of the first payload.
             offsets (Sequence[int]): Offset of each input from that.
-            kept (bool): See :func:`.hooks.keep_tensors`.
         """
         begin = 0
         for place, quantizer, input, x, encoding in self._missing:
             end, bits = begin + encoding.num_tensors, encoding.bits
             if encoding.kind is ops.PayloadKind.ROWS:
                 bits /= x.shape[0]
-            drawn = None
-            if kept:
-                drawn = ops.DrawnBits.of(
-                    quantizer.rounding, draw.seed, draw.offset + offsets[place]
-                )
+            drawn = ops.DrawnBits.of(
+                quantizer.rounding, draw.seed, draw.offset + offsets[place]
+            )
             format = PayloadFormat.of(
                 x, bits, encoding.group_size, drawn=drawn
             )
@@ -283,13 +287,13 @@ class _InputPayloads:
                 formats += ops.NOT_ENCODED
                 draws += ops.NOT_DRAWN
                 continue
-            tensors, format = payload.tensors, payload.format
+            operands, format = payload.operands, payload.format
             if format.stride != x.stride():
                 layouts[strides:place] = torch.tensor(format.stride)
             kind = _KINDS[format.kind]
-            if kind is ops.PayloadKind.PLAIN and len(tensors) == 4:
+            if kind is ops.PayloadKind.PLAIN and len(operands) == 4:
                 kind = ops.PayloadKind.ROWS
-            codes += tensors
+            codes += operands
             formats += kind, int(format.bits), format.group_size
             drawn = format.drawn
             draws += ops.NOT_DRAWN if drawn is None else drawn.numbers
@@ -313,7 +317,7 @@ def _output_payload(spec, output, kept, parameters, drawn):
     format = PayloadFormat.of(
         output, spec.bits, spec.group_size, spec.kind, drawn
     )
-    return format.payload(*tensors)
+    return format.make(*tensors)
 
 
 def _cast(parameters, dtype):

@@ -77,7 +77,7 @@ class _CodedReLU(Function):
         format = PayloadFormat.of(
             seen, bits, group_size, 'zeroed', quantizer.drawn_bits(draw)
         )
-        made.append(format.payload(codes, ranges))
+        made.append(format.make(codes, ranges))
         ctx.save_for_backward(codes)
         ctx.stride, ctx.bits = format.stride, bits
         ctx.rotated = random['rotated']

@@ -364,13 +364,21 @@ class LayerQuantizer:
                 offset_tensor,
                 rotated,
             )
+        drawn = None
+        if self.rounding != 'stochastic':
+            # As drawn_bits(), without its calls.
+            drawn = ops.DrawnBits(seed, offset, offset_tensor, 0, rotated)
         format = PayloadFormat(
             rows.shape,
             rows.stride(),
             rows.dtype,
             bits,
             group_size,
-            drawn=self.drawn_bits(draw),
+            drawn=drawn,
+            # A call less where there are no hooks, which is nearly always.
+            saves_bits=drawn is not None
+            and top_hooks(True) is not None
+            and not keep_tensors(),
         )
         return QuantizedTensor(format, codes, ranges, row_bits, row_starts)
 
@@ -392,13 +400,9 @@ class LayerQuantizer:
             draw (Draw): Seed and offset that they were rounded with.
 
         Returns:
-            DrawnBits, optional: None where codes alone are decoded: by the
-            settings, or because :func:`.hooks.keep_tensors` is False.
+            DrawnBits, optional: None where codes alone are decoded.
         """
-        # A call less where there are no hooks: this runs for every payload.
-        if top_hooks(True) is None or keep_tensors():
-            return ops.DrawnBits.of(self.rounding, *draw)
-        return None
+        return ops.DrawnBits.of(self.rounding, *draw)
 
     def encoding(self, samples):
         """Format with which an op encodes a tensor as :meth:`pack` would.
