@@ -164,6 +164,8 @@ def saved_tensors():
         saved.append(tensor)
         return tensor
 
+    # Random bits stay with the formats of payloads, as without hooks.
+    pack.keeps_tensors = True
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         yield saved
 
