@@ -543,6 +543,11 @@ LEVELS = {
         Level('L1', conv=4, norm=None, mask=True, act=8, chunk_mib=256),
         Level('L2', conv=4, norm=4, mask=True, act=4, chunk_mib=256),
         _L3,
+        # The least memory: rotated codes, whose error at a bit for values is
+        # bearable. One bit of those of rectified values is the mask.
+        dataclasses.replace(
+            _L3, name='L3S', norm=1, rectified=2, rounding='rotated'
+        ),
         # As L3, in smaller pieces: a lower peak, and more calls.
         dataclasses.replace(_L3, name='L3.1', chunk_mib=64),
         # As L3, and the codes wait in host memory.

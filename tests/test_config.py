@@ -26,7 +26,7 @@ def small_model():
 class TestTable:
     def test_names(self):
         assert list(LEVELS) == [
-            'L0', 'L1', 'L2', 'L3', 'L3.1', 'L4', 'L5', 'swap',
+            'L0', 'L1', 'L2', 'L3', 'L3S', 'L3.1', 'L4', 'L5', 'swap',
         ]  # fmt: skip
         assert all(LEVELS[name].name == name for name in LEVELS)
 
@@ -37,6 +37,7 @@ class TestTable:
             ('L1', 4, None, 8, True, False),
             ('L2', 4, 4, 4, True, False),
             ('L3', 2, 2, 4, True, True),
+            ('L3S', 2, 1, 4, True, True),
             ('L3.1', 2, 2, 4, True, True),
             ('L4', 2, 2, 4, True, True),
             ('L5', 2, 2, 4, True, True),
@@ -52,6 +53,10 @@ class TestTable:
         assert level.expandable == (name == 'L5')
         chunks = {'L0': None, 'swap': None, 'L3.1': 64}
         assert level.chunk_mib == chunks.get(name, 256)
+        rectified = 2 if name == 'L3S' else 3 if adaptive else 4
+        assert level.rectified == rectified
+        rounding = 'rotated' if name == 'L3S' else ops.DEFAULT_ROUNDING
+        assert level.rounding == rounding
 
 
 class TestGetLevel:
@@ -74,6 +79,8 @@ class TestGetLevel:
             (dict(base=dict(conv=4), norm=4.0), 'L3(conv=4,norm=4)'),
             (dict(base='L2', relu_bits=2), 'L2(rectified=2)'),
             (dict(base='L4', conv=2.0), 'L4'),
+            (dict(norm=1, relu_bits=2, rounding='rotated'), 'L3S'),
+            (dict(base='L3S', swap=True), 'L3S(swap=True)'),
             (dict(base='L1', norm=4, act=4), 'L2'),
             (dict(offload=dict(swap=True)), 'L4'),
             (
