@@ -7,14 +7,11 @@ import torch
 
 from mmactnn import convert_model
 from mmactnn.codes.quantizer import LayerQuantizer
+from mmactnn.ops.rotation import SQUARED_ERRORS
 
 # Relative error of exact results: that of float32 itself,
 # with fast convolutions, and far below that of codes.
 FLOAT32_ERROR = 1e-5
-
-# Of levels at equal distances for the standard normal distribution, by bits:
-# J. Max, "Quantizing for minimum distortion", 1960, Table II.
-SQUARED_ERRORS = {1: 0.3634, 2: 0.1188, 3: 0.03744}
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

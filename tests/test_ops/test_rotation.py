@@ -4,13 +4,18 @@ import math
 
 import pytest
 import torch
-from support.layers import SQUARED_ERRORS, assert_same_bits
+from support.layers import assert_same_bits
 from support.pairs import case, pairs
 from support.roundings import encoding
 
 from mmactnn import ops
 from mmactnn.ops import rotation_reference
-from mmactnn.ops.rotation import MAX_ROTATED_BITS, ROTATION, rotates
+from mmactnn.ops.rotation import (
+    MAX_ROTATED_BITS,
+    ROTATION,
+    SQUARED_ERRORS,
+    rotates,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BITS = (1, 2, 3)
