@@ -298,7 +298,7 @@ class TestLaw:
             256, generator=torch.Generator().manual_seed(3)
         ).to(device)
         bias, variance = self.study(values, kind, bits)
-        # 1.5 % of the norm.
+        # 1.5 % of the norm: 1.2 % at most were seen.
         assert abs(bias) < 0.015**2
         assert variance == pytest.approx(error / (1 - error), rel=0.05)
 
@@ -308,8 +308,8 @@ class TestLaw:
         'one': 0.5,
         'two equal ones': 0.5,
         'four': 0.5,
-        'half': 0.03,
-        'heavy tails': 0.05,
+        'half': 0.015,
+        'heavy tails': 0.1,
     }
 
     def make_values(self, name):
