@@ -11,7 +11,7 @@ from support.layers import exact_numerics
 from torch import nn
 
 import mmactnn
-from mmactnn import LEVELS, Level, Rule, convert_model, get_level
+from mmactnn import LEVELS, Level, Rule, convert_model, get_level, ops
 
 # The package has a function of this name.
 conv_module = importlib.import_module('mmactnn.autograd.conv')
@@ -26,7 +26,7 @@ def small_model():
 class TestTable:
     def test_names(self):
         assert list(LEVELS) == [
-            'L0', 'L1', 'L2', 'L3', 'L3.1', 'L4', 'L5', 'swap',
+            'L0', 'L1', 'L2', 'L3', 'L3S', 'L3.1', 'L4', 'L5', 'swap',
         ]  # fmt: skip
         assert all(LEVELS[name].name == name for name in LEVELS)
 
@@ -37,6 +37,7 @@ class TestTable:
             ('L1', 4, None, 8, True, False),
             ('L2', 4, 4, 4, True, False),
             ('L3', 2, 2, 4, True, True),
+            ('L3S', 2, 1, 4, True, True),
             ('L3.1', 2, 2, 4, True, True),
             ('L4', 2, 2, 4, True, True),
             ('L5', 2, 2, 4, True, True),
@@ -52,6 +53,10 @@ class TestTable:
         assert level.expandable == (name == 'L5')
         chunks = {'L0': None, 'swap': None, 'L3.1': 64}
         assert level.chunk_mib == chunks.get(name, 256)
+        rectified = 2 if name == 'L3S' else 3 if adaptive else 4
+        assert level.rectified == rectified
+        rounding = 'rotated' if name == 'L3S' else ops.DEFAULT_ROUNDING
+        assert level.rounding == rounding
 
 
 class TestGetLevel:
@@ -74,6 +79,8 @@ class TestGetLevel:
             (dict(base=dict(conv=4), norm=4.0), 'L3(conv=4,norm=4)'),
             (dict(base='L2', relu_bits=2), 'L2(rectified=2)'),
             (dict(base='L4', conv=2.0), 'L4'),
+            (dict(norm=1, relu_bits=2, rounding='rotated'), 'L3S'),
+            (dict(base='L3S', swap=True), 'L3S(swap=True)'),
             (dict(base='L1', norm=4, act=4), 'L2'),
             (dict(offload=dict(swap=True)), 'L4'),
             (
@@ -177,12 +184,30 @@ class TestGetLevel:
 
 
 class TestRounding:
-    @pytest.mark.parametrize('rounding', ['dither', 'stochastic'])
+    @pytest.mark.parametrize('rounding', ops.ROUNDINGS)
     def test_decides_how_payloads_are_decoded(self, rounding):
         model = small_model()
-        convert_model(model, dict(base='L2', rounding=rounding))
-        payload = model[0].quantizer.pack(torch.randn(2, 3, 16, 16))
-        assert (payload.format.drawn is not None) == (rounding == 'dither')
+        convert_model(model, dict(base='L2', conv=2, rounding=rounding))
+        quantizer = model[0].quantizer
+        x = torch.randn(2, 3, 16, 16)
+        payload = quantizer.pack(x)
+        drawn = payload.format.drawn
+        assert (drawn is None) == (rounding == 'stochastic')
+        assert bool(drawn and drawn.rotated) == (rounding == 'rotated')
+        quantizer.generator.seek(0)
+        draw = quantizer.generator.next(x.device)
+        quantizer.generator.seek(0)
+        payload = quantizer.pack(x)
+        expected = ops.quantize(x, 2, **quantizer.random(draw))
+        assert torch.equal(payload.codes, expected[0])
+        assert torch.equal(
+            payload.unpack(),
+            ops.dequantize(
+                *expected,
+                *(x.shape, x.stride(), x.dtype, 2),
+                drawn=ops.DrawnBits.of(rounding, *draw),
+            ),
+        )
 
     def test_gradients_have_half_the_variance(self):
         images = torch.randn(2, 3, 16, 16)
@@ -208,6 +233,24 @@ class TestRounding:
         ratio = float(spread['stochastic'] / spread['dither'])
         assert 1.6 < ratio < 2.4
 
+    @pytest.mark.parametrize('where', ['model', 'rule', 'layer'])
+    def test_rotated_groups_are_of_one_size(self, where):
+        model, level, size = small_model(), dict(rounding='rotated'), {}
+        if where == 'model':
+            size = dict(group_size=64)
+        elif where == 'rule':
+            level['rules'] = {'0': dict(group_size=64)}
+        else:
+            model[0] = mmactnn.QConv2d(3, 4, 3, group_size=64)
+        message = "1 to 3 bits.*layer '0' must be 256.*got group_size=64"
+        with pytest.raises(ValueError, match=message):
+            convert_model(model, level, **size)
+        assert type(model[1]) is nn.BatchNorm2d
+        # An exact layer has no groups.
+        exact = dict(base='L0', rounding='rotated')
+        convert_model(model, exact, group_size=64)
+        assert model[0].quantizer.exact
+
     def test_is_part_of_the_name(self):
         level = get_level(dict(rounding='stochastic'))
         assert level.name == "L3(rounding='stochastic')"
@@ -217,10 +260,10 @@ class TestRounding:
     def test_of_a_pickle_from_before_there_was_a_choice(self):
         quantizer = mmactnn.QConv2d(3, 4, 3).quantizer
         state = quantizer.__getstate__()
-        del state['rounding'], state['dithers']
+        del state['rounding']
         old = object.__new__(type(quantizer))
         old.__setstate__(state)
-        assert old.rounding == 'stochastic' and not old.dithers
+        assert old.rounding == 'stochastic'
 
 
 class TestConversion:

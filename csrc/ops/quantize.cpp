@@ -35,6 +35,7 @@ Tensor decode(const Tensor& codes, const Tensor& ranges,
               const std::vector<int64_t>& stride, ScalarType dtype,
               const Geometry& geometry, const CodeLayout& layout,
               const DrawnBits& drawn) {
+  check_rotated_group(drawn.rotated, geometry.group_size);
   const Tensor output = empty_strided(codes, size, stride, dtype);
   check_dtype("dtype", output);
   check_dense("the output", output);

@@ -13,8 +13,8 @@ from torch.autograd import Function
 from .. import ops
 from ..codes.hooks import keep_tensors
 from ..codes.payload import PayloadFormat, QuantizedTensor
+from ..codes.saved_bits import to_cpu
 from ..ops.layout import dense_rows
-from ..ops.random_bits import as_int64
 from .double_backward import first_order_only
 
 _KINDS = {kind.name.lower(): kind for kind in ops.PayloadKind}
@@ -56,6 +56,7 @@ class Chain(NamedTuple):
             None where the next layer has to make one.
         casts (bool): Whether parameters have other dtypes than the op takes.
         generator (RoundingGenerator): Source of random bits.
+        rotated (bool): Whether payloads are rotated.
         observed (bool): Whether the chain can report to adaptive precision:
             for the first layer, if no other one reads an input.
         offsets (dict): Results of :func:`mmactnn.ops.find_offsets` so far, by
@@ -68,6 +69,7 @@ class Chain(NamedTuple):
     output_payloads: list
     casts: bool
     generator: object
+    rotated: bool
     observed: bool
     offsets: dict
 
@@ -124,16 +126,16 @@ class _Chain(Function):
             payloads.encodings,
             seed=draw.seed,
             offset=draw.offset,
+            rotated=chain.rotated,
         )
-        dithers = keep_tensors()
-        payloads.take(codes, draw, offsets[0], dithers)
+        payloads.take(codes, draw, offsets[0])
+        drawn = [
+            ops.DrawnBits.of(step.rounding, draw.seed, draw.offset + place)
+            for step, place in zip(chain.steps, offsets[1])
+        ]
         for output, spec in zip(outputs, chain.output_payloads):
             payload = None
             if spec is not None:
-                drawn = None
-                if dithers and chain.steps[spec.step].dithers:
-                    place = draw.offset + offsets[1][spec.step]
-                    drawn = ops.DrawnBits(draw.seed, place)
                 payload = _output_payload(spec, output, own, cast, drawn)
             call.payloads.append(payload)
         ctx.adaptive = _first_layer_bits(chain.input_quantizers)
@@ -142,14 +144,14 @@ class _Chain(Function):
             ctx.probe = payloads.probe()
             ctx.format = payloads.payloads[0].format
         codes, ctx.formats, ctx.draws = payloads.to_save(ctx.layouts)
-        seed = as_int64(draw.seed)
-        for step, place in zip(chain.steps, offsets[1]):
-            if dithers and step.dithers:
-                ctx.draws += 1, seed, as_int64(draw.offset + place)
-            else:
-                ctx.draws += ops.NOT_DITHERED
-        ctx.save_for_backward(*parameters, *codes, *own)
+        for of_step in drawn:
+            ctx.draws += of_step.numbers if of_step else ops.NOT_DRAWN
         ctx.counts = count, len(parameters), len(parameters) + len(codes)
+        if keep_tensors():
+            ctx.save_for_backward(*parameters, *codes, *own)
+        else:
+            numbers, ctx.draws = to_cpu(ctx.draws), None
+            ctx.save_for_backward(*parameters, *codes, *own, numbers)
         ctx.plan, ctx.dtype = chain.plan, dtype
         ctx.wide = inputs[0].dtype is torch.float32
         ctx.set_materialize_grads(False)
@@ -159,6 +161,10 @@ class _Chain(Function):
     @first_order_only('A block that is fused')
     def backward(ctx, *grad_outputs):
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+        draws = ctx.draws
+        if draws is None:
+            *saved, numbers = saved
+            draws = numbers.tolist()
         inputs, first_code, first_kept = ctx.counts
         parameters = saved[:first_code]
         codes = saved[first_code:first_kept]
@@ -175,11 +181,12 @@ class _Chain(Function):
             ctx.wide,
             ctx.probe is not None,
             ctx.dtype,
-            ctx.draws,
+            draws,
         )
         first, *of_parameters = grads[inputs:]
         if first is not None:
-            payload = ctx.format.payload(*codes)
+            # For its variance, which depends on no random bits.
+            payload = ctx.format.make(*codes)
             fan = parameters[0][0].numel()
             ctx.probe.linear(payload, first, of_parameters[0], fan)
         return None, *grads[:inputs], *of_parameters
@@ -234,23 +241,22 @@ class _InputPayloads:
             encoded[place] = True
         return tuple(encoded)
 
-    def take(self, codes, draw, offsets, dithers):
+    def take(self, codes, draw, offsets):
         """Take over the payloads that the op has made.
 
         Args:
             codes (Sequence[Tensor]): Second result of the op.
             draw (Draw): Seed, and offset of the first payload.
             offsets (Sequence[int]): Offset of each input from that.
-            dithers (bool): Whether codes may be decoded with dither.
         """
         begin = 0
         for place, quantizer, input, x, encoding in self._missing:
             end, bits = begin + encoding.num_tensors, encoding.bits
             if encoding.kind is ops.PayloadKind.ROWS:
                 bits /= x.shape[0]
-            drawn = None
-            if dithers and quantizer.dithers:
-                drawn = ops.DrawnBits(draw.seed, draw.offset + offsets[place])
+            drawn = ops.DrawnBits.of(
+                quantizer.rounding, draw.seed, draw.offset + offsets[place]
+            )
             format = PayloadFormat.of(
                 x, bits, encoding.group_size, drawn=drawn
             )
@@ -279,18 +285,18 @@ class _InputPayloads:
             strides, place = place + 1 + x.dim(), place + 1 + 2 * x.dim()
             if payload is None:
                 formats += ops.NOT_ENCODED
-                draws += ops.NOT_DITHERED
+                draws += ops.NOT_DRAWN
                 continue
-            tensors, format = payload.tensors, payload.format
+            operands, format = payload.operands, payload.format
             if format.stride != x.stride():
                 layouts[strides:place] = torch.tensor(format.stride)
             kind = _KINDS[format.kind]
-            if kind is ops.PayloadKind.PLAIN and len(tensors) == 4:
+            if kind is ops.PayloadKind.PLAIN and len(operands) == 4:
                 kind = ops.PayloadKind.ROWS
-            codes += tensors
+            codes += operands
             formats += kind, int(format.bits), format.group_size
             drawn = format.drawn
-            draws += ops.NOT_DITHERED if drawn is None else drawn.numbers
+            draws += ops.NOT_DRAWN if drawn is None else drawn.numbers
         return codes, formats, draws
 
 
@@ -305,12 +311,13 @@ def _output_payload(spec, output, kept, parameters, drawn):
     if spec.kind == 'split':
         first = spec.layer * ops.PARAMETERS
         tensors += parameters[first + 2 : first + ops.PARAMETERS]
-    if drawn is not None and spec.follows_sum:
+    drawn = drawn[spec.step]
+    if drawn and spec.follows_sum:
         drawn = drawn.second()
     format = PayloadFormat.of(
         output, spec.bits, spec.group_size, spec.kind, drawn
     )
-    return format.payload(*tensors)
+    return format.make(*tensors)
 
 
 def _cast(parameters, dtype):

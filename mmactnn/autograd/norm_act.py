@@ -56,7 +56,7 @@ class _NormAct(Function):
         kind = 'split' if relu and not adds else 'plain'
         bits = quantizer.fused_bits
         draw = quantizer.generator.next(x.device)
-        random, drawn = draw._asdict(), quantizer.drawn_bits(draw)
+        random, drawn = quantizer.random(draw), quantizer.drawn_bits(draw)
         norm = PayloadFormat.of(
             x, getattr(bits, kind), quantizer.group_size, kind, drawn
         )
@@ -93,9 +93,9 @@ class _NormAct(Function):
                 kind='zeroed',
                 drawn=drawn and drawn.second(),
             )
-            payload = act.payload(*codes[2:])
+            payload = act.make(*codes[2:])
         elif relu:
-            payload = norm.payload(*codes, *tensors[2:])
+            payload = norm.make(*codes, *tensors[2:])
         if quantizer.meter is not None:
             mean = meta_tensor(invstd.shape, invstd.dtype)
             call = Call(read, output, statistics=(invstd, mean))
@@ -109,14 +109,17 @@ class _NormAct(Function):
         # Layers that read the output share this payload.
         if payload is not None:
             made.append(payload)
-        ctx.save_for_backward(weight, invstd, *codes)
+        # Those of the normalised input tell those of the output.
+        ctx.save_for_backward(weight, invstd, *codes, *norm.bits_to_save)
         return output
 
     @staticmethod
     @first_order_only('A normalisation that is fused with what follows')
     def backward(ctx, grad_output):
-        weight, invstd, codes, ranges, *act = ctx.saved_tensors
+        weight, invstd, *kept = ctx.saved_tensors
         record, needs = ctx.record, ctx.needs_input_grad
+        norm, (codes, ranges, *act) = record.norm.split_saved(kept)
+        record = record._replace(norm=norm)
         grad = ops.layout.with_strides(grad_output, record.norm.stride)
         compute = (
             _gradients if record.group is None else _global_batch_gradients

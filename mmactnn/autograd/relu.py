@@ -65,7 +65,7 @@ class _CodedReLU(Function):
         rows = ops.layout.dense_rows(input)
         bits, group_size = quantizer.bits, quantizer.group_size
         draw = quantizer.generator.next(rows.device)
-        random = draw._asdict()
+        random = quantizer.random(draw)
         if inplace and rows is input:
             seen = input
             codes, ranges = ops.relu_codes_(input, bits, group_size, **random)
@@ -77,9 +77,10 @@ class _CodedReLU(Function):
         format = PayloadFormat.of(
             seen, bits, group_size, 'zeroed', quantizer.drawn_bits(draw)
         )
-        made.append(format.payload(codes, ranges))
+        made.append(format.make(codes, ranges))
         ctx.save_for_backward(codes)
         ctx.stride, ctx.bits = format.stride, bits
+        ctx.rotated = random['rotated']
         if quantizer.meter is not None:
             call = Call(input, output, inplace=inplace)
             quantizer.record((codes, ranges), call)
@@ -88,11 +89,11 @@ class _CodedReLU(Function):
     @staticmethod
     def backward(ctx, grad_output):
         (codes,) = ctx.saved_tensors
-        stride, bits = ctx.stride, ctx.bits
+        stride, format = ctx.stride, (ctx.bits, ctx.rotated)
 
         def apply_mask(grad):
             grad = ops.layout.with_strides(grad, stride)
-            return ops.relu_codes_backward(grad, codes, bits)
+            return ops.relu_codes_backward(grad, codes, *format)
 
         grad_input = linear_map(apply_mask, apply_mask, grad_output)
         return grad_input, None, None, None

@@ -13,7 +13,8 @@ def keep_tensors():
     Not in a checkpointed block (``torch.utils.checkpoint`` without
     reentrance): there the tensors of a second forward pass take the place of
     those of the first one, but all else that a node keeps stays as it was.
-    Random bits of the first pass would not be those of such codes.
+    Random bits of the first pass would not be those of such codes, and
+    therefore have to be saved beside them.
 
     Returns:
         bool: False under hooks whose first function has no attribute

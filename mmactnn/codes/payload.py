@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 
 from .. import ops
+from .hooks import keep_tensors
+from .saved_bits import bits_to_tensors, split_saved
 
 # All samples of a tensor, as a range of them.
 WHOLE = slice(None)
@@ -23,7 +25,12 @@ class PayloadFormat(NamedTuple):
         group_size (int): Elements a range.
         kind (str): Kind of the codes: ``'plain'``, ``'split'`` or
             ``'zeroed'``.
-        drawn (DrawnBits, optional): Random bits that decoding subtracts.
+        drawn (DrawnBits, optional): Random bits that the tensor was rounded
+            with; None: codes alone are decoded.
+        saves_bits (bool): Whether the random bits are saved, as the last
+            tensors of a payload: those of ``drawn`` need not be the ones that
+            belong to the codes of the backward pass, see
+            :func:`.hooks.keep_tensors`.
     """
 
     size: torch.Size
@@ -33,12 +40,25 @@ class PayloadFormat(NamedTuple):
     group_size: int
     kind: str = 'plain'
     drawn: ops.DrawnBits | None = None
+    saves_bits: bool = False
 
     @classmethod
     def of(cls, tensor, bits, group_size, kind='plain', drawn=None):
-        """Format of a tensor that is quantised in its own layout."""
+        """Format of a tensor that is quantised now, in its own layout."""
         layout = tensor.shape, tensor.stride(), tensor.dtype
-        return cls(*layout, bits, group_size, kind, drawn)
+        saves_bits = drawn is not None and not keep_tensors()
+        return cls(*layout, bits, group_size, kind, drawn, saves_bits)
+
+    def make(self, *operands):
+        """Make a payload from this format and tensors that were just made.
+
+        Args:
+            *operands (Tensor, optional): Its ``operands``.
+
+        Returns:
+            Payload: The payload.
+        """
+        return _PAYLOADS[self.kind](self, *operands)
 
     def payload(self, *tensors):
         """Make a payload from this format and saved tensors.
@@ -49,7 +69,29 @@ class PayloadFormat(NamedTuple):
         Returns:
             Payload: The payload.
         """
-        return _PAYLOADS[self.kind](self, *tensors)
+        format, operands = self.split_saved(tensors)
+        return format.make(*operands)
+
+    @property
+    def bits_to_save(self):
+        """tuple[Tensor]: Random bits, to be saved behind the operands."""
+        return bits_to_tensors(self.drawn) if self.saves_bits else ()
+
+    def split_saved(self, tensors):
+        """Take the random bits from saved tensors.
+
+        Args:
+            tensors (Sequence[Tensor | None]): Operands, and what
+                ``bits_to_save`` was.
+
+        Returns:
+            tuple[PayloadFormat, Sequence[Tensor | None]]: This format, with
+            the random bits that belong to the operands; operands.
+        """
+        if not self.saves_bits:
+            return self, tensors
+        operands, drawn = split_saved(tensors, self.drawn)
+        return self._replace(drawn=drawn), operands
 
 
 class Payload:
@@ -60,7 +102,7 @@ class Payload:
 
     Attributes:
         format (PayloadFormat): Shape, layout, dtype and bits.
-        tensors (tuple[Tensor | None]): Tensors to save for backward.
+        operands (tuple[Tensor | None]): Tensors that are decoded.
         rectified (bool): Whether the tensor is a rectifier's output.
         layer_bits (LayerBits, optional): Source of its bits, if adaptive.
     """
@@ -69,9 +111,16 @@ class Payload:
     layer_bits = None
 
     @property
+    def tensors(self):
+        """tuple[Tensor | None]: Tensors to save for backward."""
+        if not self.format.saves_bits:
+            return self.operands
+        return *self.operands, *self.format.bits_to_save
+
+    @property
     def nbytes(self):
         """int: Bytes of codes, ranges and bits of samples."""
-        return sum(t.nbytes for t in self.tensors if t is not None)
+        return sum(t.nbytes for t in self.operands if t is not None)
 
     def unpack(self, start=None, stop=None):
         """Dequantise all samples or a range of them.
@@ -158,9 +207,9 @@ class QuantizedTensor(Payload):
         self.ranges = ranges
         self.row_bits = row_bits
         self.row_starts = row_starts
-        self.tensors = (codes, ranges)
+        self.operands = (codes, ranges)
         if row_bits is not None:
-            self.tensors = (codes, ranges, row_bits, row_starts)
+            self.operands = (codes, ranges, row_bits, row_starts)
 
     def unpack(self, start=None, stop=None):
         """See the base class."""
@@ -198,7 +247,8 @@ class SplitTensor(Payload):
         format (PayloadFormat): Shape, layout, dtype and bits.
         codes (Tensor[N, ceil(M / 8) * bits]): uint8, split codes; see
             :func:`mmactnn.ops.norm_act`.
-        ranges (Tensor[N, ceil(M / group_size), 4]): bfloat16.
+        ranges (Tensor[N, ceil(M / group_size), R]): bfloat16, R being 4, or
+            3 for rotated codes.
         weight (Tensor[C], optional): float32, scale of the normalisation.
         bias (Tensor[C], optional): float32, shift of the normalisation.
     """
@@ -213,8 +263,8 @@ class SplitTensor(Payload):
         self.bias = bias
 
     @property
-    def tensors(self):
-        """tuple[Tensor | None]: Tensors to save for backward."""
+    def operands(self):
+        """tuple[Tensor | None]: See the base class."""
         return self.codes, self.ranges, self.weight, self.bias
 
     def unpack(self, start=None, stop=None):
@@ -250,8 +300,8 @@ class ZeroedTensor(Payload):
         self.ranges = ranges
 
     @property
-    def tensors(self):
-        """tuple[Tensor]: Tensors to save for backward."""
+    def operands(self):
+        """tuple[Tensor]: See the base class."""
         return self.codes, self.ranges
 
     def unpack(self, start=None, stop=None):

@@ -8,6 +8,7 @@ import torch
 from .. import ops
 from ..extension import has_kernels
 from ..ops.quantize import VALID_DTYPES, check_rows
+from ..ops.rounding import check_rounding
 from ..precision import sensitivity
 from ..precision.allocation import MAX_BITS, MIN_BITS
 from ..random import default_generator
@@ -150,16 +151,16 @@ class LayerQuantizer:
         cache (PayloadCache, optional): Payloads that the layers of the model
             share. Defaults to the one of all unconverted layers.
         rounding (str, optional): See :class:`mmactnn.Compression`. Defaults
-            to ``'dither'``.
+            to that of levels.
 
     Attributes:
         chunk_bytes (int, optional): ``chunk_mib`` in bytes.
-        dithers (bool): Whether payloads are decoded with dither.
         meter (LayerMeter, optional): Counter of kept tensors, while they are
             measured.
 
     Raises:
-        ValueError: If ``bits`` or ``group_size`` is not valid.
+        ValueError: If ``bits`` or ``group_size`` is not valid, or there are
+            no codes for ``rounding`` and ``group_size``.
     """
 
     def __init__(
@@ -173,10 +174,12 @@ class LayerQuantizer:
         strict=False,
         fused_bits=None,
         cache=None,
-        rounding='dither',
+        rounding=ops.DEFAULT_ROUNDING,
     ):
         whole = bits and layer_bits is None
         ops.check_format(bits if whole else 1, group_size)
+        if bits is not None:
+            check_rounding(rounding, group_size)
         self.bits = bits
         self.group_size = group_size
         self.generator = generator or default_generator
@@ -187,7 +190,6 @@ class LayerQuantizer:
         self.fused_bits = fused_bits
         self.cache = cache or default_cache
         self.rounding = rounding
-        self.dithers = rounding == 'dither'
         self.meter = None
 
     @classmethod
@@ -231,7 +233,8 @@ class LayerQuantizer:
             LayerQuantizer: The settings.
 
         Raises:
-            ValueError: If bits or group size are not valid.
+            ValueError: If bits or group size are not valid, or there are no
+                codes for the level's rounding and the group size.
         """
         bits, layer_bits = layer_class.level_bits(level), None
         rule = level.rule_for(name)
@@ -257,6 +260,8 @@ class LayerQuantizer:
             ops.check_format(bits, group_size)
         sizes = (rule and rule.group_size, own.group_size, group_size)
         group_size = next(size for size in sizes if size is not None)
+        if bits is not None:
+            check_rounding(level.rounding, group_size, f' of layer {name!r}')
         strict = bits is not None and (has_own_bits or own.bits is not None)
         fused_bits = None
         if rectified is not None and bits is not None:
@@ -341,10 +346,11 @@ class LayerQuantizer:
         # As signed integers of 64 bits.
         seed -= seed >> 63 << 64
         offset -= offset >> 63 << 64
+        rotated = self.rounding == 'rotated'
         if row_bits is None:
             bits = int(bits)
             codes, ranges = torch.ops.mmactnn.quantize.default(
-                rows, bits, group_size, seed, offset, offset_tensor
+                rows, bits, group_size, seed, offset, offset_tensor, rotated
             )
         else:
             codes, ranges = torch.ops.mmactnn.quantize_rows.default(
@@ -356,16 +362,36 @@ class LayerQuantizer:
                 seed,
                 offset,
                 offset_tensor,
+                rotated,
             )
+        drawn = None
+        if self.rounding != 'stochastic':
+            # As drawn_bits(), without its calls.
+            drawn = ops.DrawnBits(seed, offset, offset_tensor, 0, rotated)
         format = PayloadFormat(
             rows.shape,
             rows.stride(),
             rows.dtype,
             bits,
             group_size,
-            drawn=self.drawn_bits(draw),
+            drawn=drawn,
+            # A call less where there are no hooks, which is nearly always.
+            saves_bits=drawn is not None
+            and top_hooks(True) is not None
+            and not keep_tensors(),
         )
         return QuantizedTensor(format, codes, ranges, row_bits, row_starts)
+
+    def random(self, draw):
+        """Arguments of ops that round as :meth:`pack` does.
+
+        Args:
+            draw (Draw): Seed and offset.
+
+        Returns:
+            dict: Keyword arguments of :func:`mmactnn.ops.quantize`.
+        """
+        return dict(draw._asdict(), rotated=self.rounding == 'rotated')
 
     def drawn_bits(self, draw):
         """Random bits that the payloads of a draw are decoded with.
@@ -374,13 +400,9 @@ class LayerQuantizer:
             draw (Draw): Seed and offset that they were rounded with.
 
         Returns:
-            DrawnBits, optional: None where codes alone are decoded: by the
-            settings, or because :func:`.hooks.keep_tensors` is False.
+            DrawnBits, optional: None where codes alone are decoded.
         """
-        # A call less where there are no hooks: this runs for every payload.
-        if self.dithers and (top_hooks(True) is None or keep_tensors()):
-            return ops.DrawnBits(*draw)
-        return None
+        return ops.DrawnBits.of(self.rounding, *draw)
 
     def encoding(self, samples):
         """Format with which an op encodes a tensor as :meth:`pack` would.
@@ -598,7 +620,6 @@ class LayerQuantizer:
         self.cache = state.get('cache') or default_cache
         # A pickle from before there was a choice.
         self.rounding = state.get('rounding', 'stochastic')
-        self.dithers = self.rounding == 'dither'
 
     def __repr__(self):
         return (

@@ -385,7 +385,10 @@ def _make_precision(level, num_samples):
             f'level {level.name} has use_gradient=True and needs num_samples, '
             'the size of the dataset, got None'
         )
-    return AdaptivePrecision(num_samples if level.use_gradient else None)
+    return AdaptivePrecision(
+        num_samples if level.use_gradient else None,
+        rotated=level.rounding == 'rotated',
+    )
 
 
 def _reads_images(module):

@@ -55,7 +55,7 @@ _QUANTIZER_STATE = itemgetter(
     'chunk_bytes',
     'strict',
     'fused_bits',
-    'dithers',
+    'rounding',
     'meter',
 )
 
@@ -229,7 +229,8 @@ def _read_state(layers):
             if type(relu) is not QReLU or any(_HOOKS(own)) or 'forward' in own:
                 return None
             quantizer = own['quantizer']
-            state += relu, _RELU_STATE(own), quantizer.bits, quantizer.dithers
+            state += relu, _RELU_STATE(own), quantizer.bits
+            state.append(quantizer.rounding)
     state += [None if p is None else p.dtype for p in parameters]
     return state, parameters, buffers
 

@@ -168,9 +168,20 @@ def plan_chain(layers, repeats):
     ]
     generator = layers[0].conv.quantizer.generator
     convs = [layer.conv for layer in layers]
-    if None in epilogues or not all(
-        _supports_conv(conv) and conv.quantizer.generator is generator
-        for conv in convs
+    # The op encodes all or none with rotated codes.
+    rotated = {
+        module.quantizer.rounding == 'rotated'
+        for layer in layers
+        for module in (layer.conv, layer.norm, layer.relu)
+        if module is not None
+    }
+    if (
+        len(rotated) > 1
+        or None in epilogues
+        or not all(
+            _supports_conv(conv) and conv.quantizer.generator is generator
+            for conv in convs
+        )
     ):
         return None
     steps = [
@@ -205,6 +216,7 @@ def plan_chain(layers, repeats):
         output_payloads,
         any(map(_needs_cast, norms)),
         generator,
+        rotated.pop(),
         observed == [0],
         {},
     )
@@ -298,15 +310,14 @@ def _plan_epilogue(norm, relu, has_residual):
     None if a chain does not support the layers.
     """
     if norm is None:
-        # Any valid group size; the op ignores it.
-        bits, group_size = 0, GROUP_SIZES[0]
-        if relu is not None:
-            bits, group_size = relu.quantizer.bits, relu.quantizer.group_size
-            if not (relu.is_coded and relu.training):
-                return None
-        epilogue = Epilogue.NONE if relu is None else Epilogue.RELU
-        dithers = relu is not None and relu.quantizer.dithers
-        return epilogue, False, bits, 0, group_size, dithers
+        if relu is None:
+            # Any valid group size; the op ignores it.
+            return Epilogue.NONE, False, 0, 0, GROUP_SIZES[0]
+        if not (relu.is_coded and relu.training):
+            return None
+        own = relu.quantizer
+        format = own.bits, 0, own.group_size, own.rounding
+        return Epilogue.RELU, False, *format
     fused, group_size = norm.quantizer.fused_bits, norm.quantizer.group_size
     # Without momentum the host counts the batches.
     counts = norm.training and norm.track_running_stats
@@ -323,5 +334,5 @@ def _plan_epilogue(norm, relu, has_residual):
         bits,
         act_bits,
         group_size,
-        norm.quantizer.dithers,
+        norm.quantizer.rounding,
     )

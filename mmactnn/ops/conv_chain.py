@@ -357,8 +357,8 @@ def conv_chain_backward(
             convolution's output, too.
         dtype (torch.dtype): Dtype of the inputs.
         draws (Sequence[int], optional): Random bits of the payloads of each
-            input and then of each step, one after the other: 1, seed and
-            offset as signed integers, whose ``act_codes`` have
+            input and then of each step, one after the other: their
+            :attr:`DrawnBits.numbers`, whose ``act_codes`` have
             :meth:`DrawnBits.second`; ``NOT_DRAWN`` where codes alone are
             decoded. Defaults to none.
 

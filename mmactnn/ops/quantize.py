@@ -212,7 +212,9 @@ def dequantize(
 
 
 @fake('quantize')
-def _fake_quantize(input, bits, group_size, seed, offset, offset_tensor=None, rotated=False):
+def _fake_quantize(
+    input, bits, group_size, seed, offset, offset_tensor=None, rotated=False
+):
     return empty_payload(input, bits, group_size)
 
 

@@ -29,13 +29,13 @@ class DrawnBits(NamedTuple):
     **Rotation.** The values of a group, less the mean of those of their kind
     (the elements that a rectifier lets pass, and the others), are multiplied
     by random signs and by a Hadamard matrix, and each coefficient is rounded
-    to the nearest of ``2 ** bits`` levels. The signs are the random bits; codes
-    cannot be decoded without them. The group's mean and the scale of its
-    levels take the place of ``low`` and ``step``. The variance at 1, 2 and 3
-    bits is about 1/5, 2/5 and 7/10 of dither's, for normally distributed
-    values; see ``csrc/common/rotation.h``. Codes with more bits for values,
-    and those of samples that are not whole groups of 256 elements, are
-    rounded and decoded with dither instead.
+    to the nearest of ``2 ** bits`` levels. The signs are the random bits;
+    codes cannot be decoded without them. The group's mean and the scale of
+    its levels take the place of ``low`` and ``step``. The variance at 1, 2
+    and 3 bits is about 1/5, 2/5 and 7/10 of dither's, for normally
+    distributed values; see ``csrc/common/rotation.h``. Codes with more bits
+    for values, and those of samples that are not whole groups of 256
+    elements, are rounded and decoded with dither instead.
 
     Attributes:
         seed (int): Key of the random bits, 64 bits.
@@ -53,6 +53,23 @@ class DrawnBits(NamedTuple):
     offset_tensor: torch.Tensor | None = None
     first_row: int = 0
     rotated: bool = False
+
+    @classmethod
+    def of(cls, rounding, seed, offset, offset_tensor=None):
+        """Random bits of a tensor by the way that it was rounded.
+
+        Args:
+            rounding (str): See :class:`mmactnn.Compression`.
+            seed (int): See the class.
+            offset (int): See the class.
+            offset_tensor (Tensor[1], optional): See the class.
+
+        Returns:
+            DrawnBits, optional: None if codes alone are decoded.
+        """
+        if rounding == 'stochastic':
+            return None
+        return cls(seed, offset, offset_tensor, 0, rounding == 'rotated')
 
     @property
     def numbers(self):

@@ -64,6 +64,13 @@ def _pack(codes, bits):
     return (stream << shifts).sum(-1).to(torch.uint8)
 
 
+def _pack_rows(codes, tensor, bits):
+    """:func:`_pack` of the codes (Tensor[G, S]) of a tensor's groups."""
+    rows, row_blocks = tensor.shape[0], -(-tensor[:1].numel() // 8)
+    padded = codes.numel() // rows if rows else 0
+    return _pack(codes.reshape(rows, padded)[:, : row_blocks * 8], bits)
+
+
 def _unpack(packed, bits):
     """The inverse of :func:`_pack`."""
     shifts = torch.arange(8, device=packed.device)
@@ -105,7 +112,7 @@ def quantize(
             groups, valid, True, bits, seed, offset
         )
         ranges = torch.stack([means[:, 1], scale], -1)
-        return _pack(codes.view(rows, -1), bits), _ranges(ranges, rows)
+        return _pack_rows(codes, input, bits), _ranges(ranges, rows)
     low, step = _make_range(groups, valid, levels)
     low_, step_ = low[:, None], step[:, None]
 
@@ -118,14 +125,15 @@ def quantize(
     special[groups.isnan() | low_.isnan()] = _NAN
     codes = torch.where(step_.isnan(), special.clamp(max=levels), codes)
 
-    codes = (codes * valid).view(rows, -1)[:, : row_blocks * 8]
     ranges = torch.stack([low, step], -1)
-    return _pack(codes, bits), _ranges(ranges, rows)
+    return _pack_rows(codes * valid, input, bits), _ranges(ranges, rows)
 
 
 def _ranges(numbers, rows):
     """Ranges (Tensor[N, G, R]) of all groups (Tensor[N * G, R])."""
-    return numbers.view(rows, -1, numbers.shape[-1]).to(torch.bfloat16)
+    count, width = numbers.shape
+    groups = count // rows if rows else 0
+    return numbers.view(rows, groups, width).to(torch.bfloat16)
 
 
 def dequantize(
@@ -246,7 +254,7 @@ def _split_codes(value, positive, bits, group_size, seed, offset, rotated):
         )
         codes = codes | kinds.long() << (bits - 1)
         ranges = torch.cat([means, scale[:, None]], -1)
-        return _pack(codes.view(rows, -1), bits), _ranges(ranges, rows)
+        return _pack_rows(codes, value, bits), _ranges(ranges, rows)
     random = _random16(rows, row_numel, group_size, seed, offset, value.device)
     codes, ranges = torch.zeros_like(random), []
     for sign, kind in enumerate([valid & ~kinds, valid & kinds]):
@@ -254,10 +262,8 @@ def _split_codes(value, positive, bits, group_size, seed, offset, rotated):
         code = code.clamp(max=levels) + (sign << (bits - 1))
         codes = torch.where(kind, code, codes)
         ranges += [low, step]
-    row_blocks = -(-row_numel // 8)
-    row_groups = -(-row_numel // group_size)
-    codes = codes.view(rows, row_groups * group_size)[:, : row_blocks * 8]
-    return _pack(codes, bits), _ranges(torch.stack(ranges, -1), rows)
+    ranges = torch.stack(ranges, -1)
+    return _pack_rows(codes, value, bits), _ranges(ranges, rows)
 
 
 def _zeroed_codes(value, bits, group_size, seed, offset, rotated):
@@ -272,15 +278,13 @@ def _zeroed_codes(value, bits, group_size, seed, offset, rotated):
         )
         codes = codes | kind.long() << (bits - 1)
         ranges = torch.stack([means[:, 1], scale], -1)
-        return _pack(codes.view(rows, -1), bits), _ranges(ranges, rows)
+        return _pack_rows(codes, value, bits), _ranges(ranges, rows)
     random = _random16(rows, row_numel, group_size, seed, offset, value.device)
     codes, low, step = _encode_kind(groups, kind, levels, random)
     nan = step.isnan()[:, None] & (codes == _NAN)
     codes = torch.where(kind, codes.where(~nan, 2) + 1, 0)
-    row_blocks = -(-row_numel // 8)
-    row_groups = -(-row_numel // group_size)
-    codes = codes.view(rows, row_groups * group_size)[:, : row_blocks * 8]
-    return _pack(codes, bits), _ranges(torch.stack([low, step], -1), rows)
+    ranges = torch.stack([low, step], -1)
+    return _pack_rows(codes, value, bits), _ranges(ranges, rows)
 
 
 def _per_element(tensor, out):
@@ -454,9 +458,7 @@ def norm_act(
             normal, positive, bits, group_size, seed, offset, rotated
         )
     else:
-        codes = quantize(
-            normal, bits, group_size, seed, offset, None, rotated
-        )
+        codes = quantize(normal, bits, group_size, seed, offset, None, rotated)
     if residual is not None:
         # Zeroed codes have a stream of their own, with the highest bit of the
         # counter set.
@@ -602,9 +604,7 @@ def quantize_rows(
     ranges = quantize(input, 1, group_size, seed, offset)[1]
     widths = zip(row_bits.tolist(), row_starts.tolist())
     for n, (bits, start) in enumerate(widths):
-        whole = quantize(
-            input, bits, group_size, seed, offset, None, rotated
-        )
+        whole = quantize(input, bits, group_size, seed, offset, None, rotated)
         first = _row_bytes(row_numel, start)[0]
         codes[first : first + whole[0].shape[1]] = whole[0][n]
         ranges[n] = whole[1][n]

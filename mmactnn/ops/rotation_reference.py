@@ -1,13 +1,10 @@
-"""Rotated codes in plain torch: specification of ``csrc/common/rotation.h``."""
+"""Rotated codes in plain torch, as in ``csrc/common/rotation.h``."""
 
 import torch
 
 from .philox_reference import pair_words
-from .rotation import ROTATION
+from .rotation import ROTATION, STEPS
 
-# Distance of levels for the standard normal distribution, by bits: J. Max,
-# "Quantizing for minimum distortion", 1960, Table II.
-STEPS = {1: 1.5958, 2: 0.9957, 3: 0.5860}
 _WORDS = ROTATION // 32
 
 

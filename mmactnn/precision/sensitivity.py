@@ -4,14 +4,18 @@ All in closed form and on the device. A group of range R that is rounded to b
 bits adds to each of its elements the variance
 ``E[f * (1 - f)] * (R / (2 ** b - 1)) ** 2``, with 1/6 for the mean over
 fractions f of a step that are uniform on [0, 1]; with dither it is 1/12
-whatever f is (:class:`mmactnn.ops.DrawnBits`). ``At one bit`` means times
-``(2 ** b - 1) ** 2`` for the mean b of the tensor's samples: the result
-includes the effect of how bits are allocated to samples.
+whatever f is (:class:`mmactnn.ops.DrawnBits`). A group that is rotated has
+``D / (1 - D)`` of the variance of its values, see
+:func:`.variance.variance_of_normal_values`. ``At one bit`` means over
+:func:`.variance.relative_variance` at the mean b of the tensor's samples: the
+result includes the effect of how bits are allocated to samples.
 """
 
 import torch
 
 from ..ops.channels import dims_but_channels
+from ..ops.rotation import ROTATION, SQUARED_ERRORS, STEPS, rotates
+from .variance import relative_variance
 
 
 def squared_norms(grad_output):
@@ -38,12 +42,46 @@ def variance_at_one_bit(payload):
     Returns:
         Tensor[N]: float32.
     """
+    format = payload.format
+    rotated = format.drawn is not None and format.drawn.rotated
+    # Also where a tensor of the model has samples that are not rotated: bits
+    # are compared by one curve, which is undone at the bits in force.
+    scale = relative_variance(format.bits, rotated)
+    return _variance(payload, rotated).mean(1) / scale
+
+
+def _variance(payload, rotated):
+    """Mean variance of the elements of each group (Tensor[N, G])."""
     low, steps = payload.ranges.float().unbind(-1)
-    levels = 2**payload.format.bits - 1
     squares = steps.square()
+    variance = squares / 6
     if payload.format.drawn is not None:
-        squares = torch.where(low == 0, squares, squares / 2)
-    return squares.mean(1) * (levels**2 / 6)
+        variance = torch.where(low == 0, variance, variance / 2)
+    row_numel = payload.format.size[1:].numel()
+    for bits in STEPS if rotated else ():
+        if not rotates(row_numel, bits):
+            continue
+        share = squares * _rotated_variance(bits)
+        if payload.row_bits is not None:
+            own = payload.row_bits.unsqueeze(1) == bits
+            variance = torch.where(own, share, variance)
+        elif payload.format.bits == bits:
+            variance = share
+    return variance
+
+
+def _rotated_variance(bits):
+    """Variance of elements of a rotated group over its squared scale.
+
+    What is decoded, less the mean, is ``scale * H q`` with the odd numbers q,
+    of the squared norm ``scale ** 2 * 256 * <q, q>``. For normally
+    distributed coefficients of variance 1 the levels ``step / 2 * q`` have
+    the mean square ``1 - D``. Of the norm the share D is an error, and of
+    that a 256th the error of an element.
+    """
+    error = SQUARED_ERRORS[bits]
+    mean_square = 4 * (1 - error) / STEPS[bits] ** 2  # of q
+    return ROTATION * mean_square * error
 
 
 def weight_gradient_variance(payload, grad_norms, fan):

@@ -7,6 +7,7 @@ import torch
 
 from mmactnn import convert_model
 from mmactnn.codes.quantizer import LayerQuantizer
+from mmactnn.ops.rotation import SQUARED_ERRORS
 
 # Relative error of exact results: that of float32 itself,
 # with fast convolutions, and far below that of codes.
@@ -160,6 +161,8 @@ def saved_tensors():
         saved.append(tensor)
         return tensor
 
+    # Random bits stay with the formats of payloads, as without hooks.
+    pack.keeps_tensors = True
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         yield saved
 
@@ -184,16 +187,24 @@ def rounding_variance(x, payload):
 
     A value a fraction f of a step above the code below it is rounded up with
     probability f: the variance is ``step ** 2 * f * (1 - f)``. With dither it
-    is ``step ** 2 / 12``, but where 0 is the smallest value.
+    is ``step ** 2 / 12``, but where 0 is the smallest value. With a rotation
+    it is that of the group's values times ``D / (1 - D)`` for levels of the
+    squared error D, if its coefficients are normally distributed.
 
     Args:
         x (Tensor[N, *]): Contiguous tensor that was quantised.
-        payload (QuantizedTensor): Its payload, for the ranges.
+        payload (QuantizedTensor): Its payload, for format and ranges.
 
     Returns:
         Tensor[N, *]: float64 variance of each element.
     """
     rows = x.detach().double().flatten(1)
+    drawn, bits = payload.format.drawn, payload.format.bits
+    if drawn is not None and drawn.rotated and bits in SQUARED_ERRORS:
+        groups = rows.view(-1, 256)
+        error = SQUARED_ERRORS[bits]
+        variance = groups.var(1, correction=0) * (error / (1 - error))
+        return variance.repeat_interleave(256).view_as(x)
     low, step = (
         payload.ranges.double()
         .repeat_interleave(payload.format.group_size, dim=1)
@@ -202,6 +213,6 @@ def rounding_variance(x, payload):
     low, step = low[:, : rows.shape[1]], step[:, : rows.shape[1]]
     fraction = ((rows - low) / step).frac()
     shares = fraction * (1 - fraction)
-    if payload.format.drawn is not None:
+    if drawn is not None:
         shares = shares.where(low == 0, 1 / 12)
     return (step**2 * shares).view_as(x)

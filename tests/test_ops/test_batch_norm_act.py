@@ -5,6 +5,7 @@ import torch
 from support.layers import assert_same_bits
 from support.opcheck import opcheck
 from support.pairs import in_turn, parametrize_pairs
+from support.roundings import encoding
 
 from mmactnn import ops
 
@@ -16,7 +17,12 @@ MODES = {
     'add': (True, True, 2, 2),
     'add, 1 and 7 bits': (True, True, 1, 7),
 }
-FORMAT = dict(group_size=64, seed=5, offset=9)
+DRAW = 5, 9
+
+
+def format_of(rounding):
+    group_size = 256 if rounding == 'rotated' else 64
+    return dict(group_size=group_size, **encoding(rounding, *DRAW))
 
 
 def make(shape, dtype=torch.float32, channels_last=False, device='cpu'):
@@ -34,7 +40,7 @@ def settings_of(mean, var, use_batch_stats, tracked=None):
     return ops.NormSettings(mean, var, tracked, use_batch_stats, 0.1, 1e-5)
 
 
-def run(op, tensors, mode, settings, affine=True):
+def run(op, tensors, mode, settings, affine=True, rounding='dither'):
     relu, adds, bits, act_bits = MODES[mode]
     x, residual, bias, _, weight, _ = tensors
     return op(
@@ -46,11 +52,11 @@ def run(op, tensors, mode, settings, affine=True):
         relu,
         bits,
         act_bits,
-        **FORMAT,
+        **format_of(rounding),
     )
 
 
-def put_together(tensors, mode, settings, affine=True):
+def put_together(tensors, mode, settings, affine=True, rounding='dither'):
     relu, adds, bits, act_bits = MODES[mode]
     x, residual, bias, _, weight, _ = tensors
     if settings.use_batch_stats:
@@ -70,7 +76,7 @@ def put_together(tensors, mode, settings, affine=True):
         relu,
         bits,
         act_bits,
-        **FORMAT,
+        **format_of(rounding),
     )
     return output, invstd, codes[: 4 if adds else 2]
 
@@ -90,15 +96,20 @@ def assert_equal(found, expected):
     dtype=[torch.float32, torch.float16, torch.bfloat16],
     channels_last=[False, True],
     use_batch_stats=[True, False],
+    rounding=['dither', 'rotated'],
 )
-def test_forward(mode, shape, dtype, channels_last, use_batch_stats, device):
+def test_forward(
+    mode, shape, dtype, channels_last, use_batch_stats, rounding, device
+):
+    format = dict(rounding=rounding)
     tensors = make(shape, dtype, channels_last, device)
     running = [t.clone() for t in (tensors[3], tensors[5])]
     tracked = torch.tensor(3, device=device)
     wanted = settings_of(*(t.clone() for t in running), use_batch_stats)
-    expected = put_together(tensors, mode, wanted)
+    expected = put_together(tensors, mode, wanted, **format)
     settings = settings_of(*running, use_batch_stats, tracked)
-    assert_equal(run(ops.batch_norm_act, tensors, mode, settings), expected)
+    found = run(ops.batch_norm_act, tensors, mode, settings, **format)
+    assert_equal(found, expected)
     assert_same_bits(settings.running_mean, wanted.running_mean)
     assert_same_bits(settings.running_var, wanted.running_var)
     assert tracked.item() == (4 if use_batch_stats else 3)
@@ -107,7 +118,9 @@ def test_forward(mode, shape, dtype, channels_last, use_batch_stats, device):
     settings = settings_of(
         *(t.clone() for t in (tensors[3], tensors[5])), use_batch_stats
     )
-    found = run(ops.batch_norm_act_, [x, *tensors[1:]], mode, settings)
+    found = run(
+        ops.batch_norm_act_, [x, *tensors[1:]], mode, settings, **format
+    )
     assert_equal((x, *found), expected)
 
 
@@ -125,12 +138,19 @@ def test_without_running_statistics_weight_and_bias(device):
     channels_last=[False, True],
     use_batch_stats=[True, False],
     affine=[True, False],
+    rounding=ops.ROUNDINGS,
 )
-def test_backward(mode, dtype, channels_last, use_batch_stats, affine, device):
+def test_backward(
+    mode, dtype, channels_last, use_batch_stats, affine, rounding, device
+):
+    group_size = format_of(rounding)['group_size']
+    random = dict(drawn=ops.DrawnBits.of(rounding, *DRAW))
     relu, adds, bits, act_bits = MODES[mode]
     tensors = make((3, 8, 16, 16), dtype, channels_last, device)
     settings = settings_of(tensors[3], tensors[5], use_batch_stats)
-    _, invstd, codes = run(ops.batch_norm_act, tensors, mode, settings)
+    _, invstd, codes = run(
+        ops.batch_norm_act, tensors, mode, settings, rounding=rounding
+    )
     grad = torch.randn_like(tensors[0])
     weight = tensors[4] if affine else None
     sums, (grad_input, *others) = ops.batch_norm_act_backward(
@@ -144,24 +164,29 @@ def test_backward(mode, dtype, channels_last, use_batch_stats, affine, device):
         True,
         bits,
         act_bits,
-        64,
+        group_size,
+        **random,
     )
     passed = grad
     if adds:
         passed, expected = ops.norm_add_grad_sums(
-            grad, *codes[:3], bits, act_bits, 64
+            grad, *codes[:3], bits, act_bits, group_size, **random
         )
         assert_same_bits(others[0], passed)
     else:
         assert not others
-        expected = ops.norm_grad_sums(grad, *codes[:2], bits, 64, relu)
+        expected = ops.norm_grad_sums(
+            grad, *codes[:2], bits, group_size, relu, **random
+        )
     assert_same_bits(torch.stack(sums), expected)
     # By a tensor: torch multiplies with the inverse of a number.
     count = torch.full_like(expected, grad.numel() // 8)
     means = expected / count * use_batch_stats
     scale = invstd if weight is None else invstd * weight
     wanted = ops.norm_grad_input(
-        passed, *codes[:2], scale, means, bits, 64, relu and not adds
+        *(passed, *codes[:2], scale, means, bits, group_size),
+        relu and not adds,
+        **random,
     )
     assert_same_bits(grad_input + 0, wanted + 0)
 
@@ -204,14 +229,15 @@ def test_wrong_arguments(device):
         ops.batch_norm_act_backward(x[:1], *codes, None, None, invstd, *rest)
 
 
+@pytest.mark.parametrize('rotated', [False, True])
 @pytest.mark.parametrize('mode', ['plain', 'relu', 'add'])
-def test_opcheck(mode, device):
+def test_opcheck(mode, rotated, device):
     relu, adds, bits, act_bits = MODES[mode]
     x, residual, bias, mean, weight, var = make((2, 4, 8, 8), device=device)
     added = residual if adds else None
     tracked = torch.tensor(0, device=device)
     statistics = (mean, var, tracked, True, 0.1, 1e-5)
-    format = (relu, bits, act_bits, 64, 1, 2)
+    format = (relu, bits, act_bits, 256, 1, 2, None, rotated)
     arguments = (x, added, weight, bias, *statistics, *format)
     for op in ('batch_norm_act', 'batch_norm_act_'):
         opcheck(getattr(torch.ops.mmactnn, op).default, arguments)
@@ -229,6 +255,7 @@ def test_opcheck(mode, device):
             True,
             bits,
             act_bits,
-            64,
+            256,
+            [1, 2, 0, int(rotated)],
         ),
     )

@@ -6,11 +6,12 @@ import pytest
 import torch
 from support.layers import assert_same_bits, exact_numerics
 from support.opcheck import opcheck
+from support.roundings import encoding
 
 from mmactnn import ops
 
 SEED = 5
-GROUP_SIZE = 64
+GROUP_SIZE = 256
 GEOMETRIES = [((1, 1), (0, 0), (1, 1), 1), ((2, 1), (1, 2), (1, 2), 2)]
 
 
@@ -50,7 +51,7 @@ def make_plan(steps, layers):
     return ops.ChainPlan.of(steps, [0.1, 1e-5] * layers)
 
 
-def run_ops(inputs, steps, layers):
+def run_ops(inputs, steps, layers, rounding='dither'):
     """The forward pass, op by op: all outputs and what each returned."""
     kept, outputs, draws = [], [], iter(range(7, 99))
     for step in steps:
@@ -73,7 +74,7 @@ def run_ops(inputs, steps, layers):
         )
         codes = []
         if step.epilogue is ops.Epilogue.RELU:
-            random = dict(seed=SEED, offset=next(draws))
+            random = encoding(rounding, SEED, next(draws))
             x, *codes = ops.relu_codes(x, step.bits, GROUP_SIZE, **random)
         elif step.epilogue is not ops.Epilogue.NONE:
             x, invstd, codes = ops.batch_norm_act(
@@ -86,8 +87,7 @@ def run_ops(inputs, steps, layers):
                 step.bits,
                 step.act_bits,
                 GROUP_SIZE,
-                seed=SEED,
-                offset=next(draws),
+                **encoding(rounding, SEED, next(draws)),
             )
             codes = [invstd, *codes]
         kept += codes
@@ -100,7 +100,9 @@ def flatten(layers):
     return [[t for layer in layers for t in layer[k]] for k in range(2)]
 
 
-def run_chain(inputs, steps, layers, formats=ops.NOT_ENCODED):
+def run_chain(
+    inputs, steps, layers, formats=ops.NOT_ENCODED, rounding='dither'
+):
     parameters, buffers = flatten(layers)
     return ops.conv_chain(
         inputs,
@@ -110,6 +112,7 @@ def run_chain(inputs, steps, layers, formats=ops.NOT_ENCODED):
         formats,
         seed=SEED,
         offset=7,
+        rotated=rounding == 'rotated',
     )
 
 
@@ -147,7 +150,7 @@ def run_backward(
         [
             number
             for draw in draws
-            for number in (draw.numbers if draw else ops.NOT_DITHERED)
+            for number in (draw.numbers if draw else ops.NOT_DRAWN)
         ],
     )
 
@@ -165,8 +168,11 @@ def run_backward(
         ['RELU', 'NORM_RELU', 'NORM'],
     ],
 )
-def test_forward_is_that_of_the_ops(names, dtype, channels_last, device):
-    x = torch.randn(3, 8, 9, 7, device=device, dtype=dtype)
+@pytest.mark.parametrize('rounding', ['dither', 'rotated'])
+def test_forward_is_that_of_the_ops(
+    rounding, names, dtype, channels_last, device
+):
+    x = torch.randn(3, 8, 8, 16, device=device, dtype=dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     layers, steps = [], []
@@ -178,8 +184,12 @@ def test_forward_is_that_of_the_ops(names, dtype, channels_last, device):
         source = i - 1 if i else INPUT
         steps.append(make_step(epilogue, source, i, None, geometry))
     with exact_numerics():
-        (*_, expected), expected_kept = run_ops([x], steps, clone(layers))
-        (output,), codes, kept, layouts = run_chain([x], steps, layers)
+        (*_, expected), expected_kept = run_ops(
+            [x], steps, clone(layers), rounding
+        )
+        (output,), codes, kept, layouts = run_chain(
+            [x], steps, layers, rounding=rounding
+        )
     assert_same_bits(output, expected)
     assert output.stride() == expected.stride()
     assert codes == []
@@ -262,16 +272,17 @@ def test_layers_that_run_for_two_inputs(device):
         assert_same_bits(found, tensor)
 
 
+@pytest.mark.parametrize('rounding', ['dither', 'rotated'])
 @pytest.mark.parametrize('kind', ['PLAIN', 'ROWS'])
-def test_inputs_that_are_encoded(kind, device):
-    x = torch.randn(3, 8, 9, 7, device=device)
+def test_inputs_that_are_encoded(kind, rounding, device):
+    x = torch.randn(3, 8, 8, 8, device=device)
     layer = make_layer(8, (1, 1), ops.Epilogue.RELU, torch.float32, device)
     # Two read it, and it is encoded once.
     steps = [make_step(ops.Epilogue.RELU), make_step(ops.Epilogue.RELU)]
     bits = 2 if kind == 'PLAIN' else 8
     format = ops.Encoding(ops.PayloadKind[kind], bits, GROUP_SIZE)
-    outputs, codes, kept, _ = run_chain([x], steps, [layer], format)
-    random = dict(seed=SEED, offset=7)
+    outputs, codes, kept, _ = run_chain([x], steps, [layer], format, rounding)
+    random = encoding(rounding, SEED, 7)
     if kind == 'PLAIN':
         expected = ops.quantize(x, 2, GROUP_SIZE, **random)
     else:
@@ -287,21 +298,21 @@ def test_inputs_that_are_encoded(kind, device):
         torch.nn.functional.conv2d(x, *layer[0][:2]),
         3,
         GROUP_SIZE,
-        seed=SEED,
-        offset=9,
+        **encoding(rounding, SEED, 9),
     )
     assert_same_bits(kept[2], wanted[0])
     assert_same_bits(outputs[1], x)
 
 
-@pytest.mark.parametrize('strided', [False, True])
+@pytest.mark.parametrize('rounding', ops.ROUNDINGS)
 @pytest.mark.parametrize('kind', ['PLAIN', 'ROWS'])
-def test_gradients_are_those_of_what_is_decoded(kind, strided, device):
+def test_gradients_are_those_of_what_is_decoded(kind, rounding, device):
     """In float64, of the values that the codes stand for.
 
-    Those of strided gradients with dither.
+    Those of the codes alone for strided gradients.
     """
-    inputs = [torch.randn(3, 8, 9, 7, device=device) for _ in range(2)]
+    strided = rounding == 'stochastic'
+    inputs = [torch.randn(3, 8, 8, 8, device=device) for _ in range(2)]
     names = ['RELU', 'RELU', 'NONE']
     layers = [
         make_layer(8, (1, 1), ops.Epilogue[name], torch.float32, device)
@@ -316,21 +327,24 @@ def test_gradients_are_those_of_what_is_decoded(kind, strided, device):
         for n in range(2)
         for i, name in enumerate(names)
     ]
-    bits = 8 if kind == 'PLAIN' else 24
+    # Of 3 samples.
+    bits = 2 if kind == 'PLAIN' else 9
     formats = ops.Encoding(ops.PayloadKind[kind], bits, GROUP_SIZE) * 2
-    outputs, codes, kept, layouts = run_chain(inputs, steps, layers, formats)
+    outputs, codes, kept, layouts = run_chain(
+        inputs, steps, layers, formats, rounding
+    )
     grads = [torch.randn_like(output) for output in outputs]
     if strided:
         grads = [
             g.contiguous(memory_format=torch.channels_last) for g in grads
         ]
     parameters, _ = flatten(layers)
-    draws = [None] * (len(inputs) + len(steps))
-    if strided:
-        offsets = ops.find_offsets(steps, (True, True))
-        draws = [
-            ops.DrawnBits(SEED, 7 + offset) for part in offsets for offset in part
-        ]
+    offsets = ops.find_offsets(steps, (True, True))
+    draws = [
+        ops.DrawnBits.of(rounding, SEED, 7 + offset)
+        for part in offsets
+        for offset in part
+    ]
     found = run_backward(
         grads,
         (codes, formats, kept, layouts),
@@ -348,7 +362,7 @@ def test_gradients_are_those_of_what_is_decoded(kind, strided, device):
         if kind == 'PLAIN':
             values = [
                 ops.dequantize(
-                    *own[:2], *layout, 8, GROUP_SIZE, drawn=draws[n]
+                    *own[:2], *layout, bits, GROUP_SIZE, drawn=draws[n]
                 )
             ]
         else:
@@ -369,7 +383,10 @@ def test_gradients_are_those_of_what_is_decoded(kind, strided, device):
         for i in (2, 1, 0):
             weight = parameters[4 * i].double()[:, :, 0, 0]
             if i < 2:
-                grad = grad * (values[i + 1] != 0)
+                ones = torch.ones_like(values[i + 1])
+                grad = grad * ops.relu_codes_backward(
+                    ones, kept[4 * n + 2 * i], 3, rounding == 'rotated'
+                )
             if n == 0 and i == 0:
                 wanted[2] = grad
             expected[4 * i + 1] += grad.sum((0, 2, 3))
@@ -649,13 +666,16 @@ def test_errors_of_the_backward_pass():
 # How the input is encoded has nothing to do with what follows.
 @pytest.mark.parametrize(
     ('epilogue', 'kind'),
-    zip(
-        ops.Epilogue,
-        itertools.cycle([ops.PayloadKind.PLAIN, ops.PayloadKind.ROWS]),
+    list(
+        zip(
+            ops.Epilogue,
+            itertools.cycle([ops.PayloadKind.PLAIN, ops.PayloadKind.ROWS]),
+        )
     ),
 )
-def test_opcheck(epilogue, kind, device):
-    x = torch.randn(2, 4, 6, 6, device=device)
+@pytest.mark.parametrize('rotated', [False, True])
+def test_opcheck(epilogue, kind, rotated, device):
+    x = torch.randn(2, 4, 8, 8, device=device)
     layers = [
         make_layer(4, (1, 1), each, x.dtype, device)
         for each in (ops.Epilogue.NORM_RELU, epilogue)
@@ -669,7 +689,7 @@ def test_opcheck(epilogue, kind, device):
     plan = make_plan(steps, len(layers))
     format = [int(kind), 3 if kind is ops.PayloadKind.PLAIN else 7, GROUP_SIZE]
     namespace = torch.ops.mmactnn
-    arguments = [x], parameters, buffers, *plan[:2], format, SEED, 7
+    arguments = [x], parameters, buffers, *plan[:2], format, SEED, 7, rotated
     opcheck(namespace.conv_chain.default, arguments)
     outputs, codes, kept, layouts = namespace.conv_chain.default(*arguments)
     needs = [int(parameter is not None) for parameter in parameters]
@@ -688,6 +708,7 @@ def test_opcheck(epilogue, kind, device):
             False,
             True,
             x.dtype,
+            [1 + rotated, SEED, 7] * 3,
         ),
     )
 

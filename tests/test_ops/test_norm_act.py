@@ -7,6 +7,7 @@ import torch
 from support.layers import assert_same_bits
 from support.opcheck import opcheck
 from support.pairs import case, in_turn
+from support.roundings import encoding
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -17,6 +18,7 @@ SHAPES = (
     (2, 5, 7, 7),
     (2, 16, 5, 7),
     (2, 64, 3, 5),  # of whole groups, which end inside of channels
+    (2, 64, 3, 4),  # the same of groups of 256
     (3, 3),
     (2, 6, 11),
     (1, 4, 3, 5, 7),
@@ -60,7 +62,16 @@ def make(shape, dtype, channels_last, special=False, device='cpu'):
     return [t.to(device) for t in (x, residual, mean, invstd, weight, bias)]
 
 
-def run(op, tensors, mode, group_size=64, seed=5, offset=9, affine=True):
+def run(
+    op,
+    tensors,
+    mode,
+    group_size=64,
+    seed=5,
+    offset=9,
+    affine=True,
+    rounding='dither',
+):
     relu, adds, bits, act_bits = MODES[mode]
     x, residual, mean, invstd, weight, bias = tensors
     return op(
@@ -74,16 +85,13 @@ def run(op, tensors, mode, group_size=64, seed=5, offset=9, affine=True):
         bits,
         act_bits,
         group_size,
-        seed=seed,
-        offset=offset,
+        **encoding(rounding, seed, offset),
     )
 
 
 def specified(tensors, mode, **kwargs):
-    def op(*args, seed, offset):
-        return reference.norm_act(*args, seed, offset)
-
-    return run(op, [t.cpu() for t in tensors], mode, **kwargs)
+    on_cpu = [t.cpu() for t in tensors]
+    return run(reference.norm_act, on_cpu, mode, **kwargs)
 
 
 def assert_as_specified(found, expected):
@@ -105,50 +113,61 @@ def assert_as_specified(found, expected):
     dtype=DTYPES,
     channels_last=[False, True],
     special=[False, True],
+    rounding=ops.ROUNDINGS,
 )
-def test_as_specified(mode, shape, dtype, channels_last, special, device):
+def test_as_specified(
+    mode, shape, dtype, channels_last, special, rounding, device
+):
     tensors = make(shape, dtype, channels_last, special, device)
-    found = run(ops.norm_act, tensors, mode)
-    assert_as_specified(found, specified(tensors, mode))
+    format = dict(
+        rounding=rounding, group_size=256 if rounding == 'rotated' else 64
+    )
+    found = run(ops.norm_act, tensors, mode, **format)
+    assert_as_specified(found, specified(tensors, mode, **format))
     if 'plain' not in mode:
-        assert_decodes_as_specified(found, tensors, mode)
+        assert_decodes_as_specified(found, tensors, mode, **format)
 
 
-def assert_decodes_as_specified(results, tensors, mode):
+def assert_decodes_as_specified(results, tensors, mode, rounding, group_size):
     _, adds, bits, act_bits = MODES[mode]
     x, weight, bias = tensors[0], *tensors[4:]
     _, *payload = results
     layout = x.shape, x.stride(), x.dtype
     if adds:
-        arguments = (*payload[2:], *layout, act_bits, 64)
+        arguments = (*payload[2:], *layout, act_bits, group_size)
         name = 'dequantize_zeroed'
     else:
-        arguments = (*payload[:2], weight, bias, *layout, bits, 64)
+        arguments = (*payload[:2], weight, bias, *layout, bits, group_size)
         name = 'dequantize_split'
     on_cpu = [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
-    for drawn in (None, ops.DrawnBits(5, 9)):
-        found = getattr(ops, name)(*arguments, drawn=drawn)
-        expected = getattr(reference, name)(*on_cpu, drawn)
-        assert found.dtype == x.dtype
-        if x.numel():
-            assert found.stride() == x.stride()
-        assert_same_bits(found.cpu() + 0.0, expected + 0.0)
+    drawn = ops.DrawnBits.of(rounding, 5, 9)
+    if adds and drawn:
+        drawn = drawn.second()
+    found = getattr(ops, name)(*arguments, drawn=drawn)
+    expected = getattr(reference, name)(*on_cpu, drawn)
+    assert found.dtype == x.dtype
+    if x.numel():
+        assert found.stride() == x.stride()
+    assert_same_bits(found.cpu() + 0.0, expected + 0.0)
 
 
 @pytest.mark.parametrize('dtype', DTYPES[1:], ids=str)
 @pytest.mark.parametrize('mode', ['relu, 2 bits', 'relu', 'relu, 4 bits'])
 def test_outputs_beyond_the_dtype(mode, dtype, device):
-    tensors = make((2, 64, 3, 5), dtype, False, device=device)
+    tensors = make((2, 64, 3, 4), dtype, False, device=device)
     x, weight, bias = tensors[0], *tensors[4:]
     # In every third channel: neighbours, which share blocks, are not.
     weight[::3] *= torch.finfo(dtype).max
-    _, codes, ranges, *_ = run(ops.norm_act, tensors, mode)
-    arguments = codes, ranges, weight, bias
-    layout = x.shape, x.stride(), dtype, MODES[mode][2], 64
-    for drawn in (None, ops.DrawnBits(5, 9)):
+    layout = x.shape, x.stride(), dtype, MODES[mode][2]
+    for rounding in ops.ROUNDINGS:
+        _, codes, ranges, *_ = run(
+            ops.norm_act, tensors, mode, 256, rounding=rounding
+        )
+        arguments = codes, ranges, weight, bias
+        drawn = ops.DrawnBits.of(rounding, 5, 9)
         found = ops.dequantize_split(*arguments, *layout, drawn=drawn)
         expected = reference.dequantize_split(
-            *(a.cpu() for a in arguments), *layout, drawn
+            *(a.cpu() for a in arguments), *layout, 256, drawn
         )
         # Infinities of float32 stay, and the rest is clamped.
         assert (found.abs() >= torch.finfo(dtype).max).any()
@@ -172,23 +191,29 @@ def test_without_weight_and_bias(mode, device):
     assert_as_specified(found, specified(tensors, mode, affine=False))
 
 
+@pytest.mark.parametrize('rounding', ops.ROUNDINGS)
 @pytest.mark.parametrize('mode', ['relu', 'add'])
-def test_zeros_are_exact(mode, device):
+def test_zeros_are_exact(mode, rounding, device):
     tensors = make((4, 8, 16, 16), torch.float32, False, device=device)
     tensors[4].abs_().add_(0.1)
     output, codes, ranges, act_codes, act_ranges = run(
-        ops.norm_act, tensors, mode, 256
+        ops.norm_act, tensors, mode, 256, rounding=rounding
     )
     layout = output.shape, output.stride(), output.dtype
+    drawn = ops.DrawnBits.of(rounding, 5, 9)
     if mode == 'add':
-        value = ops.dequantize_zeroed(act_codes, act_ranges, *layout, 2, 256)
+        value = ops.dequantize_zeroed(
+            *(act_codes, act_ranges, *layout, 2),
+            drawn=drawn and drawn.second(),
+        )
     else:
         value = ops.dequantize_split(
-            codes, ranges, *tensors[4:], *layout, 3, 256
+            codes, ranges, *tensors[4:], *layout, 3, drawn=drawn
         )
     assert not value[output == 0].any()
-    # The lowest of the others' range may be rounded to a hair below 0.
-    assert (value[output > 0] > -0.05).all()
+    if rounding == 'stochastic':
+        # The lowest of the others' range may be rounded to a hair below 0.
+        assert (value[output > 0] > -0.05).all()
 
 
 @pytest.mark.parametrize('mode', ['relu', 'add'])
@@ -305,8 +330,9 @@ def test_wrong_arguments(device):
         ops.dequantize_zeroed(codes, ranges, *layout, 3)
 
 
+@pytest.mark.parametrize('rotated', [False, True])
 @pytest.mark.parametrize('mode', ['plain', 'relu', 'add'])
-def test_opcheck(mode, device):
+def test_opcheck(mode, rotated, device):
     tensors = make((2, 4, 8, 8), torch.float32, False, device=device)
     relu, adds, bits, act_bits = MODES[mode]
     x, residual, mean, invstd, weight, bias = tensors
@@ -319,20 +345,23 @@ def test_opcheck(mode, device):
         relu,
         bits,
         act_bits,
-        64,
+        256,
         1,
         2,
+        None,
+        rotated,
     )
     opcheck(torch.ops.mmactnn.norm_act.default, (x, *arguments))
     _, *payload = torch.ops.mmactnn.norm_act.default(x, *arguments)
     layout = x.shape, x.stride(), x.dtype
+    drawn = [1, 2, 0, int(rotated)]
     if mode == 'relu':
         opcheck(
             torch.ops.mmactnn.dequantize_split.default,
-            (*payload[:2], weight, bias, *layout, bits, 64),
+            (*payload[:2], weight, bias, *layout, bits, 256, drawn),
         )
     elif mode == 'add':
         opcheck(
             torch.ops.mmactnn.dequantize_zeroed.default,
-            (*payload[2:], *layout, act_bits, 64),
+            (*payload[2:], *layout, act_bits, 256, drawn),
         )

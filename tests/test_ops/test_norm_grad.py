@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.opcheck import opcheck
 from support.pairs import case, in_turn, pairs, parametrize_pairs
+from support.roundings import encoding
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -43,6 +44,7 @@ class Case:
         channels_last=False,
         special=None,
         device='cpu',
+        rounding='dither',
     ):
         generator = torch.Generator().manual_seed(7)
         x = torch.randn(shape, generator=generator)
@@ -69,11 +71,10 @@ class Case:
             bits,
             act_bits,
             group_size,
-            3,
-            0,
+            **encoding(rounding, 3, 0),
         )
         self.kind, self.bits, self.act_bits = kind, bits, act_bits
-        self.group_size = group_size
+        self.group_size, self.rounding = group_size, rounding
         _, self.codes, self.ranges, self.act_codes, _ = (
             tensor.to(device) for tensor in output
         )
@@ -119,8 +120,12 @@ class Case:
     def check(self):
         """Compare with the specification."""
         elements = self.grad.numel() // max(self.grad.shape[1], 1)
-        # The codes are those of the seed 3 at offset 0.
-        for drawn in (None, ops.DrawnBits(3, 0)):
+        # The codes are those of the seed 3 at offset 0. Without rotation they
+        # may be decoded alone, too.
+        roundings = ('dither', 'stochastic')
+        if self.rounding == 'rotated':
+            roundings = ('rotated',)
+        for drawn in (ops.DrawnBits.of(each, 3, 0) for each in roundings):
             passed, sums = self.sums(ops, drawn)
             expected_passed, expected = self.sums(reference, drawn)
             torch.testing.assert_close(
@@ -196,6 +201,40 @@ def test_every_group_size(kind, device):
             Case(
                 **row, dtype=torch.float16, kind=kind, bits=2, device=device
             ).check()
+
+
+@in_turn(
+    by='kind',
+    kind=KINDS,
+    shape=[
+        (2, 16, 8, 8),
+        (3, 256),
+        (2, 64, 3, 4),  # groups end inside of channels
+        (2, 8, 2, 4, 8),
+        (2, 264, 2, 8),
+        (2, 5, 7, 9),  # no whole groups
+    ],
+    bits=[1, 2, 3, 4, 5],
+    act_bits=[2, 3, 4, 5, 8],
+    dtype=DTYPES,
+    channels_last=[False, True],
+    special=[None, (torch.inf, 1.0, torch.nan)],
+)
+def test_rotated(
+    kind, shape, bits, act_bits, dtype, channels_last, special, device
+):
+    Case(
+        shape,
+        dtype,
+        kind,
+        max(bits, min_bits(kind)),
+        act_bits,
+        256,
+        channels_last and len(shape) in CHANNELS_LAST,
+        special,
+        device,
+        'rotated',
+    ).check()
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -334,26 +373,30 @@ def test_errors(device):
         )
 
 
+@pytest.mark.parametrize('rounding', ['dither', 'rotated'])
 @pytest.mark.parametrize('kind', KINDS)
-def test_opcheck(kind, device):
+def test_opcheck(kind, rounding, device):
     namespace = torch.ops.mmactnn
+    drawn = [3, 0, 0, int(rounding == 'rotated')]
     for channels_last in (False, True):
         case = Case(
-            (2, 8, 5, 5),
+            (2, 8, 4, 8),
             torch.float32,
             kind,
             2,
+            group_size=256,
             channels_last=channels_last,
             device=device,
+            rounding=rounding,
         )
         payload = case.grad, case.codes, case.ranges
         if kind == MASK:
             opcheck(
                 namespace.norm_add_grad_sums.default,
-                (*payload, case.act_codes, 2, 2, 64, [3, 0, 0]),
+                (*payload, case.act_codes, 2, 2, 256, drawn),
             )
             continue
-        format = 2, 64, kind == SPLIT, [3, 0, 0]
+        format = 2, 256, kind == SPLIT, drawn
         opcheck(namespace.norm_grad_sums.default, (*payload, *format))
         opcheck(
             namespace.norm_grad_input.default,

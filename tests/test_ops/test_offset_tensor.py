@@ -10,7 +10,7 @@ from support.pairs import case, pairs
 from mmactnn import ops
 from mmactnn.ops import reference
 
-SHAPE = (3, 8, 6, 6)
+SHAPE = (3, 8, 8, 8)
 
 
 def make_vectors(x):
@@ -27,16 +27,16 @@ def make_widths(x):
 
 
 def quantize(x, module=ops, **random):
-    return module.quantize(x, 3, 64, **random)
+    return module.quantize(x, 3, 256, **random)
 
 
 def quantize_rows(x, module=ops, **random):
-    return module.quantize_rows(x, *make_widths(x), 64, **random)
+    return module.quantize_rows(x, *make_widths(x), 256, **random)
 
 
 def norm_act(x, module=ops, **random):
     vectors = make_vectors(x)
-    return module.norm_act(x, x.flip(0), *vectors, True, 2, 3, 64, **random)
+    return module.norm_act(x, x.flip(0), *vectors, True, 2, 3, 256, **random)
 
 
 def dropout(x, module=ops, **random):
@@ -48,18 +48,18 @@ def dropout_(x, **random):
 
 
 def relu_codes(x, module=ops, **random):
-    return module.relu_codes(x, 3, 64, **random)
+    return module.relu_codes(x, 3, 256, **random)
 
 
 def relu_codes_(x, **random):
-    return ops.relu_codes_(x.clone(), 3, 64, **random)
+    return ops.relu_codes_(x.clone(), 3, 256, **random)
 
 
 def batch_norm_act(x, op=ops.batch_norm_act, **random):
     mean, var, weight, bias = make_vectors(x)
     settings = ops.NormSettings(mean, var, None, False, 0.1, 1e-5)
     *_, codes = op(
-        x.clone(), x.flip(0), weight, bias, settings, True, 2, 3, 64, **random
+        x.clone(), x.flip(0), weight, bias, settings, True, 2, 3, 256, **random
     )
     return codes
 
@@ -70,6 +70,11 @@ def batch_norm_act_(x, **random):
 
 SPECIFIED = [quantize, quantize_rows, norm_act, relu_codes, dropout]
 CALLS = [*SPECIFIED, relu_codes_, dropout_, batch_norm_act, batch_norm_act_]
+
+
+def rounding(call, rotated):
+    """Keyword arguments of a call; that of dropout rounds nothing."""
+    return {} if call in (dropout, dropout_) else dict(rotated=rotated)
 
 
 def number(value, device, dtype=torch.int64):
@@ -86,23 +91,27 @@ def test_moves_the_offset(call, device):
     for row in pairs(
         dtype=[torch.float32, torch.bfloat16],
         places=[(3, 5), (0, 1 << 40), (7, -2), (-1, 1)],
+        rotated=[False, True],
     ):
         x = torch.randn(SHAPE, device=device).to(row['dtype'])
         offset, count = row['places']
-        random = dict(seed=9, offset=offset)
+        format = rounding(call, row['rotated'])
+        random = dict(seed=9, offset=offset, **format)
         with case(**row):
             moved = call(x, **random, offset_tensor=number(count, device))
-            assert_same(moved, call(x, seed=9, offset=offset + count))
+            again = call(x, seed=9, offset=offset + count, **format)
+            assert_same(moved, again)
             none = call(x, **random)
             assert any((a != b).any() for a, b in zip(moved, none))
             zero = call(x, **random, offset_tensor=number(0, device))
             assert_same(zero, none)
 
 
+@pytest.mark.parametrize('rotated', [False, True])
 @pytest.mark.parametrize('call', SPECIFIED)
-def test_specification(call, device):
+def test_specification(call, rotated, device):
     x = torch.randn(SHAPE, device=device)
-    random = dict(seed=2, offset=11)
+    random = dict(seed=2, offset=11, **rounding(call, rotated))
     actual = call(x, **random, offset_tensor=number(1 << 33, device))
     expected = call(
         x.cpu(), reference, **random, offset_tensor=number(1 << 33, 'cpu')

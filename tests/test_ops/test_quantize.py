@@ -7,10 +7,12 @@ import pytest
 import torch
 from support.opcheck import opcheck
 from support.pairs import case, pairs
+from support.roundings import encoding, roundings_of
 
 from mmactnn import ops
 from mmactnn.extension import require_kernels
 from mmactnn.ops import philox_reference, reference
+from mmactnn.random import mix64
 
 BITS = tuple(range(1, 9))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -60,17 +62,19 @@ def test_equals_reference_bit_for_bit(shape, device):
 
 
 def assert_equal_to_reference(x, bits, group_size):
-    codes, ranges = ops.quantize(x, bits, group_size, seed=-5, offset=9)
-    expected = reference.quantize(x.cpu(), bits, group_size, -5, 9)
-    assert_equal_with_nan(codes.cpu(), expected[0])
-    assert_equal_with_nan(ranges.cpu(), expected[1])
     format = x.shape, x.stride(), x.dtype, bits, group_size
-    for drawn in (None, ops.DrawnBits(-5, 9)):
+    for rounding in roundings_of(group_size):
+        random = encoding(rounding, -5, 9)
+        codes, ranges = ops.quantize(x, bits, group_size, **random)
+        expected = reference.quantize(x.cpu(), bits, group_size, **random)
+        drawn = ops.DrawnBits.of(rounding, -5, 9)
         y = ops.dequantize(codes, ranges, *format, drawn=drawn)
-        assert y.stride() == x.stride()
-        assert_equal_with_nan(
-            y.cpu(), reference.dequantize(*expected, *format, drawn)
-        )
+        wanted = reference.dequantize(*expected, *format, drawn)
+        with case(rounding=rounding):
+            assert_equal_with_nan(codes.cpu(), expected[0])
+            assert_equal_with_nan(ranges.cpu(), expected[1])
+            assert y.stride() == x.stride()
+            assert_equal_with_nan(y.cpu(), wanted)
 
 
 def test_philox_equals_published_vectors():
@@ -98,7 +102,7 @@ def test_splitmix_equals_published_numbers():
     golden = 0x9E3779B97F4A7C15
     states = [golden * n & 2**64 - 1 for n in (1, 2, 3)]
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    assert [reference.mix64(state) for state in states] == expected
+    assert [mix64(state) for state in states] == expected
 
 
 def test_channels_last_is_read_in_memory_order(device):
@@ -117,6 +121,15 @@ def test_channels_last_is_read_in_memory_order(device):
             assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_channels_last_equals_reference(dtype, device):
+    for bits in BITS:
+        for shape in ((3, 10, 7, 5), (3, 16, 8, 6)):
+            x = make(shape, dtype, device, channels_last=True)
+            with case(bits=bits, shape=shape):
+                assert_equal_to_reference(x, bits, 256)
+
+
 def test_layouts_that_are_not_dense_rows_are_copied(device):
     base = make((6, 8, 40), torch.float32, device)
     for view in (base[:, :, ::2], base[:, 1:5], base.transpose(0, 1)):
@@ -126,30 +139,31 @@ def test_layouts_that_are_not_dense_rows_are_copied(device):
         assert torch.equal(ranges, expected[1])
 
 
-def test_range_of_samples(device):
-    x = make((5, 3, 100), torch.float16, device)
+@pytest.mark.parametrize(
+    ('shape', 'group_size'), [((5, 3, 100), 64), ((5, 8, 96), 256)]
+)
+def test_range_of_samples(shape, group_size, device):
+    x = make(shape, torch.float16, device)
     layout = x.stride(), x.dtype
-    for bits in BITS:
-        codes, ranges = ops.quantize(x, bits, 64, seed=4)
-        whole = ops.dequantize(codes, ranges, x.shape, *layout, bits, 64)
-        part = ops.dequantize(
-            codes[1:4], ranges[1:4], (3, 3, 100), *layout, bits, 64
-        )
-        assert torch.equal(part, whole[1:4]), bits
-        drawn = ops.DrawnBits(4, 0)
-        whole = ops.dequantize(
-            codes, ranges, x.shape, *layout, bits, 64, drawn=drawn
-        )
-        part = ops.dequantize(
-            codes[1:4],
-            ranges[1:4],
-            (3, 3, 100),
-            *layout,
-            bits,
-            64,
-            drawn=drawn.at_row(1),
-        )
-        assert torch.equal(part, whole[1:4]), bits
+    for rounding in roundings_of(group_size):
+        random = encoding(rounding, 4, 0)
+        drawn = ops.DrawnBits.of(rounding, 4, 0)
+        for bits in BITS:
+            codes, ranges = ops.quantize(x, bits, group_size, **random)
+            whole = ops.dequantize(
+                codes, ranges, shape, *layout, bits, group_size, drawn=drawn
+            )
+            part = ops.dequantize(
+                codes[1:4],
+                ranges[1:4],
+                (3, *shape[1:]),
+                *layout,
+                bits,
+                group_size,
+                drawn=drawn and drawn.at_row(1),
+            )
+            with case(rounding=rounding, bits=bits):
+                assert torch.equal(part, whole[1:4])
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -260,7 +274,9 @@ class TestDither:
             codes, ranges = ops.quantize(x, bits, seed=1)
             layout = x.shape, x.stride(), x.dtype, bits
             plain = ops.dequantize(codes, ranges, *layout)
-            y = ops.dequantize(codes, ranges, *layout, drawn=ops.DrawnBits(1, 0))
+            y = ops.dequantize(
+                codes, ranges, *layout, drawn=ops.DrawnBits(1, 0)
+            )
             same = torch.ones(3, 2, dtype=torch.bool, device=device)
             same[1, 0] = False
             groups = (y == plain).view(3, 2, 256)
@@ -275,7 +291,9 @@ class TestDither:
         for bits in BITS:
             codes, ranges = ops.quantize(x, bits, seed=1)
             layout = x.shape, x.stride(), x.dtype, bits
-            y = ops.dequantize(codes, ranges, *layout, drawn=ops.DrawnBits(1, 0))
+            y = ops.dequantize(
+                codes, ranges, *layout, drawn=ops.DrawnBits(1, 0)
+            )
             assert torch.equal(y, x), bits
 
     @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -288,7 +306,9 @@ class TestDither:
         for bits, sign in itertools.product(BITS, signs):
             codes, ranges = ops.quantize(sign * x, bits, 64, seed=1)
             layout = x.shape, x.stride(), dtype, bits, 64
-            y = ops.dequantize(codes, ranges, *layout, drawn=ops.DrawnBits(1, 0))
+            y = ops.dequantize(
+                codes, ranges, *layout, drawn=ops.DrawnBits(1, 0)
+            )
             expected = reference.dequantize(
                 codes.cpu(), ranges.cpu(), *layout, ops.DrawnBits(1, 0)
             )
@@ -300,10 +320,10 @@ class TestDither:
         x = torch.zeros(2, 64, device=device)
         codes, ranges = ops.quantize(x, 2, seed=0)
         layout = x.shape, x.stride(), x.dtype, 2
-        with pytest.raises(RuntimeError, match='dither must be seed, offset'):
+        with pytest.raises(RuntimeError, match='drawn must be empty, or'):
             drawn = ops.DrawnBits(0, 0, None, -1)
             ops.dequantize(codes, ranges, *layout, drawn=drawn)
-        with pytest.raises(RuntimeError, match='or empty, got 2 numbers'):
+        with pytest.raises(RuntimeError, match='got 2 numbers'):
             torch.ops.mmactnn.dequantize(codes, ranges, *layout, 256, [1, 2])
 
 
@@ -415,14 +435,17 @@ def test_more_rows_than_a_grid_has(device):
     assert ((y - x).abs() <= step[:, None] + 0.01).all()
 
 
+@pytest.mark.parametrize('rotated', [False, True])
 @pytest.mark.parametrize('bits', [1, 3, 8])
-def test_opcheck(bits, device):
-    x = make((3, 5, 30), torch.float32, device)
-    opcheck(torch.ops.mmactnn.quantize.default, (x, bits, 64, 1, 2))
-    codes, ranges = ops.quantize(x, bits, 64, seed=1)
+def test_opcheck(bits, rotated, device):
+    x = make((3, 8, 32), torch.float32, device)
+    random = 1, 2, None, rotated
+    opcheck(torch.ops.mmactnn.quantize.default, (x, bits, 256, *random))
+    codes, ranges = ops.quantize(x, bits, seed=1, offset=2, rotated=rotated)
+    layout = x.shape, x.stride(), x.dtype
     opcheck(
         torch.ops.mmactnn.dequantize.default,
-        (codes, ranges, x.shape, x.stride(), x.dtype, bits, 64, [1, 0, 0]),
+        (codes, ranges, *layout, bits, 256, [1, 2, 0, int(rotated)]),
     )
 
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from support.opcheck import opcheck
-from support.pairs import in_turn
+from support.pairs import case, in_turn
+from support.roundings import encoding, roundings_of
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -49,24 +50,26 @@ def equal(actual, expected):
 
 def check_against_reference(x, group_size):
     row_bits, row_starts, total = make_widths(x.shape[0], x.device)
-    codes, ranges = ops.quantize_rows(
-        x, row_bits, row_starts, total, group_size, seed=-5, offset=9
-    )
     widths = row_bits.cpu(), row_starts.cpu()
-    expected = reference.quantize_rows(
-        x.cpu(), *widths, total, group_size, -5, 9
-    )
-    equal(codes, expected[0])
-    equal(ranges, expected[1])
     format = (x.shape, x.stride(), x.dtype, group_size)
-    for drawn in (None, ops.DrawnBits(-5, 9)):
+    for rounding in roundings_of(group_size):
+        random = encoding(rounding, -5, 9)
+        codes, ranges = ops.quantize_rows(
+            x, row_bits, row_starts, total, group_size, **random
+        )
+        expected = reference.quantize_rows(
+            x.cpu(), *widths, total, group_size, **random
+        )
+        drawn = ops.DrawnBits.of(rounding, -5, 9)
         y = ops.dequantize_rows(
             codes, ranges, row_bits, row_starts, *format, drawn=drawn
         )
-        assert y.stride() == x.stride()
-        equal(
-            y, reference.dequantize_rows(*expected, *widths, *format, drawn)
-        )
+        wanted = reference.dequantize_rows(*expected, *widths, *format, drawn)
+        with case(rounding=rounding):
+            equal(codes, expected[0])
+            equal(ranges, expected[1])
+            assert y.stride() == x.stride()
+            equal(y, wanted)
 
 
 @in_turn(by='dtype', shape=SHAPES, dtype=DTYPES)
@@ -77,16 +80,19 @@ def test_equals_reference_bit_for_bit(shape, dtype, device):
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 def test_nan_and_inf(dtype, device):
-    x = make((9, 7, 50), dtype, device)
-    x[:, 0, 0], x[:, 1, 30], x[:, -1, -1] = math.inf, math.nan, -math.inf
-    x[3] = math.nan
-    check_against_reference(x, 64)
+    for shape, group_size in (((9, 7, 50), 64), ((9, 16, 64), 256)):
+        x = make(shape, dtype, device)
+        x[:, 0, 0], x[:, 1, 30], x[:, -1, -1] = math.inf, math.nan, -math.inf
+        x[3] = math.nan
+        check_against_reference(x, group_size)
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 def test_channels_last_is_read_in_memory_order(dtype, device):
-    x = make((9, 10, 7, 5), dtype, device)
-    check_against_reference(x.to(memory_format=torch.channels_last), 64)
+    for shape, group_size in (((9, 10, 7, 5), 64), ((9, 16, 8, 6), 256)):
+        x = make(shape, dtype, device)
+        x = x.to(memory_format=torch.channels_last)
+        check_against_reference(x, group_size)
 
 
 @in_turn(shape=SHAPES[2:])
@@ -116,25 +122,33 @@ def test_each_row_equals_the_uniform_op(shape, device):
 
 
 def test_range_of_samples(device):
-    x = make((9, 3, 100), torch.float16, device)
     row_bits, row_starts, total = make_widths(9, device, start=4)
-    codes, ranges = ops.quantize_rows(
-        x, row_bits, row_starts, total, 64, seed=4
-    )
-    rows = (ranges, row_bits, row_starts)
-    format = (x.stride(), x.dtype, 64)
-    for drawn in (None, ops.DrawnBits(4, 0)):
-        whole = ops.dequantize_rows(
-            codes, *rows, x.shape, *format, drawn=drawn
-        )
-        part = ops.dequantize_rows(
-            codes,
-            *(t[2:7] for t in rows),
-            (5, 3, 100),
-            *format,
-            drawn=drawn and drawn.at_row(2),
-        )
-        assert torch.equal(part, whole[2:7])
+    for shape, group_size in (((9, 3, 100), 64), ((9, 8, 64), 256)):
+        x = make(shape, torch.float16, device)
+        format = (x.stride(), x.dtype, group_size)
+        for rounding in roundings_of(group_size):
+            codes, ranges = ops.quantize_rows(
+                x,
+                row_bits,
+                row_starts,
+                total,
+                group_size,
+                **encoding(rounding, 4, 0),
+            )
+            rows = (ranges, row_bits, row_starts)
+            drawn = ops.DrawnBits.of(rounding, 4, 0)
+            whole = ops.dequantize_rows(
+                codes, *rows, shape, *format, drawn=drawn
+            )
+            part = ops.dequantize_rows(
+                codes,
+                *(t[2:7] for t in rows),
+                (5, *shape[1:]),
+                *format,
+                drawn=drawn and drawn.at_row(2),
+            )
+            with case(rounding=rounding, shape=shape):
+                assert torch.equal(part, whole[2:7])
 
 
 def test_rows_need_not_lie_in_order(device):
@@ -205,20 +219,17 @@ def test_more_rows_than_a_grid_has(device):
         assert torch.equal(y[rows], expected[rows])
 
 
-def test_opcheck(device):
-    x = make((9, 5, 30), torch.float32, device)
+@pytest.mark.parametrize('rotated', [False, True])
+def test_opcheck(rotated, device):
+    x = make((9, 8, 32), torch.float32, device)
     row_bits, row_starts, total = make_widths(9, device)
-    opcheck(
-        torch.ops.mmactnn.quantize_rows.default,
-        (x, row_bits, row_starts, total, 64, 1, 2),
-    )
-    codes, ranges = ops.quantize_rows(
-        x, row_bits, row_starts, total, 64, seed=1
-    )
+    arguments = x, row_bits, row_starts, total, 256, 1, 2, None, rotated
+    opcheck(torch.ops.mmactnn.quantize_rows.default, arguments)
+    codes, ranges = torch.ops.mmactnn.quantize_rows.default(*arguments)
     opcheck(
         torch.ops.mmactnn.dequantize_rows.default,
         (codes, ranges, row_bits, row_starts)
-        + (x.shape, x.stride(), x.dtype, 64),
+        + (x.shape, x.stride(), x.dtype, 256, [1, 2, 0, int(rotated)]),
     )
 
 

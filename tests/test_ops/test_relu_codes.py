@@ -7,6 +7,7 @@ import torch
 from support.layers import assert_same_bits
 from support.opcheck import opcheck
 from support.pairs import case, in_turn, pairs
+from support.roundings import encoding, roundings_of
 
 from mmactnn import ops
 from mmactnn.ops import reference
@@ -58,8 +59,14 @@ def assert_same_values(actual, expected):
     assert_same_bits(actual.cpu() + 0.0, expected.cpu() + 0.0)
 
 
-def assert_as_specified(x, bits, group_size, seed=-5, offset=9):
-    random = dict(seed=seed, offset=offset)
+def assert_as_specified(x, bits, group_size):
+    for rounding in roundings_of(group_size):
+        with case(rounding=rounding):
+            assert_rounded_as_specified(x, bits, group_size, rounding)
+
+
+def assert_rounded_as_specified(x, bits, group_size, rounding):
+    random = encoding(rounding, -5, 9)
     expected = reference.relu_codes(x.cpu(), bits, group_size, **random)
     output, codes, ranges = ops.relu_codes(x, bits, group_size, **random)
     if x.numel():
@@ -74,19 +81,20 @@ def assert_as_specified(x, bits, group_size, seed=-5, offset=9):
     assert_same_bits(in_place[0], codes)
     assert_same_bits(in_place[1], ranges)
 
-    for drawn in (None, ops.DrawnBits(seed, offset)):
-        arguments = x.shape, x.stride(), x.dtype, bits, group_size
-        value = ops.dequantize_zeroed(codes, ranges, *arguments, drawn=drawn)
-        wanted = reference.dequantize_zeroed(*expected[1:], *arguments, drawn)
-        assert_same_values(value, wanted)
+    drawn = ops.DrawnBits.of(rounding, -5, 9)
+    arguments = x.shape, x.stride(), x.dtype, bits, group_size
+    value = ops.dequantize_zeroed(codes, ranges, *arguments, drawn=drawn)
+    wanted = reference.dequantize_zeroed(*expected[1:], *arguments, drawn)
+    assert_same_values(value, wanted)
 
     grad = torch.empty_like(x).copy_(make(x.shape, x.dtype, x.device))
-    passed = ops.relu_codes_backward(grad, codes, bits)
+    format = bits, random['rotated']
+    passed = ops.relu_codes_backward(grad, codes, *format)
     if x.numel():
         assert passed.stride() == x.stride()
     assert_same_bits(
         passed.cpu(),
-        reference.relu_codes_backward(grad.cpu(), codes.cpu(), bits),
+        reference.relu_codes_backward(grad.cpu(), codes.cpu(), *format),
     )
 
 
@@ -109,7 +117,7 @@ def test_channels_last_is_read_in_memory_order(
     bits, dtype, shape, special, device
 ):
     x = make(shape, dtype, device, special, channels_last=True)
-    assert_as_specified(x, bits, 64)
+    assert_as_specified(x, bits, 256)
     # The same numbers as a contiguous tensor give the same codes.
     twin = x.movedim(1, -1)
     assert twin.is_contiguous()
@@ -171,17 +179,20 @@ def test_decodes_what_is_exact(dtype, special, device):
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 def test_codes_are_those_of_a_fused_normalisation(dtype, device):
-    x = make((3, 4, 11, 13), dtype, device)
     zero, one = torch.zeros(4, device=device), torch.ones(4, device=device)
     affine = zero, one, None, None
-    for bits in BITS:
+    rows = pairs(bits=BITS, rounding=ops.ROUNDINGS, size=[(11, 13), (8, 16)])
+    for row in rows:
+        bits, rounding = row['bits'], row['rounding']
+        x = make((3, 4, *row['size']), dtype, device)
         # The identity but for its random stream.
         fused = ops.norm_act(
-            x, torch.zeros_like(x), *affine, True, 2, bits, seed=3, offset=4
+            *(x, torch.zeros_like(x), *affine, True, 2, bits),
+            **encoding(rounding, 3, 4),
         )
-        random = dict(seed=3, offset=4 | 1 << 63)
+        random = encoding(rounding, 3, 4 | 1 << 63)
         output, codes, ranges = ops.relu_codes(x, bits, **random)
-        with case(bits=bits):
+        with case(**row):
             assert_same_bits(output, fused[0])
             assert_same_bits(codes, fused[3])
             assert_same_bits(ranges, fused[4])
@@ -351,15 +362,16 @@ def test_kernels_check_for_themselves(device):
         kernels.relu_codes_backward.default(x, codes, 9)
 
 
+@pytest.mark.parametrize('rotated', [False, True])
 @pytest.mark.parametrize('bits', [2, 5])
-def test_opcheck(bits, device):
-    x = make((3, 5, 30), torch.float32, device)
+def test_opcheck(bits, rotated, device):
+    x = make((3, 8, 32), torch.float32, device)
     kernels = torch.ops.mmactnn
-    arguments = (bits, 64, 1, 2)
+    arguments = (bits, 256, 1, 2, None, rotated)
     opcheck(kernels.relu_codes.default, (x, *arguments))
     opcheck(kernels.relu_codes_.default, (x.clone(), *arguments))
-    codes = ops.relu_codes(x, bits, 64, seed=1)[1]
-    opcheck(kernels.relu_codes_backward.default, (x, codes, bits))
+    codes = kernels.relu_codes.default(x, *arguments)[1]
+    opcheck(kernels.relu_codes_backward.default, (x, codes, bits, rotated))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')

@@ -31,6 +31,10 @@ from mmactnn import (
 )
 from mmactnn.codes.quantizer import LayerQuantizer
 from mmactnn.precision import controller, sensitivity
+from mmactnn.precision.variance import (
+    relative_variance,
+    variance_of_normal_values,
+)
 
 SEEN = ('stem', 'norm', 'body', 'fc')
 
@@ -192,6 +196,45 @@ class TestSensitivity:
             variance = sensitivity.variance_at_one_bit(payload)
             torch.testing.assert_close(
                 variance, torch.full((5,), expected), rtol=0.02, atol=0
+            )
+
+    @pytest.mark.parametrize('bits', [1, 2, 3, 4, 8])
+    def test_of_rotated_codes_is_stated_at_one_bit(self, bits):
+        """The same for all bits, if values are normally distributed."""
+        x = torch.randn(5, 16384) * torch.arange(1, 6)[:, None]
+        payload = LayerQuantizer(bits, rounding='rotated').pack(x)
+        variance = sensitivity.variance_at_one_bit(payload)
+        expected = x.var(1) * variance_of_normal_values(1)
+        torch.testing.assert_close(variance, expected, rtol=0.05, atol=0)
+
+    @pytest.mark.parametrize('rounding', ['dither', 'rotated'])
+    @pytest.mark.parametrize('kind', ['uniform', 'rows', 'ragged'])
+    def test_is_that_of_what_is_decoded(self, kind, rounding):
+        """Of values that are not normal, in groups of different scales.
+
+        That of codes alone depends on how values lie between codes.
+        """
+        generator = RoundingGenerator(seed=1)
+        x = torch.rand(6, 24, 16, 16 if kind != 'ragged' else 15).pow(2)
+        x = (x - 0.2) * torch.linspace(0.1, 2, 24)[:, None, None]
+        for bits in (2.5,) if kind == 'rows' else (1, 2, 3, 4):
+            layer_bits = None
+            if kind == 'rows':
+                layer_bits = AdaptivePrecision().add('layer', bits)
+                layer_bits.called = True
+            quantizer = LayerQuantizer(
+                bits, 256, generator, None, layer_bits, rounding=rounding
+            )
+            squares, draws = 0, 32
+            for _ in range(draws):
+                payload = quantizer.pack(x)
+                error = (payload.unpack() - x).double().flatten(1)
+                squares = squares + error.square().mean(1) / draws
+            assert (payload.row_bits is not None) == (kind == 'rows')
+            found = sensitivity.variance_at_one_bit(payload)
+            scale = relative_variance(bits, rounding == 'rotated')
+            torch.testing.assert_close(
+                found * scale, squares.float(), rtol=0.1, atol=0
             )
 
     def test_of_a_batch_norm(self):
@@ -420,6 +463,16 @@ class TestSeparation:
         assert get_precision(net)._passes == passes
         assert get_precision(twin).bits == get_precision(net).bits
 
+    def test_pickle_from_before_codes_were_rotated(self):
+        net = make_net(dict(rounding='rotated'))
+        precision = get_precision(net)
+        assert precision.rotated
+        state = precision.__getstate__()
+        del state['rotated']
+        old = object.__new__(AdaptivePrecision)
+        old.__setstate__(state)
+        assert not old.rotated
+
     def test_pickle(self):
         net = make_net()
         train(net, range(3))
@@ -539,7 +592,7 @@ class TestPasses:
         monkeypatch.setattr(
             controller,
             'allocate_bits',
-            lambda costs, sizes, budget: [next(choices)] * len(costs),
+            lambda costs, *_: [next(choices)] * len(costs),
         )
 
         class GAN(nn.Module):

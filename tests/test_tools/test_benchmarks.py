@@ -9,6 +9,8 @@ import torch
 from support.tools import load_tool
 from torch import nn
 
+from mmactnn import ops
+
 pytest.importorskip('pandas')
 
 
@@ -47,12 +49,14 @@ def test_gradient_error():
     double = {kind: 2 * vector for kind, vector in exact.items()}
     assert tool.relative(double, exact) == pytest.approx(1)
     fixed, followed = 'L2:{"conv":2,"norm":2}', 'L3:{"use_gradient":true}'
+    rotated = 'L2:{"conv":2,"norm":2,"rounding":"rotated"}'
     rows = {
         level: tool.measure(args, level, exact, images, labels)
-        for level in ('L2', fixed, followed)
+        for level in ('L2', fixed, followed, rotated)
     }
     errors = {level: row['error'] for level, row in rows.items()}
     assert 0 < 2 * errors['L2'] < errors[fixed]
+    assert errors[rotated] < errors[fixed]
     assert rows['L2']['mean'] < errors['L2']
     assert 'bits' not in rows['L2']
     # The rest is fused.
@@ -78,6 +82,11 @@ def test_gradient_error_names_what_failed(monkeypatch, capsys):
     [
         ('gradient_error', ['--levels', 'exact'], "got 'exact'"),
         ('gradient_error', ['--group-size', '100'], '100'),
+        (
+            'gradient_error',
+            ['--group-size', '64', '--levels', 'L2', 'L3S'],
+            'group_size of L3S must be 256',
+        ),
         ('host_time', ['--turns', '0'], 'must be 1 or more, got 0'),
     ],
 )
@@ -132,7 +141,7 @@ def test_host_time(tmp_path, monkeypatch, capsys):
     assert 'batch 1' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('rounding', ['dither', 'stochastic'])
+@pytest.mark.parametrize('rounding', ops.ROUNDINGS)
 def test_kernel_speed(rounding, monkeypatch):
     tool = load_tool('benchmark/kernel_speed.py')
 
@@ -142,8 +151,10 @@ def test_kernel_speed(rounding, monkeypatch):
 
     monkeypatch.setattr(tool, 'median_ms', median_ms)
 
-    def stop(x, decoding):
-        assert bool(decoding) == (rounding == 'dither')
+    def stop(x, random):
+        drawn = random.decoding['drawn']
+        assert bool(drawn) == (rounding != 'stochastic')
+        assert random.encoding['rotated'] == (rounding == 'rotated')
         yield 'first', [x], [x], lambda: None
         raise RuntimeError('no such kernel')
 

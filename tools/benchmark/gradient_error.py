@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 import mmactnn
 from mmactnn import ops
+from mmactnn.ops.rounding import check_rounding
 from shared import output
 from training.models import build_classifier
 from training.systems import parse_system
@@ -55,6 +56,10 @@ def parse_args(argv=None):
     try:
         ops.check_format(1, args.group_size)
         systems = {name: parse_system(name) for name in args.levels}
+        for name, system in systems.items():
+            if system.level is not None:
+                of = f' of {name}'
+                check_rounding(system.level.rounding, args.group_size, of)
     except ValueError as error:
         parser.error(str(error))
     for name, system in systems.items():

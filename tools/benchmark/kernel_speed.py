@@ -5,22 +5,44 @@
 The rate of a kernel is the bytes that must move (input once, codes, ranges,
 mask or positions, output once) over the median time; its share is that rate
 over the rate of ``Tensor.copy_`` of the same tensor, read and write both
-counted. GB = 10^9 bytes. Codes are decoded with dither unless ``--rounding``
-is ``stochastic``. The exit status is 1 if a kernel failed.
+counted. GB = 10^9 bytes. ``--rounding`` says how values become codes, and
+codes values: with ``rotated``, those of 1 to 3 bits for values are. The exit
+status is 1 if a kernel failed.
 """
 
 import itertools
 import statistics
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from mmactnn import ops
-from mmactnn.config import ROUNDINGS
 from shared import output
 
 SHAPES = ((64, 256, 56, 56), (256, 512, 28, 28))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Random(NamedTuple):
+    """Random bits, as further arguments of ops.
+
+    Attributes:
+        encoding (dict): Of ops that encode.
+        decoding (dict): Of ops that decode.
+    """
+
+    encoding: dict
+    decoding: dict
+
+    @classmethod
+    def of(cls, rounding):
+        """Those of one of ``ops.ROUNDINGS``."""
+        seed, offset = 1, 0
+        return cls(
+            dict(seed=seed, offset=offset, rotated=rounding == 'rotated'),
+            dict(drawn=ops.DrawnBits.of(rounding, seed, offset)),
+        )
 
 
 def median_ms(function, written, repeats=50, warmup=10):
@@ -49,12 +71,15 @@ def median_ms(function, written, repeats=50, warmup=10):
 
 
 def measure(
-    shape, dtype, channels_last, failures, rounding='dither', device='cuda'
+    shape,
+    dtype,
+    channels_last,
+    failures,
+    rounding=ops.DEFAULT_ROUNDING,
+    device='cuda',
 ):
     """Yield a row of each kernel on a tensor; failures get the errors."""
-    decoding = {}
-    if rounding == 'dither':
-        decoding = dict(drawn=ops.DrawnBits(1, 0))
+    random = Random.of(rounding)
     x = torch.randn(shape, device=device, dtype=dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
@@ -65,7 +90,7 @@ def measure(
     for cases in CASES:
         name = ' '.join([cases.__name__, *map(str, setting.values())])
         with output.catching(failures, name):
-            for kernel, read, written, function in cases(x, decoding):
+            for kernel, read, written, function in cases(x, random):
                 nbytes = sum(tensor.nbytes for tensor in written)
                 time = median_ms(function, nbytes)
                 nbytes += sum(tensor.nbytes for tensor in read)
@@ -80,21 +105,18 @@ def measure(
                 )
 
 
-def codes(x, decoding):
-    """Yield name, tensors read and written, and call: codes of one width.
-
-    ``decoding`` are further arguments of ops that decode.
-    """
+def codes(x, random):
+    """Yield name, tensors read and written, and call: codes of one width."""
     for bits in ops.VALID_BITS:
-        payload = ops.quantize(x, bits, seed=1)
-        like = _like(x)
-        decode = partial(ops.dequantize, *payload, *like, bits, **decoding)
-        encode = partial(ops.quantize, x, bits, seed=1)
+        encode = partial(ops.quantize, x, bits, **random.encoding)
+        payload = encode()
+        coded = (*payload, *_like(x), bits)
+        decode = partial(ops.dequantize, *coded, **random.decoding)
         yield f'quantize {bits} bit', [x], payload, encode
         yield f'dequantize {bits} bit', payload, [x], decode
 
 
-def rows(x, decoding):
+def rows(x, random):
     """Yield likewise: codes of different widths by sample."""
     energies = ops.sample_range_energy(x)
     yield (
@@ -111,40 +133,45 @@ def rows(x, decoding):
     for name, bits in (('2 bit', plain), ('1 to 8 bit', mixed)):
         widths = (bits.byte(), (bits.cumsum(0) - bits).int())
         total = int(bits.sum())
-        encode = partial(ops.quantize_rows, x, *widths, total, seed=1)
+        format = (*widths, total)
+        encode = partial(ops.quantize_rows, x, *format, **random.encoding)
         payload = encode()
         coded = (*payload, *widths, *_like(x))
-        decode = partial(ops.dequantize_rows, *coded, **decoding)
+        decode = partial(ops.dequantize_rows, *coded, **random.decoding)
         yield f'quantize rows of {name}', [x], payload, encode
         yield f'dequantize rows of {name}', payload, [x], decode
 
 
-def norm_grads(x, decoding):
+def norm_grads(x, random):
     """Yield likewise: the backward pass of normalisations from codes."""
     running = [torch.zeros(x.shape[1], device=x.device) for _ in range(2)]
     stats = partial(ops.channel_stats, x, 1e-5, 0.1, *running)
     yield 'channel stats', [x], [], stats
     vector = torch.ones(x.shape[1], device=x.device)
     vectors = vector, torch.stack([vector, vector])
+    affine = vector - 1, vector, None, None
     for bits in (2, 3, 4):
-        codes, ranges = ops.quantize(x, bits, seed=1)
-        # Any codes are valid split codes, here with one range for both kinds.
-        split_ranges = torch.cat([ranges, ranges], -1)
-        for name, pair in (('norm', ranges), ('norm relu', split_ranges)):
-            relu = pair is split_ranges
-            format = dict(bits=bits, group_size=256, relu=relu, **decoding)
-            read = [x, codes, pair]
+        # Of the values themselves.
+        for name, relu in (('norm relu', True), ('norm', False)):
+            _, codes, ranges, *_ = ops.norm_act(
+                x, None, *affine, relu, bits, 0, **random.encoding
+            )
+            format = dict(
+                bits=bits, group_size=256, relu=relu, **random.decoding
+            )
+            read = [x, codes, ranges]
             sums = partial(ops.norm_grad_sums, *read, **format)
             yield f'{name} grad sums {bits} bit', read, [], sums
             grads = partial(ops.norm_grad_input, *read, *vectors, **format)
             yield f'{name} grad input {bits} bit', read, [x], grads
+        # Any codes are valid zeroed ones.
         read = [x, codes, ranges, codes]
-        format = (bits, bits, 256)
-        sums = partial(ops.norm_add_grad_sums, *read, *format, **decoding)
+        coded = (*read, bits, bits, 256)
+        sums = partial(ops.norm_add_grad_sums, *coded, **random.decoding)
         yield f'norm add relu grad sums {bits} bit', read, [x], sums
 
 
-def norms(x, decoding):
+def norms(x, random):
     """Yield likewise: fused normalisation, and decoding of its codes."""
     mean, bias = torch.randn(2, x.shape[1], device=x.device)
     scale = torch.rand(x.shape[1], device=x.device) + 0.5
@@ -152,7 +179,7 @@ def norms(x, decoding):
     for bits, name in itertools.product((2, 3, 4, 8), modes):
         add, relu = modes[name], 'relu' in name
         arguments = (add, mean, scale, scale, bias, relu, bits, bits)
-        forward = partial(ops.norm_act, x, *arguments, seed=1)
+        forward = partial(ops.norm_act, x, *arguments, **random.encoding)
         written, like = forward(), _like(x)
         output, codes, ranges, *act_payload = written
         read = [x] if add is None else [x, add]
@@ -160,12 +187,12 @@ def norms(x, decoding):
         if add is not None:
             name, read = f'dequantize zeroed {bits} bit', act_payload
             coded = (*read, *like, bits)
-            decode = partial(ops.dequantize_zeroed, *coded, **decoding)
+            decode = partial(ops.dequantize_zeroed, *coded, **random.decoding)
             yield name, read, [output], decode
         elif relu:
             name, read = f'dequantize split {bits} bit', [codes, ranges]
-            affine = (scale, bias, *like, bits)
-            decode = partial(ops.dequantize_split, *read, *affine, **decoding)
+            coded = (*read, scale, bias, *like, bits)
+            decode = partial(ops.dequantize_split, *coded, **random.decoding)
             yield name, read, [output], decode
     y = torch.zeros_like(x)
     constants = (torch.ones(x.shape[1], device=x.device),) * 4
@@ -174,7 +201,7 @@ def norms(x, decoding):
         yield f'frozen norm{name} relu', read, [x], frozen
 
 
-def rectifiers(x, _):
+def rectifiers(x, random):
     """Yield likewise: ReLUs that keep a mask, or codes of their output."""
     # After the first call in place nothing is negative; the work is the same.
     y, mask = x.clone(), ops.relu_mask(x)[1]
@@ -183,11 +210,12 @@ def rectifiers(x, _):
     yield 'relu forward in place', [x], [x, mask], partial(ops.relu_mask_, y)
     yield 'relu backward', [x, mask], [x], backward
     for bits in (2, 3, 4, 8):
-        name, format = f'relu codes {bits} bit', dict(bits=bits, seed=1)
-        forward = partial(ops.relu_codes, x, **format)
+        name = f'relu codes {bits} bit'
+        forward = partial(ops.relu_codes, x, bits, **random.encoding)
         written = forward()
-        in_place = partial(ops.relu_codes_, y, **format)
-        backward = partial(ops.relu_codes_backward, x, written[1], bits)
+        in_place = partial(ops.relu_codes_, y, bits, **random.encoding)
+        format = bits, random.encoding['rotated']
+        backward = partial(ops.relu_codes_backward, x, written[1], *format)
         yield f'{name} forward', [x], written, forward
         yield f'{name} forward in place', [x], written, in_place
         yield f'{name} backward', [x, written[1]], [x], backward
@@ -214,8 +242,8 @@ def main(argv=None):
     """Measure and print a table."""
     parser = output.make_parser(__doc__)
     parser.add_argument('--out', help='json file for the rows')
-    roundings = dict(choices=ROUNDINGS, default=ROUNDINGS[0])
-    parser.add_argument('--rounding', **roundings, help='of what is decoded')
+    roundings = dict(choices=ops.ROUNDINGS, default=ops.DEFAULT_ROUNDING)
+    parser.add_argument('--rounding', **roundings, help='of codes')
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit('no GPU: there is nothing to measure')
