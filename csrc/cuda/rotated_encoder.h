@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "../common/codec.h"
 #include "../common/rotation.h"
@@ -17,9 +16,6 @@ enum class RotatedKinds {
   kPassing,  // those that pass a rectifier
   kBoth,     // those, and the others
 };
-
-template <RotatedKinds kKinds>
-using KindsConstant = std::integral_constant<RotatedKinds, kKinds>;
 
 struct GroupRange {
   float mean;     // of the elements that do not pass, of kBoth

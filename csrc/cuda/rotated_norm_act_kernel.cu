@@ -48,6 +48,29 @@ struct NormAct {
   bool vectorized;
 };
 
+// Encodes kCount groups, from the k-th of a warp on, and writes their codes;
+// `store_range(group, range)` writes a range.
+template <RotatedKinds kKinds, int kCount, typename StoreRange>
+__device__ __forceinline__ void encode_groups(
+    const RotatedCodes& format, const Hadamard& hadamard, PairStream stream,
+    const GroupCursor& cursor, uint32_t k, float (&values)[kCount][kBlock],
+    const uint32_t (&flags)[kCount], uint8_t* codes,
+    const StoreRange& store_range) {
+  const BlockSigns<kCount> signs(stream, [&](int u) {
+    return static_cast<uint64_t>(cursor.group(k + u));
+  });
+  uint32_t words[kCount];
+  GroupRange ranges[kCount];
+  encode_rotated<kKinds>(format, hadamard, signs, values, flags, words, ranges);
+#pragma unroll
+  for (int u = 0; u < kCount; ++u) {
+    if (k + u >= cursor.count()) continue;
+    const int64_t group = cursor.group(k + u);
+    store_block_codes(codes, cursor.block(group), format.stride, words[u]);
+    if (threadIdx.x % kWarp == 0) store_range(group, ranges[u]);
+  }
+}
+
 template <typename T, NormActPayload kPayload, bool kElements>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     norm_act_kernel(const NormAct<T> op, const GroupWalk walk) {
@@ -107,33 +130,18 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
                     op.vectorized);
       }
     }
-    const auto encode = [&](auto kinds, const RotatedCodes& format,
-                            PairStream random, float (&values)[kAtOnce][kBlock],
-                            uint8_t* codes, const auto& store_range) {
-      const BlockSigns<kAtOnce> signs(
-          random, [&](int u) { return static_cast<uint64_t>(group[u]); });
-      uint32_t words[kAtOnce];
-      GroupRange ranges[kAtOnce];
-      encode_rotated<decltype(kinds)::value>(format, hadamard, signs, values,
-                                             flags, words, ranges);
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        if (k + u >= cursor.count()) continue;
-        store_block_codes(codes, cursor.block(group[u]), format.stride,
-                          words[u]);
-        if (threadIdx.x % kWarp == 0) store_range(group[u], ranges[u]);
-      }
-    };
     if constexpr (kSplit) {
-      encode(KindsConstant<RotatedKinds::kBoth>{}, op.format, stream, normal,
-             op.codes, [&](int64_t g, const GroupRange& range) {
-               range.store_split(static_cast<uint16_t*>(op.ranges) + 3 * g);
-             });
+      encode_groups<RotatedKinds::kBoth>(
+          op.format, hadamard, stream, cursor, k, normal, flags, op.codes,
+          [&](int64_t g, const GroupRange& range) {
+            range.store_split(static_cast<uint16_t*>(op.ranges) + 3 * g);
+          });
     } else {
-      encode(KindsConstant<RotatedKinds::kOne>{}, op.format, stream, normal,
-             op.codes, [&](int64_t g, const GroupRange& range) {
-               static_cast<uint32_t*>(op.ranges)[g] = range.pack();
-             });
+      encode_groups<RotatedKinds::kOne>(
+          op.format, hadamard, stream, cursor, k, normal, flags, op.codes,
+          [&](int64_t g, const GroupRange& range) {
+            static_cast<uint32_t*>(op.ranges)[g] = range.pack();
+          });
     }
     if constexpr (kZeroed) {
 #pragma unroll
@@ -141,10 +149,11 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 #pragma unroll
         for (int i = 0; i < kBlock; ++i) normal[u][i] = output[u].get(i);
       }
-      encode(KindsConstant<RotatedKinds::kPassing>{}, op.act_format, act_stream,
-             normal, op.act_codes, [&](int64_t g, const GroupRange& range) {
-               op.act_ranges[g] = range.pack();
-             });
+      encode_groups<RotatedKinds::kPassing>(
+          op.act_format, hadamard, act_stream, cursor, k, normal, flags,
+          op.act_codes, [&](int64_t g, const GroupRange& range) {
+            op.act_ranges[g] = range.pack();
+          });
     }
   }
 }
