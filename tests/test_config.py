@@ -241,7 +241,9 @@ class TestRounding:
         elif where == 'rule':
             level['rules'] = {'0': dict(group_size=64)}
         else:
-            model[0] = mmactnn.QConv2d(3, 4, 3, group_size=64)
+            model[0] = mmactnn.QConv2d(3, 4, 3)
+            quantizer = model[0].quantizer
+            quantizer.own = quantizer.own._replace(group_size=64)
         message = "1 to 3 bits.*layer '0' must be 256.*got group_size=64"
         with pytest.raises(ValueError, match=message):
             convert_model(model, level, **size)
@@ -254,8 +256,8 @@ class TestRounding:
     def test_is_part_of_the_name(self):
         level = get_level(dict(rounding='stochastic'))
         assert level.name == "L3(rounding='stochastic')"
-        assert get_level(dict(base=level, rounding='dither')) is not level
-        assert get_level(dict(base=level, rounding='dither')).name == 'L3'
+        usual = get_level(dict(base=level, rounding=ops.DEFAULT_ROUNDING))
+        assert usual is not level and usual.name == 'L3'
 
     def test_of_a_pickle_from_before_there_was_a_choice(self):
         quantizer = mmactnn.QConv2d(3, 4, 3).quantizer
@@ -287,7 +289,8 @@ class TestConversion:
     def test_group_size_of_a_rule(self):
         model = small_model()
         rules = {'0': dict(bits=2, group_size=64)}
-        convert_model(model, dict(base='L2', rules=rules), group_size=128)
+        level = dict(base='L2', rounding='dither', rules=rules)
+        convert_model(model, level, group_size=128)
         assert model[0].quantizer.group_size == 64
         assert model[3].quantizer.group_size == 128
 
@@ -295,7 +298,7 @@ class TestConversion:
         plain, ruled = small_model(), small_model()
         convert_model(plain, 'L3')
         rules = {'*': dict(group_size=64)}
-        convert_model(ruled, dict(rules=rules))
+        convert_model(ruled, dict(rounding='dither', rules=rules))
         for a, b in zip(plain, ruled):
             assert b.quantizer.group_size == 64
             assert b.quantizer.bits == a.quantizer.bits
