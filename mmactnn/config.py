@@ -253,8 +253,9 @@ class Compression(_Settings):
             rotation and rounds to the nearest code, where 1 to 3 bits are
             for values: 1/5 to 7/10 of the variance of dither, which other
             codes have. See :class:`mmactnn.ops.DrawnBits`. All are unbiased,
-            ``'rotated'`` but for a small rest. Needs a ``group_size`` of
-            256. Defaults to ``'dither'``.
+            ``'rotated'`` but for a rest that is small unless few values of a
+            group are much larger than all others. Needs a ``group_size`` of
+            256.
         rules (tuple[Rule]): Exceptions by name of layer, or a dict of them,
             see :func:`get_level`; of several rules that match the last one
             applies. Rules have no effect at an exact level.

@@ -35,12 +35,12 @@ def norm_grad_sums(
             :func:`mmactnn.ops.norm_act` for M elements a sample; plain codes
             of the normalised input or, with ``relu``, split codes.
         ranges (Tensor[N, ceil(M / group_size), 2]): bfloat16; with ``relu``
-            the last dimension is 4.
+            the last dimension is 4, or 3 if the codes are rotated.
         bits (int): Bits a code, from 1 to 8, with ``relu`` from 2.
         group_size (int): Elements a range: 64, 128, 256 or 512.
         relu (bool): Whether a ReLU follows, whose mask the codes hold.
         drawn (DrawnBits, optional): Random bits that the normalised input was
-            rounded with, to be subtracted. Defaults to none.
+            rounded with. Defaults to none: codes alone are decoded.
 
     Returns:
         Tensor[2, C]: float32, sums over each channel of the gradients that
@@ -84,8 +84,7 @@ def norm_add_grad_sums(
             normalised input.
         ranges (Tensor[N, ceil(M / group_size), 2]): bfloat16.
         act_codes (Tensor[N, ceil(M / 8) * act_bits]): uint8, zeroed codes of
-            the output of the ReLU: the gradient passes where the code is
-            not 0.
+            the output of the ReLU, which tell where the gradient passes.
         bits (int): Bits a code of ``codes``, from 1 to 8.
         act_bits (int): Bits a code of ``act_codes``, from 2 to 8.
         group_size (int): Elements a range: 64, 128, 256 or 512.

@@ -184,11 +184,11 @@ def dequantize(
         bits (int): Bits a code, from 1 to 8.
         group_size (int, optional): Elements a range. Defaults to 256.
         drawn (DrawnBits, optional): Random bits that the tensor was rounded
-            with, to be subtracted. Defaults to none.
+            with. Defaults to none: codes alone are decoded.
 
     Returns:
         Tensor[N, *]: ``low + code * step``, of ``dtype`` and ``stride``; with
-        dither see :class:`mmactnn.ops.DrawnBits`.
+        random bits see :class:`mmactnn.ops.DrawnBits`.
 
     Raises:
         ValueError: If ``bits`` or ``group_size`` is not valid.

@@ -72,7 +72,8 @@ def dequantize_split(
     Args:
         codes (Tensor[N, ceil(M / 8) * bits]): uint8, from
             :func:`mmactnn.ops.norm_act` with a ReLU and without a residual.
-        ranges (Tensor[N, ceil(M / group_size), 4]): bfloat16.
+        ranges (Tensor[N, ceil(M / group_size), R]): bfloat16, R being 4, or
+            3 if the codes are rotated.
         weight (Tensor[C], optional): float32, scale; 1 if None.
         bias (Tensor[C], optional): float32, shift; 0 if None.
         size (Sequence[int]): Shape of the result, N and C first, of 2 to 5
@@ -83,12 +84,12 @@ def dequantize_split(
         bits (int): Bits a code, from 2 to 8.
         group_size (int, optional): Elements a range. Defaults to 256.
         drawn (DrawnBits, optional): Random bits that the tensor was rounded
-            with, to be subtracted. Defaults to none.
+            with. Defaults to none: codes alone are decoded.
 
     Returns:
         Tensor[N, C, *]: ``(low + code * step) * weight + bias`` where the
         output was positive, exactly 0 elsewhere; of ``dtype`` and ``stride``.
-        With dither see :class:`mmactnn.ops.DrawnBits`.
+        With random bits see :class:`mmactnn.ops.DrawnBits`.
 
     Raises:
         ValueError: If ``bits`` or ``group_size`` is not valid.
@@ -135,11 +136,11 @@ def dequantize_zeroed(
         bits (int): Bits a code, from 2 to 8.
         group_size (int, optional): Elements a range. Defaults to 256.
         drawn (DrawnBits, optional): Random bits that the tensor was rounded
-            with, to be subtracted. Defaults to none.
+            with. Defaults to none: codes alone are decoded.
 
     Returns:
         Tensor[N, *]: 0 where the code is 0, else ``low + (code - 1) * step``;
-        of ``dtype`` and ``stride``. With dither see
+        of ``dtype`` and ``stride``. With random bits see
         :class:`mmactnn.ops.DrawnBits`.
 
     Raises:

@@ -131,11 +131,11 @@ def dequantize_rows(
         dtype (torch.dtype): float32, float16 or bfloat16.
         group_size (int, optional): Elements a range. Defaults to 256.
         drawn (DrawnBits, optional): Random bits that the tensor was rounded
-            with, to be subtracted. Defaults to none.
+            with. Defaults to none: codes alone are decoded.
 
     Returns:
         Tensor[N, *]: ``low + code * step``, of ``dtype`` and ``stride``; with
-        dither see :class:`mmactnn.ops.DrawnBits`.
+        random bits see :class:`mmactnn.ops.DrawnBits`.
 
     Raises:
         ValueError: If ``group_size`` is not valid.

@@ -19,9 +19,11 @@ from .norm_act import norm_act
 from .norm_grad import norm_grad_sums
 from .pool import max_pool2d, max_pool2d_backward
 from .quantize import dequantize, quantize
+from .random_bits import DrawnBits
 from .rectified import dequantize_zeroed
 from .relu import relu_mask, relu_mask_backward
 from .relu_codes import relu_codes
+from .rotation import ROTATION
 from .rows import allocate_sample_bits, quantize_rows, sample_range_energy
 
 _GROUP_SIZE = 64
@@ -57,6 +59,20 @@ def _check_quantize(x):
     _require_equal(payload, expected)
     y = dequantize(*payload, *layout, 2, _GROUP_SIZE)
     decoded = reference.dequantize(*expected, *layout, 2, _GROUP_SIZE)
+    _require_equal([y], [decoded])
+
+
+def _check_rotated(x):
+    # One whole group a sample.
+    x = x[:, :, :4, :8].contiguous()
+    layout = x.shape, x.stride(), x.dtype
+    format = 2, ROTATION
+    payload = quantize(x, *format, seed=1, rotated=True)
+    expected = reference.quantize(x.cpu(), *format, 1, 0, rotated=True)
+    _require_equal(payload, expected)
+    drawn = DrawnBits.of('rotated', 1, 0)
+    y = dequantize(*payload, *layout, *format, drawn=drawn)
+    decoded = reference.dequantize(*expected, *layout, *format, drawn)
     _require_equal([y], [decoded])
 
 
@@ -156,6 +172,7 @@ def _check_chain(x):
 
 _CHECKS = dict(
     quantize=_check_quantize,
+    rotated=_check_rotated,
     rows=_check_rows,
     mask=_check_mask,
     rectified=_check_rectified,

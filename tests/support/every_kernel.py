@@ -2,11 +2,11 @@
 
 compute-sanitizer --tool memcheck python tests/support/every_kernel.py
 
-Every dtype, bit width, group size and way through the kernels: one width and
-one for each sample, whole and ragged groups, rows on and off the 16-byte
-boundary, NaN and inf, in place; every kind of fused normalisation and every
-kind of pooling window, in both layouts; channels in every place of the blocks
-of codes.
+Every dtype, bit width, group size, rounding and way through the kernels: one
+width and one for each sample, whole and ragged groups, rows on and off the
+16-byte boundary, NaN and inf, in place; every kind of fused normalisation and
+every kind of pooling window, in both layouts; channels in every place of the
+blocks of codes.
 Results are compared with the CPU's, so that a run that computes nothing
 cannot pass.
 """
@@ -45,8 +45,7 @@ POOL_SHAPES = (
     (2, 3, 7, 24),
     (1, 1, 3, 3),
 )
-# Decoding of codes alone, and with the random bits that all are rounded with.
-DRAWN = (None, ops.DrawnBits(1, 0))
+SEED = 1
 WINDOWS = (
     dict(kernel_size=2),
     dict(kernel_size=3, stride=2, padding=1),
@@ -63,14 +62,28 @@ def check(actual, expected):
     )
 
 
+def randoms_of(group_size):
+    """Ways to round and to decode.
+
+    Yields:
+        tuple[dict, DrawnBits | None]: Keyword arguments of what encodes, and
+        random bits for what decodes.
+    """
+    for rounding in ops.ROUNDINGS:
+        rotated = rounding == 'rotated'
+        if not rotated or group_size == 256:
+            drawn = ops.DrawnBits.of(rounding, SEED, 0)
+            yield dict(seed=SEED, rotated=rotated), drawn
+
+
 def run_quantize(x, bits, group_size):
     """Quantise and dequantise."""
-    expected = ops.quantize(x, bits, group_size, seed=1)
-    codes, ranges = ops.quantize(x.cuda(), bits, group_size, seed=1)
-    check(codes, expected[0])
-    check(ranges, expected[1])
     format = (x.shape, x.stride(), x.dtype, bits, group_size)
-    for drawn in DRAWN:
+    for random, drawn in randoms_of(group_size):
+        expected = ops.quantize(x, bits, group_size, **random)
+        codes, ranges = ops.quantize(x.cuda(), bits, group_size, **random)
+        check(codes, expected[0])
+        check(ranges, expected[1])
         y = ops.dequantize(codes, ranges, *format, drawn=drawn)
         check(y, ops.dequantize(*expected, *format, drawn=drawn))
 
@@ -97,21 +110,21 @@ def run_rows(x, group_size):
 def run_widths(x, row_bits, row_starts, group_size):
     """Quantise and dequantise samples of given widths."""
     total = int(row_bits.sum())
-    expected = ops.quantize_rows(
-        x, row_bits, row_starts, total, group_size, seed=1
-    )
-    cuda_widths = (row_bits.cuda(), row_starts.cuda())
-    codes, ranges = ops.quantize_rows(
-        x.cuda(), *cuda_widths, total, group_size, seed=1
-    )
-    check(codes, expected[0])
-    check(ranges, expected[1])
-    format = (x.shape, x.stride(), x.dtype, group_size)
     widths = row_bits, row_starts
-    for drawn in DRAWN:
-        random = dict(drawn=drawn)
-        y = ops.dequantize_rows(codes, ranges, *cuda_widths, *format, **random)
-        check(y, ops.dequantize_rows(*expected, *widths, *format, **random))
+    cuda_widths = (row_bits.cuda(), row_starts.cuda())
+    format = (x.shape, x.stride(), x.dtype, group_size)
+    for random, drawn in randoms_of(group_size):
+        expected = ops.quantize_rows(x, *widths, total, group_size, **random)
+        codes, ranges = ops.quantize_rows(
+            x.cuda(), *cuda_widths, total, group_size, **random
+        )
+        check(codes, expected[0])
+        check(ranges, expected[1])
+        y = ops.dequantize_rows(
+            codes, ranges, *cuda_widths, *format, drawn=drawn
+        )
+        wanted = ops.dequantize_rows(*expected, *widths, *format, drawn=drawn)
+        check(y, wanted)
 
 
 def run_relu(x, arguments):
@@ -132,17 +145,19 @@ def run_relu(x, arguments):
 
 def run_relu_codes(x, bits, group_size):
     """A rectifier that keeps codes, in place and not, and its backward."""
-    expected = ops.relu_codes(x, bits, group_size, seed=1)
-    actual = ops.relu_codes(x.cuda(), bits, group_size, seed=1)
-    inplace = x.cuda()
-    payload = ops.relu_codes_(inplace, bits, group_size, seed=1)
-    for one, other, wanted in zip(actual, (inplace, *payload), expected):
-        check(one, wanted)
-        check(other, wanted)
-    check(
-        ops.relu_codes_backward(x.cuda(), payload[0], bits),
-        ops.relu_codes_backward(x, expected[1], bits),
-    )
+    for random, _ in randoms_of(group_size):
+        expected = ops.relu_codes(x, bits, group_size, **random)
+        actual = ops.relu_codes(x.cuda(), bits, group_size, **random)
+        inplace = x.cuda()
+        payload = ops.relu_codes_(inplace, bits, group_size, **random)
+        for one, other, wanted in zip(actual, (inplace, *payload), expected):
+            check(one, wanted)
+            check(other, wanted)
+        format = bits, random['rotated']
+        check(
+            ops.relu_codes_backward(x.cuda(), payload[0], *format),
+            ops.relu_codes_backward(x, expected[1], *format),
+        )
 
 
 def run_dropout(x):
@@ -164,33 +179,32 @@ def run_norm_act(x, relu, add, bits, group_size):
     residual = x.flip(0).clone() if add else None
     act_bits = 6 if bits == 5 else bits
     format = (relu, bits, act_bits, group_size)
-    expected = ops.norm_act(x, residual, *vectors, *format, seed=1)
     cuda_residual = residual.cuda() if add else None
     cuda_vectors = vectors.cuda()
-    actual = ops.norm_act(
-        x.cuda(), cuda_residual, *cuda_vectors, *format, seed=1
-    )
-    for output, wanted in zip(actual, expected):
-        check(output, wanted)
     run_batch_norm_act(x, residual, vectors, format)
     like = (x.shape, x.stride(), x.dtype)
-    for drawn in DRAWN:
+    for random, drawn in randoms_of(group_size):
+        expected = ops.norm_act(x, residual, *vectors, *format, **random)
+        actual = ops.norm_act(
+            x.cuda(), cuda_residual, *cuda_vectors, *format, **random
+        )
+        for output, wanted in zip(actual, expected):
+            check(output, wanted)
         if add:
-            format = (*like, act_bits, group_size)
-            random = dict(drawn=drawn and drawn.second())
+            own = (*like, act_bits, group_size)
+            second = dict(drawn=drawn and drawn.second())
             check(
-                ops.dequantize_zeroed(*actual[3:], *format, **random),
-                ops.dequantize_zeroed(*expected[3:], *format, **random),
+                ops.dequantize_zeroed(*actual[3:], *own, **second),
+                ops.dequantize_zeroed(*expected[3:], *own, **second),
             )
         elif relu:
-            format = (*like, bits, group_size)
-            random = dict(drawn=drawn)
+            own = (*like, bits, group_size)
             check(
                 ops.dequantize_split(
-                    *actual[1:3], *cuda_vectors[2:], *format, **random
+                    *actual[1:3], *cuda_vectors[2:], *own, drawn=drawn
                 ),
                 ops.dequantize_split(
-                    *expected[1:3], *vectors[2:], *format, **random
+                    *expected[1:3], *vectors[2:], *own, drawn=drawn
                 ),
             )
 
@@ -203,7 +217,7 @@ def run_batch_norm_act(x, residual, vectors, format):
     mean, invstd, weight, bias = vectors
     relu, bits, act_bits, group_size = format
 
-    def forward(device, inplace, drawn):
+    def forward(device, inplace, random, drawn):
         mean_, var, weight_, bias_ = (
             v.to(device) for v in (mean, invstd.square(), weight, bias)
         )
@@ -211,7 +225,7 @@ def run_batch_norm_act(x, residual, vectors, format):
         op = ops.batch_norm_act_ if inplace else ops.batch_norm_act
         input = x.to(device, copy=True)
         added = None if residual is None else residual.to(device)
-        found = op(input, added, weight_, bias_, settings, *format, seed=1)
+        found = op(input, added, weight_, bias_, settings, *format, **random)
         output, invstd_, codes = (input, *found) if inplace else found
         # The statistics are constants here: no sum goes into this gradient.
         grads = ops.batch_norm_act_backward(
@@ -230,10 +244,11 @@ def run_batch_norm_act(x, residual, vectors, format):
         )[1]
         return output, invstd_, *codes, *grads
 
-    # In place with dither, and neither.
-    for inplace, drawn in enumerate(DRAWN):
-        expected = forward('cpu', False, drawn)
-        for output, wanted in zip(forward('cuda', inplace, drawn), expected):
+    # By turns in place and not.
+    for turn, random in enumerate(randoms_of(group_size)):
+        expected = forward('cpu', False, *random)
+        actual = forward('cuda', turn % 2 == 0, *random)
+        for output, wanted in zip(actual, expected):
             check(output, wanted)
 
 
@@ -285,39 +300,46 @@ def check_sums(actual, expected):
 
 
 def run_norm_grad(x, bits, relu):
-    """Gradients of a normalisation, from random payloads."""
+    """Gradients of a normalisation that changes nothing."""
+    for group_size in (64, 256):
+        for random, drawn in randoms_of(group_size):
+            # Dither of the larger groups takes the same way.
+            if group_size == 64 or random['rotated']:
+                run_norm_grad_of(x, bits, relu, group_size, random, drawn)
+
+
+def run_norm_grad_of(x, bits, relu, group_size, random, drawn):
+    """The same, rounded in one way."""
     grad = x.nan_to_num(0, 0, 0)
-    format = dict(bits=bits, group_size=64)
-    codes, ranges = ops.quantize(x, **format, seed=1)
-    if relu:
-        # Any codes are split codes, too, of one range a kind.
-        ranges = torch.cat([ranges, ranges], -1)
+    zeros, ones = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+    _, codes, ranges, *_ = ops.norm_act(
+        *(x, None, zeros, ones, None, None, relu, bits, 0, group_size),
+        **random,
+    )
     scale = torch.linspace(-1, 1, x.shape[1])
     vectors = scale, torch.stack([scale / 4, scale / 8])
     payload = grad, codes, ranges
     cuda_payload = [tensor.cuda() for tensor in payload]
-    expected = ops.norm_grad_sums(*payload, **format, relu=relu)
-    check_sums(
-        ops.norm_grad_sums(*cuda_payload, **format, relu=relu), expected
-    )
+    format = dict(bits=bits, group_size=group_size, relu=relu, drawn=drawn)
+    expected = ops.norm_grad_sums(*payload, **format)
+    check_sums(ops.norm_grad_sums(*cuda_payload, **format), expected)
     check(
         ops.norm_grad_input(
-            *cuda_payload,
-            *(vector.cuda() for vector in vectors),
-            **format,
-            relu=relu,
+            *cuda_payload, *(vector.cuda() for vector in vectors), **format
         ),
-        ops.norm_grad_input(*payload, *vectors, **format, relu=relu),
+        ops.norm_grad_input(*payload, *vectors, **format),
     )
     if relu:
         return
     for act_bits in {max(bits, 2), 5}:
-        act_codes = ops.quantize(x, act_bits, 64, seed=2)[0]
+        # Any codes are zeroed ones, too.
+        act_codes = ops.quantize(x, act_bits, group_size, seed=2)[0]
+        format = bits, act_bits, group_size
         expected = ops.norm_add_grad_sums(
-            *payload, act_codes, bits, act_bits, 64
+            *payload, act_codes, *format, drawn=drawn
         )
         actual = ops.norm_add_grad_sums(
-            *cuda_payload, act_codes.cuda(), bits, act_bits, 64
+            *cuda_payload, act_codes.cuda(), *format, drawn=drawn
         )
         check(actual[0], expected[0])
         check_sums(actual[1], expected[1])

@@ -7,7 +7,7 @@ import torch
 
 from mmactnn import convert_model
 from mmactnn.codes.quantizer import LayerQuantizer
-from mmactnn.ops.rotation import SQUARED_ERRORS
+from mmactnn.ops.rotation import SQUARED_ERRORS, rotates
 
 # Relative error of exact results: that of float32 itself,
 # with fast convolutions, and far below that of codes.
@@ -200,7 +200,7 @@ def rounding_variance(x, payload):
     """
     rows = x.detach().double().flatten(1)
     drawn, bits = payload.format.drawn, payload.format.bits
-    if drawn is not None and drawn.rotated and bits in SQUARED_ERRORS:
+    if drawn is not None and drawn.rotated and rotates(rows.shape[1], bits):
         groups = rows.view(-1, 256)
         error = SQUARED_ERRORS[bits]
         variance = groups.var(1, correction=0) * (error / (1 - error))

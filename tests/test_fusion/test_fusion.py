@@ -132,14 +132,15 @@ def test_autocast(dtype, device):
         assert relative_error(found[key], value) < limit, key
 
 
+@pytest.mark.parametrize('rounding', ['dither', 'rotated'])
 @pytest.mark.parametrize(
     'name', ['mmdet bottleneck, stride', 'ConvModule', 'mmdet stem']
 )
-def test_unbiased(name, device):
+def test_unbiased(name, rounding, device):
     block = make_block(name).to(device)
     x = make_input(device)
     expected = run(copy.deepcopy(block), x)
-    convert_model(block, FIXED)
+    convert_model(block, dict(FIXED, rounding=rounding))
     keys = [k for k, v in expected.items() if k != 'output']
     draws = 64
 
