@@ -37,7 +37,7 @@ struct NormActArguments {
   // The same of the codes of the output.
   bool act_rotated(const Geometry& geometry) const {
     return payload() == NormActPayload::kPlainAndZeroed && rounding.rotated &&
-           rotates(geometry, static_cast<int>(act_bits) - 1);
+           rotates_zeroed(geometry, static_cast<int>(act_bits));
   }
 };
 

@@ -33,7 +33,8 @@ struct NormArguments {
   // See passing_bits(), of `act_codes`.
   uint32_t act_passing_bits() const {
     const int width = static_cast<int>(act_bits);
-    return passing_bits(width, drawn.rotated && rotates(geometry, width - 1));
+    return passing_bits(width,
+                        drawn.rotated && rotates_zeroed(geometry, width));
   }
 };
 

@@ -56,6 +56,15 @@ MMACTNN_HOST_DEVICE constexpr bool rotates(const Geometry& geometry, int bits) {
          geometry.row_numel % kRotation == 0;
 }
 
+// The same of zeroed codes of `bits` bits: with more for values than one, dither
+// has less variance. It spends one code on zero and all others on the range of
+// the positive values, which is half of that of a distribution, where rotated
+// codes have a bit for the mask.
+MMACTNN_HOST_DEVICE constexpr bool rotates_zeroed(const Geometry& geometry,
+                                                  int bits) {
+  return bits == 2 && rotates(geometry, 1);
+}
+
 // Distance of levels for the standard normal distribution. One bit has levels
 // of any distance: the sign.
 MMACTNN_HOST_DEVICE constexpr float rotation_step(int bits) {

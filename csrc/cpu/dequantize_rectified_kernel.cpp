@@ -67,7 +67,10 @@ void decode_elements(const Memory& codes, const Memory& ranges,
                      const Geometry& geometry, int bits, uint32_t max_code,
                      const DrawnBits& drawn, T* output, const Body& body) {
   const GroupDither draw(drawn, geometry);
-  const RotatedDecoder rotated(drawn, geometry, bits - 1);
+  const bool rotates_kind = kKinds == 2 ? rotates(geometry, bits - 1)
+                                        : rotates_zeroed(geometry, bits);
+  const RotatedDecoder rotated(drawn, geometry, bits - 1,
+                               drawn.rotated && rotates_kind);
   for_each_group(
       static_cast<const uint8_t*>(codes.const_data_ptr()), geometry, bits,
       [&](int64_t index, const Group& group, const uint8_t* unpacked) {
@@ -127,7 +130,7 @@ void dequantize_zeroed(const Memory& codes, const Memory& ranges,
                        const Memory& output, const Geometry& geometry, int bits,
                        const DrawnBits& drawn) {
   const uint32_t passing =
-      passing_bits(bits, drawn.rotated && rotates(geometry, bits - 1));
+      passing_bits(bits, drawn.rotated && rotates_zeroed(geometry, bits));
   dispatch_dtype(output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     decode_elements<1>(

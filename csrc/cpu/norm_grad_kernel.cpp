@@ -58,7 +58,7 @@ void for_each_element(const T* grad_output, const NormArguments& arguments,
   const int fraction = fraction_bits(max_code);
   const GroupDither draw(arguments.drawn, geometry);
   const RotatedDecoder rotated(arguments.drawn, geometry,
-                               arguments.value_bits());
+                               arguments.value_bits(), arguments.rotated());
   uint16_t random[kMaxGroup];
   uint8_t unpacked[kRotation];
   int32_t multiples[kRotation];

@@ -90,7 +90,8 @@ void dequantize_groups(const uint8_t* codes, const uint32_t* ranges, T* output,
                  row.bits, unpacked);
     T* target = output + group.row * geometry.row_numel + group.start;
     const Range range = Range::unpack(ranges[index]);
-    if (const RotatedDecoder rotated(drawn, geometry, row.bits); rotated) {
+    if (drawn.rotated && rotates(geometry, row.bits)) {
+      const RotatedDecoder rotated(drawn, geometry, row.bits, true);
       int32_t multiples[kRotation];
       rotated(index, unpacked, multiples);
       for (int i = 0; i < kRotation; ++i) {

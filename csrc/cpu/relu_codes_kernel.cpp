@@ -22,7 +22,7 @@ void rectify_groups(const T* input, T* output, uint8_t* codes, uint32_t* ranges,
                     const Geometry& geometry, int bits,
                     const Rounding& rounding, int64_t begin, int64_t end) {
   const PairStream stream = rounding.random.current_pair();
-  const bool rotated = rounding.rotated && rotates(geometry, bits - 1);
+  const bool rotated = rounding.rotated && rotates_zeroed(geometry, bits);
   float values[kMaxGroup];
   bool positive[kMaxGroup];
   uint16_t random[kMaxGroup];
@@ -77,7 +77,7 @@ void relu_codes_backward(const Memory& grad_output, const Memory& codes,
                          const Memory& grad_input, const Geometry& geometry,
                          int bits, bool rotated) {
   const uint32_t passing =
-      passing_bits(bits, rotated && rotates(geometry, bits - 1));
+      passing_bits(bits, rotated && rotates_zeroed(geometry, bits));
   const auto* code_bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
   dispatch_dtype(grad_output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;

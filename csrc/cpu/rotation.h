@@ -40,9 +40,10 @@ void decode_rotated(const uint8_t* codes, PairStream stream, uint64_t group,
 // Decodes groups of a tensor.
 class RotatedDecoder {
  public:
-  // `bits` are those for values; of codes that are not rotated it is false.
-  RotatedDecoder(const DrawnBits& drawn, const Geometry& geometry, int bits)
-      : rotated_(drawn.rotated && rotates(geometry, bits)),
+  // `bits` are those for values. Unless codes are `rotated` it is false.
+  RotatedDecoder(const DrawnBits& drawn, const Geometry& geometry, int bits,
+                 bool rotated)
+      : rotated_(rotated),
         stream_(drawn.random.current_pair()),
         first_group_(drawn.first_row * geometry.groups_per_row()),
         bits_(bits) {}

@@ -587,7 +587,7 @@ void dequantize_split(const Memory& codes, const Memory& ranges,
 void dequantize_zeroed(const Memory& codes, const Memory& ranges,
                        const Memory& output, const Geometry& geometry, int bits,
                        const DrawnBits& drawn) {
-  if (drawn.rotated && rotates(geometry, bits - 1)) {
+  if (drawn.rotated && rotates_zeroed(geometry, bits)) {
     return rotated::dequantize_zeroed(codes, ranges, output, geometry, bits,
                                       drawn);
   }

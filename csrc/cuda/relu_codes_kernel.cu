@@ -274,7 +274,7 @@ namespace cuda {
 void relu_codes(const Memory& input, const Memory& output, const Memory& codes,
                 const Memory& ranges, const Geometry& geometry, int bits,
                 const Rounding& rounding) {
-  if (rounding.rotated && rotates(geometry, bits - 1)) {
+  if (rounding.rotated && rotates_zeroed(geometry, bits)) {
     return rotated::relu_codes(input, output, codes, ranges, geometry, bits,
                                rounding.random);
   }
@@ -322,7 +322,7 @@ void relu_codes_backward(const Memory& grad_output, const Memory& codes,
                          const Memory& grad_input, const Geometry& geometry,
                          int bits, bool rotated) {
   const uint32_t passing =
-      passing_bits(bits, rotated && rotates(geometry, bits - 1));
+      passing_bits(bits, rotated && rotates_zeroed(geometry, bits));
   dispatch_dtype(grad_output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     backward(static_cast<const T*>(grad_output.const_data_ptr()),

@@ -7,7 +7,7 @@ import torch
 
 from . import rotation_reference as rotation
 from .philox_reference import pair_words, philox
-from .rotation import rotates
+from .rotation import rotates, rotates_zeroed
 
 _MIN_STEP = 2.0**-111
 _POSITIVE_INF, _NEGATIVE_INF, _NAN = 1, 2, 3
@@ -272,7 +272,7 @@ def _zeroed_codes(value, bits, group_size, seed, offset, rotated):
     levels = 2**bits - 2
     groups, valid = _make_groups(value, group_size)
     kind = valid & ~(groups <= 0)
-    if rotated and rotates(row_numel, bits - 1):
+    if rotated and rotates_zeroed(row_numel, bits):
         codes, means, scale = rotation.encode(
             groups, kind, False, bits - 1, seed, offset
         )
@@ -307,7 +307,7 @@ def _special_values(code, low, has_inf):
 
 def _passes(unpacked, bits, rotated):
     """Whether the elements of zeroed codes (Tensor[N, M]) pass."""
-    if rotated and rotates(unpacked.shape[1], bits - 1):
+    if rotated and rotates_zeroed(unpacked.shape[1], bits):
         return unpacked >> (bits - 1) == 1
     return unpacked != 0
 

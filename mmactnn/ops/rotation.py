@@ -22,3 +22,18 @@ def rotates(row_numel, bits):
         bool: False if they are rounded and decoded with dither instead.
     """
     return bits <= MAX_ROTATED_BITS and row_numel % ROTATION == 0
+
+
+def rotates_zeroed(row_numel, bits):
+    """The same of zeroed codes.
+
+    With more bits for values than one, dither has less variance.
+
+    Args:
+        row_numel (int): Elements of a sample.
+        bits (int): Bits a code, with that of the rectifier.
+
+    Returns:
+        bool: As of :func:`rotates`.
+    """
+    return bits == 2 and rotates(row_numel, 1)
