@@ -4,27 +4,34 @@
 //
 // From the values x of a group the mean m of those of their kind is taken away
 // (kinds are the elements that a rectifier lets pass, and the others). The rest
-// r is rounded to integers v of 8 bits times a power of two, random signs s are
-// put on it, and y = H (s v) for the Hadamard matrix H of order 256
-// (Sylvester's of +1 and -1). Coefficients have the root mean square |v|. Code
-// c of a coefficient stands for the odd number q = 2 c - (2^bits - 1), in units
-// of half a step of |v|. Decoded is
+// r is rounded to integers v of 8 bits times a power of two, and rotated:
 //
-//   x' = m + scale * s (H q),  scale = r / v * <v, v> / <y, q>,
+//   y = A S B S A s v,  v in proportion to s A S B S A y
 //
-// whose projection on r is r. The rest of the error is orthogonal to r and, as
-// rotations are random, of any direction: x' is unbiased but for a small rest,
-// since signs with a Hadamard matrix are not all rotations (EDEN: S. Vargaftik
-// et al., "EDEN: Communication-efficient and robust distributed mean estimation
-// for federated learning", ICML'22), and v is rounded. For normal coefficients
-// the variance is <r, r> / 256 times D / (1 - D), D being the squared error of
-// the levels.
+// for random signs s and S, which are a shifted copy of s, and Hadamard
+// matrices A and B of order 16 over half of the bits of an element's place
+// each. (A and B once would do for values of all kinds but few large ones among
+// many small ones, whose coefficients are sums of the same few numbers.)
+// Coefficients have the root mean square 4 |v|. Code c of a coefficient stands
+// for the odd number q = 2 c - (2^bits - 1), in units of half a step of that.
+// Decoded is
+//
+//   x' = m + scale * s A S B S A q,  scale = r / v * <v, v> / <y, q>,
+//
+// whose projection on r is r but for the rounding of v and of `scale`. The rest
+// of the error is orthogonal to r and, as rotations are random, of any
+// direction: x' is unbiased but for a small rest, since there are other
+// rotations than these (EDEN: S. Vargaftik et al., "EDEN:
+// Communication-efficient and robust distributed mean estimation for federated
+// learning", ICML'22). For normal coefficients the variance is <r, r> / 256
+// times D / (1 - D), D being the squared error of the levels.
 //
 // Levels are at equal distances, those of J. Max, "Quantizing for minimum
 // distortion" (IRE Transactions on Information Theory, 1960), Table II: at 2
 // and 3 bits their squared error is 1 % and 8 % above that of levels at any
 // distances (Table I). All sums but those of means are of small integers, and
-// hence exact in any order, on any device, and in the float16 of tensor cores.
+// hence exact in any order and on any device: of those before the third matrix,
+// of which tensor cores take 11 bits, the encoder drops lower ones.
 //
 // A group's range is its mean and `scale` (bfloat16, NaN where a value of the
 // group is not finite); that of split codes is the mean of the elements that do
@@ -48,6 +55,9 @@ constexpr int kRotation = 256;  // elements of a group
 // More bits have no less variance than dither has, at uniform levels.
 constexpr int kMaxRotatedBits = 3;
 constexpr int kRotationWords = kRotation / 32;  // of signs
+// The signs S of a block are those s of the block that comes so much later,
+// from the last one on the first.
+constexpr int kSignShift = 21;
 
 // Whether codes that are asked to be rotated are, with `bits` bits for values;
 // all others have ranges, and dither.
@@ -56,10 +66,10 @@ MMACTNN_HOST_DEVICE constexpr bool rotates(const Geometry& geometry, int bits) {
          geometry.row_numel % kRotation == 0;
 }
 
-// The same of zeroed codes of `bits` bits: with more for values than one, dither
-// has less variance. It spends one code on zero and all others on the range of
-// the positive values, which is half of that of a distribution, where rotated
-// codes have a bit for the mask.
+// The same of zeroed codes of `bits` bits: with more for values than one,
+// dither has less variance. It spends one code on zero and all others on the
+// range of the positive values, which is half of that of a distribution, where
+// rotated codes have a bit for the mask.
 MMACTNN_HOST_DEVICE constexpr bool rotates_zeroed(const Geometry& geometry,
                                                   int bits) {
   return bits == 2 && rotates(geometry, 1);
@@ -124,7 +134,7 @@ class RotationUnit {
 // Factor of coefficients from <v, v>: one over the width of all levels.
 MMACTNN_HOST_DEVICE float rotation_factor(float energy, int bits) {
   if (energy == 0.0f) return 0.0f;
-  const float width = rotation_step(bits) * static_cast<float>(1 << bits);
+  const float width = rotation_step(bits) * static_cast<float>(4 << bits);
 #ifdef __CUDA_ARCH__
   return __frcp_rn(multiply(width, __fsqrt_rn(energy)));
 #else

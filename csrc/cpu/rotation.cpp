@@ -1,5 +1,7 @@
 #include "rotation.h"
 
+#include <torch/headeronly/util/Half.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -21,18 +23,40 @@ float tree_sum(float* numbers) {
   return numbers[0];
 }
 
-// Product with the Hadamard matrix, in place.
-template <typename Number>
-void transform(Number* numbers) {
-  for (int step = 1; step < kRotation; step *= 2) {
+// Product with the Hadamard matrix over the bits of a place whose values are
+// given, in place.
+template <int... kSteps>
+void multiply(int32_t* numbers) {
+  for (const int step : {kSteps...}) {
     for (int start = 0; start < kRotation; start += 2 * step) {
       for (int i = start; i < start + step; ++i) {
-        const Number a = numbers[i], b = numbers[i + step];
+        const int32_t a = numbers[i], b = numbers[i + step];
         numbers[i] = a + b;
         numbers[i + step] = a - b;
       }
     }
   }
+}
+
+void flip(int32_t* numbers, const bool* negative) {
+  for (int i = 0; i < kRotation; ++i) {
+    numbers[i] = negative[i] ? -numbers[i] : numbers[i];
+  }
+}
+
+// A S B S A; `round` is called with the numbers before the last one.
+template <typename Round>
+void transform(int32_t* numbers, const bool* negative, const Round& round) {
+  bool shifted[kRotation];
+  for (int i = 0; i < kRotation; ++i) {
+    shifted[i] = negative[(i + kSignShift * kBlock) % kRotation];
+  }
+  multiply<2, 4, 8, 16>(numbers);
+  flip(numbers, shifted);
+  multiply<1, 32, 64, 128>(numbers);
+  round(numbers);
+  flip(numbers, shifted);
+  multiply<2, 4, 8, 16>(numbers);
 }
 
 void draw_signs(PairStream stream, uint64_t group, bool* negative) {
@@ -101,9 +125,16 @@ RotatedRange encode_rotated(const float* values, const bool* passes,
     const float scaled = finite ? multiply(numbers[i], unit.factor()) : 0.0f;
     const auto v = static_cast<int32_t>(add(add(scaled, kWhole), -kWhole));
     energy += v * v;
-    integers[i] = negative[i] ? -v : v;
+    integers[i] = v;
   }
-  transform(integers);
+  flip(integers, negative);
+  transform(integers, negative, [](int32_t* numbers) {
+    // As float16 numbers.
+    for (int i = 0; i < kRotation; ++i) {
+      const c10::Half rounded(static_cast<float>(numbers[i]));
+      numbers[i] = static_cast<int32_t>(static_cast<float>(rounded));
+    }
+  });
   const float factor = rotation_factor(static_cast<float>(energy), bits);
   for (int i = 0; i < kRotation; ++i) {
     const uint32_t code = float_bits(rotation_code(
@@ -124,12 +155,10 @@ void decode_rotated(const uint8_t* codes, PairStream stream, uint64_t group,
   for (int i = 0; i < kRotation; ++i) {
     multiples[i] = rotation_level(codes[i] & max_code_of(bits), bits);
   }
-  transform(multiples);
   bool negative[kRotation];
   draw_signs(stream, group, negative);
-  for (int i = 0; i < kRotation; ++i) {
-    multiples[i] = negative[i] ? -multiples[i] : multiples[i];
-  }
+  transform(multiples, negative, [](int32_t*) {});
+  flip(multiples, negative);
 }
 
 }  // namespace mmactnn

@@ -27,6 +27,7 @@ constexpr int kDecodedAtOnce = 4;
 // Thread blocks of a multiprocessor that registers must suffice for.
 constexpr int kEncodeResident = 2;
 constexpr int kDecodeResident = 4;
+constexpr int kSplitResident = 3;
 
 // Location of the codes of rows with a width each. A launch takes those of one
 // width and leaves the others to another one.
@@ -84,8 +85,9 @@ __global__ void __launch_bounds__(kThreads, kEncodeResident)
       load_block(blocks[u], input + cursor.block(group[u]) * kBlock,
                  vectorized);
     }
-    const BlockSigns<kEncodedAtOnce> signs(
-        stream, [&](int u) { return static_cast<uint64_t>(group[u]); });
+    const BlockSigns<kEncodedAtOnce> signs(stream, [&](int u) {
+      return static_cast<uint64_t>(cursor.group(k + u));
+    });
     float values[kEncodedAtOnce][kBlock];
     const uint32_t flags[kEncodedAtOnce] = {};
     uint32_t words[kEncodedAtOnce];
@@ -132,18 +134,18 @@ __global__ void __launch_bounds__(kThreads, kDecodeResident)
       range[u] = source.plain_range(group[u]);
     }
     if (!any) continue;
-    const auto signs =
-        decoder.signs<kDecodedAtOnce>([&](int u) { return group[u]; });
+    const auto signs = decoder.signs<kDecodedAtOnce>(
+        [&](int u) { return cursor.group(k + u); });
 #pragma unroll
     for (int u = 0; u < kDecodedAtOnce; ++u) {
       float y[kBlock], values[kBlock];
-      decoder.transform(decoder.spread(words[u]), y);
+      decoder.transform(decoder.spread(words[u]), signs.inner(u), y);
       const float scale = decoder.unit() * range[u].step;
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        values[i] =
-            clamp_finite(fmaf(signs.flip(u, i, y[i]), scale, range[u].low),
-                         Number<T>::kLargest);
+        values[i] = clamp_finite(
+            fmaf(signs.flip_outer(u, i, y[i]), scale, range[u].low),
+            Number<T>::kLargest);
       }
       if (!taken[u]) continue;
       PackedBlock<T> packed;
@@ -171,8 +173,9 @@ __global__ void __launch_bounds__(kThreads, kEncodeResident)
       load_block(blocks[u], input + cursor.block(group[u]) * kBlock,
                  vectorized);
     }
-    const BlockSigns<kEncodedAtOnce> signs(
-        stream, [&](int u) { return static_cast<uint64_t>(group[u]); });
+    const BlockSigns<kEncodedAtOnce> signs(stream, [&](int u) {
+      return static_cast<uint64_t>(cursor.group(k + u));
+    });
     float values[kEncodedAtOnce][kBlock];
     uint32_t flags[kEncodedAtOnce], words[kEncodedAtOnce];
     GroupRange range[kEncodedAtOnce];
@@ -221,19 +224,19 @@ __global__ void __launch_bounds__(kThreads, kDecodeResident)
       words[u] = source.load_word(cursor.block(group[u]));
       range[u] = source.plain_range(group[u]);
     }
-    const auto signs =
-        decoder.signs<kDecodedAtOnce>([&](int u) { return group[u]; });
+    const auto signs = decoder.signs<kDecodedAtOnce>(
+        [&](int u) { return cursor.group(k + u); });
 #pragma unroll
     for (int u = 0; u < kDecodedAtOnce; ++u) {
       float y[kBlock], values[kBlock];
       const BlockPairs spread = decoder.spread(words[u]);
-      decoder.transform(spread, y);
+      decoder.transform(spread, signs.inner(u), y);
       const float scale = decoder.unit() * range[u].step;
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        const float value =
-            clamp_finite(fmaf(signs.flip(u, i, y[i]), scale, range[u].low),
-                         Number<T>::kLargest);
+        const float value = clamp_finite(
+            fmaf(signs.flip_outer(u, i, y[i]), scale, range[u].low),
+            Number<T>::kLargest);
         values[i] = spread_flag(spread, i) ? value : 0.0f;
       }
       if (k + u >= cursor.count()) continue;
@@ -245,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeResident)
 }
 
 template <typename T, bool kElements>
-__global__ void __launch_bounds__(kThreads, kDecodeResident)
+__global__ void __launch_bounds__(kThreads, kSplitResident)
     dequantize_split_kernel(RotatedSource source, T* __restrict__ output,
                             const float* __restrict__ weight,
                             const float* __restrict__ bias,
@@ -267,17 +270,18 @@ __global__ void __launch_bounds__(kThreads, kDecodeResident)
       words[u] = source.load_word(cursor.block(group[u]));
       range[u] = source.split_range(group[u]).passing();
     }
-    const auto signs =
-        decoder.signs<kDecodedAtOnce>([&](int u) { return group[u]; });
+    const auto signs = decoder.signs<kDecodedAtOnce>(
+        [&](int u) { return cursor.group(k + u); });
 #pragma unroll
     for (int u = 0; u < kDecodedAtOnce; ++u) {
       float y[kBlock], values[kBlock];
       const BlockPairs spread = decoder.spread(words[u]);
-      decoder.transform(spread, y);
+      decoder.transform(spread, signs.inner(u), y);
       const float scale = decoder.unit() * range[u].step;
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        const float normal = fmaf(signs.flip(u, i, y[i]), scale, range[u].low);
+        const float normal =
+            fmaf(signs.flip_outer(u, i, y[i]), scale, range[u].low);
         const ChannelNorm norm{0.0f, 1.0f, weights.of(i), biases.of(i)};
         const float value =
             clamp_finite(norm.scale(normal), Number<T>::kLargest);
@@ -394,7 +398,7 @@ void dequantize_split(const Memory& codes, const Memory& ranges,
                       const Memory& output, const Geometry& geometry,
                       const Channels& channels, int bits,
                       const DrawnBits& drawn) {
-  const GroupWalk walk = make_walk(channels, kDecodeResident);
+  const GroupWalk walk = make_walk(channels, kSplitResident);
   const RotatedSource source(codes, ranges, geometry, {bits, bits - 1}, drawn);
   const ChannelPlaces places(channels);
   dispatch_dtype(output.dtype(), [&](auto type) {

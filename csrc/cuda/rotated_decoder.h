@@ -82,8 +82,9 @@ class RotatedDecoder {
     return codes_.spread(word);
   }
   __device__ __forceinline__ void transform(const BlockPairs& spread,
+                                            const PairSigns& signs,
                                             float (&y)[kBlock]) const {
-    hadamard_.transform(codes_.levels(spread), y);
+    hadamard_.transform(codes_.levels(spread), signs, y);
   }
   // `group(u)` counts the groups of the codes.
   template <int kCount, typename GroupOf>

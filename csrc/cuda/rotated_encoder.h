@@ -200,7 +200,7 @@ __device__ __forceinline__ void encode_rotated(const RotatedCodes& codes,
   }
 
   BlockPairs integers[kCount];
-  float energy[kCount], first[kCount], unit[kCount];
+  float energy[kCount], unit[kCount];
   bool finite[kCount];
 #pragma unroll
   for (int u = 0; u < kCount; ++u) {
@@ -253,10 +253,11 @@ __device__ __forceinline__ void encode_rotated(const RotatedCodes& codes,
       integers[u] = BlockPairs{};
     }
     energy[u] = static_cast<float>(warp_integer_total(squares));
-    signs.flip(u, integers[u]);
-    const uint32_t lowest =
-        __shfl_sync(0xFFFFFFFFu, integers[u].pair[0], 0) & 0xFFFFu;
-    first[u] = __half2float(__ushort_as_half(static_cast<uint16_t>(lowest)));
+    const PairSigns outer = signs.outer(u);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      integers[u].pair[i] = outer.flip(i, integers[u].pair[i]);
+    }
   }
 
   float factor[kCount];
@@ -268,15 +269,16 @@ __device__ __forceinline__ void encode_rotated(const RotatedCodes& codes,
 #pragma unroll
   for (int u = 0; u < kCount; ++u) {
     float y[kBlock];
-    hadamard.transform(integers[u], y);
+    hadamard.transform(integers[u], signs.inner(u), y);
     uint32_t whole[kBlock];
-    float sum = 0.0f;
+    float of_codes = 0.0f, of_all = 0.0f;
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
       const float code = rotation_code(y[i], factor[u], codes.bits);
       whole[i] = float_bits(code);
       // All sums are integers of less than 2^24.
-      sum = fmaf(y[i], add(code, -bits_float(kIntegerFloat)), sum);
+      of_codes = fmaf(y[i], add(code, -bits_float(kIntegerFloat)), of_codes);
+      of_all += y[i];
     }
     uint32_t halves = 0;
 #pragma unroll
@@ -286,10 +288,10 @@ __device__ __forceinline__ void encode_rotated(const RotatedCodes& codes,
     }
     words[u] = (halves & 0xFFFFu) | halves >> 16 << (4 * codes.stride);
     if constexpr (kFlags) words[u] |= spread.of(flags[u]) << codes.bits;
-    const int32_t of_codes = warp_integer_total(static_cast<int32_t>(sum));
-    // The sum of all coefficients is 256 times the first integer.
-    product[u] = 2.0f * static_cast<float>(of_codes) -
-                 largest_code * (static_cast<float>(kRotation) * first[u]);
+    // The odd numbers that codes stand for.
+    const float sum = 2.0f * of_codes - largest_code * of_all;
+    product[u] =
+        static_cast<float>(warp_integer_total(static_cast<int32_t>(sum)));
   }
   float scale[kCount];
   share_own(own_of(finite)

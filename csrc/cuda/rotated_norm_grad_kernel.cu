@@ -96,7 +96,7 @@ class NormGroups {
                                            const Body& body) const {
     float y[kBlock];
     const BlockPairs spread = decoder.spread(words_[u]);
-    decoder.transform(spread, y);
+    decoder.transform(spread, signs.inner(u), y);
     const float scale = decoder.unit() * scale_[u];
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
@@ -109,7 +109,7 @@ class NormGroups {
         passes = act_codes.passes(act_words_[u], i);
       }
       body(i, passes ? grads_[u].value(i) : 0.0f,
-           fmaf(signs.flip(u, i, y[i]), scale, mean));
+           fmaf(signs.flip_outer(u, i, y[i]), scale, mean));
     }
   }
 
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kCodes>)
     NormGroups<T, kCodes, kCount> groups;
     groups.load(source, act_codes, grad_output, vectorized, cursor, k);
     const auto signs =
-        decoder.signs<kCount>([&](int u) { return groups.group(u); });
+        decoder.signs<kCount>([&](int u) { return cursor.group(k + u); });
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       const bool inside = k + u < cursor.count();
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kCodes>)
     NormGroups<T, kCodes, kCount> groups;
     groups.load(source, {}, grad_output, vectorized, cursor, k);
     const auto signs =
-        decoder.signs<kCount>([&](int u) { return groups.group(u); });
+        decoder.signs<kCount>([&](int u) { return cursor.group(k + u); });
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       float result[kBlock];

@@ -19,10 +19,26 @@ struct BlockPairs {
   uint32_t pair[kPairs];
 };
 
-// Products with the Hadamard matrix of order 256, as two of order 16: the bits
-// of an element's place are those of a row and of a column of a 16 x 16 matrix,
-// in the order in which the tensor core's operands hold them, and H, which
-// depends on the common bits of two places alone, is the same in any order.
+// Masks that change the signs of the pairs of a block of float16 numbers.
+class PairSigns {
+ public:
+  // Bit i of `signs` is set for a minus of element i.
+  explicit __device__ __forceinline__ PairSigns(uint32_t signs)
+      : spread_(signs | signs << 12) {}
+
+  __device__ __forceinline__ uint32_t flip(int i, uint32_t pair) const {
+    return pair ^ (spread_ << (15 - i) & 0x80008000u);
+  }
+
+ private:
+  uint32_t spread_;
+};
+
+// Products with Hadamard matrices of order 16: the bits of an element's place
+// are those of a row and of a column of a 16 x 16 matrix, in the order in which
+// the tensor core's operands hold them (A is over bits 1 to 4, B over the
+// rest). The matrix depends on the common bits of two places alone, and is the
+// same in any order.
 class Hadamard {
  public:
   __device__ __forceinline__ Hadamard() {
@@ -33,32 +49,41 @@ class Hadamard {
             (__popc(row & (column + 1u)) % 2u) << 31;
   }
 
-  // Sums of `x` must be exact in float16 over 16 of them, and in float over
-  // all.
+  // y = A S B S A x. Sums must be exact in float16 after the first matrix and
+  // in float after the others; before the third they are rounded to float16.
   __device__ __forceinline__ void transform(const BlockPairs& x,
+                                            const PairSigns& signs,
                                             float (&y)[kBlock]) const {
     // The entries of the eight rows and columns from the eighth on have the
     // signs of the first eight, but for those where both are.
     const uint32_t minus = plus_ ^ 0x80008000u;
     uint32_t z[kPairs];
-    multiply_columns(x, plus_, plus_, z[0], z[1]);
-    multiply_columns(x, plus_, minus, z[2], z[3]);
+    multiply_columns(x.pair, plus_, z[0], z[1]);
+    multiply_columns(x.pair, minus, z[2], z[3]);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
+      z[i] = signs.flip(i, z[i]);
       asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;"
                    : "+r"(z[i]));
     }
-    multiply_rows(minus, z[0], z[1], y[0], y[4], y[1], y[5]);
-    multiply_rows(minus, z[2], z[3], y[2], y[6], y[3], y[7]);
+    multiply(plus_, plus_, plus_, minus, z[0], z[1], y[0], y[4], y[1], y[5]);
+    multiply(plus_, plus_, plus_, minus, z[2], z[3], y[2], y[6], y[3], y[7]);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const __half2 pair = __floats2half2_rn(y[i], y[i + kPairs]);
+      z[i] = signs.flip(i, *reinterpret_cast<const uint32_t*>(&pair));
+    }
+    multiply(z[0], z[1], z[2], z[3], plus_, plus_, y[0], y[4], y[1], y[5]);
+    multiply(z[0], z[1], z[2], z[3], plus_, minus, y[2], y[6], y[3], y[7]);
   }
 
  private:
-  // 8 columns of the product with H from the right, from 8 columns of H.
-  static __device__ __forceinline__ void multiply_columns(const BlockPairs& x,
-                                                          uint32_t h0,
-                                                          uint32_t h1,
-                                                          uint32_t& z0,
-                                                          uint32_t& z1) {
+  // 8 columns of the product with the matrix from the right, from its entries
+  // in the first eight rows, `plus_`, and in the others.
+  __device__ __forceinline__ void multiply_columns(const uint32_t (&x)[kPairs],
+                                                   uint32_t others,
+                                                   uint32_t& z0,
+                                                   uint32_t& z1) const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
     asm volatile(
         "{\n\t"
@@ -69,40 +94,42 @@ class Hadamard {
         "{%0, %1}, {%4, %5}, {%7}, {half0, half1};\n\t"
         "}"
         : "=r"(z0), "=r"(z1)
-        : "r"(x.pair[0]), "r"(x.pair[1]), "r"(x.pair[2]), "r"(x.pair[3]),
-          "r"(h0), "r"(h1), "r"(0));
+        : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(plus_), "r"(others),
+          "r"(0));
 #else
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 "
         "{%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%8, %8};"
         : "=r"(z0), "=r"(z1)
-        : "r"(x.pair[0]), "r"(x.pair[1]), "r"(x.pair[2]), "r"(x.pair[3]),
-          "r"(h0), "r"(h1), "r"(0));
+        : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(plus_), "r"(others),
+          "r"(0));
 #endif
   }
 
-  // 8 columns of the product with H from the left.
-  __device__ __forceinline__ void multiply_rows(uint32_t minus, uint32_t z0,
-                                                uint32_t z1, float& y0,
-                                                float& y1, float& y2,
-                                                float& y3) const {
+  // 8 columns of a product of 16 x 16 matrices, as float.
+  static __device__ __forceinline__ void multiply(uint32_t a0, uint32_t a1,
+                                                  uint32_t a2, uint32_t a3,
+                                                  uint32_t b0, uint32_t b1,
+                                                  float& y0, float& y1,
+                                                  float& y2, float& y3) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
     asm volatile(
         "{\n\t"
         ".reg .f32 half<4>;\n\t"
         "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
-        "{half0, half1, half2, half3}, {%4, %4}, {%6}, {%8, %8, %8, %8};\n\t"
+        "{half0, half1, half2, half3}, {%4, %5}, {%8}, {%10, %10, %10, "
+        "%10};\n\t"
         "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5}, {%7}, {half0, half1, half2, half3};\n\t"
+        "{%0, %1, %2, %3}, {%6, %7}, {%9}, {half0, half1, half2, half3};\n\t"
         "}"
         : "=f"(y0), "=f"(y1), "=f"(y2), "=f"(y3)
-        : "r"(plus_), "r"(minus), "r"(z0), "r"(z1), "f"(0.0f));
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.0f));
 #else
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %4, %4, %5}, {%6, %7}, {%8, %8, %8, %8};"
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
         : "=f"(y0), "=f"(y1), "=f"(y2), "=f"(y3)
-        : "r"(plus_), "r"(minus), "r"(z0), "r"(z1), "f"(0.0f));
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.0f));
 #endif
   }
 
@@ -115,44 +142,49 @@ class BlockSigns {
   static_assert(kCount <= 8, "a warp draws for 8 groups at a time");
 
  public:
-  // `group(u)` counts all groups of the tensor.
+  // `group(u)` counts all groups of the tensor. It must be computed for any u:
+  // what it would index would be put into memory.
   template <typename Group>
   __device__ __forceinline__ BlockSigns(PairStream stream, const Group& group) {
     const uint32_t lane = threadIdx.x % kWarp;
     // Each thread draws two of a group's eight words.
-    uint64_t own = group(0);
-#pragma unroll
-    for (int u = 1; u < kCount; ++u) {
-      if (lane / 4 == u) own = group(u);
-    }
-    const uint64_t pair = own * (kRotationWords / 2) + lane % 4;
+    const int which = min(static_cast<int>(lane / 4), kCount - 1);
+    const uint64_t pair = group(which) * (kRotationWords / 2) + lane % 4;
     const PhiloxPair random = philox_pair(
         static_cast<uint32_t>(pair),
         stream.counter ^ static_cast<uint32_t>(pair >> 32), stream.key);
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
-      const uint32_t source = u * 4 + lane % kRotationWords / 2;
-      const uint32_t even = __shfl_sync(0xFFFFFFFFu, random.word[0], source);
-      const uint32_t odd = __shfl_sync(0xFFFFFFFFu, random.word[1], source);
-      const uint32_t word = lane % 2 == 0 ? even : odd;
-      byte_[u] = word >> (8 * (lane / kRotationWords)) & 0xFFu;
+      outer_[u] = of_block(random, u, lane);
+      inner_[u] = of_block(random, u, (lane + kSignShift) % kWarp);
     }
   }
 
-  // Changes the signs of float16 numbers of the u-th group.
-  __device__ __forceinline__ void flip(int u, BlockPairs& x) const {
-    const uint32_t spread = byte_[u] | byte_[u] << 12;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      x.pair[i] ^= spread << (15 - i) & 0x80008000u;
-    }
+  // Those before and after all matrices, of the u-th group.
+  __device__ __forceinline__ PairSigns outer(int u) const {
+    return PairSigns(outer_[u]);
   }
-  __device__ __forceinline__ float flip(int u, int i, float y) const {
-    return bits_float(float_bits(y) ^ (byte_[u] << (31 - i) & 0x80000000u));
+  __device__ __forceinline__ float flip_outer(int u, int i, float y) const {
+    return bits_float(float_bits(y) ^ (outer_[u] << (31 - i) & 0x80000000u));
+  }
+  // Those between two matrices.
+  __device__ __forceinline__ PairSigns inner(int u) const {
+    return PairSigns(inner_[u]);
   }
 
  private:
-  uint32_t byte_[kCount];
+  // Signs of a block of the u-th group, from the threads that drew them.
+  static __device__ __forceinline__ uint32_t of_block(const PhiloxPair& random,
+                                                      int u, uint32_t block) {
+    const uint32_t source = u * 4 + block % kRotationWords / 2;
+    const uint32_t even = __shfl_sync(0xFFFFFFFFu, random.word[0], source);
+    const uint32_t odd = __shfl_sync(0xFFFFFFFFu, random.word[1], source);
+    const uint32_t word = block % 2 == 0 ? even : odd;
+    return word >> (8 * (block / kRotationWords)) & 0xFFu;
+  }
+
+  uint32_t outer_[kCount];
+  uint32_t inner_[kCount];
 };
 
 // Codes of a width that is known at run time, `stride` bits each of which the

@@ -6,24 +6,35 @@ from .philox_reference import pair_words
 from .rotation import ROTATION, STEPS
 
 _WORDS = ROTATION // 32
+# Elements by which the signs between matrices are shifted.
+_SIGN_SHIFT = 21 * 8
 
 
-def transform(numbers):
-    """Product with the Hadamard matrix of order 256, not normalised.
-
-    Args:
-        numbers (Tensor[G, 256]): Any dtype.
-
-    Returns:
-        Tensor[G, 256]: Sums in the order of the kernels.
-    """
-    step = 1
-    while step < ROTATION:
+def _multiply(numbers, steps):
+    """Product with the Hadamard matrix over some bits of a place."""
+    for step in steps:
         pairs = numbers.view(-1, ROTATION // (2 * step), 2, step)
         a, b = pairs.unbind(2)
         numbers = torch.stack([a + b, a - b], 2).view(-1, ROTATION)
-        step *= 2
     return numbers
+
+
+def transform(numbers, negative, round=lambda numbers: numbers):
+    """Three Hadamard matrices of order 16, with signs between them.
+
+    Args:
+        numbers (Tensor[G, 256]): int64.
+        negative (Tensor[G, 256]): bool, from :func:`negative_signs`.
+        round (Callable, optional): Called with the numbers before the last
+            matrix. Defaults to none.
+
+    Returns:
+        Tensor[G, 256]: int64.
+    """
+    signs = 1 - 2 * negative.roll(-_SIGN_SHIFT, 1).long()
+    numbers = _multiply(numbers, (2, 4, 8, 16)) * signs
+    numbers = round(_multiply(numbers, (1, 32, 64, 128))) * signs
+    return _multiply(numbers, (2, 4, 8, 16))
 
 
 def negative_signs(groups, seed, offset):
@@ -101,8 +112,13 @@ def encode(groups, passes, codes_blocked, bits, seed, offset):
     energy = integers.square().sum(1).float()
     index = torch.arange(groups.shape[0], device=groups.device)
     negative = negative_signs(index, seed, offset)
-    coefficients = transform(torch.where(negative, -integers, integers))
-    width = torch.tensor(STEPS[bits] * 2**bits)
+    coefficients = transform(
+        torch.where(negative, -integers, integers),
+        negative,
+        # Integers of up to 2 ** 15, of which float16 keeps 11 bits.
+        lambda numbers: numbers.half().long(),
+    )
+    width = torch.tensor(STEPS[bits] * 2 ** (bits + 2))
     factor = (1.0 / (width * energy.sqrt())).where(energy != 0, 0.0)
     # Rounded once: products are exact in float64.
     place = coefficients.double() * factor.double()[:, None] + 0.5
@@ -130,8 +146,8 @@ def decode(codes, mean, scale, bits, groups, seed, offset):
     Returns:
         Tensor[G, 256]: float32.
     """
-    multiples = transform(2 * codes - (2**bits - 1))
     negative = negative_signs(groups, seed, offset)
+    multiples = transform(2 * codes - (2**bits - 1), negative)
     multiples = torch.where(negative, -multiples, multiples)
     # Rounded once: the product is exact in float64.
     exact = multiples.double() * scale.double()[:, None] + mean.double()

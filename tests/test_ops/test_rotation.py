@@ -15,11 +15,13 @@ from mmactnn.ops.rotation import (
     ROTATION,
     SQUARED_ERRORS,
     rotates,
+    rotates_zeroed,
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-BITS = (1, 2, 3)
-KINDS = ('plain', 'split', 'zeroed')
+# Bits for values that are rotated, by the kind of the codes.
+BITS = dict(plain=(1, 2, 3), split=(1, 2, 3), zeroed=(1,))
+KINDS = tuple(BITS)
 DRAW = 5, 9
 
 
@@ -82,9 +84,11 @@ class TestWhere:
             for bits in range(1, 9)
             if rotates(numel, bits)
         }
-        expected = {(n, bits) for n in (0, 256, 512) for bits in BITS}
+        expected = {(n, bits) for n in (0, 256, 512) for bits in (1, 2, 3)}
         assert found == expected
-        assert MAX_ROTATED_BITS == BITS[-1]
+        assert MAX_ROTATED_BITS == 3
+        found = {bits for bits in range(2, 9) if rotates_zeroed(256, bits)}
+        assert found == {2} and not rotates_zeroed(300, 2)
 
     @pytest.mark.parametrize('kind', KINDS)
     def test_others_are_those_of_dither(self, kind, device):
@@ -99,7 +103,11 @@ class TestWhere:
             found = round_trip(x, kind, bits)
             expected = round_trip(x, kind, bits, 'dither')
             with case(**row):
-                if rotates(x[0].numel(), bits):
+                numel = x[0].numel()
+                is_rotated = rotates(numel, bits)
+                if kind == 'zeroed':
+                    is_rotated = rotates_zeroed(numel, bits + 1)
+                if is_rotated:
                     assert not torch.equal(found, expected)
                 else:
                     assert_same_bits(found, expected)
@@ -174,7 +182,7 @@ class TestGroups:
         """Exact, as the mean of bfloat16 numbers is."""
         for value in (0.0, 1.0, -2.5, 2.0**-100, -(2.0**100)):
             x = torch.full((2, 4, 8, 8), value, device=device)
-            for bits in BITS:
+            for bits in BITS[kind]:
                 with case(value=value, bits=bits):
                     found = round_trip(x, kind, bits)
                     assert torch.equal(found, target(x, kind))
@@ -183,7 +191,7 @@ class TestGroups:
     def test_of_one_sign(self, kind, device):
         x = groups(4, device).abs()
         x[2:] *= -1
-        for bits in BITS:
+        for bits in BITS[kind]:
             found = round_trip(x, kind, bits)
             with case(bits=bits):
                 if kind != 'plain':
@@ -196,7 +204,7 @@ class TestGroups:
     def test_of_two_constants(self, kind, device):
         """Each kind of split and zeroed codes has its mean: exact."""
         x = groups(2, device).sign() * 1.5
-        for bits in BITS:
+        for bits in BITS[kind]:
             found = round_trip(x, kind, bits)
             assert torch.equal(found, target(x, kind)) == (kind != 'plain')
 
@@ -205,12 +213,12 @@ class TestGroups:
         """The error is that of the group, and spread over it."""
         x = groups(64, device) * 1e-3
         x[:, 1, 2, 3] = 1.0
-        for bits in BITS:
+        for bits in BITS[kind]:
             error = round_trip(x, kind, bits) - target(x, kind)
             with case(bits=bits):
                 norms = error.flatten(1).norm(dim=1)
-                # That of the others is at most that of the whole.
-                assert (norms < 1.0).all() and norms.mean() < 0.6
+                # Of the variance of one bit, and more in a few draws.
+                assert (norms < 1.2).all() and norms.mean() < 0.9
 
     @pytest.mark.parametrize('kind', KINDS)
     @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -219,7 +227,7 @@ class TestGroups:
         for special in (math.nan, math.inf):
             spoilt = x.clone()
             spoilt[2, 3, 4, 5] = special
-            for bits in BITS:
+            for bits in BITS[kind]:
                 found = round_trip(spoilt, kind, bits)
                 expected = round_trip(x, kind, bits)
                 passes = target(spoilt[2], kind) != 0
@@ -234,7 +242,7 @@ class TestGroups:
         x = groups(4, device).sign() * largest
         x[0], x[1, :, :, 0], x[2, 0] = largest, 0.0, -largest
         x = x.half()
-        for bits in BITS:
+        for bits in BITS[kind]:
             found = round_trip(x, kind, bits)
             assert found.isfinite().all(), bits
 
@@ -242,7 +250,7 @@ class TestGroups:
     def test_smallest_numbers(self, kind, device):
         for power in (-60, -70, -126):
             x = groups(4, device) * 2.0**power
-            for bits in BITS:
+            for bits in BITS[kind]:
                 found = round_trip(x, kind, bits)
                 with case(power=power, bits=bits):
                     assert found.isfinite().all()
@@ -290,9 +298,10 @@ class TestLaw:
         variance = squares[coded].mean() / (energy / 256)
         return float(means[0] @ means[1] / energy), float(variance)
 
-    @pytest.mark.parametrize('kind', KINDS)
-    @pytest.mark.parametrize('bits', BITS)
-    def test_of_normal_values(self, bits, kind, device):
+    @pytest.mark.parametrize(
+        'kind, bits', [(kind, bits) for kind in KINDS for bits in BITS[kind]]
+    )
+    def test_of_normal_values(self, kind, bits, device):
         error = SQUARED_ERRORS[bits]
         values = torch.randn(
             256, generator=torch.Generator().manual_seed(3)
@@ -305,10 +314,10 @@ class TestLaw:
     # Values by name, with the limit of the bias over the norm: what
     # docs/rounding.md promises.
     LIMITS = {
-        'one': 0.5,
-        'two equal ones': 0.5,
-        'four': 0.5,
-        'half': 0.015,
+        'one': 0.1,
+        'two equal ones': 0.1,
+        'four': 0.1,
+        'half': 0.02,
         'heavy tails': 0.1,
     }
 
@@ -328,7 +337,7 @@ class TestLaw:
         return values
 
     @pytest.mark.parametrize('name', LIMITS)
-    @pytest.mark.parametrize('bits', BITS)
+    @pytest.mark.parametrize('bits', BITS['plain'])
     def test_bias_of_other_values(self, bits, name, device):
         values = self.make_values(name).to(device)
         bias, variance = self.study(values, 'plain', bits)
@@ -336,15 +345,16 @@ class TestLaw:
         # Not more than that of one bit at normal values, for all of them.
         assert variance < 0.9
 
-    def test_projection_is_exact(self, device):
+    def test_projection(self, device):
         """The decoded rest has the coded one as its projection on it."""
         x = groups(64, device)
         rest = (x - x.mean((1, 2, 3), keepdim=True)).flatten(1).double()
-        for bits in BITS:
+        for bits in BITS['plain']:
             error = (round_trip(x, 'plain', bits) - x).flatten(1).double()
             share = (error * rest).sum(1) / rest.square().sum(1)
-            # But for the bfloat16 numbers of the scale and the mean.
-            assert share.abs().max() < 2.0**-8, bits
+            # But for the bfloat16 numbers of the scale and the mean, and the
+            # rounding of the rest to 8 bits.
+            assert share.abs().max() < 2.0**-7, bits
 
     def test_signs(self):
         count = 4096
