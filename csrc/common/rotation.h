@@ -4,7 +4,8 @@
 //
 // From the values x of a group the mean m of those of their kind is taken away
 // (kinds are the elements that a rectifier lets pass, and the others). The rest
-// r is rounded to integers v of 8 bits times a power of two, and rotated:
+// r is rounded at random to integers v of 8 bits times a power of two, and
+// rotated:
 //
 //   y = A S B S A s v,  v in proportion to s A S B S A y
 //
@@ -18,7 +19,7 @@
 //
 //   x' = m + scale * s A S B S A q,  scale = r / v * <v, v> / <y, q>,
 //
-// whose projection on r is r but for the rounding of v and of `scale`. The rest
+// whose projection on v is v but for the rounding of `scale`. The rest
 // of the error is orthogonal to r and, as rotations are random, of any
 // direction: x' is unbiased but for a small rest, since there are other
 // rotations than these (EDEN: S. Vargaftik et al., "EDEN:
@@ -88,16 +89,32 @@ MMACTNN_HOST_DEVICE float bfloat16_nearest(float value) {
   return bits_float(bits & 0xFFFF0000u);
 }
 
+// Random words of a rotation; those of offsets apart from those of signs.
+MMACTNN_HOST_DEVICE PhiloxPair draw_pair(PairStream stream, uint64_t counter,
+                                         bool offset) {
+  const uint32_t apart = offset ? 0x80000000u : 0u;
+  return philox_pair(
+      static_cast<uint32_t>(counter),
+      stream.counter ^ static_cast<uint32_t>(counter >> 32) ^ apart,
+      stream.key);
+}
+
 // Signs of 32 elements, a set bit for a minus: bit 8 i + k of word w is that of
 // element k of block w + 8 i of the group.
 MMACTNN_HOST_DEVICE uint32_t rotation_signs(PairStream stream, uint64_t group,
                                             int word) {
-  const uint64_t pair =
-      group * (kRotationWords / 2) + static_cast<uint64_t>(word / 2);
-  const PhiloxPair random = philox_pair(
-      static_cast<uint32_t>(pair),
-      stream.counter ^ static_cast<uint32_t>(pair >> 32), stream.key);
+  const PhiloxPair random = draw_pair(
+      stream, group * (kRotationWords / 2) + static_cast<uint64_t>(word / 2),
+      false);
   return word % 2 == 0 ? random.word[0] : random.word[1];
+}
+
+// The number that is added to all rests of a group before they are rounded,
+// within half a unit either way, from draw_pair() of the group: their rounding
+// has no bias then.
+MMACTNN_HOST_DEVICE float rotation_offset(PhiloxPair random) {
+  const auto number = static_cast<float>(random.word[0] >> 8);
+  return multiply(number, 0x1p-24f) - (0.5f - 0x1p-25f);
 }
 
 // Mean of a kind from its sum, as a bfloat16. The rest of the values is taken

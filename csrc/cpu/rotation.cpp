@@ -117,12 +117,14 @@ RotatedRange encode_rotated(const float* values, const bool* passes,
   const RotationUnit unit(largest);
   bool negative[kRotation];
   draw_signs(stream, group, negative);
+  const float offset = rotation_offset(draw_pair(stream, group, true));
   int32_t integers[kRotation];
   int32_t energy = 0, product = 0;
   for (int i = 0; i < kRotation; ++i) {
     // To the nearest, to even in a tie, as the last bits of a float.
     constexpr float kWhole = 0x1.8p23f;
-    const float scaled = finite ? multiply(numbers[i], unit.factor()) : 0.0f;
+    const float scaled =
+        finite ? add(multiply(numbers[i], unit.factor()), offset) : 0.0f;
     const auto v = static_cast<int32_t>(add(add(scaled, kWhole), -kWhole));
     energy += v * v;
     integers[i] = v;

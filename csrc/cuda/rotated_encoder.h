@@ -221,6 +221,7 @@ __device__ __forceinline__ void encode_rotated(const RotatedCodes& codes,
     finite[u] = largest < 0x7F800000u;
     const RotationUnit power(bits_float(largest));
     unit[u] = power.inverse();
+    const float offset = signs.offset(u);
     // Integers n as float16 of 1536 + n, which are the lower halves of floats.
     constexpr float kWhole = 8388608.0f + 0x6600;
     constexpr uint32_t kOffset = 0x66006600u;
@@ -229,7 +230,8 @@ __device__ __forceinline__ void encode_rotated(const RotatedCodes& codes,
     for (int i = 0; i < kPairs; ++i) {
       // The product is exact, or too small to matter.
       const auto integer = [&](int k) {
-        return float_bits(fmaf(values[u][k], power.factor(), kWhole));
+        return float_bits(
+            add(fmaf(values[u][k], power.factor(), offset), kWhole));
       };
       whole[i] = __byte_perm(integer(i), integer(i + kPairs), 0x5410);
     }

@@ -139,7 +139,7 @@ class Hadamard {
 // Signs of a thread's blocks in kCount groups.
 template <int kCount>
 class BlockSigns {
-  static_assert(kCount <= 8, "a warp draws for 8 groups at a time");
+  static_assert(kCount <= 4, "a warp draws for 4 groups at a time");
 
  public:
   // `group(u)` counts all groups of the tensor. It must be computed for any u:
@@ -147,12 +147,14 @@ class BlockSigns {
   template <typename Group>
   __device__ __forceinline__ BlockSigns(PairStream stream, const Group& group) {
     const uint32_t lane = threadIdx.x % kWarp;
-    // Each thread draws two of a group's eight words.
-    const int which = min(static_cast<int>(lane / 4), kCount - 1);
-    const uint64_t pair = group(which) * (kRotationWords / 2) + lane % 4;
-    const PhiloxPair random = philox_pair(
-        static_cast<uint32_t>(pair),
-        stream.counter ^ static_cast<uint32_t>(pair >> 32), stream.key);
+    // Each thread of the lower half draws two of a group's eight words, and one
+    // of the upper half a group's offset.
+    const bool upper = lane >= kOffsets;
+    const int which = static_cast<int>(upper ? lane - kOffsets : lane / 4);
+    const uint64_t own = group(min(which, kCount - 1));
+    const PhiloxPair random = draw_pair(
+        stream, upper ? own : own * (kRotationWords / 2) + lane % 4, upper);
+    offset_ = rotation_offset(random);
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       outer_[u] = of_block(random, u, lane);
@@ -160,6 +162,10 @@ class BlockSigns {
     }
   }
 
+  // See rotation_offset(), of the u-th group.
+  __device__ __forceinline__ float offset(int u) const {
+    return __shfl_sync(0xFFFFFFFFu, offset_, kOffsets + u);
+  }
   // Those before and after all matrices, of the u-th group.
   __device__ __forceinline__ PairSigns outer(int u) const {
     return PairSigns(outer_[u]);
@@ -183,8 +189,11 @@ class BlockSigns {
     return word >> (8 * (block / kRotationWords)) & 0xFFu;
   }
 
+  static constexpr uint32_t kOffsets = kWarp / 2;
+
   uint32_t outer_[kCount];
   uint32_t inner_[kCount];
+  float offset_;  // of one of the groups, in the upper half of the threads
 };
 
 // Codes of a width that is known at run time, `stride` bits each of which the

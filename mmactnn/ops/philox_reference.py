@@ -81,5 +81,5 @@ def pair_words(blocks, seed, offset):
         Tensor[B, 2]: int64 of 32 random bits each.
     """
     stream = mix64(seed + (offset + 1) * GOLDEN64)
-    counter = blocks & _MASK32, (blocks >> 32) ^ (stream & _MASK32)
+    counter = blocks & _MASK32, (blocks >> 32 ^ stream) & _MASK32
     return philox_pair(counter, stream >> 32)

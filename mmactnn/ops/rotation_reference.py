@@ -56,6 +56,22 @@ def negative_signs(groups, seed, offset):
     return (words >> shifts & 1).bool().view(-1, ROTATION)
 
 
+def offsets(groups, seed, offset):
+    """Numbers that are added to integers of groups before rounding.
+
+    Args:
+        groups (Tensor[G]): int64, indices of groups.
+        seed (int): 64 bits.
+        offset (int): 64 bits.
+
+    Returns:
+        Tensor[G]: float32, within 1/2 either way.
+    """
+    # Counters of signs do not reach the highest bit.
+    words = pair_words(groups - 2**63, seed, offset)[:, 0]
+    return (words >> 8).float() * 2.0**-24 - (0.5 - 2.0**-25)
+
+
 def _tree_sum(numbers):
     """Sum over groups (Tensor[G, 256]), of each block of 8 first."""
     numbers = numbers.view(-1, ROTATION // 8, 8)
@@ -108,9 +124,10 @@ def encode(groups, passes, codes_blocked, bits, seed, offset):
         torch.ones_like(mean[:, 0]), (7 - exponent).clamp(max=126)
     )
     unit = unit.where(rest.any(1), 2.0**126)
-    integers = (rest * unit[:, None]).round().long()
-    energy = integers.square().sum(1).float()
     index = torch.arange(groups.shape[0], device=groups.device)
+    shift = offsets(index, seed, offset)[:, None]
+    integers = (rest * unit[:, None] + shift).round().long()
+    energy = integers.square().sum(1).float()
     negative = negative_signs(index, seed, offset)
     coefficients = transform(
         torch.where(negative, -integers, integers),
