@@ -340,8 +340,8 @@ def _decode_rotated(code, mean, scale, bits, drawn):
     return values.view(code.shape)
 
 
-def _is_rotated(drawn, row_numel, bits):
-    return drawn is not None and drawn.rotated and rotates(row_numel, bits)
+def _is_rotated(drawn, row_numel, bits, rule=rotates):
+    return drawn is not None and drawn.rotated and rule(row_numel, bits)
 
 
 def _decode_split(codes, ranges, out, bits, group_size, drawn=None):
@@ -558,7 +558,7 @@ def dequantize_zeroed(
     row_numel = out[:1].numel()
     unpacked = _unpack(codes, bits)[:, :row_numel]
     largest = torch.finfo(dtype).max
-    if _is_rotated(drawn, row_numel, bits - 1):
+    if _is_rotated(drawn, row_numel, bits, rotates_zeroed):
         ranges = ranges.float()
         passes = _passes(unpacked, bits, True)
         mean = ranges[..., 0].repeat_interleave(group_size, 1)

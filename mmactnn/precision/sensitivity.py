@@ -14,7 +14,7 @@ result includes the effect of how bits are allocated to samples.
 import torch
 
 from ..ops.channels import dims_but_channels
-from ..ops.rotation import ROTATION, SQUARED_ERRORS, STEPS, rotates
+from ..ops.rotation import SQUARED_ERRORS, STEPS, rotates
 from .variance import relative_variance
 
 
@@ -73,15 +73,16 @@ def _variance(payload, rotated):
 def _rotated_variance(bits):
     """Variance of elements of a rotated group over its squared scale.
 
-    What is decoded, less the mean, is ``scale * H q`` with the odd numbers q,
-    of the squared norm ``scale ** 2 * 256 * <q, q>``. For normally
+    What is decoded, less the mean, is the product of ``scale``, of three
+    Hadamard matrices of order 16 and of the odd numbers q, of the squared
+    norm ``scale ** 2 * 16 ** 3 * <q, q>``. For normally
     distributed coefficients of variance 1 the levels ``step / 2 * q`` have
     the mean square ``1 - D``. Of the norm the share D is an error, and of
     that a 256th the error of an element.
     """
     error = SQUARED_ERRORS[bits]
     mean_square = 4 * (1 - error) / STEPS[bits] ** 2  # of q
-    return ROTATION * mean_square * error
+    return 16**3 * mean_square * error
 
 
 def weight_gradient_variance(payload, grad_norms, fan):

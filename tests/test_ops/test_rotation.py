@@ -317,8 +317,8 @@ class TestLaw:
         'one': 0.1,
         'two equal ones': 0.1,
         'four': 0.1,
-        'half': 0.02,
-        'heavy tails': 0.1,
+        'half': 0.015,
+        'heavy tails': 0.06,
     }
 
     def make_values(self, name):
