@@ -256,6 +256,11 @@ class Compression(_Settings):
             ``'rotated'`` but for a rest that is small unless few values of a
             group are much larger than all others. Needs a ``group_size`` of
             256.
+        channel_means (bool): Whether the means of the channels of inputs of
+            linear layers are kept in float32, and codes are those of what
+            differs from them: less noise at the same bits where means are
+            large, as behind a ReLU or a GELU, for another pass over the
+            input and 4 bytes a channel.
         rules (tuple[Rule]): Exceptions by name of layer, or a dict of them,
             see :func:`get_level`; of several rules that match the last one
             applies. Rules have no effect at an exact level.
@@ -280,6 +285,7 @@ class Compression(_Settings):
     adaptive: bool = _setting(False, _check_flag, 'adaptive')
     use_gradient: bool = _setting(False, _check_flag, 'use_gradient')
     rounding: str = _setting(DEFAULT_ROUNDING, _check_rounding, 'rounding')
+    channel_means: bool = _setting(False, _check_flag, 'channel_means')
     rules: tuple = _setting((), _check_rules, 'rules')
 
     def __post_init__(self):

@@ -26,7 +26,10 @@ class _Linear(Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         # Rows of the payload are samples: a vector is one.
         ctx.format, kept, ctx.probe = quantizer.keep_shared(
-            input, x.unsqueeze(0) if x.dim() == 1 else x, needed=needs_weight
+            input,
+            x.unsqueeze(0) if x.dim() == 1 else x,
+            needed=needs_weight,
+            channels_last=True,
         )
         ctx.adaptive = quantizer.layer_bits
         # The parameter itself, not its copy in the dtype of autocast.

@@ -23,8 +23,8 @@ class PayloadFormat(NamedTuple):
         bits (float): Bits a code; their mean where each sample has bits of
             its own.
         group_size (int): Elements a range.
-        kind (str): Kind of the codes: ``'plain'``, ``'split'`` or
-            ``'zeroed'``.
+        kind (str): Kind of the codes: ``'plain'``, ``'centred'``,
+            ``'split'`` or ``'zeroed'``.
         drawn (DrawnBits, optional): Random bits that the tensor was rounded
             with; None: codes alone are decoded.
         saves_bits (bool): Whether the random bits are saved, as the last
@@ -105,9 +105,12 @@ class Payload:
         operands (tuple[Tensor | None]): Tensors that are decoded.
         rectified (bool): Whether the tensor is a rectifier's output.
         layer_bits (LayerBits, optional): Source of its bits, if adaptive.
+        of_codes_alone (bool): Whether the operands are those of one op that
+            decodes.
     """
 
     rectified = False
+    of_codes_alone = True
     layer_bits = None
 
     @property
@@ -240,6 +243,52 @@ class QuantizedTensor(Payload):
         )
 
 
+class CentredTensor(QuantizedTensor):
+    """Payload with the means of channels, and codes of what differs from them.
+
+    Channels are the last dimension. Where their means are large beside what
+    differs from them, as in many inputs of linear layers, the ranges of
+    groups, which hold elements of many channels, are much smaller so.
+
+    Args:
+        format (PayloadFormat): Shape, layout, dtype and bits.
+        means (Tensor[C]): float32, of all samples.
+        *operands (Tensor): Those of :class:`QuantizedTensor`.
+    """
+
+    of_codes_alone = False
+
+    def __init__(self, format, means, *operands):
+        super().__init__(format, *operands)
+        self.means = means
+        self.operands = (means, *self.operands)
+
+    @classmethod
+    def pack(cls, tensor, pack):
+        """Quantise a tensor.
+
+        Args:
+            tensor (Tensor[*, C]): float32, float16 or bfloat16.
+            pack (Callable): Quantises a tensor of the same shape and dtype to
+                a :class:`QuantizedTensor`.
+
+        Returns:
+            CentredTensor: The payload.
+        """
+        means = tensor.reshape(-1, tensor.shape[-1]).mean(
+            0, dtype=torch.float32
+        )
+        # In float32, rounded once.
+        rest = torch.sub(tensor, means, out=torch.empty_like(tensor))
+        payload = pack(rest)
+        format = payload.format._replace(kind='centred')
+        return cls(format, means, *payload.operands)
+
+    def unpack(self, start=None, stop=None):
+        """See the base class."""
+        return super().unpack(start, stop).add_(self.means)
+
+
 class SplitTensor(Payload):
     """Payload of a rectified normalised tensor, with its normalised values.
 
@@ -324,4 +373,9 @@ def _part(start, stop, *tensors):
     return [tensor[start:stop] for tensor in tensors]
 
 
-_PAYLOADS = dict(plain=QuantizedTensor, split=SplitTensor, zeroed=ZeroedTensor)
+_PAYLOADS = dict(
+    plain=QuantizedTensor,
+    centred=CentredTensor,
+    split=SplitTensor,
+    zeroed=ZeroedTensor,
+)

@@ -14,7 +14,7 @@ from ..precision.allocation import MAX_BITS, MIN_BITS
 from ..random import default_generator
 from .cache import default_cache
 from .hooks import keep_tensors, top_hooks
-from .payload import PayloadFormat, QuantizedTensor
+from .payload import CentredTensor, PayloadFormat, QuantizedTensor
 from .units import MIB
 
 
@@ -152,6 +152,8 @@ class LayerQuantizer:
             share. Defaults to the one of all unconverted layers.
         rounding (str, optional): See :class:`mmactnn.Compression`. Defaults
             to that of levels.
+        channel_means (bool, optional): See :class:`mmactnn.Compression`.
+            Defaults to False.
 
     Attributes:
         chunk_bytes (int, optional): ``chunk_mib`` in bytes.
@@ -175,6 +177,7 @@ class LayerQuantizer:
         fused_bits=None,
         cache=None,
         rounding=ops.DEFAULT_ROUNDING,
+        channel_means=False,
     ):
         whole = bits and layer_bits is None
         ops.check_format(bits if whole else 1, group_size)
@@ -190,6 +193,7 @@ class LayerQuantizer:
         self.fused_bits = fused_bits
         self.cache = cache or default_cache
         self.rounding = rounding
+        self.channel_means = channel_means
         self.meter = None
 
     @classmethod
@@ -284,6 +288,7 @@ class LayerQuantizer:
             fused_bits,
             cache,
             level.rounding,
+            level.channel_means,
         )
 
     @property
@@ -460,7 +465,7 @@ class LayerQuantizer:
         payload = self.pack(tensor)
         return payload.format, payload.tensors
 
-    def keep_shared(self, input, tensor, needed):
+    def keep_shared(self, input, tensor, needed, channels_last=False):
         """As :meth:`keep`, but reuses the payload of another layer.
 
         For gradients that are linear in the kept tensor: each of the layers
@@ -471,6 +476,9 @@ class LayerQuantizer:
             tensor (Tensor[N, *]): Tensor to keep: the input, cast or padded
                 where the layer does so.
             needed (bool): Whether the backward pass needs it.
+            channels_last (bool, optional): Whether the last dimension of the
+                tensor is that of channels, whose means can be kept. Defaults
+                to False.
 
         Returns:
             tuple[PayloadFormat, tuple[Tensor], SensitivityProbe | None]:
@@ -482,7 +490,10 @@ class LayerQuantizer:
         payload = self.cache.get(input)
         first = payload is None or not self._will_do(payload, tensor)
         if first:
-            payload = self.pack(tensor)
+            if channels_last and self.channel_means:
+                payload = CentredTensor.pack(tensor, self.pack)
+            else:
+                payload = self.pack(tensor)
             payload.layer_bits = self.layer_bits
             if tensor is input:
                 self.cache.put(input, payload)
@@ -507,12 +518,12 @@ class LayerQuantizer:
             tensor (Tensor[N, *]): See there.
 
         Returns:
-            Payload, optional: None if there is none.
+            Payload, optional: None if there is none that an op decodes.
         """
         payload = self.cache.get(input)
         if payload is None or not self._will_do(payload, tensor):
             return None
-        return payload
+        return payload if payload.of_codes_alone else None
 
     def _will_do(self, payload, tensor):
         """Whether a payload can stand for a tensor that is to be kept."""
@@ -620,6 +631,7 @@ class LayerQuantizer:
         self.cache = state.get('cache') or default_cache
         # A pickle from before there was a choice.
         self.rounding = state.get('rounding', 'stochastic')
+        self.channel_means = state.get('channel_means', False)
 
     def __repr__(self):
         return (
