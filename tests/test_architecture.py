@@ -34,6 +34,8 @@ LATE = {
     ('registry', 'mmlab.registry'): 'MMEngine is imported on demand only',
     ('mmlab.waiting', 'mmlab.registry'): 'the same',
     ('fusion.runner', 'fusion.find'): 'a pickle plans its blocks again',
+    ('layers.gateway', 'modules.graph_break'): 'it imports the compiler',
+    ('fusion.block', 'modules.graph_break'): 'the same',
 }
 
 

@@ -200,3 +200,15 @@ def test_extension_is_bound_to_no_python_and_no_torch():
     assert any(symbol.startswith('aoti_torch_') for symbol in symbols)
     bound = ('Py', '_Py', 'at::', 'c10::', 'torch::', 'caffe2::')
     assert [name for name in symbols if name.startswith(bound)] == []
+
+
+def test_import_loads_no_slow_part_of_torch():
+    """The compiler and sharding take a second each."""
+    code = (
+        'import sys, mmactnn\n'
+        'slow = "torch._dynamo", "torch.distributed.fsdp"\n'
+        'print([name for name in slow if name in sys.modules])'
+    )
+    # In a process of its own: those of other tests have loaded them.
+    printed = subprocess.check_output([sys.executable, '-c', code], text=True)
+    assert printed.strip() == '[]'

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from ..modules.class_swap import replace_class
-from ..modules.execution import call_outside_graph, refuse_script
+from ..modules.execution import refuse_script
 
 
 class FusedBlock:
@@ -46,6 +46,8 @@ def fused_class(cls):
         if torch.compiler.is_compiling():
             if not self.training:
                 return cls.forward(self, *args, **kwargs)
+            from ..modules.graph_break import call_outside_graph
+
             return call_outside_graph(_run, self, cls, args, kwargs)
         return _run(self, cls, args, kwargs)
 

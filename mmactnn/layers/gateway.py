@@ -26,7 +26,6 @@ from torch.compiler import is_dynamo_compiling
 
 from ..modules.execution import (
     ORDINARY,
-    call_outside_graph,
     is_leaf_of_trace,
     is_plain,
     overrides_dispatch,
@@ -136,6 +135,8 @@ def _run_compiled(layer, parent, compressed, args, parameters, without_grad):
         or not (without_grad or torch.is_grad_enabled())
     ):
         return parent(layer, *args)
+    from ..modules.graph_break import call_outside_graph
+
     return call_outside_graph(
         _run_eager, layer, parent, compressed, args, parameters, without_grad
     )

@@ -1,8 +1,7 @@
 """Exchange of a module's class in place."""
 
 import functools
-
-from torch.distributed.fsdp import FSDPModule
+import sys
 
 
 def wrapped_class(cls):
@@ -15,9 +14,12 @@ def wrapped_class(cls):
     Returns:
         type: The original class; ``cls`` itself if torch derived none.
     """
+    # Importing it takes a second. Without it no class is derived from it.
+    fsdp = sys.modules.get('torch.distributed.fsdp')
+    shard = getattr(fsdp, 'FSDPModule', None)
     while True:
-        if FSDPModule in cls.__bases__:
-            cls = next(b for b in cls.__bases__ if b is not FSDPModule)
+        if shard in cls.__bases__:
+            cls = next(b for b in cls.__bases__ if b is not shard)
         elif _is_parametrized(cls):
             (cls,) = cls.__bases__
         else:

@@ -1,8 +1,5 @@
 """Mode of execution: plain eager torch, or under tracers and transforms."""
 
-import functools
-import logging
-
 import torch
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
@@ -171,13 +168,6 @@ def is_observed():
     )
 
 
-@functools.cache
-def _tell_outside_graph():
-    logging.getLogger('mmactnn').warning(
-        'torch.compile: compressed layers run outside of the compiled graph'
-    )
-
-
 def refuse_script(module):
     """Refuse ``torch.jit.script``, as ``__prepare_scriptable__`` of a class.
 
@@ -193,20 +183,3 @@ def refuse_script(module):
         'converted model: script mmactnn.revert_model(copy.deepcopy(model)), '
         'or use torch.jit.trace or torch.export in eval mode'
     )
-
-
-@torch.compiler.disable
-def call_outside_graph(function, *args):
-    """Call a function eagerly within code that torch.compile compiles.
-
-    The first such call is logged.
-
-    Args:
-        function (Callable): The function.
-        *args: Its arguments.
-
-    Returns:
-        object: Its result.
-    """
-    _tell_outside_graph()
-    return function(*args)
