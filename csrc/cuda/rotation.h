@@ -202,10 +202,6 @@ class BlockSigns {
 struct RotatedCodes {
   int stride;
   int bits;
-
-  __device__ __forceinline__ float half() const {
-    return static_cast<float>(1 << (bits - 1));
-  }
 };
 
 // The codes of a block of a group, in the lowest bits. `last` is the last word

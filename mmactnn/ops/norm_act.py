@@ -113,7 +113,8 @@ def norm_act(
         rotated (bool, optional): As in :func:`mmactnn.ops.quantize`. Ranges
             of rotated split codes are 3 numbers: the mean of elements that
             do not pass the ReLU, that of those that do, and the scale.
-            Zeroed codes of passing elements then have the highest bit set.
+            Zeroed codes of 2 bits have the highest one set for passing
+            elements then; others are not rotated.
             Defaults to False.
 
     Returns:

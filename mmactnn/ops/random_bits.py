@@ -27,15 +27,16 @@ class DrawnBits(NamedTuple):
     such as those of a rectifier's output.
 
     **Rotation.** The values of a group, less the mean of those of their kind
-    (the elements that a rectifier lets pass, and the others), are multiplied
-    by random signs and by a Hadamard matrix, and each coefficient is rounded
-    to the nearest of ``2 ** bits`` levels. The signs are the random bits;
-    codes cannot be decoded without them. The group's mean and the scale of
-    its levels take the place of ``low`` and ``step``. The variance at 1, 2
+    (the elements that a rectifier lets pass, and the others), are rotated by
+    Hadamard matrices with random signs between them, and each coefficient is
+    rounded to the nearest of ``2 ** bits`` levels. The signs are the random
+    bits; codes cannot be decoded without them. The group's mean and the scale
+    of its levels take the place of ``low`` and ``step``. The variance at 1, 2
     and 3 bits is about 1/5, 2/5 and 7/10 of dither's, for normally
     distributed values; see ``csrc/common/rotation.h``. Codes with more bits
-    for values, and those of samples that are not whole groups of 256
-    elements, are rounded and decoded with dither instead.
+    for values (zeroed ones with more than one), and those of samples that are
+    not whole groups of 256 elements, are rounded and decoded with dither
+    instead.
 
     Attributes:
         seed (int): Key of the random bits, 64 bits.

@@ -47,9 +47,10 @@ def relu_codes(
             to 0.
         offset_tensor (Tensor[1], optional): As in
             :func:`mmactnn.ops.quantize`.
-        rotated (bool, optional): As in :func:`mmactnn.ops.quantize`; codes
-            of passing elements then have the highest bit set, and no code
-            stands for 0 alone. Defaults to False.
+        rotated (bool, optional): As in :func:`mmactnn.ops.quantize`, at 2
+            bits; codes of passing elements then have the highest bit set, and
+            no code stands for 0 alone. With more bits dither has less
+            variance. Defaults to False.
 
     Returns:
         tuple[Tensor, Tensor, Tensor]: The output (Tensor[N, *], dtype and
@@ -151,29 +152,12 @@ def relu_codes_backward(grad_output, codes, bits, rotated=False):
 
 
 @fake('relu_codes')
-def _fake_relu_codes(
-    input,
-    bits,
-    group_size,
-    seed,
-    offset,
-    offset_tensor=None,
-    rotated=False,
-):
-    payload = empty_payload(input, bits, group_size)
-    return torch.empty_like(input), *payload
+def _fake_relu_codes(input, bits, group_size, *rounding):
+    return torch.empty_like(input), *empty_payload(input, bits, group_size)
 
 
 @fake('relu_codes_')
-def _fake_relu_codes_(
-    input,
-    bits,
-    group_size,
-    seed,
-    offset,
-    offset_tensor=None,
-    rotated=False,
-):
+def _fake_relu_codes_(input, bits, group_size, *rounding):
     return empty_payload(input, bits, group_size)
 
 

@@ -241,10 +241,7 @@ def _fake_quantize_rows(
     row_starts,
     total_bits,
     group_size,
-    seed,
-    offset,
-    offset_tensor=None,
-    rotated=False,
+    *rounding,
 ):
     # Rows are padded to 8 blocks of 8 elements.
     row_blocks = ceil_div(row_numel(input), 64) * 8
