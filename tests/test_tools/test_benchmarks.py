@@ -42,16 +42,15 @@ def test_gradient_error():
     args = tool.parse_args(
         '--device cpu --batch-size 4 --image-size 32 --draws 4'.split()
     )
-    images, labels = tool.make_batch(args)
-    assert images.shape == (4, 3, 32, 32)
-    exact = tool.gradients(tool.make_model(args), images, labels)
-    assert tool.relative(exact, exact, ('conv', 'gamma')) == 0
-    double = {kind: 2 * vector for kind, vector in exact.items()}
+    exact = tool.gradients(*tool.build_task(args))
+    assert tool.relative(exact, exact, ['conv1.weight', 'fc.bias']) == 0
+    double = {name: 2 * vector for name, vector in exact.items()}
     assert tool.relative(double, exact) == pytest.approx(1)
+    assert tool.relative_of_tensors(double, exact) == pytest.approx(1)
     fixed, followed = 'L2:{"conv":2,"norm":2}', 'L3:{"use_gradient":true}'
     rotated = 'L2:{"conv":2,"norm":2,"rounding":"rotated"}'
     rows = {
-        level: tool.measure(args, level, exact, images, labels)
+        level: tool.measure(args, level, exact)
         for level in ('L2', fixed, followed, rotated)
     }
     errors = {level: row['error'] for level, row in rows.items()}
@@ -59,6 +58,7 @@ def test_gradient_error():
     assert errors[rotated] < errors[fixed]
     assert rows['L2']['mean'] < errors['L2']
     assert 'bits' not in rows['L2']
+    assert 0 < rows['L2']['kinds']['Conv2d.weight'] < rows['L2']['tensors']
     # The rest is fused.
     assert set(rows[followed]['bits']) == {'conv2', 'fc'}
     assert torch.tensor([row['ratio'] for row in rows.values()]).gt(3).all()
