@@ -261,4 +261,9 @@ MMACTNN_HOST_DEVICE float clamp_finite(float value, float largest) {
   return upper < -largest ? -largest : upper;
 }
 
+// As clamp_finite(), but a number that is infinite stays so.
+MMACTNN_HOST_DEVICE float clamp_if_finite(float value, float largest) {
+  return is_finite(value) ? clamp_finite(value, largest) : value;
+}
+
 }  // namespace mmactnn

@@ -120,8 +120,7 @@ void dequantize_split(const Memory& codes, const Memory& ranges,
               0.0f, 1.0f, weights == nullptr ? kNoWeight : weights[channel],
               biases == nullptr ? kNoBias : biases[channel]};
           const float value = norm.scale(normal);
-          return is_finite(value) ? clamp_finite(value, Largest<T>::value)
-                                  : value;
+          return clamp_if_finite(value, Largest<T>::value);
         });
   });
 }

@@ -204,8 +204,7 @@ class SplitDecoder {
   }
   // An infinite output stays infinite.
   __device__ __forceinline__ float clamp(float output) const {
-    return is_finite(output) ? clamp_finite(output, Number<T>::kLargest)
-                             : output;
+    return clamp_if_finite(output, Number<T>::kLargest);
   }
 
  private:

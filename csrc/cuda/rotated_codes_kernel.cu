@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, kSplitResident)
             fmaf(signs.flip_outer(u, i, y[i]), scale, range[u].low);
         const ChannelNorm norm{0.0f, 1.0f, weights.of(i), biases.of(i)};
         const float value =
-            clamp_finite(norm.scale(normal), Number<T>::kLargest);
+            clamp_if_finite(norm.scale(normal), Number<T>::kLargest);
         values[i] = spread_flag(spread, i) ? value : 0.0f;
       }
       if (k + u >= cursor.count()) continue;
