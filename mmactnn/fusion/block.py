@@ -4,8 +4,10 @@ import functools
 
 import torch
 
+from ..functional import call_in_scope
 from ..modules.class_swap import replace_class
 from ..modules.execution import refuse_script
+from ..modules.function_mode import call_outside
 
 
 class FusedBlock:
@@ -65,12 +67,12 @@ def fused_class(cls):
 
 
 def _run(module, cls, args, kwargs):
-    found = module._fused.find_plan(module, cls, args, kwargs)
+    found = call_outside(module._fused.find_plan, module, cls, args, kwargs)
     if found is None:
-        return cls.forward(module, *args, **kwargs)
+        return call_in_scope(module, cls.forward, (module, *args), kwargs)
     plan, inputs = found
     del args
-    return module._fused.run(module, plan, inputs)
+    return call_outside(module._fused.run, module, plan, inputs)
 
 
 def _make_instance(cls):
