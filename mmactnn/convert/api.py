@@ -393,6 +393,7 @@ def _set_scopes(model, make_settings, include, exclude, filter_fn):
         for entry in default_registry.functions.values()
         if isinstance(entry, FunctionEntry)
     }
+    prefixes = []
     for name, module in list(named_modules(model)):
         if not calls_functions(module):
             continue
@@ -409,6 +410,10 @@ def _set_scopes(model, make_settings, include, exclude, filter_fn):
                 prefix + function, default_registry.layers[entry.layer].parent
             )
         )
+        inside = name.startswith(tuple(prefixes))
+        if len(excluded) == len(entries) and not inside:
+            continue
+        prefixes.append(prefix)
         settings = make_settings(
             name,
             has_parameters=next(module.parameters(), None) is not None,

@@ -18,6 +18,7 @@ from .modules import (
     scoped_class,
     set_scope,
     settings_of,
+    unscoped_class,
 )
 from .scope import FunctionSettings, call_in_scope
 
@@ -32,4 +33,5 @@ __all__ = [
     'scoped_class',
     'set_scope',
     'settings_of',
+    'unscoped_class',
 ]

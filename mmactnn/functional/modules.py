@@ -8,6 +8,7 @@ from torch import nn
 from ..layers import QuantizedLayer
 from ..modules.class_swap import replace_class, wrapped_class
 from ..modules.functions import find_static
+from ..registry import default_registry
 from .scope import call_in_scope
 
 # Modules of torch with functions of their own are below this package.
@@ -21,13 +22,13 @@ class ScopedModule:
     by name go on to work. Its forward pass is the parent's.
 
     Attributes:
-        unscoped_class (type): The parent.
+        scoped_from (type): The parent.
     """
 
-    unscoped_class = None
+    scoped_from = None
 
     def __reduce_ex__(self, protocol):
-        return _make_instance, (self.unscoped_class,), self.__getstate__()
+        return _make_instance, (self.scoped_from,), self.__getstate__()
 
 
 @functools.cache
@@ -50,7 +51,7 @@ def scoped_class(cls):
         (ScopedModule, cls, *cls.__bases__),
         dict(
             forward=forward,
-            unscoped_class=cls,
+            scoped_from=cls,
             __module__=cls.__module__,
             __qualname__=cls.__qualname__,
             __doc__=cls.__doc__,
@@ -70,12 +71,13 @@ def calls_functions(module):
         module (nn.Module): The module.
 
     Returns:
-        bool: False for layers that are converted or could be, containers,
-        wrappers, scripted modules, and modules whose forward pass was
-        replaced on the instance.
+        bool: False for layers that are or could be converted, subclasses of
+        these, containers, wrappers, scripted modules, and modules whose
+        forward pass was replaced on the instance.
     """
     if (
         isinstance(module, (QuantizedLayer, torch.jit.ScriptModule))
+        or default_registry.is_layer(module)
         or 'forward' in module.__dict__
     ):
         return False
@@ -117,7 +119,21 @@ def remove_scopes(model):
         module.__dict__.pop('_functions', None)
         if isinstance(module, ScopedModule):
             scoped = wrapped_class(type(module))
-            replace_class(module, scoped, scoped.unscoped_class)
+            replace_class(module, scoped, scoped.scoped_from)
+
+
+def unscoped_class(module):
+    """The class of a module without scopes.
+
+    Args:
+        module (nn.Module): The module.
+
+    Returns:
+        type: Its class before :func:`set_scope`.
+    """
+    if isinstance(module, ScopedModule):
+        return module.scoped_from
+    return type(module)
 
 
 def settings_of(module):

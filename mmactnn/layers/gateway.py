@@ -33,7 +33,7 @@ from ..modules.execution import (
     overrides_functions,
     record_leaf,
 )
-from ..modules.function_mode import call_outside
+from ..modules.function_mode import active_mode, call_outside
 from ..registry import default_registry
 
 
@@ -58,14 +58,10 @@ def run(layer, parent, compressed, args, parameters=(), without_grad=False):
         return _run_compiled(
             layer, parent, compressed, args, parameters, without_grad
         )
-    if torch._C._len_torch_function_stack():
+    if torch._C._len_torch_function_stack() and active_mode() is not None:
         return call_outside(
-            _run, layer, parent, compressed, args, parameters, without_grad
+            run, layer, parent, compressed, args, parameters, without_grad
         )
-    return _run(layer, parent, compressed, args, parameters, without_grad)
-
-
-def _run(layer, parent, compressed, args, parameters, without_grad):
     input = args[0]
     if type(input) not in ORDINARY:
         return _run_on_subclass(

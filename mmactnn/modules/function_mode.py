@@ -1,7 +1,10 @@
 """Mode in which functions of torch can have handlers."""
 
+import sys
+from types import FunctionType
+
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function
 
 _C = torch._C
 
@@ -34,7 +37,24 @@ class FunctionMode(TorchFunctionMode):
             result = handle(self.scope, func, args, kwargs or {})
             if result is not NotImplemented:
                 return result
+        if type(func) is FunctionType:
+            func = _original(func, sys._getframe(1))
         return func(*args, **kwargs) if kwargs else func(*args)
+
+
+def _original(func, frame):
+    """The function that a mode was called for.
+
+    Torch's functions in Python name themselves by a global variable. If that
+    was patched, its value is a function around the one that runs.
+    """
+    if frame.f_code is not handle_torch_function.__code__:
+        return func
+    frame = frame.f_back
+    code = frame.f_code
+    if code is func.__code__ or code.co_freevars:
+        return func
+    return FunctionType(code, frame.f_globals)
 
 
 def active_mode():
