@@ -16,7 +16,6 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from .modules.frames import running_self
 from .modules.functions import (
     codes_of,
     computes_as,
@@ -149,8 +148,8 @@ class Registry:
         self.adapters = {}
         # Handlers of calls of torch's functions, see FunctionMode.
         self.functions = {}
-        # Whether code belongs to a layer's forward pass, see calls_as_layer().
-        self._codes = {}
+        # Code of forward passes that layers stand for.
+        self.codes = set()
         self._providers = {}
         self._provided = {}
         self._subscribers = []
@@ -188,7 +187,7 @@ class Registry:
             examples,
         )
         self.layers[layer] = self._by_parent[parent] = entry
-        self._codes.update(dict.fromkeys(codes_of(entry.functions), True))
+        self.codes.update(codes_of(entry.functions))
         self._by_alias.update(dict.fromkeys(entry.aliases, entry))
         for subscriber in self._subscribers:
             subscriber.add(names, layer)
@@ -342,32 +341,6 @@ class Registry:
             if function in self.functions:
                 raise ValueError(f'{function!r} has a handler already')
         self.functions.update(dict.fromkeys(functions, handle))
-
-    def is_layer(self, module):
-        """Whether a compressed layer stands for a module's class or a base.
-
-        Args:
-            module (object): Any object.
-
-        Returns:
-            bool: True also for a subclass that computes otherwise.
-        """
-        return not self._by_parent.keys().isdisjoint(type(module).__mro__)
-
-    def calls_as_layer(self, frame):
-        """Whether a frame belongs to a layer that could be compressed.
-
-        Args:
-            frame (types.FrameType): A running function.
-
-        Returns:
-            bool: True if a compressed layer stands for its module.
-        """
-        code = frame.f_code
-        known = self._codes.get(code)
-        if known is None:
-            known = self._codes[code] = self.is_layer(running_self(frame))
-        return known
 
     def find_adapter(self, cls):
         """Find the adapter of a class, or of one that it computes as.

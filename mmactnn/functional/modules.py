@@ -71,14 +71,14 @@ def calls_functions(module):
         module (nn.Module): The module.
 
     Returns:
-        bool: False for layers that are or could be converted, subclasses of
-        these, containers, wrappers, scripted modules, and modules whose
-        forward pass was replaced on the instance.
+        bool: False for layers that are or could be converted, containers,
+        wrappers, scripted modules, and modules whose forward pass was
+        replaced on the instance.
     """
     if (
         isinstance(module, (QuantizedLayer, torch.jit.ScriptModule))
-        or default_registry.is_layer(module)
         or 'forward' in module.__dict__
+        or default_registry.find_layer(module)[0] is not None
     ):
         return False
     forward = find_static(type(module), 'forward')

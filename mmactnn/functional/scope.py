@@ -169,7 +169,7 @@ def _is_called_by_layer():
     while frame is not None:
         module = frame.f_globals.get('__name__', '')
         if module.partition('.')[0] != _PACKAGE and module not in _ON_THE_WAY:
-            return default_registry.calls_as_layer(frame)
+            return frame.f_code in default_registry.codes
         frame = frame.f_back
     return False
 

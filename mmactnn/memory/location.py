@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..modules.frames import running_self
 from ..modules.naming import named_modules
 
 # Packages whose lines are part of a layer, not of the model.
@@ -114,7 +113,15 @@ class Locator:
 
 def _running_module(frame):
     """The module that a frame runs a method of, or None."""
-    owner = running_self(frame)
+    code = frame.f_code
+    if not code.co_argcount or code.co_varnames[0] != 'self':
+        return None
+    variables = frame.f_locals
+    owner = variables.get('self')
+    if isinstance(variables, dict):
+        # Before Python 3.13 the frame keeps this copy of its variables, and
+        # with it tensors that its function has already dropped.
+        variables.clear()
     return owner if isinstance(owner, nn.Module) else None
 
 
