@@ -7,10 +7,12 @@ from .double_backward import first_order_only, linear_map
 from .dropout import dropout, feature_dropout
 from .gate import gate
 from .group_norm import group_norm
+from .layer_norm import layer_norm
 from .linear import linear
 from .norm_act import norm_act
 from .placeholders import meta_tensor
 from .pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+from .product import product
 from .relu import relu, relu_codes
 from .silu import silu
 
@@ -26,11 +28,13 @@ __all__ = [
     'first_order_only',
     'gate',
     'group_norm',
+    'layer_norm',
     'linear',
     'linear_map',
     'max_pool2d',
     'meta_tensor',
     'norm_act',
+    'product',
     'relu',
     'relu_codes',
     'run_chain',

@@ -1,6 +1,7 @@
 """Conversion of a model's layers to compressed ones, and back."""
 
 import fnmatch
+import functools
 from typing import NamedTuple
 
 from torch import nn
@@ -10,6 +11,12 @@ from ..codes.cache import PayloadCache
 from ..codes.quantizer import LayerQuantizer, OwnSettings
 from ..codes.units import MIB
 from ..config import DEFAULT_LEVEL, get_level
+from ..functional import (
+    FunctionSettings,
+    calls_functions,
+    remove_scopes,
+    set_scope,
+)
 from ..fusion import FoundFusions, find_fusions, fuse, is_fused, unfuse
 from ..layers import QuantizedLayer
 from ..modules.naming import named_modules
@@ -19,7 +26,7 @@ from ..offload.allocator import require_expandable_segments
 from ..ops import DEFAULT_GROUP_SIZE
 from ..precision import AdaptivePrecision
 from ..random import RoundingGenerator
-from ..registry import default_registry
+from ..registry import FunctionEntry, default_registry
 from .filters import Filter
 from .report import (
     Adapted,
@@ -27,6 +34,7 @@ from .report import (
     Converted,
     Fused,
     Left,
+    Scoped,
     Unfused,
 )
 
@@ -128,7 +136,13 @@ def convert_model(
     chosen, left = _choose_layers(
         model, adaptable.plans, include, exclude, filter_fn
     )
-    _require_rules_used(level, [item.name for item in chosen])
+    callers = _choose_functions(model, include, exclude, filter_fn)
+    for used in (include, exclude):
+        if used is not None:
+            used.require_all_used()
+    names = [item.name for item in chosen]
+    names += [name for caller in callers for name in caller.names]
+    _require_rules_used(level, names)
     layers = {item.module for item in chosen}
     plans = [
         plan
@@ -176,6 +190,7 @@ def convert_model(
     for module in model.modules():
         if is_fused(module):
             unfuse(module)
+    left_scopes = remove_scopes(model)
     adapted = tuple(_install(plan) for plan in plans)
     _set_chains(model, _fuses(level))
     twins = _replace_shared(
@@ -188,6 +203,20 @@ def convert_model(
     fused = tuple(
         _fuse(name, fusion) for name, fusion in found.fusions.items()
     )
+    scoped = ()
+    if converted and not level.exact:
+        make_settings = functools.partial(
+            FunctionSettings,
+            level=level,
+            group_size=group_size,
+            generator=generator,
+            cache=cache,
+        )
+        scoped = tuple(_set_scopes(callers, make_settings))
+    else:
+        # The model may be a part of one whose functions are compressed.
+        for module in left_scopes:
+            set_scope(module, None)
     _swap(model, level)
     unfused = {**found.unfused, **adaptable.refused}
     return ConversionReport(
@@ -201,6 +230,7 @@ def convert_model(
             for name, (module, reason) in unfused.items()
             if _fuses(level)
         ),
+        scoped,
     )
 
 
@@ -239,10 +269,62 @@ def _choose_layers(model, plans, include, exclude, filter_fn):
         if isinstance(module, QuantizedLayer):
             target = type(module)
         chosen.append(_Chosen(name, module, target))
-    for used in (include, exclude):
-        if used is not None:
-            used.require_all_used()
     return chosen, left
+
+
+class _Caller(NamedTuple):
+    """A module that may call functions.
+
+    Attributes:
+        name (str): Qualified name in the model.
+        module (nn.Module): The module.
+        names (tuple[str]): Qualified names of the functions to compress.
+        excluded (frozenset[str]): Names of the others.
+    """
+
+    name: str
+    module: nn.Module
+    names: tuple
+    excluded: frozenset
+
+    @property
+    def prefix(self):
+        return _prefix(self.name)
+
+
+def _prefix(name):
+    return f'{name}.' if name else ''
+
+
+def _choose_functions(model, include, exclude, filter_fn):
+    """Find modules that call functions, and functions to compress there.
+
+    Filters see functions as layers of the modules. ``filter_fn``, which takes
+    a layer, cannot: with it, functions are those of torch.
+    """
+    parents = {
+        entry.name: default_registry.layers[entry.layer].parent
+        for entry in default_registry.functions.values()
+        if isinstance(entry, FunctionEntry)
+    }
+    callers = []
+    for name, module in named_modules(model):
+        if not calls_functions(module):
+            continue
+        names, excluded = [], []
+        for function, parent in parents.items():
+            full = _prefix(name) + function
+            # Both are called for every function: filters record matches.
+            is_out = exclude.matches_class(full, parent)
+            is_in = include is None or include.matches_class(full, parent)
+            if is_in and not is_out and filter_fn is None:
+                names.append(full)
+            else:
+                excluded.append(function)
+        callers.append(
+            _Caller(name, module, tuple(names), frozenset(excluded))
+        )
+    return callers
 
 
 def _why_filtered(name, module, include, exclude, filter_fn):
@@ -316,6 +398,7 @@ def revert_model(model):
     swap = attached_swap(model)
     if swap is not None:
         swap.detach()
+    remove_scopes(model)
     # Lists, since adapters drop their layers.
     for module in list(model.modules()):
         if is_fused(module):
@@ -358,6 +441,26 @@ def _all_modules(model, plans):
         yield name, module
         if module in plans:
             yield from plans[module].named_layers.items()
+
+
+def _set_scopes(callers, make_settings):
+    """Compress functions that modules call, and make entries of the report."""
+    prefixes = []
+    for caller in callers:
+        module = caller.module
+        if not caller.names and not caller.name.startswith(tuple(prefixes)):
+            continue
+        prefixes.append(caller.prefix)
+        settings = make_settings(
+            caller.name,
+            has_parameters=next(module.parameters(), None) is not None,
+            excluded=caller.excluded,
+        )
+        source = type(module).__name__
+        swaps = not (is_fused(module) or isinstance(module, Adapter))
+        set_scope(module, settings, swaps)
+        if caller.names:
+            yield Scoped(caller.name, source)
 
 
 def _install(plan):

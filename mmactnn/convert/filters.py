@@ -24,7 +24,22 @@ class Filter:
 
     def matches(self, name, module):
         """Whether any pattern matches; records those that do."""
-        hits = [p for p in self._patterns if self._match(p, name, module)]
+        # A compressed layer also matches the name of its original class, and
+        # a subclass that computes as its parent that of the parent.
+        classes = {type(module)}
+        if isinstance(module, QuantizedLayer):
+            classes.add(module.plain_class)
+        entry, _ = default_registry.find_layer(module)
+        if entry is not None:
+            classes.add(entry.parent)
+        return self._find(name, classes)
+
+    def matches_class(self, name, cls):
+        """As :meth:`matches`, of a layer by its class."""
+        return self._find(name, {cls})
+
+    def _find(self, name, classes):
+        hits = [p for p in self._patterns if _match(p, name, classes)]
         for pattern in hits:
             self._unused.pop(pattern, None)
         return bool(hits)
@@ -38,18 +53,10 @@ class Filter:
                 f'compressed: {patterns}'
             )
 
-    @staticmethod
-    def _match(pattern, name, module):
-        # A compressed layer also matches the name of its original class, and a
-        # subclass that computes as its parent that of the parent.
-        classes = {type(module)}
-        if isinstance(module, QuantizedLayer):
-            classes.add(module.plain_class)
-        entry, _ = default_registry.find_layer(module)
-        if entry is not None:
-            classes.add(entry.parent)
-        if isinstance(pattern, type):
-            return pattern in classes
-        return fnmatch.fnmatchcase(name, pattern) or pattern in {
-            cls.__name__ for cls in classes
-        }
+
+def _match(pattern, name, classes):
+    if isinstance(pattern, type):
+        return pattern in classes
+    return fnmatch.fnmatchcase(name, pattern) or pattern in {
+        cls.__name__ for cls in classes
+    }

@@ -90,6 +90,19 @@ class Unfused:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scoped:
+    """A module whose calls of torch's functions are compressed.
+
+    Attributes:
+        name (str): Qualified name in the model.
+        source (str): Class of the module.
+    """
+
+    name: str
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
 class ConversionReport:
     """Result of a conversion.
 
@@ -101,6 +114,8 @@ class ConversionReport:
         adapted (tuple[Adapted]): Modules that have an adapter's class.
         unfused (tuple[Unfused]): Blocks with normalisations that run layer by
             layer, with the reason.
+        scoped (tuple[Scoped]): Modules whose calls of functions, if there are
+            any, are compressed.
     """
 
     level: str
@@ -109,6 +124,7 @@ class ConversionReport:
     fused: tuple = ()
     adapted: tuple = ()
     unfused: tuple = ()
+    scoped: tuple = ()
 
     def __str__(self):
         lines = [
@@ -134,6 +150,13 @@ class ConversionReport:
         )
         for (source, effect), count in sorted(blocks.items()):
             lines.append(f'  {count:4d} {source} fused: {effect}')
+        if self.scoped:
+            names = list(dict.fromkeys(item.source for item in self.scoped))
+            shown = ', '.join(names[:3]) + (', ...' if names[3:] else '')
+            lines.append(
+                f'  {len(self.scoped):4d} modules: functions that they call '
+                f'are compressed ({shown})'
+            )
         lines += _by_reason(self.unfused, 'not fused')
         lines += _by_reason(self.left, 'left')
         return '\n'.join(lines)
