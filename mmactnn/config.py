@@ -562,8 +562,8 @@ LEVELS = {
         dataclasses.replace(
             _L3, name='L3S', norm=1, rectified=2, rounding='rotated'
         ),
-        # Repeated blocks run again from codes of 8 bits, which makes transformers
-        # small and precise; other layers have enough bits to be as precise.
+        # Repeated blocks run again from codes of 8 bits, so that transformers
+        # keep little, and precisely; so do other layers, with more bits.
         dataclasses.replace(
             _L3, name='L3R', conv=4, norm=3, rectified=4, recompute=True
         ),

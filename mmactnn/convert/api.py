@@ -135,14 +135,15 @@ def convert_model(
             'filter_fn must be a function of a module and its name, got '
             f'{filter_fn!r}'
         )
-    segments = _choose_segments(model, level, include, exclude, filter_fn)
+    blocks = find_segments(model) if level.recompute else {}
+    segments = _choose_segments(blocks, level, include, exclude, filter_fn)
     inside = {
         part for module, _ in segments.values() for part in module.modules()
     }
     chosen, left = _choose_layers(
         model, adaptable.plans, include, exclude, filter_fn, tuple(segments)
     )
-    _require_rules_used(level, [*segments, *(item.name for item in chosen)])
+    _require_rules_used(level, [*blocks, *(item.name for item in chosen)])
     layers = {item.module for item in chosen}
     plans = [
         plan
@@ -265,17 +266,15 @@ class _Chosen(NamedTuple):
     target: type
 
 
-def _choose_segments(model, level, include, exclude, filter_fn):
-    """Find modules to run as segments.
+def _choose_segments(blocks, level, include, exclude, filter_fn):
+    """Choose among blocks those that run as segments.
 
     Returns:
         dict[str, tuple[nn.Module, int]]: Modules and the bits of their
         inputs, by qualified name.
     """
-    if not level.recompute or level.exact:
-        return {}
     segments = {}
-    for name, module in find_segments(model).items():
+    for name, module in blocks.items():
         rule, bits = level.rule_for(name), level.segment_bits
         if rule is not None and rule.sets_bits:
             bits = rule.bits

@@ -15,6 +15,7 @@ from ..codes.quantizer import LayerQuantizer
 from ..modules.execution import is_plain, is_transformed
 from ..modules.function_mode import call_outside
 from ..ops.quantize import VALID_DTYPES
+from .predicates import Predicates
 from .statistics import frozen_statistics, modules_of
 
 DEFAULT_BITS = 8
@@ -121,40 +122,29 @@ def _run(quantizer, function, args, kwargs, options):
     inputs, structure = tree_flatten((args, kwargs))
     del args, kwargs
     segment = _Segment(function, inputs, structure)
-    del structure
+    del inputs, structure
     tensors = segment.keep(quantizer) if torch.is_grad_enabled() else ()
-    del inputs
+    if not tensors:
+        return segment.run_plainly()
     count = segment_counter()
-    contexts = options.pop('context_fn', torch_checkpoint.noop_context_fn)
-    note = None if count is None else count(segment.codes_of(tensors))
-    modules = modules_of(segment.function, segment.inputs)
-    if note is not None or modules:
-        contexts = functools.partial(_contexts, contexts, note, modules)
-    if contexts is not torch_checkpoint.noop_context_fn:
-        options['context_fn'] = contexts
-    return torch_checkpoint.checkpoint(
+    if count is not None:
+        segment.note = count(segment.codes_of(tensors))
+    output = torch_checkpoint.checkpoint(
         segment, *tensors, use_reentrant=False, **options
     )
-
-
-def _contexts(contexts, note, modules):
-    """Contexts of both runs of a segment."""
-    first, second = contexts()
-    return (
-        _both(first, _noting(note) if note else contextlib.nullcontext()),
-        _both(second, frozen_statistics(modules)),
-    )
-
-
-@contextlib.contextmanager
-def _both(outer, inner):
-    with outer, inner:
-        yield
+    if count is not None:
+        count(segment.predicates.masks)
+    segment.predicates.save()
+    segment.note = None
+    return output
 
 
 @contextlib.contextmanager
 def _noting(note):
     """Report the tensors that torch would keep without a segment."""
+    if note is None:
+        yield
+        return
     pack, unpack = top_hooks(True)
 
     def pack_and_note(tensor):
@@ -190,14 +180,23 @@ class _Segment:
         function (Callable): The function.
         inputs (list): Its arguments, flat.
         structure (TreeSpec): Structure of the arguments.
+
+    Attributes:
+        predicates (Predicates): Those of the first run.
+        note (Callable, optional): Called with each tensor that autograd saves
+            in the first run.
     """
 
     def __init__(self, function, inputs, structure):
-        self.function = function
+        self.predicates = Predicates()
+        self.note = None
+        self._function = function
         # For the first run; for the others, without tensors.
-        self.inputs = inputs
+        self._inputs = inputs
         self._structure = structure
-        self._kept = None
+        self._kept = {}
+        self._modules = modules_of(function, inputs)
+        self._runs_again = False
 
     def keep(self, quantizer):
         """Tensors to be kept for further runs.
@@ -208,16 +207,15 @@ class _Segment:
         Returns:
             list[Tensor]: Codes of large inputs, and the other tensors.
         """
-        tensors, kept = [], {}
-        for i, value in enumerate(self.inputs):
+        tensors = []
+        for i, value in enumerate(self._inputs):
             if not isinstance(value, torch.Tensor):
                 continue
             first, format, parts = len(tensors), None, (value,)
             if _is_coded(value):
                 format, parts, _ = quantizer.keep_shared(value, value, True)
             tensors += parts
-            kept[i] = _Kept(first, len(tensors), format)
-        self._kept = kept
+            self._kept[i] = _Kept(first, len(tensors), format)
         return tensors
 
     def codes_of(self, tensors):
@@ -231,10 +229,18 @@ class _Segment:
         """
         return [
             tensor
-            for place in (self._kept or {}).values()
+            for place in self._kept.values()
             if place.format is not None
             for tensor in tensors[place.first : place.stop]
         ]
+
+    def run_plainly(self):
+        """Run the function on its inputs.
+
+        Returns:
+            object: Its result.
+        """
+        return self._call(self._inputs)
 
     def __call__(self, *tensors):
         """Run the function, from its inputs the first time.
@@ -245,24 +251,27 @@ class _Segment:
         Returns:
             object: Its result.
         """
-        inputs = self.inputs
-        if self._kept is not None:
-            # Nothing else holds the inputs of the first run.
-            self.inputs = [
-                None if i in self._kept else value
-                for i, value in enumerate(inputs)
-            ]
-            if self._runs_again:
-                inputs = self._decode(inputs, tensors)
-            self._runs_again = True
+        if self._runs_again:
+            inputs = self._decode(tensors)
+            with frozen_statistics(self._modules), self.predicates.replay():
+                return self._call(inputs)
+        self._runs_again = True
+        inputs = self._inputs
+        # Nothing else holds the inputs of the first run.
+        self._inputs = [
+            None if i in self._kept else value
+            for i, value in enumerate(inputs)
+        ]
+        with _noting(self.note), self.predicates.record():
+            return self._call(inputs)
+
+    def _call(self, inputs):
         args, kwargs = tree_unflatten(inputs, self._structure)
         del inputs
-        return self.function(*args, **kwargs)
+        return self._function(*args, **kwargs)
 
-    _runs_again = False
-
-    def _decode(self, inputs, tensors):
-        inputs = list(inputs)
+    def _decode(self, tensors):
+        inputs = list(self._inputs)
         for i, place in self._kept.items():
             parts = tensors[place.first : place.stop]
             if place.format is None:
