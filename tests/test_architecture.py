@@ -18,7 +18,7 @@ ORDER = (
     ('config',),
     ('precision',),
     ('codes',),
-    ('autograd', 'offload'),
+    ('autograd', 'offload', 'segments'),
     ('layers',),
     ('functional',),
     ('fusion',),

@@ -103,6 +103,21 @@ class Scoped:
 
 
 @dataclasses.dataclass(frozen=True)
+class Segmented:
+    """A module that runs again in the backward pass.
+
+    Attributes:
+        name (str): Qualified name in the model.
+        source (str): Class of the module.
+        bits (int): Bits an element of its inputs.
+    """
+
+    name: str
+    source: str
+    bits: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ConversionReport:
     """Result of a conversion.
 
@@ -116,6 +131,8 @@ class ConversionReport:
             layer, with the reason.
         scoped (tuple[Scoped]): Modules whose calls of functions, if there are
             any, are compressed.
+        segmented (tuple[Segmented]): Modules that run again in the backward
+            pass.
     """
 
     level: str
@@ -125,6 +142,7 @@ class ConversionReport:
     adapted: tuple = ()
     unfused: tuple = ()
     scoped: tuple = ()
+    segmented: tuple = ()
 
     def __str__(self):
         lines = [
@@ -156,6 +174,13 @@ class ConversionReport:
             lines.append(
                 f'  {len(self.scoped):4d} modules: functions that they call '
                 f'are compressed ({shown})'
+            )
+        repeated = collections.Counter(
+            (item.source, item.bits) for item in self.segmented
+        )
+        for (source, bits), count in sorted(repeated.items()):
+            lines.append(
+                f'  {count:4d} {source} run again, from {bits} bit inputs'
             )
         lines += _by_reason(self.unfused, 'not fused')
         lines += _by_reason(self.left, 'left')

@@ -83,7 +83,7 @@ def calls_functions(module):
         return False
     forward = find_static(type(module), 'forward')
     home = getattr(forward, '__module__', None)
-    if home is None or forward is nn.Sequential.forward:
+    if home is None or forward in (nn.Module.forward, nn.Sequential.forward):
         return False
     if home.partition('.')[0] != 'torch':
         return True

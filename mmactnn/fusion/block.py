@@ -8,6 +8,7 @@ from ..functional import call_in_scope, unscoped_class
 from ..modules.class_swap import replace_class
 from ..modules.execution import refuse_script
 from ..modules.function_mode import call_outside
+from ..segments import Segment
 
 
 class FusedBlock:
@@ -99,7 +100,7 @@ def plain_class_of(module):
         type: Its class; that before the conversion if it is fused, or calls
         functions in a scope.
     """
-    if isinstance(module, FusedBlock):
+    if isinstance(module, (FusedBlock, Segment)):
         return module.plain_class
     return unscoped_class(module)
 

@@ -73,6 +73,39 @@ def _make_instance(first, plain):
     return cls.__new__(cls)
 
 
+def wrap_forward(mixin, cls, run):
+    """Derive a class with another forward pass that nobody can tell apart.
+
+    Args:
+        mixin (type): First base of the class. Its attribute ``plain_class``
+            is set to ``cls``.
+        cls (type): Class of a module, whose name, signature and documentation
+            the new class has.
+        run (Callable): The forward pass, called with ``cls``, the module and
+            its arguments.
+
+    Returns:
+        type: The new class.
+    """
+
+    @functools.wraps(cls.forward)
+    def forward(self, *args, **kwargs):
+        return run(cls, self, *args, **kwargs)
+
+    # Direct bases are compared by name, see register_layer().
+    return type(cls)(
+        cls.__name__,
+        (mixin, cls, *(b for b in cls.__bases__ if b not in mixin.__mro__)),
+        dict(
+            forward=forward,
+            plain_class=cls,
+            __module__=cls.__module__,
+            __qualname__=cls.__qualname__,
+            __doc__=cls.__doc__,
+        ),
+    )
+
+
 def replace_class(module, old, new):
     """Replace the class of a module, or one of its bases.
 
