@@ -1,5 +1,11 @@
 """Autograd functions that keep payloads instead of tensors."""
 
+from .attention import (
+    ExplicitCore,
+    FusedCore,
+    attention,
+    can_code_attention,
+)
 from .batch_norm import batch_norm
 from .chain import Chain, OutputPayload, run_chain
 from .conv import convolution
@@ -16,10 +22,14 @@ from .silu import silu
 
 __all__ = [
     'Chain',
+    'ExplicitCore',
+    'FusedCore',
     'OutputPayload',
     'adaptive_avg_pool2d',
+    'attention',
     'avg_pool2d',
     'batch_norm',
+    'can_code_attention',
     'convolution',
     'dropout',
     'feature_dropout',
