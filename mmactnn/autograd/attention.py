@@ -38,12 +38,15 @@ class FusedCore(NamedTuple):
         is_causal (bool): See torch.
         scale (float, optional): See torch.
         enable_gqa (bool): See torch.
+        is_explicit (bool): Whether it stands for separate calls, of which
+            torch keeps the weights.
     """
 
     dropout_p: float = 0.0
     is_causal: bool = False
     scale: float | None = None
     enable_gqa: bool = False
+    is_explicit: bool = False
 
     def __call__(self, query, key, value, bias):
         """Compute the output.
@@ -69,20 +72,25 @@ class FusedCore(NamedTuple):
         )
         return (output,)
 
-    def saved_by_torch(self, query, key, value, outputs):
+    def saved_by_torch(self, query, key, value, terms, outputs):
         """Tensors that torch would keep, by the kernels that keep least.
 
         Args:
             query (Tensor[N, *, L, D]): Queries.
             key (Tensor[N, *, S, D]): Keys.
             value (Tensor[N, *, S, E]): Values.
+            terms (Sequence[Tensor[*]]): Masks and summands of the scores.
             outputs (tuple[Tensor]): The outputs.
 
         Returns:
             tuple[Tensor]: The tensors.
         """
+        if self.is_explicit:
+            # Matrix products read copies of all three.
+            copies = (meta_tensor(x.shape, x.dtype) for x in (key, value))
+            return _kept_with_weights(query, *copies, self.dropout_p)
         logsumexp = meta_tensor(query.shape[:-1], torch.float32)
-        return query, key, value, *outputs, logsumexp
+        return query, key, value, *terms, *outputs, logsumexp
 
 
 class ExplicitCore(NamedTuple):
@@ -129,15 +137,20 @@ class ExplicitCore(NamedTuple):
         weights = weights.view(shape)
         return output, weights.mean(dim=1) if self.average else weights
 
-    def saved_by_torch(self, query, key, value, outputs):
+    def saved_by_torch(self, query, key, value, terms, outputs):
         """Tensors that torch would keep; see :class:`FusedCore`."""
-        shape = *query.shape[:-1], key.shape[-2]
-        weights = [meta_tensor(shape, query.dtype)]
-        if self.dropout_p > 0.0:
-            dtypes = query.dtype, torch.bool
-            weights += [meta_tensor(shape, dtype) for dtype in dtypes]
-        scaled = meta_tensor(query.shape, query.dtype)
-        return scaled, key, value, *weights
+        return _kept_with_weights(query, key, value, self.dropout_p)
+
+
+def _kept_with_weights(query, key, value, dropout_p):
+    """Tensors that torch keeps of attention in separate calls."""
+    shape = *query.shape[:-1], key.shape[-2]
+    weights = [meta_tensor(shape, query.dtype)]
+    if dropout_p > 0.0:
+        dtypes = query.dtype, torch.bool
+        weights += [meta_tensor(shape, dtype) for dtype in dtypes]
+    # Queries times their scale.
+    return meta_tensor(query.shape, query.dtype), key, value, *weights
 
 
 class Biases(NamedTuple):
@@ -281,8 +294,8 @@ class _Attention(Function):
         ctx.num_terms = len(terms)
         ctx.source = weakref.ref(query)
         if quantizer.meter is not None:
-            exact = core.saved_by_torch(query, key, value, outputs)
-            quantizer.record(tuple(kept), Call(), exact)
+            exact = core.saved_by_torch(query, key, value, terms, outputs)
+            quantizer.record((*kept, *terms), Call(), exact)
         return outputs
 
     @staticmethod

@@ -5,7 +5,8 @@ import torch
 from ..modules.execution import is_ordinary
 from .chain import ChainRunner, fit_in_chain
 from .eligibility import has_hooks, is_instrumented, may_fuse
-from .plan import ValueRef, collect_layers, members_of, resolve
+from .plan import collect_layers, members_of, resolve
+from .values import fill
 
 
 class BlockRunner:
@@ -102,7 +103,7 @@ class BlockRunner:
                 for slot in step.frees:
                     values[slot] = None
             i = end
-        return _fill(plan.result, values)
+        return fill(plan.result, values)
 
     def _run_chain(self, module, plan, start, end, values):
         """Run steps as one chain, and return ``end``; None if it cannot."""
@@ -154,9 +155,12 @@ def plan_to_merge(part):
         part, or the part would not run by the plan.
     """
     runner = part.__dict__.get('_fused')
-    if runner is None or len(runner.plans) != 1 or has_hooks(part):
+    if runner is None or has_hooks(part):
         return None
-    (plan,) = runner.plans
+    plans = [plan for plan in runner.plans if not plan.trace.optional]
+    if len(plans) != 1:
+        return None
+    (plan,) = plans
     cls = type(part).plain_class
     if (
         'forward' in part.__dict__
@@ -189,10 +193,14 @@ def _cache_of(module, plan):
 
 def _bind(plan, args, kwargs):
     """Inputs of a call in the order of a plan; None if it has others."""
-    count, trace = len(plan.input_names), plan.trace
-    if not kwargs and len(args) == count:
+    trace, needed = plan.trace, plan.input_names
+    names = trace.arguments
+    if (
+        not kwargs
+        and len(args) == len(needed)
+        and names[: len(args)] == needed
+    ):
         return list(args)
-    names = [*plan.input_names, *trace.defaults]
     if len(args) > len(names) or not kwargs.keys() <= set(names):
         return None
     given = dict(zip(names, args))
@@ -208,7 +216,7 @@ def _bind(plan, args, kwargs):
                 return None
     if len(given) != count:
         return None
-    return [given[name] for name in names[:count]]
+    return [given[name] for name in needed]
 
 
 def _are_supported(inputs, input_type):
@@ -240,8 +248,8 @@ def _run_step(module, step, values):
         for slot in step.frees:
             values[slot] = None
         return step.target.execute(layers, inputs, not module.training)
-    args = _fill(step.args, values)
-    kwargs = _fill(step.kwargs, values)
+    args = fill(step.args, values)
+    kwargs = fill(step.kwargs, values)
     if step.kind == 'call_module':
         return resolve(module, step.target)(*args, **kwargs)
     if step.kind == 'call_function':
@@ -252,22 +260,3 @@ def _run_step(module, step, values):
     for name in step.target:
         value = getattr(value, name)
     return value
-
-
-def _fill(arguments, values):
-    """Arguments with values in place of references."""
-    kind = type(arguments)
-    if kind is ValueRef:
-        return values[arguments.slot]
-    if isinstance(arguments, dict):
-        return {k: _fill(v, values) for k, v in arguments.items()}
-    if isinstance(arguments, tuple):
-        filled = [_fill(argument, values) for argument in arguments]
-        return kind(*filled) if hasattr(kind, '_fields') else tuple(filled)
-    if isinstance(arguments, list):
-        return [_fill(argument, values) for argument in arguments]
-    if kind is slice:
-        return slice(
-            *_fill((arguments.start, arguments.stop, arguments.step), values)
-        )
-    return arguments

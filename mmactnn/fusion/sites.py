@@ -30,6 +30,8 @@ class Site:
             output.
         adds (bool): Whether the second input is a shortcut, which is added.
         runs_frozen (bool): Whether :meth:`run_frozen` can run.
+        draws (bool): Whether it may draw random numbers of torch, and so has
+            to keep its place among the calls.
         pattern (str, optional): Name of the pattern that found it.
     """
 
@@ -37,6 +39,7 @@ class Site:
     relus = ()
     adds = False
     runs_frozen = False
+    draws = False
     pattern = None
 
     def __init__(self, nodes, inputs, members):
