@@ -23,7 +23,12 @@ from .mmlab.waiting import register_when_loaded
 from .offload import HostSwap
 from .precision import AdaptivePrecision
 from .random import RoundingGenerator, manual_seed
-from .registry import register_adapter, register_layer, register_pattern
+from .registry import (
+    register_adapter,
+    register_function,
+    register_layer,
+    register_pattern,
+)
 
 # A literal: building a wheel reads it without importing torch.
 __version__ = '0.1.0'
@@ -49,6 +54,7 @@ __all__ = [
     'manual_seed',
     'measure_activations',
     'register_adapter',
+    'register_function',
     'register_layer',
     'register_pattern',
     'revert_model',

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .modules.functions import (
+    codes_of,
     computes_as,
     fingerprint,
     functions_of,
@@ -79,6 +80,28 @@ class AdapterEntry(NamedTuple):
     fingerprints: tuple
 
 
+class FunctionEntry(NamedTuple):
+    """A function of torch that is called as a compressed layer.
+
+    Attributes:
+        name (str): Name, as that of a layer within the calling module.
+        layer (type): Compressed layer that computes the same.
+        compress (Callable): See :func:`register_function`.
+        without_grad (bool): See there.
+        needs_parameters (bool): See there.
+    """
+
+    name: str
+    layer: type
+    compress: Callable
+    without_grad: bool
+    needs_parameters: bool
+
+    def __call__(self, scope, function, args, kwargs):
+        """Handle a call, see :class:`.modules.function_mode.FunctionMode`."""
+        return scope.compress(self, args, kwargs)
+
+
 class ConfigNames:
     """Base of what takes the names of registered classes for configs."""
 
@@ -123,6 +146,10 @@ class Registry:
         self.layers = {}
         self.patterns = {}
         self.adapters = {}
+        # Handlers of calls of torch's functions, see FunctionMode.
+        self.functions = {}
+        # Code of forward passes that layers stand for.
+        self.codes = set()
         self._providers = {}
         self._provided = {}
         self._subscribers = []
@@ -160,6 +187,7 @@ class Registry:
             examples,
         )
         self.layers[layer] = self._by_parent[parent] = entry
+        self.codes.update(codes_of(entry.functions))
         self._by_alias.update(dict.fromkeys(entry.aliases, entry))
         for subscriber in self._subscribers:
             subscriber.add(names, layer)
@@ -271,6 +299,48 @@ class Registry:
         )
         for subscriber in self._subscribers:
             subscriber.add(names, adapter)
+
+    def add_function(
+        self, functions, layer, compress, without_grad, needs_parameters
+    ):
+        """See :func:`register_function`."""
+        if layer not in self.layers:
+            raise TypeError(
+                'layer must be a registered class of compressed layers, got '
+                f'{layer!r}'
+            )
+        if not callable(compress):
+            raise TypeError(
+                f'a compressed function must be a function, got {compress!r}'
+            )
+        entry = FunctionEntry(
+            compress.__name__, layer, compress, without_grad, needs_parameters
+        )
+        self.add_handler(functions, entry)
+
+    def add_handler(self, functions, handle):
+        """Let a handler be called in place of functions.
+
+        Args:
+            functions (Sequence[Callable]): Functions of torch, and methods of
+                ``torch.Tensor``.
+            handle (Callable): See
+                :class:`mmactnn.modules.function_mode.FunctionMode`.
+
+        Raises:
+            TypeError: If one of them is no function.
+            ValueError: If one of them has a handler already.
+        """
+        if not functions:
+            raise TypeError('no function to handle is given')
+        for function in functions:
+            if not callable(function):
+                raise TypeError(
+                    f'functions of torch must be callable, got {function!r}'
+                )
+            if function in self.functions:
+                raise ValueError(f'{function!r} has a handler already')
+        self.functions.update(dict.fromkeys(functions, handle))
 
     def find_adapter(self, cls):
         """Find the adapter of a class, or of one that it computes as.
@@ -581,6 +651,50 @@ def register_adapter(target, *, names=(), fingerprints=()):
     def decorate(adapter):
         default_registry.add_adapter(adapter, target, names, fingerprints)
         return adapter
+
+    return decorate
+
+
+def register_function(
+    *functions, layer, without_grad=False, needs_parameters=False
+):
+    """Function decorator: compress calls of functions of torch.
+
+    Modules of a converted model call the decorated function in place of
+    torch's, in training, with the bits that a layer would have: one of the
+    class ``layer`` within the module, under the name of the decorated
+    function. It is not called for torch's own layers, which are converted or
+    left by themselves.
+
+    Args:
+        *functions (Callable): Functions of torch, and methods of
+            ``torch.Tensor``, that take the same arguments.
+        layer (type): Class of compressed layers that computes the same, and
+            is registered: it tells the bits, and the tensors that torch would
+            keep.
+        without_grad (bool, optional): Whether calls without gradients are
+            compressed, too. Defaults to False.
+        needs_parameters (bool, optional): Whether only modules that have
+            parameters, their own or those of their parts, compress it.
+            Losses have none. Defaults to False.
+
+    Returns:
+        Callable: The decorator; it returns the function. That takes a
+        :class:`mmactnn.codes.quantizer.LayerQuantizer` and the arguments of
+        the call, and returns its result, or ``NotImplemented`` to leave a
+        call to torch. The first argument is an ordinary tensor, and one of
+        the arguments needs a gradient.
+
+    Raises:
+        TypeError: If ``layer`` is not registered, or a function is none.
+        ValueError: If a function has a handler already.
+    """
+
+    def decorate(compress):
+        default_registry.add_function(
+            functions, layer, compress, without_grad, needs_parameters
+        )
+        return compress
 
     return decorate
 

@@ -20,6 +20,7 @@ ORDER = (
     ('codes',),
     ('autograd', 'offload'),
     ('layers',),
+    ('functional',),
     ('fusion',),
     ('adapters', 'memory'),
     ('convert', 'names'),

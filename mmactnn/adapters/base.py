@@ -5,8 +5,10 @@ import functools
 import torch
 from torch import nn
 
+from ..functional import call_in_scope
 from ..fusion.eligibility import may_fuse
 from ..modules.execution import is_ordinary, is_transformed, refuse_script
+from ..modules.function_mode import call_outside
 from ..modules.functions import fingerprint, functions_of, has_functions
 
 
@@ -45,9 +47,10 @@ class Adapter:
 
         @functools.wraps(parent.forward)
         def forward(self, *args, **kwargs):
-            if self._can_adapt(args, kwargs):
-                return self.adapted_forward(*args, **kwargs)
-            return parent.forward(self, *args, **kwargs)
+            run = functools.partial(parent.forward, self)
+            if call_outside(self._can_adapt, args, kwargs):
+                run = self.adapted_forward
+            return call_in_scope(self, run, args, kwargs)
 
         cls.forward = forward
 

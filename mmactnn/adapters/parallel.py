@@ -3,6 +3,7 @@
 import weakref
 from typing import NamedTuple
 
+from ..fusion.block import plain_class_of
 from ..fusion.chain import ChainLayer, ChainRunner, count_oversized
 from ..fusion.eligibility import has_hooks, is_convolution, is_instrumented
 from ..fusion.plan import append_layers, collect_layers, resolve
@@ -43,7 +44,7 @@ class _SingleCall(NamedTuple):
 
 def _find_single_call(module):
     try:
-        (trace,) = trace_block(module, type(module))
+        (trace,) = trace_block(module, plain_class_of(module))
     except (UntraceableError, ValueError):
         return _SingleCall(None, None, {})
     calls = trace.calls
@@ -103,7 +104,7 @@ class ParallelConvs:
         if call is None:
             call = self._single_calls[module] = _find_single_call(module)
         if call.path is None or not call.guards.hold(
-            module, type(module), call.last_parts
+            module, plain_class_of(module), call.last_parts
         ):
             return None
         conv = resolve(module, call.path)

@@ -13,6 +13,7 @@ from .double_backward import first_order_only, linear_map
 from .dropout import dropout, feature_dropout
 from .gate import gate
 from .group_norm import group_norm
+from .layer_norm import layer_norm
 from .linear import linear
 from .norm_act import norm_act
 from .placeholders import meta_tensor
@@ -36,6 +37,7 @@ __all__ = [
     'first_order_only',
     'gate',
     'group_norm',
+    'layer_norm',
     'linear',
     'linear_map',
     'max_pool2d',

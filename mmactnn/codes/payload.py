@@ -23,14 +23,15 @@ class PayloadFormat(NamedTuple):
         bits (float): Bits a code; their mean where each sample has bits of
             its own.
         group_size (int): Elements a range.
-        kind (str): Kind of the codes: ``'plain'``, ``'centred'``,
-            ``'split'`` or ``'zeroed'``.
+        kind (str): Kind of the payload, a key of :data:`KINDS`.
         drawn (DrawnBits, optional): Random bits that the tensor was rounded
             with; None: codes alone are decoded.
         saves_bits (bool): Whether the random bits are saved, as the last
             tensors of a payload: those of ``drawn`` need not be the ones that
             belong to the codes of the backward pass, see
             :func:`.hooks.keep_tensors`.
+        source (tuple, optional): Format of the tensor that another one was
+            derived from, and how, see :mod:`.moved`.
     """
 
     size: torch.Size
@@ -41,6 +42,7 @@ class PayloadFormat(NamedTuple):
     kind: str = 'plain'
     drawn: ops.DrawnBits | None = None
     saves_bits: bool = False
+    source: tuple | None = None
 
     @classmethod
     def of(cls, tensor, bits, group_size, kind='plain', drawn=None):
@@ -58,7 +60,7 @@ class PayloadFormat(NamedTuple):
         Returns:
             Payload: The payload.
         """
-        return _PAYLOADS[self.kind](self, *operands)
+        return KINDS[self.kind](self, *operands)
 
     def payload(self, *tensors):
         """Make a payload from this format and saved tensors.
@@ -153,6 +155,18 @@ class Payload:
             nbytes = size.numel() * self.format.dtype.itemsize
         for part in pieces(size[0], nbytes, max_bytes):
             yield part, self.unpack(part.start, part.stop)
+
+    def astype(self, dtype):
+        """This payload for the tensor in another dtype.
+
+        Args:
+            dtype (torch.dtype): float32, float16 or bfloat16.
+
+        Returns:
+            Payload: It keeps the same tensors; this one itself if it has the
+            dtype, or decodes to its own only.
+        """
+        return self
 
     def _layout(self, samples):
         """Size, strides and dtype of a number of samples."""
@@ -373,7 +387,8 @@ def _part(start, stop, *tensors):
     return [tensor[start:stop] for tensor in tensors]
 
 
-_PAYLOADS = dict(
+# Classes of payloads by kind.
+KINDS = dict(
     plain=QuantizedTensor,
     centred=CentredTensor,
     split=SplitTensor,

@@ -538,6 +538,8 @@ class LayerQuantizer:
         if not needed:
             return None, (), None
         payload = self.cache.get(input)
+        if payload is not None and tensor is not input:
+            payload = payload.astype(tensor.dtype)
         first = payload is None or not self._will_do(payload, tensor)
         if first:
             if channels_last and self.channel_means:

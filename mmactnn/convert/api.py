@@ -1,6 +1,7 @@
 """Conversion of a model's layers to compressed ones, and back."""
 
 import fnmatch
+import functools
 from typing import NamedTuple
 
 from torch import nn
@@ -10,6 +11,12 @@ from ..codes.cache import PayloadCache
 from ..codes.quantizer import LayerQuantizer, OwnSettings
 from ..codes.units import MIB
 from ..config import DEFAULT_LEVEL, get_level
+from ..functional import (
+    FunctionSettings,
+    calls_functions,
+    remove_scopes,
+    set_scope,
+)
 from ..fusion import FoundFusions, find_fusions, fuse, is_fused, unfuse
 from ..layers import QuantizedLayer
 from ..modules.naming import named_modules
@@ -19,7 +26,7 @@ from ..offload.allocator import require_expandable_segments
 from ..ops import DEFAULT_GROUP_SIZE
 from ..precision import AdaptivePrecision
 from ..random import RoundingGenerator
-from ..registry import default_registry
+from ..registry import FunctionEntry, default_registry
 from .filters import Filter
 from .report import (
     Adapted,
@@ -27,6 +34,7 @@ from .report import (
     Converted,
     Fused,
     Left,
+    Scoped,
     Unfused,
 )
 
@@ -176,6 +184,7 @@ def convert_model(
     for module in model.modules():
         if is_fused(module):
             unfuse(module)
+    remove_scopes(model)
     adapted = tuple(_install(plan) for plan in plans)
     _set_chains(model, _fuses(level))
     twins = _replace_shared(
@@ -188,6 +197,17 @@ def convert_model(
     fused = tuple(
         _fuse(name, fusion) for name, fusion in found.fusions.items()
     )
+    scoped = ()
+    if converted and not level.exact:
+        make_settings = functools.partial(
+            FunctionSettings,
+            level=level,
+            group_size=group_size,
+            generator=generator,
+            cache=cache,
+        )
+        filters = include, exclude, filter_fn
+        scoped = tuple(_set_scopes(model, make_settings, *filters))
     _swap(model, level)
     unfused = {**found.unfused, **adaptable.refused}
     return ConversionReport(
@@ -201,6 +221,7 @@ def convert_model(
             for name, (module, reason) in unfused.items()
             if _fuses(level)
         ),
+        scoped,
     )
 
 
@@ -316,6 +337,7 @@ def revert_model(model):
     swap = attached_swap(model)
     if swap is not None:
         swap.detach()
+    remove_scopes(model)
     # Lists, since adapters drop their layers.
     for module in list(model.modules()):
         if is_fused(module):
@@ -358,6 +380,49 @@ def _all_modules(model, plans):
         yield name, module
         if module in plans:
             yield from plans[module].named_layers.items()
+
+
+def _set_scopes(model, make_settings, include, exclude, filter_fn):
+    """Compress functions that modules call, and make entries of the report.
+
+    Filters see functions as layers of the modules. ``filter_fn`` cannot: with
+    it, functions are those of torch.
+    """
+    entries = {
+        entry.name: entry
+        for entry in default_registry.functions.values()
+        if isinstance(entry, FunctionEntry)
+    }
+    prefixes = []
+    for name, module in list(named_modules(model)):
+        if not calls_functions(module):
+            continue
+        prefix = f'{name}.' if name else ''
+        excluded = frozenset(
+            function
+            for function, entry in entries.items()
+            if filter_fn is not None
+            or exclude.matches_class(
+                prefix + function, default_registry.layers[entry.layer].parent
+            )
+            or include is not None
+            and not include.matches_class(
+                prefix + function, default_registry.layers[entry.layer].parent
+            )
+        )
+        inside = name.startswith(tuple(prefixes))
+        if len(excluded) == len(entries) and not inside:
+            continue
+        prefixes.append(prefix)
+        settings = make_settings(
+            name,
+            has_parameters=next(module.parameters(), None) is not None,
+            excluded=excluded,
+        )
+        source = type(module).__name__
+        swaps = not (is_fused(module) or isinstance(module, Adapter))
+        set_scope(module, settings, swaps)
+        yield Scoped(name, source)
 
 
 def _install(plan):

@@ -24,10 +24,22 @@ class Filter:
 
     def matches(self, name, module):
         """Whether any pattern matches; records those that do."""
-        hits = [p for p in self._patterns if self._match(p, name, module)]
+        # A compressed layer also matches the name of its original class, and
+        # a subclass that computes as its parent that of the parent.
+        classes = {type(module)}
+        if isinstance(module, QuantizedLayer):
+            classes.add(module.plain_class)
+        entry, _ = default_registry.find_layer(module)
+        if entry is not None:
+            classes.add(entry.parent)
+        hits = [p for p in self._patterns if _match(p, name, classes)]
         for pattern in hits:
             self._unused.pop(pattern, None)
         return bool(hits)
+
+    def matches_class(self, name, cls):
+        """Whether any pattern matches a layer by its name and class."""
+        return any(_match(p, name, {cls}) for p in self._patterns)
 
     def require_all_used(self):
         """Raise if a pattern matched nothing, most likely a typing error."""
@@ -38,18 +50,10 @@ class Filter:
                 f'compressed: {patterns}'
             )
 
-    @staticmethod
-    def _match(pattern, name, module):
-        # A compressed layer also matches the name of its original class, and a
-        # subclass that computes as its parent that of the parent.
-        classes = {type(module)}
-        if isinstance(module, QuantizedLayer):
-            classes.add(module.plain_class)
-        entry, _ = default_registry.find_layer(module)
-        if entry is not None:
-            classes.add(entry.parent)
-        if isinstance(pattern, type):
-            return pattern in classes
-        return fnmatch.fnmatchcase(name, pattern) or pattern in {
-            cls.__name__ for cls in classes
-        }
+
+def _match(pattern, name, classes):
+    if isinstance(pattern, type):
+        return pattern in classes
+    return fnmatch.fnmatchcase(name, pattern) or pattern in {
+        cls.__name__ for cls in classes
+    }

@@ -90,6 +90,19 @@ class Unfused:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scoped:
+    """A module whose calls of torch's functions are compressed.
+
+    Attributes:
+        name (str): Qualified name in the model.
+        source (str): Class of the module.
+    """
+
+    name: str
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
 class ConversionReport:
     """Result of a conversion.
 
@@ -101,6 +114,8 @@ class ConversionReport:
         adapted (tuple[Adapted]): Modules that have an adapter's class.
         unfused (tuple[Unfused]): Blocks with normalisations that run layer by
             layer, with the reason.
+        scoped (tuple[Scoped]): Modules whose calls of functions, if there are
+            any, are compressed.
     """
 
     level: str
@@ -109,6 +124,7 @@ class ConversionReport:
     fused: tuple = ()
     adapted: tuple = ()
     unfused: tuple = ()
+    scoped: tuple = ()
 
     def __str__(self):
         lines = [

@@ -4,8 +4,10 @@ import functools
 
 import torch
 
+from ..functional import call_in_scope, unscoped_class
 from ..modules.class_swap import replace_class
 from ..modules.execution import refuse_script
+from ..modules.function_mode import call_outside
 
 
 class FusedBlock:
@@ -65,12 +67,12 @@ def fused_class(cls):
 
 
 def _run(module, cls, args, kwargs):
-    found = module._fused.find_plan(module, cls, args, kwargs)
+    found = call_outside(module._fused.find_plan, module, cls, args, kwargs)
     if found is None:
-        return cls.forward(module, *args, **kwargs)
+        return call_in_scope(module, cls.forward, (module, *args), kwargs)
     plan, inputs = found
     del args
-    return module._fused.run(module, plan, inputs)
+    return call_outside(module._fused.run, module, plan, inputs)
 
 
 def _make_instance(cls):
@@ -88,17 +90,18 @@ def is_fused(module):
 
 
 def plain_class_of(module):
-    """The class of a module without fusion.
+    """The class of a module without fusion and scopes.
 
     Args:
         module (nn.Module): The module.
 
     Returns:
-        type: Its class; that before the fusion if it is fused.
+        type: Its class; that before the conversion if it is fused, or calls
+        functions in a scope.
     """
     if isinstance(module, FusedBlock):
         return module.plain_class
-    return type(module)
+    return unscoped_class(module)
 
 
 def fuse(module, runner):

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..functional import call_in_scope
 from ..modules.execution import is_ordinary
 from .chain import ChainRunner, fit_in_chain
 from .eligibility import has_hooks, is_instrumented, may_fuse
@@ -253,9 +254,10 @@ def _run_step(module, step, values):
     if step.kind == 'call_module':
         return resolve(module, step.target)(*args, **kwargs)
     if step.kind == 'call_function':
-        return step.target(*args, **kwargs)
+        return call_in_scope(module, step.target, args, kwargs)
     if step.kind == 'call_method':
-        return getattr(args[0], step.target)(*args[1:], **kwargs)
+        method = getattr(args[0], step.target)
+        return call_in_scope(module, method, args[1:], kwargs)
     value = module
     for name in step.target:
         value = getattr(value, name)

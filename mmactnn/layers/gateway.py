@@ -13,6 +13,7 @@ its exact result is required or the other one could not be traced:
 - if a function of the parent's forward pass was replaced since the layer was
   registered.
 
+Functions that a layer calls have no handlers (:mod:`.modules.function_mode`).
 ``torch.fx`` records a layer as a leaf, and ``torch.compile`` excludes layers
 that keep codes from its graph.
 """
@@ -32,6 +33,7 @@ from ..modules.execution import (
     overrides_functions,
     record_leaf,
 )
+from ..modules.function_mode import active_mode, call_outside
 from ..registry import default_registry
 
 
@@ -55,6 +57,10 @@ def run(layer, parent, compressed, args, parameters=(), without_grad=False):
     if is_dynamo_compiling():
         return _run_compiled(
             layer, parent, compressed, args, parameters, without_grad
+        )
+    if torch._C._len_torch_function_stack() and active_mode() is not None:
+        return call_outside(
+            run, layer, parent, compressed, args, parameters, without_grad
         )
     input = args[0]
     if type(input) not in ORDINARY:

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..codes.units import MIB
+from ..functional import settings_of
 from ..layers import QuantizedLayer
 from ..modules.naming import gathering_modules
 from ..offload import attached_swap
@@ -296,6 +298,9 @@ def measure_activations(model, locate=None):
     for layer in layers:
         entry = default_registry.entry_of(type(layer))
         layer.quantizer.meter = LayerMeter(meter, entry.saved_by_torch)
+    functions = list(filter(None, map(settings_of, model.modules())))
+    for settings in functions:
+        settings.make_meter = functools.partial(LayerMeter, meter)
     swap = meter.swap
     if swap is not None:
         swap.observer = meter.observe
@@ -311,5 +316,7 @@ def measure_activations(model, locate=None):
             swap.observer = None
         for layer in layers:
             layer.quantizer.meter = None
+        for settings in functions:
+            settings.make_meter = None
         for hook in gathering:
             hook.remove()

@@ -5,10 +5,14 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 from torch.utils._device import DeviceContext
 
+from .function_mode import FunctionMode
+
 # Types of tensors that hold values and nothing else.
 ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _functorch = torch._C._functorch
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
+# Function modes that change no results.
+_UNNOTICED = (DeviceContext, FunctionMode)
 
 
 def is_ordinary(tensor):
@@ -78,15 +82,21 @@ def is_plain(input):
         and not _functorch.is_functorch_wrapped_tensor(input)
         and (
             torch._C._len_torch_function_stack() == 0
-            or not _has_function_mode()
+            or not has_function_mode()
         )
     )
 
 
-def _has_function_mode():
+def has_function_mode():
+    """Whether a function mode is active that may change results.
+
+    Returns:
+        bool: False under ``torch.device`` as a context, and the package's own
+        mode.
+    """
     count = torch._C._len_torch_function_stack()
     return count > 0 and any(
-        type(torch._C._get_function_stack_at(i)) is not DeviceContext
+        type(torch._C._get_function_stack_at(i)) not in _UNNOTICED
         for i in range(count)
     )
 
@@ -159,12 +169,12 @@ def is_observed():
 
     Returns:
         bool: True under hooks that all modules have, dispatch modes, and
-        function modes other than ``torch.device`` as a context.
+        function modes (:func:`has_function_mode`).
     """
     return (
         module_hooks._has_any_global_hook()
         or torch._C._len_torch_dispatch_stack() > 0
-        or _has_function_mode()
+        or has_function_mode()
     )
 
 

@@ -95,6 +95,19 @@ def _function_of(value):
     return value if isinstance(value, FunctionType) else None
 
 
+def codes_of(functions):
+    """Code of functions, as running frames name it.
+
+    Args:
+        functions (dict[str, object]): See :func:`functions_of`.
+
+    Returns:
+        set[types.CodeType]: The code.
+    """
+    found = map(_function_of, functions.values())
+    return {function.__code__ for function in found if function is not None}
+
+
 def has_functions(cls, functions):
     """Whether a class has given functions, its own or inherited.
 

@@ -1,0 +1,154 @@
+"""Layer normalisation that shares codes with the layers that read it."""
+
+import math
+import weakref
+
+import torch
+from torch.autograd import Function
+
+from ..codes.calls import Call
+from ..codes.normalised import NormalisedTensor
+from ..codes.payload import CentredTensor
+from .autocast import cast, full_dtype
+from .double_backward import first_order_only
+
+_native_layer_norm = torch.ops.aten.native_layer_norm.default
+
+
+class _LayerNorm(Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, dtype, shape, eps, quantizer, made):
+        x, w, b = cast(dtype, input, weight, bias)
+        output, mean, rstd = _native_layer_norm(x, shape, w, b, eps)
+        ctx.shape, ctx.dtype, ctx.input_dtype = shape, dtype, input.dtype
+        ctx.format = None
+        kept = ()
+        if any(ctx.needs_input_grad[:2]):
+            # As the input is, before a cast of autocast, which adds nothing.
+            payload = _pack(input, shape, eps, mean, rstd, quantizer)
+            ctx.format = payload.format._replace(dtype=output.dtype)
+            kept = payload.tensors
+            made.append(
+                NormalisedTensor(
+                    ctx.format._replace(kind='normalised'),
+                    *payload.operands,
+                    weight,
+                    bias,
+                )
+            )
+        ctx.save_for_backward(weight, bias, rstd, *kept)
+        ctx.source = weakref.ref(input)
+        if quantizer.meter is not None:
+            call = Call(x, output, statistics=(mean, rstd))
+            quantizer.record(kept, call)
+        return output
+
+    @staticmethod
+    @first_order_only('QLayerNorm', unless=lambda ctx: ctx.format is None)
+    def backward(ctx, grad_output):
+        weight, bias, rstd, *kept = ctx.saved_tensors
+        nothing = [None] * 5
+        if not kept:
+            dims = tuple(range(grad_output.dim() - len(ctx.shape)))
+            grad_bias = grad_output.sum(dims) if dims else grad_output
+            return None, None, grad_bias.to(bias.dtype), *nothing
+        normalised = ctx.format.payload(*kept).unpack()
+        normalised = normalised.view(grad_output.shape)
+        w, b = cast(ctx.dtype, weight, bias)
+        grads = torch.ops.aten.native_layer_norm_backward(
+            grad_output,
+            normalised,
+            ctx.shape,
+            # Mean and inverse deviation of what is normalised already.
+            torch.zeros_like(rstd),
+            torch.ones_like(rstd),
+            w,
+            b,
+            ctx.needs_input_grad[:3],
+        )
+        del normalised
+        grad_input, *others = (
+            grad if want else None
+            for grad, want in zip(grads, ctx.needs_input_grad)
+        )
+        if grad_input is not None:
+            out = grad_input
+            if out.dtype != ctx.input_dtype:
+                out = torch.empty_like(out, dtype=ctx.input_dtype)
+            grad_input = torch.mul(grad_input, rstd, out=out)
+        grad_weight, grad_bias = (
+            None if grad is None else grad.to(parameter.dtype)
+            for grad, parameter in zip(others, (weight, bias))
+        )
+        return grad_input, grad_weight, grad_bias, *nothing
+
+
+def _pack(input, shape, eps, mean, rstd, quantizer):
+    """Quantise the normalised value, less the means of channels."""
+    means = _means(input, shape, mean, rstd)
+    # The bias of a normalisation without a weight: one pass over the input.
+    shift = means.neg().to(input.dtype)
+    rest = _native_layer_norm(input, shape, None, shift, eps)[0]
+    if rest.dim() == len(shape):
+        rest = rest.unsqueeze(0)
+    payload = quantizer.pack(rest)
+    format = payload.format._replace(kind='centred')
+    return CentredTensor(format, shift.float().neg_(), *payload.operands)
+
+
+def _means(input, shape, mean, rstd):
+    """Means of the channels of the normalised value, in float32.
+
+    They need not be exact, as their rounding is that of what is encoded, too.
+    """
+    rows = input.reshape(-1, math.prod(shape))
+    if rows.dtype == torch.float16:
+        # The sums may be larger than its largest number.
+        rows = rows.float()
+    mean, rstd = mean.flatten(), rstd.flatten()
+    sums = torch.mv(rows.t(), rstd.to(rows.dtype))
+    means = (sums - torch.dot(mean, rstd)).float() / max(1, len(rows))
+    # Of rows with infinities or NaN there are no means; others are encoded.
+    return means.nan_to_num_(0.0, 0.0, 0.0).view(shape)
+
+
+def layer_norm(input, shape, weight, bias, eps, quantizer):
+    """Layer normalisation whose normalised value is kept as codes.
+
+    The output, mean and variance are exact. The gradients of weight and bias
+    are unbiased, being linear in the normalised value; that of the input is
+    quadratic in it and has a bias of second order, the variance of the
+    rounding noise over the number of elements that are normalised together.
+
+    The means of channels over all rows are kept in float32, and codes of the
+    rest. Layers that read the output share them.
+
+    Args:
+        input (Tensor[*, *shape]): float32, float16 or bfloat16; computed in
+            float32 where autocast says so, but kept as it is.
+        shape (Sequence[int]): Shape of what is normalised together.
+        weight (Tensor[*shape], optional): Scale.
+        bias (Tensor[*shape], optional): Shift.
+        eps (float): Added to the variance.
+        quantizer (LayerQuantizer): Settings of the layer.
+
+    Returns:
+        Tensor[*, *shape]: The output.
+
+    Raises:
+        RuntimeError: If the shapes do not fit, as torch's function.
+    """
+    made = []
+    output = _LayerNorm.apply(
+        input,
+        weight,
+        bias,
+        full_dtype(input),
+        tuple(shape),
+        eps,
+        quantizer,
+        made,
+    )
+    if made and made[0].format.size == output.shape:
+        quantizer.cache.put(output, made[0])
+    return output

@@ -1,0 +1,148 @@
+"""Classes of modules that call functions in a scope."""
+
+import functools
+
+import torch
+from torch import nn
+
+from ..layers import QuantizedLayer
+from ..modules.class_swap import replace_class, wrapped_class
+from ..modules.functions import find_static
+from ..registry import default_registry
+from .scope import call_in_scope
+
+# Modules of torch with functions of their own are below this package.
+_TORCH_MODULES = 'torch.nn.modules.'
+
+
+class ScopedModule:
+    """Mixin of the classes of modules whose functions are compressed.
+
+    The class has the name and the signature of its parent, so that checks
+    by name go on to work. Its forward pass is the parent's.
+
+    Attributes:
+        scoped_from (type): The parent.
+    """
+
+    scoped_from = None
+
+    def __reduce_ex__(self, protocol):
+        return _make_instance, (self.scoped_from,), self.__getstate__()
+
+
+@functools.cache
+def scoped_class(cls):
+    """The class of modules in scopes for a plain class.
+
+    Args:
+        cls (type): Class of the module before.
+
+    Returns:
+        type: A subclass of it, the same at every call.
+    """
+
+    @functools.wraps(cls.forward)
+    def forward(self, *args, **kwargs):
+        return call_in_scope(self, cls.forward, (self, *args), kwargs)
+
+    return type(cls)(
+        cls.__name__,
+        (ScopedModule, cls, *cls.__bases__),
+        dict(
+            forward=forward,
+            scoped_from=cls,
+            __module__=cls.__module__,
+            __qualname__=cls.__qualname__,
+            __doc__=cls.__doc__,
+        ),
+    )
+
+
+def _make_instance(cls):
+    cls = scoped_class(cls)
+    return cls.__new__(cls)
+
+
+def calls_functions(module):
+    """Whether a module has a forward pass that may call functions of torch.
+
+    Args:
+        module (nn.Module): The module.
+
+    Returns:
+        bool: False for layers that are or could be converted, containers,
+        wrappers, scripted modules, and modules whose forward pass was
+        replaced on the instance.
+    """
+    if (
+        isinstance(module, (QuantizedLayer, torch.jit.ScriptModule))
+        or 'forward' in module.__dict__
+        or default_registry.find_layer(module)[0] is not None
+    ):
+        return False
+    forward = find_static(type(module), 'forward')
+    home = getattr(forward, '__module__', None)
+    if home is None or forward is nn.Sequential.forward:
+        return False
+    if home.partition('.')[0] != 'torch':
+        return True
+    # Such as nn.TransformerEncoderLayer.
+    return home.startswith(_TORCH_MODULES) and bool(module._modules)
+
+
+def set_scope(module, settings, swaps=True):
+    """Compress the functions that a module calls, in place.
+
+    Args:
+        module (nn.Module): The module, not in a scope yet.
+        settings (FunctionSettings, optional): Settings of its functions; None
+            leaves them to torch, though modules around it may have settings.
+        swaps (bool, optional): Whether its class gets a forward pass that
+            enters the scope; False for classes that do it themselves.
+            Defaults to True.
+    """
+    # Bypasses the checks of nn.Module.__setattr__.
+    module.__dict__['_functions'] = settings
+    if swaps:
+        plain = wrapped_class(type(module))
+        replace_class(module, plain, scoped_class(plain))
+
+
+def remove_scopes(model):
+    """Undo :func:`set_scope` for all parts of a model.
+
+    Args:
+        model (nn.Module): The model.
+    """
+    for module in model.modules():
+        module.__dict__.pop('_functions', None)
+        if isinstance(module, ScopedModule):
+            scoped = wrapped_class(type(module))
+            replace_class(module, scoped, scoped.scoped_from)
+
+
+def unscoped_class(module):
+    """The class of a module without scopes.
+
+    Args:
+        module (nn.Module): The module.
+
+    Returns:
+        type: Its class before :func:`set_scope`.
+    """
+    if isinstance(module, ScopedModule):
+        return module.scoped_from
+    return type(module)
+
+
+def settings_of(module):
+    """Settings of the functions that a module calls.
+
+    Args:
+        module (nn.Module): The module.
+
+    Returns:
+        FunctionSettings, optional: None if it calls torch's.
+    """
+    return module.__dict__.get('_functions')

@@ -1,0 +1,32 @@
+"""Normalisations."""
+
+import torch
+import torch.nn.functional as F
+
+from .. import autograd
+from ..layers import QLayerNorm
+from ..registry import register_function
+
+
+@register_function(F.layer_norm, layer=QLayerNorm)
+def layer_norm(
+    quantizer, input, normalized_shape, weight=None, bias=None, eps=1e-5
+):
+    """``F.layer_norm``."""
+    return autograd.layer_norm(
+        input, normalized_shape, weight, bias, eps, quantizer
+    )
+
+
+@register_function(torch.layer_norm, layer=QLayerNorm)
+def torch_layer_norm(
+    quantizer,
+    input,
+    normalized_shape,
+    weight=None,
+    bias=None,
+    eps=1e-5,
+    cudnn_enable=True,
+):
+    """``torch.layer_norm``."""
+    return layer_norm(quantizer, input, normalized_shape, weight, bias, eps)
