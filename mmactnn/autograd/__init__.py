@@ -5,6 +5,7 @@ from .attention import (
     FusedCore,
     attention,
     can_code_attention,
+    dot_product_attention,
 )
 from .batch_norm import batch_norm
 from .chain import Chain, OutputPayload, run_chain
@@ -32,6 +33,7 @@ __all__ = [
     'batch_norm',
     'can_code_attention',
     'convolution',
+    'dot_product_attention',
     'dropout',
     'feature_dropout',
     'first_order_only',

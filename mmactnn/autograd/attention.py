@@ -608,3 +608,38 @@ def attention(
         core, biases, quantizer, query, key, value, *terms
     )
     return outputs[0] if isinstance(core, FusedCore) else outputs
+
+
+def dot_product_attention(
+    quantizer,
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+):
+    """``F.scaled_dot_product_attention`` whose gradients come from codes.
+
+    Args:
+        quantizer (LayerQuantizer): Settings, with ``attention_bits``.
+        query (Tensor[*, L, D]): See torch, as for all of the following.
+        key (Tensor[*, S, D]): Keys.
+        value (Tensor[*, S, E]): Values.
+        attn_mask (Tensor[*], optional): Mask or summand.
+        dropout_p (float, optional): Defaults to 0.
+        is_causal (bool, optional): Defaults to False.
+        scale (float, optional): Defaults to that of torch.
+        enable_gqa (bool, optional): Defaults to False.
+
+    Returns:
+        Tensor[*, L, E]: The output; torch's where :func:`can_code_attention`
+        is False.
+    """
+    core = FusedCore(dropout_p, is_causal, scale, enable_gqa)
+    if not can_code_attention(query, key, value, dropout_p):
+        return core(query, key, value, attn_mask)[0]
+    terms = () if attn_mask is None else (attn_mask,)
+    return attention(query, key, value, quantizer, terms, core)

@@ -1,6 +1,6 @@
-"""Attention in the traces of blocks, explicit or by torch's function.
+"""Explicit softmax attention in the traces of blocks.
 
-Explicit attention makes a matrix of scores, a softmax of it, and a product
+It makes a matrix of scores, a softmax of it, and a product
 with the values, and autograd keeps the matrix once or twice. Where the calls
 are the function that ``F.scaled_dot_product_attention`` computes, a site
 computes them by that, from codes of queries, keys and values. Values differ
@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..autograd import FusedCore, attention, can_code_attention
-from ..layers import CodedLayer, QDropout, QuantizedLayer
-from ..layers.gateway import keeps_codes
-from ..registry import register_pattern
+from ..functional import settings_of
+from ..layers import CodedLayer, QDropout
+from ..modules.execution import is_ordinary
+from ..registry import default_registry, register_pattern
 from .eligibility import is_instrumented
 from .sites import Site
 from .values import WrittenCalls, fill, with_refs
@@ -58,7 +59,6 @@ class SoftmaxAttention(Site):
 
     Args:
         nodes (Sequence[fx.Node]): See :class:`Site`.
-        host (str): Name of the layer whose settings apply.
         softmax (str, optional): Name of the softmax; None for a function.
         dropout (str, optional): Name of the dropout; None for a function or
             none at all.
@@ -67,7 +67,7 @@ class SoftmaxAttention(Site):
 
     draws = True
 
-    def __init__(self, nodes, host, softmax, dropout, form):
+    def __init__(self, nodes, softmax, dropout, form):
         covered = set(nodes)
         inputs = dict.fromkeys(
             source
@@ -75,7 +75,8 @@ class SoftmaxAttention(Site):
             for source in node.all_input_nodes
             if source not in covered
         )
-        members = (host, softmax, dropout)
+        # The block has the settings of the functions that it calls.
+        members = ('', softmax, dropout)
         super().__init__(nodes, inputs, members)
         slots = {node: i for i, node in enumerate(self.inputs)}
         self._form = _Form(*with_refs(tuple(form), slots))
@@ -83,14 +84,14 @@ class SoftmaxAttention(Site):
 
     def run(self, layers, *inputs):
         """See the base class."""
-        host, softmax, dropout = layers
+        block, softmax, dropout = layers
         if all(
             layer is None or not is_instrumented(layer)
             for layer in (softmax, dropout)
         ):
             form = _Form(*fill(tuple(self._form), inputs))
             try:
-                return form.attend(host, softmax, dropout)
+                return form.attend(_quantizer_of(block), softmax, dropout)
             except _Unlike:
                 pass
         return self._written(layers, inputs)
@@ -120,11 +121,12 @@ class _Form(NamedTuple):
     dim: object
     dropout: tuple
 
-    def attend(self, host, softmax, dropout):
+    def attend(self, quantizer, softmax, dropout):
         """Compute the output by torch's function, from codes.
 
         Args:
-            host (nn.Module): Layer whose settings apply.
+            quantizer (LayerQuantizer, optional): Settings of the block's
+                attention; None for exact.
             softmax (nn.Module, optional): The softmax, if it is a layer.
             dropout (nn.Module, optional): The dropout, if it is a layer.
 
@@ -134,8 +136,7 @@ class _Form(NamedTuple):
         Raises:
             _Unlike: If the calls are another function of these values.
         """
-        quantizer = getattr(host, 'quantizer', None)
-        if quantizer is None or quantizer.attention_bits is None:
+        if quantizer is None or quantizer.exact:
             raise _Unlike
         tensors = [
             _permuted(x, order) for x, order in zip(self[:3], self.orders[:3])
@@ -160,7 +161,10 @@ class _Form(NamedTuple):
             raise _Unlike
         shape = *lead, query.shape[-2], key.shape[-2]
         scale, factors, terms, period = self._collect(shape, query.dtype)
-        if not keeps_codes(host, query, (key, value, *terms, *factors)):
+        used = query, key, value, *terms, *factors
+        if not all(map(is_ordinary, used)) or not any(
+            x.requires_grad for x in used
+        ):
             raise _Unlike
         if len(lead) == 1:
             # Fused kernels want heads.
@@ -279,24 +283,22 @@ def match_softmax_attention(block):
     Yields:
         SoftmaxAttention: The sites.
     """
-    host = _find_host(block)
-    if host is None:
-        return
+    matcher = _Matcher(block)
     for node in block.trace.calls:
         found = _is_softmax(block, node)
         if found:
-            site = _Matcher(block, host).match(node, *found)
+            site = matcher.match(node, *found)
             if site is not None:
                 yield site
 
 
-def _find_host(block):
-    """Name of the layer whose settings the attention of a block gets."""
-    for node in block.trace.calls:
-        cls = block.compressed_class(node)
-        if cls is not None and issubclass(cls, QuantizedLayer):
-            return node.target
-    return None
+def _quantizer_of(block):
+    """Settings of the attention of a block, if it is compressed."""
+    settings = settings_of(block)
+    if settings is None:
+        return None
+    entry = default_registry.functions[F.scaled_dot_product_attention]
+    return settings.quantizer_for(entry)
 
 
 def _is_softmax(block, node):
@@ -326,9 +328,8 @@ def _calls(node, functions, methods=()):
 class _Matcher:
     """Search for the calls around a softmax."""
 
-    def __init__(self, block, host):
+    def __init__(self, block):
         self._block = block
-        self._host = host
 
     def match(self, softmax, source, dim):
         """Site around a softmax, or None."""
@@ -352,7 +353,7 @@ class _Matcher:
         name = softmax.target if softmax.op == 'call_module' else None
         order = {node: i for i, node in enumerate(self._block.trace.calls)}
         nodes = sorted([*nodes, softmax, *tail], key=order.get)
-        return SoftmaxAttention(nodes, self._host, name, module, form)
+        return SoftmaxAttention(nodes, name, module, form)
 
     def _is_inner(self, node, user):
         """Whether a call has no other user than the given one."""
@@ -562,101 +563,3 @@ def _permutations(letters, wanted):
     return tuple(
         tuple(map(have.index, want)) for have, want in zip(letters, wanted)
     )
-
-
-class DotProductAttention(Site):
-    """A call of ``F.scaled_dot_product_attention``.
-
-    Args:
-        node (fx.Node): The call.
-        host (str): Name of the layer whose settings apply.
-        arguments (dict[str, object]): Its arguments by name.
-    """
-
-    draws = True
-
-    def __init__(self, node, host, arguments):
-        inputs = tuple(node.all_input_nodes)
-        super().__init__((node,), inputs, (host,))
-        slots = {source: i for i, source in enumerate(inputs)}
-        self._arguments = with_refs(arguments, slots)
-        self._call = node.target
-
-    def run(self, layers, *inputs):
-        """See the base class."""
-        (host,) = layers
-        arguments = fill(self._arguments, inputs)
-        output = attend(host, **arguments)
-        return self._call(**arguments) if output is None else output
-
-
-def attend(
-    host,
-    query,
-    key,
-    value,
-    attn_mask=None,
-    dropout_p=0.0,
-    is_causal=False,
-    scale=None,
-    enable_gqa=False,
-):
-    """``F.scaled_dot_product_attention`` by the settings of a layer.
-
-    Args:
-        host (nn.Module): The layer.
-        query (Tensor[*, L, D]): See torch, as for all of the following.
-        key (Tensor[*, S, D]): Keys.
-        value (Tensor[*, S, E]): Values.
-        attn_mask (Tensor[*], optional): Mask or summand.
-        dropout_p (float, optional): Defaults to 0.
-        is_causal (bool, optional): Defaults to False.
-        scale (float, optional): Defaults to that of torch.
-        enable_gqa (bool, optional): Defaults to False.
-
-    Returns:
-        Tensor[*, L, E], optional: The output; None where torch's function has
-        to run.
-    """
-    quantizer = getattr(host, 'quantizer', None)
-    terms = () if attn_mask is None else (attn_mask,)
-    if (
-        quantizer is None
-        or quantizer.attention_bits is None
-        or not can_code_attention(query, key, value, dropout_p)
-        or not keeps_codes(host, query, (key, value, *terms))
-    ):
-        return None
-    core = FusedCore(dropout_p, is_causal, scale, enable_gqa)
-    return attention(query, key, value, quantizer, terms, core)
-
-
-_ARGUMENTS = (
-    'query',
-    'key',
-    'value',
-    'attn_mask',
-    'dropout_p',
-    'is_causal',
-    'scale',
-    'enable_gqa',
-)
-
-
-@register_pattern('dot_product_attention', layers=(CodedLayer, QDropout))
-def match_dot_product_attention(block):
-    """Match calls of ``F.scaled_dot_product_attention``.
-
-    Args:
-        block (Block): The block.
-
-    Yields:
-        DotProductAttention: The sites.
-    """
-    host = _find_host(block)
-    if host is None:
-        return
-    for node in block.trace.calls:
-        if _calls(node, (F.scaled_dot_product_attention,)):
-            arguments = dict(zip(_ARGUMENTS, node.args), **node.kwargs)
-            yield DotProductAttention(node, host, arguments)

@@ -300,7 +300,7 @@ def _detach_from_graph(site):
     """Drop the nodes of a site, which would keep the whole graph alive."""
     site.nodes = site.inputs = ()
     site.members = tuple(
-        None if name is None else tuple(name.split('.'))
+        None if name is None else tuple(name.split('.') if name else ())
         for name in site.members
     )
     return site

@@ -195,12 +195,8 @@ def _cache_of(module, plan):
 def _bind(plan, args, kwargs):
     """Inputs of a call in the order of a plan; None if it has others."""
     trace, needed = plan.trace, plan.input_names
-    names = trace.arguments
-    if (
-        not kwargs
-        and len(args) == len(needed)
-        and names[: len(args)] == needed
-    ):
+    names, count = trace.arguments, len(needed)
+    if not kwargs and len(args) == count and names[:count] == needed:
         return list(args)
     if len(args) > len(names) or not kwargs.keys() <= set(names):
         return None

@@ -21,7 +21,8 @@ class Site:
             of the last one is read outside of them.
         inputs (Sequence[fx.Node]): Values that the site reads.
         members (Sequence[str | None]): Qualified names of the layers that
-            take part, for :meth:`run`; None for a layer that is absent.
+            take part, for :meth:`run`; None for a layer that is absent, and
+            ``''`` for the block itself.
 
     Attributes:
         norms (tuple[str]): Names of the normalisations that keep codes of

@@ -1,4 +1,4 @@
-"""The compressed multi-head attention."""
+"""Compressed attention."""
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +9,108 @@ from ..autograd import (
     FusedCore,
     attention,
     can_code_attention,
+    dot_product_attention,
     linear,
 )
 from ..registry import register_layer
 from .base import CodedLayer
 from .gateway import keeps_codes, run
 from .linear import QLinear
+
+
+class ScaledDotProductAttention(nn.Module):
+    """``F.scaled_dot_product_attention`` as a layer, which torch lacks."""
+
+    def forward(
+        self,
+        query,
+        key,
+        value,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+        enable_gqa=False,
+    ):
+        """Attend; see torch for the arguments.
+
+        Args:
+            query (Tensor[*, L, D]): Queries.
+            key (Tensor[*, S, D]): Keys.
+            value (Tensor[*, S, E]): Values.
+            attn_mask (Tensor[*], optional): Mask or summand of the scores.
+            dropout_p (float, optional): Defaults to 0.
+            is_causal (bool, optional): Defaults to False.
+            scale (float, optional): Defaults to that of torch.
+            enable_gqa (bool, optional): Defaults to False.
+
+        Returns:
+            Tensor[*, L, E]: The output.
+        """
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+
+
+@register_layer(
+    ScaledDotProductAttention,
+    # Its tensors are recorded one by one, for they depend on the kernels.
+    saved_by_torch=lambda call: (),
+)
+class QScaledDotProductAttention(CodedLayer, ScaledDotProductAttention):
+    """Attention that keeps queries, keys and values as codes of a few bits.
+
+    The backward pass decodes them once, and computes one consistent softmax
+    again by the kernels of the forward pass, whose output is exact. A mask or
+    bias is kept as it is. In eval mode, without grad and at level L0 it is
+    ``F.scaled_dot_product_attention``.
+
+    Args:
+        bits (int, optional): Bits an element of queries, keys and values at
+            every level but L0. Valid values are 1 to 8. Defaults to the
+            level's for attention.
+        group_size (int, optional): Elements that share a range. Valid values
+            are 64, 128, 256 and 512. Defaults to the model's, which is 256
+            unless the conversion says otherwise.
+
+    Examples:
+        >>> q, k, v = torch.randn(3, 2, 4, 5, 8, requires_grad=True)
+        >>> QScaledDotProductAttention()(q, k, v).sum().backward()
+    """
+
+    kind = 'attention'
+    shares_bits = False
+
+    def forward(
+        self,
+        query,
+        key,
+        value,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+        enable_gqa=False,
+    ):
+        """See :class:`ScaledDotProductAttention`."""
+        options = attn_mask, dropout_p, is_causal, scale, enable_gqa
+        return run(
+            self,
+            ScaledDotProductAttention.forward,
+            QScaledDotProductAttention._compress,
+            (query, key, value, *options),
+            (key, value, attn_mask),
+        )
+
+    def _compress(self, *args):
+        return dot_product_attention(self.quantizer, *args)
 
 
 @register_layer(
