@@ -12,6 +12,8 @@ from ..autograd import (
     dot_product_attention,
     linear,
 )
+from ..modules.execution import is_observed
+from ..modules.function_mode import active_mode
 from ..registry import register_layer
 from .base import CodedLayer
 from .gateway import keeps_codes, run
@@ -129,10 +131,12 @@ class QMultiheadAttention(CodedLayer, nn.MultiheadAttention):
     and values are kept as codes, and their scores computed again by the
     backward pass, which decodes them once. Masks are kept as they are given.
 
-    With ``need_weights=False`` torch's fused kernels compute both passes. With
-    the weights the layer computes as ``nn.MultiheadAttention``, which needs
-    memory for the weights for a moment in both passes, and none between them;
-    gradients through weights, averaged or not, are right.
+    With ``need_weights=False`` torch's fused kernels compute both passes, and
+    so they do for a module that reads ``self.attn(...)[0]`` alone and drops
+    the weights, as MMCV's ``MultiheadAttention`` does (weights are None
+    then). Otherwise the layer computes as ``nn.MultiheadAttention``, which
+    needs memory for the weights for a moment in both passes, and none between
+    them; gradients through weights, averaged or not, are right.
 
     The output is that of ``nn.MultiheadAttention`` except for the last bits,
     where inputs are batch first or are projected together. In eval mode,
@@ -169,6 +173,9 @@ class QMultiheadAttention(CodedLayer, nn.MultiheadAttention):
         is_causal=False,
     ):
         """See ``nn.MultiheadAttention``."""
+        if need_weights and self._weights_are_dropped():
+            # None: torch would compute them.
+            need_weights = None
         return run(
             self,
             nn.MultiheadAttention.forward,
@@ -228,7 +235,9 @@ class QMultiheadAttention(CodedLayer, nn.MultiheadAttention):
             x.unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0, 3)
             for x in (q, k, v)
         )
-        core = FusedCore(self.dropout, is_causal)
+        core = FusedCore(
+            self.dropout, is_causal, is_explicit=need_weights is None
+        )
         if need_weights:
             core = ExplicitCore(self.dropout, average)
         found = attention(q, k, v, self.quantizer, terms, core, hides=True)
@@ -240,6 +249,17 @@ class QMultiheadAttention(CodedLayer, nn.MultiheadAttention):
             output = output.squeeze(1)
             weights = weights if weights is None else weights.squeeze(0)
         return output, weights
+
+    def _weights_are_dropped(self):
+        """Whether the calling module drops the weights."""
+        mode = active_mode()
+        return (
+            mode is not None
+            and mode.scope is not None
+            and mode.scope.reads_first_only(self)
+            and not self._forward_hooks
+            and not is_observed()
+        )
 
     def _can_code(self, query, key, value, padding, mask, is_causal):
         """Whether arguments are valid, and of dtypes that codes stand for."""
