@@ -4,8 +4,9 @@ It makes a matrix of scores, a softmax of it, and a product
 with the values, and autograd keeps the matrix once or twice. Where the calls
 are the function that ``F.scaled_dot_product_attention`` computes, a site
 computes them by that, from codes of queries, keys and values. Values differ
-by rounding in the last bits. Scores that are ``-inf`` for all keys of a query
-give zeros in place of NaN.
+by rounding in the last bits, and where a mask hides all keys of a query: the
+function gives zeros in place of NaN for ``-inf``, and in half precision
+another mean of the values for numbers below its range.
 """
 
 import math
