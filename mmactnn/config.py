@@ -228,6 +228,14 @@ class Compression(_Settings):
             torch does. The noise of its rounding reaches every layer before
             and adds up over the activations of a deep model. It should
             therefore exceed ``linear_ops`` and ``norm``.
+        attention (int, optional): Bits an element of queries and keys of
+            softmax attention, whose scores the backward pass computes again
+            from them; None keeps what torch does. Rounding of queries and
+            keys reaches the gradient through the softmax, so that it has a
+            bias of second order in the step: it should be at least 3.
+        attention_value (int, optional): Bits an element of values of
+            attention, in whose gradients they enter linearly; without effect
+            where ``attention`` is None. None is ``attention``.
         lossless_activations (bool): Whether activations, pooling and dropout
             keep masks, positions, shapes or seeds instead of tensors. Exact
             either way.
@@ -279,6 +287,10 @@ class Compression(_Settings):
         False, _check_flag, 'lossless_activations (mask)'
     )
     act: int | None = _setting(None, _check_bits, 'act bits')
+    attention: int | None = _setting(None, _check_bits, 'attention bits')
+    attention_value: int | None = _setting(
+        None, _check_bits, 'attention_value bits'
+    )
     relu_bits: int = _setting(4, _check_relu_bits, 'relu_bits (rectified)')
     conv_module: int | None = _setting(
         None, _check_relu_bits, 'conv_module (head) bits'
@@ -308,8 +320,8 @@ class Compression(_Settings):
     @property
     def exact(self):
         """bool: Whether every layer behaves as its torch parent."""
-        coded = self.linear_ops, self.norm, self.act
-        return coded == (None, None, None) and not self.lossless_activations
+        coded = self.linear_ops, self.norm, self.act, self.attention
+        return not any(coded) and not self.lossless_activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -540,6 +552,8 @@ _L3 = Level(
     norm=2,
     mask=True,
     act=4,
+    attention=4,
+    attention_value=3,
     rectified=3,
     head=4,
     image=8,
@@ -552,15 +566,37 @@ LEVELS = {
     for level in (
         # Bit-identical to torch; nothing is compressed.
         Level('L0', conv=None, norm=None, mask=False),
-        # Inputs of convolutions and linear layers only, and derivatives, whose
-        # noise propagates and is therefore kept small.
-        Level('L1', conv=4, norm=None, mask=True, act=8, chunk_mib=256),
-        Level('L2', conv=4, norm=4, mask=True, act=4, chunk_mib=256),
+        # Inputs of convolutions and linear layers only, and derivatives and
+        # attention, whose noise propagates and is therefore kept small.
+        Level(
+            'L1',
+            conv=4,
+            norm=None,
+            mask=True,
+            act=8,
+            attention=8,
+            chunk_mib=256,
+        ),
+        Level(
+            'L2',
+            conv=4,
+            norm=4,
+            mask=True,
+            act=4,
+            attention=6,
+            attention_value=4,
+            chunk_mib=256,
+        ),
         _L3,
         # The least memory: rotated codes, whose error at a bit for values is
         # bearable. One bit of those of rectified values is the mask.
         dataclasses.replace(
-            _L3, name='L3S', norm=1, rectified=2, rounding='rotated'
+            _L3,
+            name='L3S',
+            norm=1,
+            rectified=2,
+            attention_value=2,
+            rounding='rotated',
         ),
         # Repeated blocks run again from codes of 8 bits, so that transformers
         # keep little, and precisely; so do other layers, with more bits.

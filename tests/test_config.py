@@ -57,6 +57,18 @@ class TestTable:
         assert level.rectified == rectified
         rounding = 'rotated' if name == 'L3S' else ops.DEFAULT_ROUNDING
         assert level.rounding == rounding
+        attention = {
+            'L0': (None, None),
+            'swap': (None, None),
+            'L1': (8, None),
+            'L2': (6, 4),
+            'L3S': (4, 2),
+        }.get(name, (4, 3))
+        assert (level.attention, level.attention_value) == attention
+
+    def test_attention_alone_may_be_exact(self):
+        level = get_level(dict(attention=None))
+        assert level.attention is None and not level.exact
 
 
 class TestGetLevel:
@@ -79,9 +91,17 @@ class TestGetLevel:
             (dict(base=dict(conv=4), norm=4.0), 'L3(conv=4,norm=4)'),
             (dict(base='L2', relu_bits=2), 'L2(rectified=2)'),
             (dict(base='L4', conv=2.0), 'L4'),
-            (dict(norm=1, relu_bits=2, rounding='rotated'), 'L3S'),
+            (
+                dict(
+                    norm=1, relu_bits=2, attention_value=2, rounding='rotated'
+                ),
+                'L3S',
+            ),
             (dict(base='L3S', swap=True), 'L3S(swap=True)'),
-            (dict(base='L1', norm=4, act=4), 'L2'),
+            (
+                dict(base='L1', norm=4, act=4, attention=6, attention_value=4),
+                'L2',
+            ),
             (dict(offload=dict(swap=True)), 'L4'),
             (
                 dict(rules={'a': None, 'b': dict(group_size=64)}),
@@ -102,7 +122,8 @@ class TestGetLevel:
                 ),
             )
         )
-        direct = Level('mine', 3, 4, False, 4, head=5, chunk_mib=256)
+        bits = dict(head=5, attention=6, attention_value=4)
+        direct = Level('mine', 3, 4, False, 4, chunk_mib=256, **bits)
         assert flat == parts
         assert flat.compression == direct.compression
         assert flat.execution == direct.execution

@@ -1,5 +1,12 @@
 """Autograd functions that keep payloads instead of tensors."""
 
+from .attention import (
+    ExplicitCore,
+    FusedCore,
+    attention,
+    can_code_attention,
+    dot_product_attention,
+)
 from .batch_norm import batch_norm
 from .chain import Chain, OutputPayload, run_chain
 from .conv import convolution
@@ -18,11 +25,16 @@ from .silu import silu
 
 __all__ = [
     'Chain',
+    'ExplicitCore',
+    'FusedCore',
     'OutputPayload',
     'adaptive_avg_pool2d',
+    'attention',
     'avg_pool2d',
     'batch_norm',
+    'can_code_attention',
     'convolution',
+    'dot_product_attention',
     'dropout',
     'feature_dropout',
     'first_order_only',

@@ -30,6 +30,25 @@ class OwnSettings(NamedTuple):
     group_size: int | None = None
 
 
+class AttentionBits(NamedTuple):
+    """Bits of the payloads of attention.
+
+    Attributes:
+        query_key (int): Bits of queries and keys.
+        value (int): Bits of values.
+    """
+
+    query_key: int
+    value: int
+
+    @classmethod
+    def of_level(cls, level):
+        """Bits from a level; None if it keeps queries, keys and values."""
+        if level.attention is None:
+            return None
+        return cls(level.attention, level.attention_value or level.attention)
+
+
 class FusedBits(NamedTuple):
     """Bits of the payloads of a fused normalisation.
 
@@ -154,6 +173,11 @@ class LayerQuantizer:
             to that of levels.
         channel_means (bool, optional): See :class:`mmactnn.Compression`.
             Defaults to False.
+        attention_bits (AttentionBits, optional): Bits of attention that is
+            computed beside the layer, or by it. Defaults to None: it keeps
+            what torch keeps.
+        linear_bits (int, optional): Bits of the inputs of projections that
+            are part of the layer. Defaults to None, likewise.
 
     Attributes:
         chunk_bytes (int, optional): ``chunk_mib`` in bytes.
@@ -178,6 +202,8 @@ class LayerQuantizer:
         cache=None,
         rounding=ops.DEFAULT_ROUNDING,
         channel_means=False,
+        attention_bits=None,
+        linear_bits=None,
     ):
         whole = bits and layer_bits is None
         ops.check_format(bits if whole else 1, group_size)
@@ -194,6 +220,8 @@ class LayerQuantizer:
         self.cache = cache or default_cache
         self.rounding = rounding
         self.channel_means = channel_means
+        self.attention_bits = attention_bits
+        self.linear_bits = linear_bits
         self.meter = None
 
     @classmethod
@@ -277,6 +305,13 @@ class LayerQuantizer:
                     if strict
                     else FusedBits.of_level(level, rectified)
                 )
+        attention_bits = linear_bits = None
+        if bits is not None:
+            attention_bits = AttentionBits.of_level(level)
+            linear_bits = None if level.conv is None else int(level.conv)
+            if strict and layer_class.kind == 'attention':
+                attention_bits = AttentionBits(bits, bits)
+                linear_bits = bits
         return cls(
             bits,
             group_size,
@@ -289,7 +324,22 @@ class LayerQuantizer:
             cache,
             level.rounding,
             level.channel_means,
+            attention_bits,
+            linear_bits,
         )
+
+    def at_bits(self, bits):
+        """The same settings with other bits, the same for all samples.
+
+        Args:
+            bits (int, optional): Bits a code; None is exact.
+
+        Returns:
+            LayerQuantizer: A copy, with the same generator, cache and meter.
+        """
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, bits=bits, layer_bits=None)
+        return twin
 
     @property
     def exact(self):
@@ -634,6 +684,8 @@ class LayerQuantizer:
         # A pickle from before there was a choice.
         self.rounding = state.get('rounding', 'stochastic')
         self.channel_means = state.get('channel_means', False)
+        self.attention_bits = state.get('attention_bits')
+        self.linear_bits = state.get('linear_bits')
 
     def __repr__(self):
         return (

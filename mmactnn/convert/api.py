@@ -19,6 +19,7 @@ from ..functional import (
 )
 from ..fusion import FoundFusions, find_fusions, fuse, is_fused, unfuse
 from ..layers import QuantizedLayer
+from ..modules.functions import reads_first_only
 from ..modules.naming import named_modules
 from ..modules.sharing import alias_of, shared_layers
 from ..offload import HostSwap, attached_swap
@@ -518,6 +519,12 @@ def _set_scopes(callers, make_settings):
             caller.name,
             has_parameters=next(module.parameters(), None) is not None,
             excluded=caller.excluded,
+            first_only=frozenset(
+                part
+                for part, layer in module.named_children()
+                if isinstance(layer, nn.MultiheadAttention)
+                and reads_first_only(type(module), part)
+            ),
         )
         source = type(module).__name__
         swaps = not (is_fused(module) or isinstance(module, Adapter))

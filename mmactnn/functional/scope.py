@@ -33,6 +33,9 @@ class FunctionSettings:
         has_parameters (bool): Whether the module has parameters.
         excluded (frozenset[str], optional): Names of functions that filters
             exclude. Defaults to none.
+        first_only (frozenset[str], optional): Names of the parts with several
+            results of which the module reads the first one alone. Defaults to
+            none.
 
     Attributes:
         make_meter (Callable, optional): Makes the meter of a function from
@@ -48,6 +51,7 @@ class FunctionSettings:
         cache,
         has_parameters,
         excluded=frozenset(),
+        first_only=frozenset(),
     ):
         self.name = name
         self.level = level
@@ -56,6 +60,7 @@ class FunctionSettings:
         self.cache = cache
         self.has_parameters = has_parameters
         self.excluded = excluded
+        self.first_only = first_only
         self.make_meter = None
         self._quantizers = {}
 
@@ -104,16 +109,29 @@ class FunctionScope:
 
     Args:
         settings (FunctionSettings): Settings of the module.
+        module (nn.Module): The module.
 
     Attributes:
         settings (FunctionSettings): The same.
     """
 
-    __slots__ = ('_context', 'settings')
+    __slots__ = ('_context', '_module', 'settings')
 
-    def __init__(self, settings):
+    def __init__(self, settings, module):
         self.settings = settings
+        self._module = module
         self._context = _context()
+
+    def reads_first_only(self, part):
+        """Whether the module reads only the first result of a part.
+
+        Args:
+            part (nn.Module): A part of it, or any other module.
+        """
+        parts = self._module._modules
+        return any(
+            parts.get(name) is part for name in self.settings.first_only
+        )
 
     def compress(self, entry, args, kwargs):
         """Call a compressed function.
@@ -200,7 +218,7 @@ def call_in_scope(module, function, args, kwargs):
         if mode is None:
             return function(*args, **kwargs)
         return call_outside(lambda: function(*args, **kwargs))
-    scope = FunctionScope(settings)
+    scope = FunctionScope(settings, module)
     if mode is not None:
         before, mode.scope = mode.scope, scope
         try:

@@ -6,6 +6,7 @@ trace are checked at every call: where one of them differs, or a hook needs the
 tensors in between, the block's own forward pass runs.
 """
 
+from .attention import SoftmaxAttention
 from .block import fuse, is_fused, plain_class_of, unfuse
 from .find import FoundFusions, Fusion, find_fusions, plan_again
 from .patterns import Block
@@ -17,6 +18,7 @@ __all__ = [
     'FoundFusions',
     'Fusion',
     'Site',
+    'SoftmaxAttention',
     'find_fusions',
     'fuse',
     'is_fused',

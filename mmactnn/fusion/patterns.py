@@ -36,6 +36,9 @@ class Block:
             level, present or planned; to None if it stays exact.
         is_shortcut (bool, optional): Whether the output of the module is
             added to a normalised value. Defaults to False.
+
+    Attributes:
+        calls (set[fx.Node]): Calls of the trace.
     """
 
     def __init__(self, module, trace, class_of, is_shortcut=False):
@@ -43,7 +46,7 @@ class Block:
         self.trace = trace
         self.is_shortcut = is_shortcut
         self._class_of = class_of
-        self._calls = set(trace.calls)
+        self.calls = set(trace.calls)
 
     def layer(self, node):
         """The module that a node calls with one argument.
@@ -56,7 +59,7 @@ class Block:
         """
         if node.op != 'call_module' or len(node.args) != 1 or node.kwargs:
             return None
-        if node.args[0] not in self._calls and (
+        if node.args[0] not in self.calls and (
             node.args[0] not in self.trace.inputs
         ):
             return None
@@ -85,7 +88,7 @@ class Block:
             fx.Node, optional: None if there is no such node, or several.
         """
         users = list(node.users)
-        if len(users) != 1 or users[0] not in self._calls:
+        if len(users) != 1 or users[0] not in self.calls:
             return None
         return users[0]
 

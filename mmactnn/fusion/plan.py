@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from torch import fx, nn
+from torch import nn
 from torch.nn.modules import pooling
 
 from ..ops import source_of_input
@@ -10,6 +10,7 @@ from ..registry import default_registry
 from .chain import ChainLayer
 from .eligibility import base_layer_class
 from .sites import ConvNormAct, Site
+from .values import ValueRef, with_refs
 
 # Layers of shortcuts that change the resolution.
 _POOLS = (pooling._AvgPoolNd, pooling._MaxPoolNd, nn.Identity)
@@ -30,16 +31,6 @@ def resolve(module, path):
         if module is None:
             return None
     return module
-
-
-class ValueRef(NamedTuple):
-    """Reference to a value of a run, in place of an argument.
-
-    Attributes:
-        slot (int): Index of the value in the table of values.
-    """
-
-    slot: int
 
 
 class Step(NamedTuple):
@@ -149,7 +140,7 @@ def make_plan(module, trace, sites, plans):
     for item in order:
         slots[_output_node(item)] = len(slots)
         steps.append(_make_step(item, slots))
-    (result,) = _with_refs(trace.output.args, slots)
+    (result,) = with_refs(trace.output.args, slots)
     steps = _free_after_last_use(steps, result)
     segments = _find_segments(module, steps, result, plans)
     if not sites and not segments:
@@ -268,7 +259,7 @@ def _input_nodes(item):
 def _is_pure(item, module, plans):
     """Whether a call may be moved: it draws no random numbers."""
     if isinstance(item, Site):
-        return True
+        return not item.draws
     if item.op != 'call_module':
         return False
     part = module.get_submodule(item.target)
@@ -284,17 +275,13 @@ def _is_deterministic(part, plans):
             or base_layer_class(type(part)) is not None
         )
     return all(
-        step.kind == 'site'
+        (step.kind == 'site' and not step.target.draws)
         or (
             step.kind == 'call_module'
             and _is_deterministic(resolve(part, step.target), plans)
         )
         for step in plan.steps
     )
-
-
-def _with_refs(arguments, slots):
-    return fx.map_arg(arguments, lambda node: ValueRef(slots[node]))
 
 
 def _make_step(item, slots):
@@ -305,7 +292,7 @@ def _make_step(item, slots):
     target = item.target
     if item.op in ('call_module', 'get_attr'):
         target = tuple(target.split('.'))
-    args, kwargs = _with_refs((item.args, item.kwargs), slots)
+    args, kwargs = with_refs((item.args, item.kwargs), slots)
     return Step(item.op, target, args, kwargs, slots[item], ())
 
 
@@ -313,7 +300,7 @@ def _detach_from_graph(site):
     """Drop the nodes of a site, which would keep the whole graph alive."""
     site.nodes = site.inputs = ()
     site.members = tuple(
-        None if name is None else tuple(name.split('.'))
+        None if name is None else tuple(name.split('.') if name else ())
         for name in site.members
     )
     return site

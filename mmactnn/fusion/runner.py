@@ -6,7 +6,8 @@ from ..functional import call_in_scope
 from ..modules.execution import is_ordinary
 from .chain import ChainRunner, fit_in_chain
 from .eligibility import has_hooks, is_instrumented, may_fuse
-from .plan import ValueRef, collect_layers, members_of, resolve
+from .plan import collect_layers, members_of, resolve
+from .values import fill
 
 
 class BlockRunner:
@@ -103,7 +104,7 @@ class BlockRunner:
                 for slot in step.frees:
                     values[slot] = None
             i = end
-        return _fill(plan.result, values)
+        return fill(plan.result, values)
 
     def _run_chain(self, module, plan, start, end, values):
         """Run steps as one chain, and return ``end``; None if it cannot."""
@@ -155,9 +156,12 @@ def plan_to_merge(part):
         part, or the part would not run by the plan.
     """
     runner = part.__dict__.get('_fused')
-    if runner is None or len(runner.plans) != 1 or has_hooks(part):
+    if runner is None or has_hooks(part):
         return None
-    (plan,) = runner.plans
+    plans = [plan for plan in runner.plans if not plan.trace.optional]
+    if len(plans) != 1:
+        return None
+    (plan,) = plans
     cls = type(part).plain_class
     if (
         'forward' in part.__dict__
@@ -190,10 +194,10 @@ def _cache_of(module, plan):
 
 def _bind(plan, args, kwargs):
     """Inputs of a call in the order of a plan; None if it has others."""
-    count, trace = len(plan.input_names), plan.trace
-    if not kwargs and len(args) == count:
+    trace, needed = plan.trace, plan.input_names
+    names, count = trace.arguments, len(needed)
+    if not kwargs and len(args) == count and names[:count] == needed:
         return list(args)
-    names = [*plan.input_names, *trace.defaults]
     if len(args) > len(names) or not kwargs.keys() <= set(names):
         return None
     given = dict(zip(names, args))
@@ -209,7 +213,7 @@ def _bind(plan, args, kwargs):
                 return None
     if len(given) != count:
         return None
-    return [given[name] for name in names[:count]]
+    return [given[name] for name in needed]
 
 
 def _are_supported(inputs, input_type):
@@ -241,8 +245,8 @@ def _run_step(module, step, values):
         for slot in step.frees:
             values[slot] = None
         return step.target.execute(layers, inputs, not module.training)
-    args = _fill(step.args, values)
-    kwargs = _fill(step.kwargs, values)
+    args = fill(step.args, values)
+    kwargs = fill(step.kwargs, values)
     if step.kind == 'call_module':
         return resolve(module, step.target)(*args, **kwargs)
     if step.kind == 'call_function':
@@ -254,22 +258,3 @@ def _run_step(module, step, values):
     for name in step.target:
         value = getattr(value, name)
     return value
-
-
-def _fill(arguments, values):
-    """Arguments with values in place of references."""
-    kind = type(arguments)
-    if kind is ValueRef:
-        return values[arguments.slot]
-    if isinstance(arguments, dict):
-        return {k: _fill(v, values) for k, v in arguments.items()}
-    if isinstance(arguments, tuple):
-        filled = [_fill(argument, values) for argument in arguments]
-        return kind(*filled) if hasattr(kind, '_fields') else tuple(filled)
-    if isinstance(arguments, list):
-        return [_fill(argument, values) for argument in arguments]
-    if kind is slice:
-        return slice(
-            *_fill((arguments.start, arguments.stop, arguments.step), values)
-        )
-    return arguments

@@ -21,7 +21,8 @@ class Site:
             of the last one is read outside of them.
         inputs (Sequence[fx.Node]): Values that the site reads.
         members (Sequence[str | None]): Qualified names of the layers that
-            take part, for :meth:`run`; None for a layer that is absent.
+            take part, for :meth:`run`; None for a layer that is absent, and
+            ``''`` for the block itself.
 
     Attributes:
         norms (tuple[str]): Names of the normalisations that keep codes of
@@ -30,6 +31,8 @@ class Site:
             output.
         adds (bool): Whether the second input is a shortcut, which is added.
         runs_frozen (bool): Whether :meth:`run_frozen` can run.
+        draws (bool): Whether it may draw random numbers of torch, and so has
+            to keep its place among the calls.
         pattern (str, optional): Name of the pattern that found it.
     """
 
@@ -37,6 +40,7 @@ class Site:
     relus = ()
     adds = False
     runs_frozen = False
+    draws = False
     pattern = None
 
     def __init__(self, nodes, inputs, members):

@@ -5,8 +5,10 @@ import dataclasses
 import dis
 import functools
 import inspect
+import itertools
 import operator
 import sys
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -96,6 +98,8 @@ _IN_PLACE = {
         'ixor',
     )
 }
+# Most optional tensors of which all subsets are traced.
+_MAX_OPTIONAL = 2
 
 
 class UntraceableError(Exception):
@@ -110,8 +114,11 @@ class Trace:
         nodes (tuple[fx.Node]): Placeholders of the tensors, calls in their
             order, and the output. The target of a call of a module is the
             qualified name within the traced one.
+        arguments (tuple[str]): Names of all arguments, in their order.
         defaults (dict[str, object]): Values of the arguments with defaults,
             for which alone the trace is valid.
+        optional (tuple[str]): Names of the arguments with the default None
+            that are tensors here.
         guards (Guards): Conditions under which the trace is valid.
         input_type (type): Class of the inputs: ``torch.Tensor``, ``list`` or,
             for a tuple of one tensor, ``tuple``.
@@ -119,7 +126,9 @@ class Trace:
     """
 
     nodes: tuple
+    arguments: tuple
     defaults: dict
+    optional: tuple
     guards: Guards
     input_type: type
     training_only: bool
@@ -152,7 +161,7 @@ def trace_block(module, cls):
 
     Returns:
         tuple[Trace]: One trace for each type of input that the forward pass
-        distinguishes.
+        distinguishes, and for each choice of optional tensors that are given.
 
     Raises:
         UntraceableError: If the forward pass cannot be traced, or has side
@@ -164,22 +173,48 @@ def trace_block(module, cls):
     for name in functions:
         if name in module.__dict__:
             raise UntraceableError(f'its {name} was replaced on the instance')
-    defaults = _default_arguments(functions['forward'])
-    results = [_trace(module, cls, defaults, torch.Tensor)]
+    arguments, defaults = _arguments(functions['forward'])
+    signature = _Signature(arguments, defaults, ())
+    results = [_trace(module, cls, signature, torch.Tensor)]
     if _checks_types(functions):
-        results.append(_trace(module, cls, defaults, list))
+        results.append(_trace(module, cls, signature, list))
+    results += [
+        _trace(module, cls, variant, torch.Tensor)
+        for variant in signature.variants()
+    ]
     traces = tuple(t for t in results if isinstance(t, Trace))
     if not traces:
         # Heads and necks of classifiers take the features in a tuple.
-        in_tuple = _trace(module, cls, defaults, tuple)
+        in_tuple = _trace(module, cls, signature, tuple)
         if isinstance(in_tuple, UntraceableError):
             raise results[0]
         traces = (in_tuple,)
     return traces
 
 
-def _default_arguments(forward):
-    """Arguments of a forward pass with defaults, and their values."""
+class _Signature(NamedTuple):
+    """Arguments of a forward pass; the fields of :class:`Trace`."""
+
+    arguments: tuple
+    defaults: dict
+    optional: tuple
+
+    def variants(self):
+        """Signatures in which optional tensors are given."""
+        optional = [k for k, value in self.defaults.items() if value is None]
+        several = len(optional) if len(optional) <= _MAX_OPTIONAL else 1
+        for count in range(1, several + 1):
+            for names in itertools.combinations(optional, count):
+                defaults = {
+                    name: value
+                    for name, value in self.defaults.items()
+                    if name not in names
+                }
+                yield self._replace(defaults=defaults, optional=names)
+
+
+def _arguments(forward):
+    """Names of the arguments, and values of those with defaults."""
     _, *parameters = inspect.signature(forward).parameters.values()
     defaults = {}
     for parameter in parameters:
@@ -197,7 +232,7 @@ def _default_arguments(forward):
             defaults[parameter.name] = parameter.default
     if len(defaults) == len(parameters):
         raise UntraceableError('it takes no tensor')
-    return defaults
+    return tuple(p.name for p in parameters), defaults
 
 
 def _checks_types(functions):
@@ -209,8 +244,9 @@ def _checks_types(functions):
     )
 
 
-def _trace(module, cls, defaults, input_type):
+def _trace(module, cls, signature, input_type):
     """Trace for one type of input, or the ``UntraceableError``."""
+    defaults = signature.defaults
     recorder = _Recorder(module)
     tracer = _BlockTracer(input_type, recorder)
     try:
@@ -235,7 +271,7 @@ def _trace(module, cls, defaults, input_type):
     reads_training = any(
         'training' in code.co_names for code, _ in recorder.functions
     )
-    return Trace(nodes, defaults, guards, input_type, reads_training)
+    return Trace(nodes, *signature, guards, input_type, reads_training)
 
 
 def _without_argument_checks(graph, defaults):

@@ -163,6 +163,41 @@ def _fingerprint(functions):
     return hashlib.sha256('\n'.join(texts).encode()).hexdigest()[:16]
 
 
+@functools.lru_cache(maxsize=256)
+def reads_first_only(cls, name):
+    """Whether a forward pass reads the first result of a part, and no other.
+
+    It does if its functions mention the part as ``self.part(...)[0]`` alone.
+
+    Args:
+        cls (type): Class of the module.
+        name (str): Name of the part in the module.
+
+    Returns:
+        bool: False also where there is no source.
+    """
+    mentions = firsts = 0
+    for value in functions_of(cls).values():
+        try:
+            source = textwrap.dedent(inspect.getsource(_function_of(value)))
+            tree = ast.parse(source)
+        except (OSError, TypeError, SyntaxError):
+            return False
+        for node in ast.walk(tree):
+            mentions += isinstance(node, ast.Attribute) and node.attr == name
+            mentions += isinstance(node, ast.Constant) and node.value == name
+            firsts += (
+                isinstance(node, ast.Subscript)
+                and isinstance(node.slice, ast.Constant)
+                and node.slice.value == 0
+                and isinstance(node.value, ast.Call)
+                and isinstance(node.value.func, ast.Attribute)
+                and node.value.func.attr == name
+                and isinstance(node.value.func.value, ast.Name)
+            )
+    return mentions == firsts > 0
+
+
 def _structure(node):
     """Text of a syntax tree, without docstrings and annotations."""
     if isinstance(node, list):
