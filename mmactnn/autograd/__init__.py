@@ -12,7 +12,7 @@ from .norm_act import norm_act
 from .placeholders import meta_tensor
 from .pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from .relu import relu, relu_codes
-from .silu import silu
+from .smooth import smooth
 
 __all__ = [
     'Chain',
@@ -34,5 +34,5 @@ __all__ = [
     'relu',
     'relu_codes',
     'run_chain',
-    'silu',
+    'smooth',
 ]

@@ -154,6 +154,8 @@ class LayerQuantizer:
             to that of levels.
         channel_means (bool, optional): See :class:`mmactnn.Compression`.
             Defaults to False.
+        joint_act (bool, optional): See :class:`mmactnn.Compression`. Defaults
+            to True.
 
     Attributes:
         chunk_bytes (int, optional): ``chunk_mib`` in bytes.
@@ -178,6 +180,7 @@ class LayerQuantizer:
         cache=None,
         rounding=ops.DEFAULT_ROUNDING,
         channel_means=False,
+        joint_act=True,
     ):
         whole = bits and layer_bits is None
         ops.check_format(bits if whole else 1, group_size)
@@ -194,6 +197,7 @@ class LayerQuantizer:
         self.cache = cache or default_cache
         self.rounding = rounding
         self.channel_means = channel_means
+        self.joint_act = joint_act
         self.meter = None
 
     @classmethod
@@ -289,6 +293,7 @@ class LayerQuantizer:
             cache,
             level.rounding,
             level.channel_means,
+            level.joint_act,
         )
 
     @property
@@ -632,6 +637,7 @@ class LayerQuantizer:
         # A pickle from before there was a choice.
         self.rounding = state.get('rounding', 'stochastic')
         self.channel_means = state.get('channel_means', False)
+        self.joint_act = state.get('joint_act', False)
 
     def __repr__(self):
         return (
