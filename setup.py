@@ -43,6 +43,7 @@ APART = (
     'rotated_codes',
     'rotated_norm_act',
     'rotated_norm_grad',
+    'smooth',
 )
 
 

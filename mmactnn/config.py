@@ -236,6 +236,18 @@ class Compression(_Settings):
         attention_value (int, optional): Bits an element of values of
             attention, in whose gradients they enter linearly; without effect
             where ``attention`` is None. None is ``attention``.
+        act (int, optional): Bits an element of smooth activations (GELU,
+            SiLU), the same for all; None keeps their input as torch does. The
+            noise of its rounding reaches every layer before and adds up over
+            the activations of a deep model. It should therefore exceed
+            ``linear_ops`` and ``norm``.
+        joint_act (bool): Whether smooth activations keep codes of their input
+            where one code serves two: the derivative, and the input of a
+            convolution or linear layer that follows, which is decoded from
+            it. Holds for GELU, SiLU, Mish and Softplus at 3 bits and more,
+            unless rounding is ``'stochastic'``. Else they keep codes of their
+            derivative, whose error is a third, and the next layer keeps codes
+            of its own.
         lossless_activations (bool): Whether activations, pooling and dropout
             keep masks, positions, shapes or seeds instead of tensors. Exact
             either way.
@@ -291,6 +303,7 @@ class Compression(_Settings):
     attention_value: int | None = _setting(
         None, _check_bits, 'attention_value bits'
     )
+    joint_act: bool = _setting(True, _check_flag, 'joint_act')
     relu_bits: int = _setting(4, _check_relu_bits, 'relu_bits (rectified)')
     conv_module: int | None = _setting(
         None, _check_relu_bits, 'conv_module (head) bits'

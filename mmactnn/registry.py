@@ -545,7 +545,7 @@ def _add_direct_bases(layer, parent):
 
 default_registry = Registry()
 for _package, _names in {
-    'mmcv': ['QSwish'],
+    'mmcv': ['QHSigmoid', 'QSwish'],
     'mmdet': ['QFPN', 'QRPNHead', 'QRetinaHead'],
     'mmseg': [],
 }.items():

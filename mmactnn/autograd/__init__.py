@@ -21,7 +21,7 @@ from .placeholders import meta_tensor
 from .pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from .product import product
 from .relu import relu, relu_codes
-from .silu import silu
+from .smooth import smooth
 
 __all__ = [
     'Chain',
@@ -50,5 +50,5 @@ __all__ = [
     'relu',
     'relu_codes',
     'run_chain',
-    'silu',
+    'smooth',
 ]

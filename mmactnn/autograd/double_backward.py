@@ -85,7 +85,8 @@ def first_order_only(name, unless=None):
     there are any, are notified of the backward pass.
 
     Args:
-        name (str): Name of the layer in the error.
+        name (str | Callable): Name of the layer in the error, or a function
+            of ``ctx`` that tells it.
         unless (Callable, optional): Maps ``ctx`` to whether nothing was
             rounded, so that the backward pass consists of differentiable
             functions. Defaults to never.
@@ -106,8 +107,9 @@ def first_order_only(name, unless=None):
                 return grads
             reasons = [*_leaves_before(ctx), *_sources(ctx)]
             reasons += [grad for grad in grad_outputs if grad is not None]
+            label = name(ctx) if callable(name) else name
             refusing = iter(
-                _Refuse.apply(name, len(present), *present, *reasons)
+                _Refuse.apply(label, len(present), *present, *reasons)
             )
             return tuple(
                 None if grad is None else next(refusing) for grad in grads

@@ -21,8 +21,6 @@ class Call(NamedTuple):
             its input, such as mean and inverse standard deviation.
         mask (Tensor[*], optional): Factors of dropout, or a mask.
         indices (Tensor[*], optional): Positions of maxima.
-        sigmoid (Tensor[*], optional): Value of the sigmoid, where a layer
-            computes it apart.
         inplace (bool): Whether the output is written over the input.
         needs_input (bool): Whether the input requires a gradient.
         needs_weight (bool): Whether the weight requires a gradient.
@@ -34,7 +32,6 @@ class Call(NamedTuple):
     statistics: tuple = ()
     mask: object = None
     indices: object = None
-    sigmoid: object = None
     inplace: bool = False
     needs_input: bool = True
     needs_weight: bool = True

@@ -32,6 +32,8 @@ class PayloadFormat(NamedTuple):
             :func:`.hooks.keep_tensors`.
         source (tuple, optional): Format of the tensor that another one was
             derived from, and how, see :mod:`.moved`.
+        smooth (Smooth, optional): Function whose value the tensor is, where
+            the codes are those of its argument.
     """
 
     size: torch.Size
@@ -43,13 +45,16 @@ class PayloadFormat(NamedTuple):
     drawn: ops.DrawnBits | None = None
     saves_bits: bool = False
     source: tuple | None = None
+    smooth: ops.Smooth | None = None
 
     @classmethod
-    def of(cls, tensor, bits, group_size, kind='plain', drawn=None):
+    def of(
+        cls, tensor, bits, group_size, kind='plain', drawn=None, smooth=None
+    ):
         """Format of a tensor that is quantised now, in its own layout."""
         layout = tensor.shape, tensor.stride(), tensor.dtype
         saves_bits = drawn is not None and not keep_tensors()
-        return cls(*layout, bits, group_size, kind, drawn, saves_bits)
+        return cls(*layout, bits, group_size, kind, drawn, saves_bits, smooth)
 
     def make(self, *operands):
         """Make a payload from this format and tensors that were just made.
@@ -380,6 +385,60 @@ class ZeroedTensor(Payload):
         )
 
 
+class SmoothTensor(Payload):
+    """Payload of a smooth activation's output, with codes of its input.
+
+    One code of the input serves the activation's backward pass and the layers
+    that read the output.
+
+    Args:
+        format (PayloadFormat): Shape, layout, dtype, bits and function.
+        codes (Tensor[N, ceil(M / 8) * bits]): uint8, codes of the input; see
+            :func:`mmactnn.ops.quantize`.
+        ranges (Tensor[N, ceil(M / group_size), 2]): bfloat16.
+    """
+
+    of_codes_alone = False
+
+    def __init__(self, format, codes, ranges):
+        self.format = format
+        self.operands = (codes, ranges)
+
+    def unpack(self, start=None, stop=None):
+        """See the base class."""
+        codes, ranges = _part(start, stop, *self.operands)
+        format = self.format
+        return ops.smooth_decode(
+            codes,
+            ranges,
+            *self._layout(ranges.shape[0]),
+            format.smooth,
+            format.bits,
+            format.group_size,
+            drawn=self._drawn(start),
+        )
+
+    def gradient(self, grad_output):
+        """Gradient of the input of the activation.
+
+        Args:
+            grad_output (Tensor[N, *]): Gradient of its output, with the
+                strides of the payload.
+
+        Returns:
+            Tensor[N, *]: The gradient.
+        """
+        format = self.format
+        return ops.smooth_decode_backward(
+            grad_output,
+            *self.operands,
+            format.smooth,
+            format.bits,
+            format.group_size,
+            drawn=format.drawn,
+        )
+
+
 def _part(start, stop, *tensors):
     """Slice tensors to a range of samples."""
     if start is None and stop is None:
@@ -393,4 +452,5 @@ KINDS = dict(
     centred=CentredTensor,
     split=SplitTensor,
     zeroed=ZeroedTensor,
+    smooth=SmoothTensor,
 )

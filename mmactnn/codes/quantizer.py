@@ -178,6 +178,8 @@ class LayerQuantizer:
             what torch keeps.
         linear_bits (int, optional): Bits of the inputs of projections that
             are part of the layer. Defaults to None, likewise.
+        joint_act (bool, optional): See :class:`mmactnn.Compression`. Defaults
+            to True.
 
     Attributes:
         chunk_bytes (int, optional): ``chunk_mib`` in bytes.
@@ -204,6 +206,7 @@ class LayerQuantizer:
         channel_means=False,
         attention_bits=None,
         linear_bits=None,
+        joint_act=True,
     ):
         whole = bits and layer_bits is None
         ops.check_format(bits if whole else 1, group_size)
@@ -222,6 +225,7 @@ class LayerQuantizer:
         self.channel_means = channel_means
         self.attention_bits = attention_bits
         self.linear_bits = linear_bits
+        self.joint_act = joint_act
         self.meter = None
 
     @classmethod
@@ -326,6 +330,7 @@ class LayerQuantizer:
             level.channel_means,
             attention_bits,
             linear_bits,
+            level.joint_act,
         )
 
     def at_bits(self, bits):
@@ -686,6 +691,7 @@ class LayerQuantizer:
         self.channel_means = state.get('channel_means', False)
         self.attention_bits = state.get('attention_bits')
         self.linear_bits = state.get('linear_bits')
+        self.joint_act = state.get('joint_act', False)
 
     def __repr__(self):
         return (

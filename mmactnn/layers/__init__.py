@@ -7,8 +7,8 @@ import importlib
 import pkgutil
 
 from ..registry import default_registry
-from .act import SmoothLayer
 from .base import CodedLayer, ExactLayer, QuantizedLayer
+from .smooth import SmoothLayer
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f'{__name__}.{_module.name}')

@@ -1,11 +1,11 @@
-"""Compressed activations."""
+"""Compressed rectifiers."""
 
 from torch import nn
 
-from ..autograd import relu, relu_codes, silu
+from ..autograd import relu, relu_codes
 from ..ops.quantize import VALID_DTYPES
 from ..registry import register_layer
-from .base import CodedLayer, ExactLayer
+from .base import ExactLayer, is_refused_in_place
 from .gateway import run
 
 
@@ -20,11 +20,6 @@ class _Rectifier(ExactLayer):
     def _arguments(self):
         """Arguments that make :func:`mmactnn.autograd.relu` this layer."""
         return {}
-
-
-def _is_refused(layer, input):
-    """Whether torch refuses to overwrite the input, a leaf."""
-    return layer.inplace and input.is_leaf and input.requires_grad
 
 
 @register_layer(
@@ -61,7 +56,7 @@ class QReLU(_Rectifier, nn.ReLU):
         return run(self, nn.ReLU.forward, QReLU._rectify, (input,))
 
     def _rectify(self, input):
-        if _is_refused(self, input):
+        if is_refused_in_place(self, input):
             return nn.ReLU.forward(self, input)
         if self.inplace:
             payload = self.quantizer.cache.get(input)
@@ -99,7 +94,7 @@ class QReLU6(_Rectifier, nn.ReLU6):
         return run(self, nn.ReLU6.forward, QReLU6._rectify, (input,))
 
     def _rectify(self, input):
-        if _is_refused(self, input):
+        if is_refused_in_place(self, input):
             return nn.ReLU6.forward(self, input)
         return super()._rectify(input)
 
@@ -140,56 +135,9 @@ class QLeakyReLU(_Rectifier, nn.LeakyReLU):
 
     def _rectify(self, input):
         undefined = self.inplace and self.negative_slope < 0
-        if undefined or _is_refused(self, input):
+        if undefined or is_refused_in_place(self, input):
             return nn.LeakyReLU.forward(self, input)
         return super()._rectify(input)
 
     def _arguments(self):
         return dict(slope=self.negative_slope)
-
-
-class SmoothLayer(CodedLayer):
-    """Mixin of the activations that keep their derivative as codes.
-
-    The output is exact and the gradient unbiased. The bits are not adaptive:
-    adaptive levels weigh the noise in the gradients of a layer's own weights.
-    """
-
-    kind = 'act'
-    shares_bits = False
-
-
-@register_layer(
-    nn.SiLU,
-    saved_by_torch=lambda call: (call.input,),
-    examples=lambda: {
-        'plain': (lambda: QSiLU(), (3, 4, 7, 5)),
-    },
-)
-class QSiLU(SmoothLayer, nn.SiLU):
-    """``nn.SiLU`` that keeps its derivative as codes of a few bits.
-
-    The output is exact and the gradient unbiased. In eval mode, without grad
-    and at level L0 it is ``nn.SiLU``.
-
-    Args:
-        inplace (bool, optional): Whether to overwrite the input. Defaults to
-            False.
-        bits (int, optional): Bits an element of the derivative at every level
-            but L0. Valid values are 1 to 8. Defaults to the level's.
-        group_size (int, optional): Elements that share a range. Valid values
-            are 64, 128, 256 and 512. Defaults to the model's, which is 256
-            unless the conversion says otherwise.
-
-    Examples:
-        >>> QSiLU()(torch.randn(2, 3, requires_grad=True)).sum().backward()
-    """
-
-    def forward(self, input):
-        """See ``nn.SiLU``."""
-        return run(self, nn.SiLU.forward, QSiLU._compress, (input,))
-
-    def _compress(self, input):
-        if _is_refused(self, input):
-            return nn.SiLU.forward(self, input)
-        return silu(input, self.quantizer, self.inplace)

@@ -275,6 +275,20 @@ class ExactLayer(QuantizedLayer):
         return None if rule.bits is None else cls.kept_bits
 
 
+def is_refused_in_place(layer, input):
+    """Whether torch refuses to overwrite the input of an activation.
+
+    Args:
+        layer (nn.Module): The activation, which may have no variant in place.
+        input (Tensor[*]): Its input.
+
+    Returns:
+        bool: True for a leaf that needs a gradient, where it works in place.
+    """
+    inplace = getattr(layer, 'inplace', False)
+    return inplace and input.is_leaf and input.requires_grad
+
+
 def twin_of(layer):
     """Make a second module that shares parameters, buffers and hooks.
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import reference
+from . import reference, smooth_reference
 from .batch_norm_act import NormSettings, batch_norm_act_
 from .channel_stats import channel_stats
 from .conv_chain import (
@@ -25,6 +25,7 @@ from .relu import relu_mask, relu_mask_backward
 from .relu_codes import relu_codes
 from .rotation import ROTATION
 from .rows import allocate_sample_bits, quantize_rows, sample_range_energy
+from .smooth import Smooth, smooth_decode, smooth_derivative
 
 _GROUP_SIZE = 64
 
@@ -102,6 +103,22 @@ def _check_rectified(x):
     _require_equal([y], [decoded])
 
 
+def _check_smooth(x):
+    smooth, layout = Smooth.gelu(), (x.shape, x.stride())
+    drawn = DrawnBits.of('dither', 1, 0)
+    codes = smooth_derivative(x, smooth, 8, seed=1)
+    expected = smooth_reference.smooth_derivative(x.cpu(), smooth, 8, drawn)
+    # By the last bits of the function at most.
+    if (codes.cpu() != expected).sum() > 2:
+        raise AssertionError('the result differs from the reference')
+    format = smooth, 4, _GROUP_SIZE
+    payload = quantize(x, 4, _GROUP_SIZE, seed=1)
+    y = smooth_decode(*payload, *layout, x.dtype, *format, drawn=drawn)
+    cpu = [tensor.cpu() for tensor in payload]
+    expected = smooth_reference.smooth_decoded(*cpu, *layout, *format, drawn)
+    _require_close(y.cpu(), expected[0].float())
+
+
 def _check_pool(x):
     output, indices, format = max_pool2d(x, 3, 2, 1)
     _require_equal([output], [torch.nn.functional.max_pool2d(x, 3, 2, 1)])
@@ -176,6 +193,7 @@ _CHECKS = dict(
     rows=_check_rows,
     mask=_check_mask,
     rectified=_check_rectified,
+    smooth=_check_smooth,
     pool=_check_pool,
     norm=_check_norm,
     statistics=_check_statistics,

@@ -46,6 +46,19 @@ POOL_SHAPES = (
     (1, 1, 3, 3),
 )
 SEED = 1
+SMOOTHS = (
+    ops.Smooth.gelu(),
+    ops.Smooth.gelu('tanh'),
+    ops.Smooth.silu(),
+    ops.Smooth.mish(),
+    ops.Smooth.hardswish(),
+    ops.Smooth.elu(1.5),
+    ops.Smooth.sigmoid(),
+    ops.Smooth.tanh(),
+    ops.Smooth.softplus(2.0, 5.0),
+    ops.Smooth.hardsigmoid(),
+    ops.Smooth.clamp(-1, 1),
+)
 WINDOWS = (
     dict(kernel_size=2),
     dict(kernel_size=3, stride=2, padding=1),
@@ -158,6 +171,49 @@ def run_relu_codes(x, bits, group_size):
             ops.relu_codes_backward(x.cuda(), payload[0], *format),
             ops.relu_codes_backward(x, expected[1], *format),
         )
+
+
+def run_smooth(x, bits, group_size):
+    """Smooth activations: all functions, but for their last bits."""
+    close = dict(rtol=1e-2, atol=1e-2)
+    if x.dtype == torch.float32:
+        close = dict(rtol=1e-5, atol=5e-5)
+    special = not x.isfinite().all()
+    cuda = x.cuda()
+    grad = x.nan_to_num(0, 0, 0)
+    drawn = ops.DrawnBits.of('dither', SEED, 0)
+    payload = ops.quantize(x, bits, group_size, seed=SEED)
+    cuda_payload = [tensor.cuda() for tensor in payload]
+    layout = x.shape, x.stride(), x.dtype
+    for smooth in SMOOTHS:
+        codes = ops.smooth_derivative(x, smooth, bits, seed=SEED)
+        found = ops.smooth_derivative(cuda, smooth, bits, seed=SEED)
+        # NaN has any code.
+        differ = int((found.cpu() != codes).sum())
+        assert special or differ <= 1 + x.numel() // 1000, (smooth, differ)
+        format = smooth, bits
+        check(
+            ops.smooth_derivative_backward(
+                grad.cuda(), codes.cuda(), *format, drawn=drawn
+            ),
+            ops.smooth_derivative_backward(grad, codes, *format, drawn=drawn),
+        )
+        format = smooth, bits, group_size
+        torch.testing.assert_close(
+            ops.smooth_decode(*cuda_payload, *layout, *format, drawn=drawn),
+            ops.smooth_decode(*payload, *layout, *format, drawn=drawn).cuda(),
+            equal_nan=True,
+            **close,
+        )
+        found = ops.smooth_decode_backward(
+            grad.cuda(), *cuda_payload, *format, drawn=drawn
+        )
+        wanted = ops.smooth_decode_backward(
+            grad, *payload, *format, drawn=drawn
+        ).cuda()
+        # Where a derivative jumps, the last bit of an argument decides.
+        same = torch.isclose(found, wanted, equal_nan=True, **close)
+        assert int((~same).sum()) <= 1 + x.numel() // 1000, smooth
 
 
 def run_dropout(x):
@@ -387,6 +443,8 @@ def main():
             run_quantize(x, bits, group_size)
             if bits > 1:
                 run_relu_codes(x, bits, group_size)
+            if group_size in (64, 256):
+                run_smooth(x, bits, group_size)
             count += 1
         for group_size in ops.GROUP_SIZES:
             run_rows(x, group_size)

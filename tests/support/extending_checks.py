@@ -17,10 +17,6 @@ import mmactnn
 NUM_DRAWS = 400
 
 
-class Named(nn.GELU):
-    """Leaves the forward pass alone."""
-
-
 class Gated(nn.Module):
     """A gated block, as a user writes it."""
 
@@ -62,10 +58,14 @@ def errors_of_mean(module, plain, x):
 
 def check_layer():
     """Conversion, subclasses, report, gate, gradients and the count."""
-    before = 'qgelu' in sys.modules
-    import qgelu
+    before = 'qsnake' in sys.modules
+    import qsnake
+    from snake import Snake
 
-    model = nn.Sequential(nn.GELU(), Named(), nn.GELU('tanh'))
+    class Named(Snake):
+        """Leaves the forward pass alone."""
+
+    model = nn.Sequential(Snake(), Named(), Snake())
     plain = copy.deepcopy(model)
     report = mmactnn.convert_model(model, 'L2')
     x = torch.randn(8, 512)
@@ -87,7 +87,7 @@ def check_layer():
         refused = ''
     except RuntimeError as error:
         refused = str(error)
-    mean = errors_of_mean(qgelu.QGELU(), nn.GELU(), torch.randn(4, 64))
+    mean = errors_of_mean(qsnake.QSnake(), Snake(), torch.randn(4, 64))
     reverted = mmactnn.revert_model(model)
     return dict(
         imported_before=before,
@@ -96,7 +96,7 @@ def check_layer():
         bits=[item.bits for item in report.converted],
         same=same,
         is_exact=is_exact,
-        follows_func=torch.equal(batched, nn.GELU()(x)),
+        follows_func=torch.equal(batched, Snake()(x)),
         refused=refused,
         exact_bytes=meter.exact_bytes,
         saved_bytes=meter.saved_bytes,
@@ -109,16 +109,16 @@ def check_layer():
 
 def check_names():
     """Names for configs, of MMEngine and of MMCV's layers."""
-    import qgelu
+    import qsnake
     from mmcv.cnn import build_activation_layer
     from mmengine.registry import MODELS
 
     built = [
-        MODELS.build(dict(type='QGELU')),
-        MODELS.build(dict(type='mmactnn.QGELU', bits=2)),
-        build_activation_layer(dict(type='QGELU')),
+        MODELS.build(dict(type='QSnake')),
+        MODELS.build(dict(type='mmactnn.QSnake', bits=2)),
+        build_activation_layer(dict(type='QSnake')),
     ]
-    return [type(layer) is qgelu.QGELU for layer in built]
+    return [type(layer) is qsnake.QSnake for layer in built]
 
 
 def check_pattern():

@@ -20,12 +20,12 @@ class Model(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(C, C, 3, padding=1)
         self.relu = nn.ReLU()
-        self.gelu = nn.GELU()
+        self.shrink = nn.Softshrink()
         self.drop = nn.Dropout()
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, x):
-        x = self.gelu(self.relu(self.conv(x)))
+        x = self.shrink(self.relu(self.conv(x)))
         x = torch.sigmoid(x)
         return self.pool(self.drop(x))
 
@@ -78,13 +78,13 @@ def test_entries(x):
         return entry.exact_bytes, entry.kept_bytes
 
     assert sizes('conv', Category.COMPRESSED) == (full, codes)
-    # Torch keeps ReLU's output, which GELU's backward pass needs, too: it
-    # counts for the first of them, where it is a mask.
+    # Torch keeps ReLU's output, which the backward pass of Softshrink needs,
+    # too: it counts for the first of them, where it is a mask.
     assert sizes('relu', Category.EXACT) == (full, NUMEL // 8)
-    gelu, sigmoid = found['gelu', left], found['', left]
-    assert sizes('gelu', left) == (0, full)
-    assert gelu.cause == 'GELU'
-    assert gelu.note == 'no compressed layer of this type'
+    shrink, sigmoid = found['shrink', left], found['', left]
+    assert sizes('shrink', left) == (0, full)
+    assert shrink.cause == 'Softshrink'
+    assert shrink.note == 'no compressed layer of this type'
     assert sizes('', left) == (full, full)
     assert sigmoid.cause.startswith('test_breakdown.py:')
     assert sigmoid.note == 'x = torch.sigmoid(x)'
@@ -103,11 +103,11 @@ def test_entries(x):
     kept = whole.kept_bytes - lost[1]
     assert whole.left_share == pytest.approx(2 * full / exact)
     assert whole.left_share_of_kept == pytest.approx(2 * full / kept)
-    # GELU and the line of the sigmoid keep as much.
+    # Softshrink and the line of the sigmoid keep as much.
     assert [size for _, size in whole.causes(left)] == [full, full]
     mib = f'{2 * full / MIB:.1f} of {exact / MIB:.1f} MiB'
     assert str(whole).startswith(f'left uncompressed: {mib} (')
-    assert 'GELU' in str(whole)
+    assert 'Softshrink' in str(whole)
 
 
 def test_largest_first(x):

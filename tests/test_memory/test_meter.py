@@ -93,7 +93,7 @@ class Mixed(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.GELU(), block(8), nn.MaxPool2d(2)
+            nn.Conv2d(3, 8, 3), nn.Softshrink(), block(8), nn.MaxPool2d(2)
         )
         self.norm = nn.GroupNorm(2, 8)
         self.frozen = block(8).requires_grad_(False)
@@ -248,7 +248,7 @@ def test_codes_by_closed_form(device):
 
 
 def test_without_compressed_layers(device):
-    model = nn.Sequential(nn.Linear(8, 8), nn.GELU()).to(device)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Softshrink()).to(device)
     x = torch.randn(16, 8, device=device)
     meter = measure(model, lambda m: m(x))
     # Inputs of both layers.

@@ -22,6 +22,8 @@ from support.pairs import in_turn, parametrize_pairs
 from support.tools import ROOT
 
 from mmactnn import (
+    QELU,
+    QGELU,
     QAdaptiveAvgPool2d,
     QAvgPool2d,
     QBatchNorm1d,
@@ -36,13 +38,19 @@ from mmactnn import (
     QDropout,
     QDropout2d,
     QGroupNorm,
+    QHardsigmoid,
+    QHardswish,
     QLeakyReLU,
     QLinear,
     QMaxPool2d,
+    QMish,
     QReLU,
     QReLU6,
+    QSigmoid,
     QSiLU,
+    QSoftplus,
     QSyncBatchNorm,
+    QTanh,
 )
 from mmactnn.hooks import ActNNHook
 from mmactnn.mmlab import registry
@@ -71,7 +79,16 @@ NAMES = {
     'QSyncBatchNorm': QSyncBatchNorm,
     'QReLU': QReLU,
     'QReLU6': QReLU6,
+    'QGELU': QGELU,
     'QSiLU': QSiLU,
+    'QMish': QMish,
+    'QSoftplus': QSoftplus,
+    'QHardswish': QHardswish,
+    'QHSwish': QHardswish,
+    'QELU': QELU,
+    'QSigmoid': QSigmoid,
+    'QTanh': QTanh,
+    'QHardsigmoid': QHardsigmoid,
     'QLeakyReLU': QLeakyReLU,
     'QMaxPool2d': QMaxPool2d,
     'QAvgPool2d': QAvgPool2d,
@@ -129,6 +146,7 @@ class TestNames:
             'QBatchNorm',
             'QFPN',
             'QGate',
+            'QHSigmoid',
             'QRPNHead',
             'QRetinaHead',
             'QSwish',
