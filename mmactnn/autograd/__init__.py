@@ -2,7 +2,9 @@
 
 from .batch_norm import batch_norm
 from .chain import Chain, OutputPayload, run_chain
+from .coded_function import coded_function
 from .conv import convolution
+from .derived_conv import derived_convolution
 from .double_backward import first_order_only, linear_map
 from .dropout import dropout, feature_dropout
 from .gate import gate
@@ -20,7 +22,9 @@ __all__ = [
     'adaptive_avg_pool2d',
     'avg_pool2d',
     'batch_norm',
+    'coded_function',
     'convolution',
+    'derived_convolution',
     'dropout',
     'feature_dropout',
     'first_order_only',
