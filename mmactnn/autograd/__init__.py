@@ -9,7 +9,9 @@ from .attention import (
 )
 from .batch_norm import batch_norm
 from .chain import Chain, OutputPayload, run_chain
+from .coded_function import coded_function
 from .conv import convolution
+from .derived_conv import derived_convolution
 from .double_backward import first_order_only, linear_map
 from .dropout import dropout, feature_dropout
 from .gate import gate
@@ -33,7 +35,9 @@ __all__ = [
     'avg_pool2d',
     'batch_norm',
     'can_code_attention',
+    'coded_function',
     'convolution',
+    'derived_convolution',
     'dot_product_attention',
     'dropout',
     'feature_dropout',

@@ -84,7 +84,7 @@ def _convolve(x, w, b, geometry, limit):
     return output
 
 
-def _all_gradients(record, weight, kept, grad_output, needs):
+def all_gradients(record, weight, kept, grad_output, needs):
     """The gradients of input, weight and bias that are wanted.
 
     The weight is the parameter itself, not its copy in autocast's dtype.
@@ -139,6 +139,59 @@ def _sums_of_pieces(record, weight, w, payload, grad_output, needs_bias):
     return grad_weight, grad_bias
 
 
+def convolve_and_keep(
+    ctx, input, weight, bias, geometry, quantizer, needed, statistics=()
+):
+    """Forward pass of a convolution, for autograd functions.
+
+    Args:
+        ctx (Any): Context of the function; gets the state of the backward
+            pass, except for the tensors.
+        input (Tensor[N, C, *]): See :class:`_Convolution`.
+        weight (Tensor[*]): See there.
+        bias (Tensor[O], optional): See there.
+        geometry (tuple): See there.
+        quantizer (LayerQuantizer): See there.
+        needed (bool): Whether the weight needs a gradient.
+        statistics (tuple[Tensor], optional): For the meter, see
+            :class:`mmactnn.codes.calls.Call`. Defaults to none.
+
+    Returns:
+        tuple[Tensor[N, O, *], tuple[Tensor]]: The output, and the tensors to
+        keep.
+    """
+    # Calls of functions are avoided where possible: for small convolutions
+    # they take as long as the convolution itself.
+    dtype, x, w, b = None, input, weight, bias
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = lower_dtype(input)
+        x, w, b = cast(dtype, input, weight, bias)
+    limit = quantizer.chunk_bytes
+    if limit is None or x.nbytes <= _LARGE_BYTES:
+        output = torch.convolution(x, w, b, *geometry)
+    else:
+        output = _convolve(x, w, b, geometry, limit)
+    format, kept, probe = quantizer.keep_shared(input, x, needed)
+    ctx.record = _Record(
+        geometry,
+        dtype,
+        x.shape,
+        input.dtype,
+        x.nbytes,
+        _CONTIGUOUS if x.is_contiguous() else memory_format(x),
+        None if bias is None else bias.dtype,
+        limit,
+        format,
+        probe,
+    )
+    ctx.source = weakref.ref(input)
+    if quantizer.meter is not None:
+        quantizer.record(kept, Call(x, output, w, statistics=statistics))
+    # A normalisation behind reads this from the autograd node.
+    ctx.layer_bits = ctx.adaptive = quantizer.layer_bits
+    return output, kept
+
+
 class _Convolution(Function):
     """Convolution, transposed or not, with the weight's gradient from codes.
 
@@ -163,37 +216,10 @@ class _Convolution(Function):
 
     @staticmethod
     def forward(ctx, input, weight, bias, geometry, quantizer):
-        # Calls of functions are avoided where possible: for small convolutions
-        # they take as long as the convolution itself.
-        dtype, x, w, b = None, input, weight, bias
-        if torch.is_autocast_enabled(input.device.type):
-            dtype = lower_dtype(input)
-            x, w, b = cast(dtype, input, weight, bias)
-        limit = quantizer.chunk_bytes
-        if limit is None or x.nbytes <= _LARGE_BYTES:
-            output = torch.convolution(x, w, b, *geometry)
-        else:
-            output = _convolve(x, w, b, geometry, limit)
-        format, kept, probe = quantizer.keep_shared(
-            input, x, ctx.needs_input_grad[1]
+        needed = ctx.needs_input_grad[1]
+        output, kept = convolve_and_keep(
+            ctx, input, weight, bias, geometry, quantizer, needed
         )
-        ctx.record = _Record(
-            geometry,
-            dtype,
-            x.shape,
-            input.dtype,
-            x.nbytes,
-            _CONTIGUOUS if x.is_contiguous() else memory_format(x),
-            None if bias is None else bias.dtype,
-            limit,
-            format,
-            probe,
-        )
-        ctx.source = weakref.ref(input)
-        if quantizer.meter is not None:
-            quantizer.record(kept, Call(x, output, w))
-        # A normalisation behind reads this from the autograd node.
-        ctx.layer_bits = ctx.adaptive = quantizer.layer_bits
         ctx.save_for_backward(weight, *kept)
         return output
 
@@ -201,7 +227,7 @@ class _Convolution(Function):
     @first_order_only('QConv', unless=lambda ctx: ctx.record.format is None)
     def backward(ctx, grad_output):
         weight, *kept = ctx.saved_tensors
-        grads = _all_gradients(
+        grads = all_gradients(
             ctx.record, weight, kept, grad_output, ctx.needs_input_grad[:3]
         )
         return *grads, None, None

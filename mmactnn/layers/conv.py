@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import nn
 
-from ..autograd import convolution
+from ..autograd import convolution, derived_convolution
 from ..autograd.autocast import lower_dtype
 from ..modules.execution import ORDINARY, is_leaf_of_trace, record_leaf
 from ..registry import register_layer
@@ -32,7 +32,9 @@ class _QConv(CodedLayer):
         )
 
 
-class _QForwardConv(_QConv):
+class ForwardConv(_QConv):
+    """Mixin of convolutions that are not transposed."""
+
     def _compress(self, input, weight, bias):
         rank = input.dim() - len(self.kernel_size)
         if rank == 1:
@@ -62,6 +64,10 @@ class _QForwardConv(_QConv):
             self.output_padding,
             self.groups,
         )
+        return self._convolve(input, weight, bias, geometry)
+
+    def _convolve(self, input, weight, bias, geometry):
+        """Convolve with numeric padding by zeros."""
         return convolution(input, weight, bias, geometry, self.quantizer)
 
     def _resolve_padding(self, input):
@@ -97,7 +103,7 @@ class _QForwardConv(_QConv):
         ),
     },
 )
-class QConv1d(_QForwardConv, nn.Conv1d):
+class QConv1d(ForwardConv, nn.Conv1d):
     """``nn.Conv1d`` that keeps its input as codes of a few bits.
 
     See :class:`QConv2d` for arguments and behaviour.
@@ -144,7 +150,7 @@ class QConv1d(_QForwardConv, nn.Conv1d):
         ),
     },
 )
-class QConv2d(_QForwardConv, nn.Conv2d):
+class QConv2d(ForwardConv, nn.Conv2d):
     """``nn.Conv2d`` that keeps its input as codes of a few bits.
 
     The output and the gradient of the input are exact; the gradient of the
@@ -202,7 +208,7 @@ class QConv2d(_QForwardConv, nn.Conv2d):
         ),
     },
 )
-class QConv3d(_QForwardConv, nn.Conv3d):
+class QConv3d(ForwardConv, nn.Conv3d):
     """``nn.Conv3d`` that keeps its input as codes of a few bits.
 
     See :class:`QConv2d` for arguments and behaviour.
@@ -225,6 +231,33 @@ class QConv3d(_QForwardConv, nn.Conv3d):
             QConv3d._compress,
             (input, weight, bias),
             (weight, bias),
+        )
+
+
+class DerivedConv(ForwardConv):
+    """Mixin of convolutions with a weight computed from the parameter.
+
+    Subclasses name the computation; it runs again in the backward pass, so
+    that nothing of it is kept.
+    """
+
+    def derive_weight(self, weight):
+        """Compute the weight.
+
+        Args:
+            weight (Tensor[O, C / groups, *]): The parameter.
+
+        Returns:
+            Tensor[O, C / groups, *]: The weight of the convolution.
+
+        Raises:
+            NotImplementedError: If the subclass does not define it.
+        """
+        raise NotImplementedError
+
+    def _convolve(self, input, weight, bias, geometry):
+        return derived_convolution(
+            input, bias, self.derive_weight, geometry, self.quantizer, weight
         )
 
 

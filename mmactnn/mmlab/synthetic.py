@@ -1,10 +1,8 @@
 """Models from configs of OpenMMLab, and synthetic data for them."""
 
 import argparse
-import functools
 import importlib
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,52 +10,117 @@ from mmengine.config import Config, DictAction
 from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.structures import InstanceData, PixelData
 
-# Objects in an image: COCO has 7 on average.
-OBJECTS = 8
+from .ground_truth import (
+    MAKERS,
+    count_views,
+    list_branches,
+    make_empty_samples,
+    make_samples,
+)
+from .parts import parts_of
+
+# Raw pixels have about this mean and deviation.
+_PIXEL_MEAN, _PIXEL_STD = 118.0, 58.0
+
+# Weights of a model in whose outputs another one is trained.
+_TEACHERS = ('teacher_ckpt',)
 
 
 def build_task(config, images):
     """Build the model of a config, and a function that computes its loss.
 
-    Images go to the model directly, as from its data preprocessor, with
-    random ground truth: neither pretrained weights nor data sets are read.
+    Images go to the model as from its data preprocessor, with random ground
+    truth: neither pretrained weights nor data sets are read. Augmentations of
+    whole batches, which change sizes, are left out.
 
     Args:
         config (Config): From :func:`load_config`; pretrained weights are
             removed from it.
-        images (Tensor[N, 3, H, W]): The batch. For models that take several
-            views of an image, the other ones are random.
+        images (Tensor[N, 3, H, W]): The batch, normalised. For models that
+            take several views of an image, the other ones are random.
 
     Returns:
         tuple[nn.Module, Callable]: The model, in training mode and on the
         device of the images; the function, without arguments.
     """
-    scope = config.default_scope
-    drop_pretrained(config.model)
-    importlib.import_module(f'{scope}.utils').register_all_modules()
-    with DefaultScope.overwrite_default_scope(scope):
-        model = MODELS.build(config.model)
-        model.init_weights()
-    # As the runner does in a single process.
-    model = revert_sync_batchnorm(model).to(images.device).train()
-    samples = make_samples(config, images)
-    inputs = images
-    views = count_views(config)
-    if views:
-        others = [torch.randn_like(images) for _ in range(views - 1)]
-        inputs = [images, *others]
-        # Averages of weights need the length of the training.
-        MessageHub.get_current_instance().update_info('max_iters', 1)
+    model = build_model(config).to(images.device)
+    # A model may return nothing from train().
+    model.train()
+    _start_training(model)
+    inputs, samples = _make_batch(config, model, images)
+
+    # Some models take the boxes out of them.
+    proposals = [
+        (sample, sample.proposals)
+        for sample in (samples if isinstance(samples, list) else ())
+        if 'proposals' in sample
+    ]
 
     def compute_loss():
+        for sample, given in proposals:
+            sample.proposals = given.new()
         # Not model.loss, since hooks for swapping and compilation run at the
         # call of the model.
         losses = model(inputs, samples, mode='loss')
         return model.parse_losses(losses)[0]
 
     return model, compute_loss
+
+
+def build_model(config):
+    """Build the model of a config, with random weights.
+
+    Args:
+        config (Config): From :func:`load_config`; pretrained weights are
+            removed from it.
+
+    Returns:
+        nn.Module: The model, as for a single process.
+    """
+    scope = config.default_scope
+    drop_pretrained(config.model)
+    for part in parts_of(config.model.get('data_preprocessor')):
+        part.pop('batch_augments', None)
+    importlib.import_module(f'{scope}.utils').register_all_modules()
+    with DefaultScope.overwrite_default_scope(scope):
+        model = MODELS.build(config.model)
+        model.init_weights()
+    # As the runner does in a single process.
+    return revert_sync_batchnorm(model)
+
+
+def _start_training(model):
+    """Tell parts that schedule something that training begins."""
+    progress = dict(epoch=0, iter=0, max_epochs=1, max_iters=1)
+    for key, value in progress.items():
+        MessageHub.get_current_instance().update_info(key, value)
+    for module in model.modules():
+        if callable(getattr(module, 'set_epoch', None)):
+            module.set_epoch(0)
+
+
+def _make_batch(config, model, images):
+    """Inputs and samples as from a model's data preprocessor."""
+    samples = make_samples(config, images)
+    views = count_views(config)
+    if views:
+        others = [torch.randn_like(images) for _ in range(views - 1)]
+        return [images, *others], samples
+    if config.default_scope != 'mmdet':
+        return images, samples
+    # Preprocessors of detectors pad, and some make ground truth.
+    inputs = list(images * _PIXEL_STD + _PIXEL_MEAN)
+    branches = list_branches(config)
+    if branches:
+        labelled, *others = branches
+        empty = make_empty_samples(samples)
+        inputs = dict.fromkeys(branches, inputs)
+        samples = {labelled: samples, **dict.fromkeys(others, empty)}
+    data = model.data_preprocessor(
+        dict(inputs=inputs, data_samples=samples), training=True
+    )
+    return data['inputs'], data['data_samples']
 
 
 def load_config(name, options=()):
@@ -79,10 +142,7 @@ def load_config(name, options=()):
     path = Path(name)
     package, colons, inside = name.partition('::')
     if colons:
-        spec = importlib.util.find_spec(package)
-        if spec is None:
-            raise ValueError(f'{package!r} of {name!r} is not installed')
-        path = Path(spec.origin).parent / '.mim' / 'configs' / inside
+        path = stock_folder(package) / inside
     if not path.is_file():
         raise ValueError(f'a model must name a config, but {path} is no file')
     config = Config.fromfile(path)
@@ -92,12 +152,72 @@ def load_config(name, options=()):
     parser.add_argument('options', nargs='*', action=DictAction)
     config.merge_from_dict(parser.parse_args(list(options)).options or {})
     scope = config.get('default_scope')
-    if scope not in _MAKERS:
+    if scope not in MAKERS:
         raise ValueError(
-            f'default_scope of a config must be one of {", ".join(_MAKERS)}, '
+            f'default_scope of a config must be one of {", ".join(MAKERS)}, '
             f'got {scope!r} in {name}'
         )
+    for part in parts_of(config.get('model')):
+        _include_teacher(part, scope)
     return config
+
+
+def stock_folder(package):
+    """Folder of the configs that come with a package.
+
+    Args:
+        package (str): Its import name.
+
+    Returns:
+        Path: The folder.
+
+    Raises:
+        ValueError: If the package is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise ValueError(f'{package!r} is not installed')
+    return Path(spec.origin).parent / '.mim' / 'configs'
+
+
+def _include_teacher(part, package):
+    """Replace the path of a teacher's config by the config.
+
+    The path is one of the package's repository, as in ``configs/gfl/x.py``.
+    """
+    path = part.get('teacher_config')
+    if isinstance(path, str) and not Path(path).is_file():
+        inside = Path(path).relative_to('configs')
+        teacher = Config.fromfile(stock_folder(package) / inside)
+        part['teacher_config'] = dict(model=teacher.model)
+
+
+def training_shape(config):
+    """Size of the images that a config trains on, if it is fixed.
+
+    Args:
+        config (Config): The config.
+
+    Returns:
+        tuple[int, int], optional: Height and width, of the crops or else of
+        the resized images; None if the config does not say.
+    """
+    loader = config.get('train_dataloader') or {}
+    transforms = list(parts_of(loader.get('dataset')))
+    for key, is_width_first in (
+        ('crop_size', False),
+        ('scale', True),
+        ('img_scale', True),
+    ):
+        for part in transforms:
+            size = part.get(key)
+            if (
+                isinstance(size, (tuple, list))
+                and len(size) == 2
+                and all(isinstance(side, int) for side in size)
+            ):
+                return tuple(reversed(size)) if is_width_first else tuple(size)
+    return None
 
 
 def drop_pretrained(config):
@@ -106,164 +226,11 @@ def drop_pretrained(config):
     Args:
         config (ConfigDict): Config of the model, changed in place.
     """
-    for part in list(_walk(config)):
-        if part.get('pretrained') is not None:
-            part['pretrained'] = None
+    for part in list(parts_of(config)):
+        for key in ('pretrained', *_TEACHERS):
+            if part.get(key) is not None:
+                part[key] = None
         init = part.get('init_cfg')
         init = init if isinstance(init, list) else [init]
-        if any(item and item['type'] == 'Pretrained' for item in init):
+        if any(item and item.get('type') == 'Pretrained' for item in init):
             part['init_cfg'] = None
-
-
-def count_classes(config):
-    """Number of classes that all heads of a model have.
-
-    Args:
-        config (ConfigDict): Config of the model.
-
-    Returns:
-        int: The smallest number of classes in the config.
-
-    Raises:
-        ValueError: If the config has none.
-    """
-    keys = ('num_classes', 'num_things_classes')
-    counts = [
-        part[key]
-        for part in _walk(config)
-        for key in keys
-        if isinstance(part.get(key), int)
-    ]
-    if not counts:
-        raise ValueError(
-            'the config of a model must say num_classes somewhere, got '
-            f'{config.get("type")} without'
-        )
-    return min(counts)
-
-
-def count_views(config):
-    """Number of views of each image that a model learns from.
-
-    Args:
-        config (Config): The config.
-
-    Returns:
-        int: The number; 0 for models that take single images.
-    """
-    loader = config.get('train_dataloader') or {}
-    for part in _walk(loader.get('dataset')):
-        if part.get('type') == 'MultiView':
-            views = part['num_views']
-            return views if isinstance(views, int) else sum(views)
-    return 0
-
-
-def make_samples(config, images):
-    """Random ground truth, one sample for each image.
-
-    Args:
-        config (Config): The config, of ``default_scope`` ``'mmdet'``,
-            ``'mmseg'`` or ``'mmpretrain'``.
-        images (Tensor[N, 3, H, W]): The images.
-
-    Returns:
-        list[BaseDataElement]: The samples, on the device of the images.
-    """
-    generator = torch.Generator().manual_seed(0)
-    shape = dict.fromkeys(
-        ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'),
-        tuple(images.shape[2:]),
-    )
-    shape['scale_factor'] = (1.0, 1.0)
-    if count_views(config):
-        make = _make_unlabelled
-    else:
-        classes = count_classes(config.model)
-        make = functools.partial(
-            _MAKERS[config.default_scope], config.model, classes
-        )
-    return [make(shape, generator).to(images.device) for _ in images]
-
-
-def _make_detection(config, classes, shape, generator):
-    from mmdet.structures import DetDataSample
-
-    height, width = shape['img_shape']
-    size = torch.tensor([width, height])
-    # Boxes from an eighth to a half of the image, within the image.
-    extent = size * (0.125 + 0.375 * _uniform((OBJECTS, 2), generator))
-    corner = (size - extent) * _uniform((OBJECTS, 2), generator)
-    instances = InstanceData(
-        bboxes=torch.cat([corner, corner + extent], dim=1),
-        labels=torch.randint(classes, (OBJECTS,), generator=generator),
-    )
-    sample = DetDataSample(metainfo=shape)
-    # The preprocessor pads ground truth, too.
-    padded = config.get('data_preprocessor') or {}
-    if padded.get('pad_mask'):
-        instances.masks = _box_masks(instances.bboxes, height, width)
-    if padded.get('pad_seg'):
-        labels = _label_map(classes, shape, generator)
-        sample.gt_sem_seg = PixelData(sem_seg=labels)
-    sample.gt_instances = instances
-    return sample
-
-
-def _make_segmentation(config, classes, shape, generator):
-    from mmseg.structures import SegDataSample
-
-    sample = SegDataSample(metainfo=shape)
-    labels = _label_map(classes, shape, generator)
-    sample.gt_sem_seg = PixelData(data=labels)
-    return sample
-
-
-def _make_classification(config, classes, shape, generator):
-    from mmpretrain.structures import DataSample
-
-    label = torch.randint(classes, (1,), generator=generator)
-    return DataSample(metainfo=shape).set_gt_label(label)
-
-
-def _make_unlabelled(shape, generator):
-    from mmpretrain.structures import DataSample
-
-    return DataSample(metainfo=shape)
-
-
-_MAKERS = dict(
-    mmdet=_make_detection,
-    mmseg=_make_segmentation,
-    mmpretrain=_make_classification,
-)
-
-
-def _box_masks(boxes, height, width):
-    """Masks that fill their boxes, in the form of data sets."""
-    from mmdet.structures.mask import BitmapMasks
-
-    masks = torch.zeros(len(boxes), height, width, dtype=torch.uint8)
-    for mask, (left, top, right, bottom) in zip(masks, boxes.long()):
-        mask[top:bottom, left:right] = 1
-    return BitmapMasks(masks.numpy(), height, width)
-
-
-def _label_map(classes, shape, generator):
-    size = (1, *shape['img_shape'])
-    return torch.randint(classes, size, generator=generator)
-
-
-def _uniform(size, generator):
-    return torch.rand(size, generator=generator)
-
-
-def _walk(config) -> Iterator[dict]:
-    """Yield every dict of a nested config."""
-    if isinstance(config, dict):
-        yield config
-        config = config.values()
-    elif not isinstance(config, (list, tuple)):
-        return
-    for part in config:
-        yield from _walk(part)

@@ -167,10 +167,20 @@ def load_recipe(name):
         Config: The config; what it needs of its toolbox can be imported.
     """
     path = CONFIGS / f'{name}.py'
-    config = _train.build_config(_train.parse_args([str(path)]))
-    if config.default_scope == 'mmpretrain':
+    prepare_imports(name)
+    return _train.build_config(_train.parse_args([str(path)]))
+
+
+def prepare_imports(name):
+    """Make importable what a recipe needs, some of it when it is read.
+
+    Args:
+        name (str): Its name.
+    """
+    if 'mmpretrain' in (CONFIGS / f'{name}.py').read_text():
+        # First what would import MMPretrain if it could.
+        importlib.import_module('mmdet.models')
         make_torchvision_importable()
-    return config
 
 
 def shrink(config, data, work_dir):

@@ -5,7 +5,7 @@ import torch
 from mmengine.config import Config
 from support.torchvision_stub import need_mmpretrain
 
-from mmactnn.mmlab import synthetic
+from mmactnn.mmlab import ground_truth, synthetic
 
 RETINANET = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 
@@ -46,7 +46,7 @@ def test_detection_samples():
     config = synthetic.load_config(
         'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
     )
-    first, second = synthetic.make_samples(config, images(2))
+    first, second = ground_truth.make_samples(config, images(2))
     boxes = first.gt_instances.bboxes
     assert boxes.min() >= 0 and (boxes <= torch.tensor([96, 48] * 2)).all()
     assert (boxes[:, 2:] > boxes[:, :2]).all()
@@ -59,7 +59,7 @@ def test_panoptic_samples():
     config = synthetic.load_config(
         'mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py'
     )
-    (sample,) = synthetic.make_samples(config, images())
+    (sample,) = ground_truth.make_samples(config, images())
     assert sample.gt_sem_seg.sem_seg.shape == (1, 48, 96)
 
 
@@ -67,9 +67,9 @@ def test_segmentation_samples():
     config = synthetic.load_config(
         'mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py'
     )
-    (sample,) = synthetic.make_samples(config, images())
+    (sample,) = ground_truth.make_samples(config, images())
     assert sample.gt_sem_seg.data.shape == (1, 48, 96)
-    assert sample.gt_sem_seg.data.max() == 18
+    assert sample.gt_sem_seg.data.max() < 19
 
 
 @pytest.mark.parametrize(
@@ -80,12 +80,12 @@ def test_views(num_views, expected):
     config = Config(
         dict(train_dataloader=dict(dataset=dict(pipeline=pipeline)))
     )
-    assert synthetic.count_views(config) == expected
+    assert ground_truth.count_views(config) == expected
 
 
 def test_no_views():
-    assert synthetic.count_views(Config(dict())) == 0
-    assert synthetic.count_views(synthetic.load_config(RETINANET)) == 0
+    assert ground_truth.count_views(Config(dict())) == 0
+    assert ground_truth.count_views(synthetic.load_config(RETINANET)) == 0
 
 
 @pytest.mark.parametrize(

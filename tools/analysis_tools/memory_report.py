@@ -4,8 +4,9 @@
 
 Builds the model of a config, converts it as its ActNNHook would, runs a
 forward pass on random images and lists the tensors that autograd keeps. No
-data set, weights or GPU are needed. Configs of installed packages are named by
-the package, as in mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.
+data set, weights or GPU are needed, except by models with ops that only GPUs
+have. Configs of installed packages are named by the package, as in
+mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.
 
 exact      bytes that torch would keep
 kept       bytes that are kept
@@ -25,6 +26,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -48,8 +50,14 @@ _HOOK_SETTINGS = ('level', 'include', 'exclude', 'group_size')
 _WIDTH = 180
 _NOTE_WIDTH = 60
 
-# Exit code for users' mistakes.
-_USAGE = 2
+# Exit codes for users' mistakes, for models that cannot be built or trained,
+# and for those that only a GPU can run.
+USAGE = 2
+FAILED = 3
+NEEDS_GPU = 4
+
+# Parts of the messages of ops that only a GPU has.
+_NEEDS_GPU = ('implementation for device cpu', 'CUDA', 'cuda')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +68,13 @@ class Report:
         config (str): The config.
         level (str): Level of the conversion.
         breakdown (Breakdown): Memory that its model keeps.
+        losses (tuple[float]): Losses of the training steps.
     """
 
     config: str
     level: str
     breakdown: Breakdown
+    losses: tuple = ()
 
     @property
     def name(self):
@@ -105,6 +115,13 @@ def parse_args(argv=None):
         help="level by name; by default that of the config's ActNNHook, and "
         f'{DEFAULT_LEVEL} without one',
     )
+    parser.add_argument(
+        '--steps',
+        type=int,
+        default=0,
+        help='training steps after the conversion, the measured one '
+        'included; by default that one is not completed',
+    )
     parser.add_argument('--device', default='cpu', help='cpu or cuda')
     parser.add_argument(
         '--amp', choices=_DTYPES, help='autocast to this dtype'
@@ -132,6 +149,8 @@ def parse_args(argv=None):
         value = getattr(args, name)
         if min(value if isinstance(value, list) else [value]) < 1:
             parser.error(f'{name} must be 1 or more, got {value}')
+    if args.steps < 0:
+        parser.error(f'steps must be 0 or more, got {args.steps}')
     if args.level is not None and args.level not in mmactnn.LEVELS:
         parser.error(
             f'--level must be one of {", ".join(mmactnn.LEVELS)}, got '
@@ -152,7 +171,8 @@ def measure(name, args):
 
     Raises:
         SystemExit: If there is no such config, its hook cannot convert the
-            model, or it names compressed layers but the model has none.
+            model, it names compressed layers but the model has none, or the
+            model cannot be built or trained here.
     """
     torch.manual_seed(0)
     with _explained(name):
@@ -161,7 +181,8 @@ def measure(name, args):
     if args.level is not None:
         settings['level'] = args.level
     images = torch.randn(args.batch_size, 3, *args.shape, device=args.device)
-    model, compute_loss = synthetic.build_task(config, images)
+    with _told_in_one_line(name, 'cannot be built'):
+        model, compute_loss = synthetic.build_task(config, images)
     with _explained(name):
         report = mmactnn.convert_model(
             model, num_samples=args.batch_size, **settings
@@ -179,9 +200,50 @@ def measure(name, args):
         images.device.type, dtype, enabled=dtype is not None
     )
     locator = Locator(model)
-    with autocast, mmactnn.measure_activations(model, locator) as meter:
-        compute_loss()
-    return Report(name, report.level, Breakdown.of(meter, model, report))
+    with _told_in_one_line(name, 'cannot be trained'):
+        with autocast, mmactnn.measure_activations(model, locator) as meter:
+            loss = compute_loss()
+        breakdown = Breakdown.of(meter, model, report)
+        losses = _train(model, loss, compute_loss, autocast, args.steps)
+    return Report(name, report.level, breakdown, losses)
+
+
+def _train(model, loss, compute_loss, autocast, steps):
+    """Take training steps, the first one with a loss that is there.
+
+    Args:
+        model (nn.Module): The model.
+        loss (Tensor[()]): Loss of the first step.
+        compute_loss (Callable): Computes that of the others.
+        autocast (torch.autocast): Context of the forward passes.
+        steps (int): How many.
+
+    Returns:
+        tuple[float]: The losses.
+
+    Raises:
+        FloatingPointError: If a loss or a gradient is not finite.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-5, momentum=0.9)
+    losses = []
+    for step in range(steps):
+        if step:
+            with autocast:
+                loss = compute_loss()
+        loss.backward()
+        losses.append(loss.item())
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in parameters if p.grad is not None]
+        )
+        if not (loss.isfinite() and norm.isfinite()):
+            raise FloatingPointError(
+                f'step {step + 1} must have a finite loss and gradient, got '
+                f'the loss {loss.item()} and the norm {norm.item()}'
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+    return tuple(losses)
 
 
 def hook_settings(config):
@@ -291,6 +353,7 @@ def as_dict(report):
         kept_as={c.value: whole.kept_in(c) for c in Category},
         left_share=whole.left_share,
         left_share_of_kept=whole.left_share_of_kept,
+        losses=report.losses,
         entries=[
             {**dataclasses.asdict(entry), 'category': entry.category.value}
             for entry in whole.entries
@@ -355,7 +418,28 @@ def _explained(name):
         yield
     except (ValueError, RuntimeError) as error:
         print(f'{name}: {error}', file=sys.stderr)
-        raise SystemExit(_USAGE) from error
+        raise SystemExit(USAGE) from error
+
+
+@contextlib.contextmanager
+def _told_in_one_line(name, what):
+    """Exit with one line on an error in the code of a model, as a context."""
+    try:
+        yield
+    except Exception as error:
+        code = FAILED
+        words = str(error)
+        if any(part in words for part in _NEEDS_GPU):
+            code, what = NEEDS_GPU, 'runs on a GPU only'
+        # The first line tells what happened; later ones are stacks.
+        lines = words.strip().splitlines() or ['']
+        *_, frame = traceback.extract_tb(error.__traceback__)
+        place = f'{Path(frame.filename).name}:{frame.lineno}'
+        print(
+            f'{name}: {what}: {type(error).__name__}: {lines[0]} ({place})',
+            file=sys.stderr,
+        )
+        raise SystemExit(code) from error
 
 
 def _sizes(exact, kept):

@@ -1,0 +1,26 @@
+# mmseg's official UPerNet Swin-T recipe on ADE20K, with compressed
+# activations and nothing else changed.
+#
+#   bash tools/dist_train.sh configs/actnn/upernet_swin_t.py 8
+#
+# Its exact twin, the same run without compression, is one override away:
+#
+#   --cfg-options custom_hooks.0.level=L0
+_base_ = [
+    'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
+    '../_base_/actnn.py',
+]
+
+# The hook converts the backbone.
+model = dict(
+    decode_head=dict(
+        conv_cfg=_base_.actnn.conv_cfg,
+        norm_cfg=_base_.actnn.sync_norm_cfg,
+        act_cfg=_base_.actnn.act_cfg,
+    ),
+    auxiliary_head=dict(
+        conv_cfg=_base_.actnn.conv_cfg,
+        norm_cfg=_base_.actnn.sync_norm_cfg,
+        act_cfg=_base_.actnn.act_cfg,
+    ),
+)
