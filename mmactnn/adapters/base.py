@@ -36,9 +36,12 @@ class Adapter:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        parent = cls.plain_class
-        if parent is None:
-            return
+        if cls.plain_class is not None:
+            cls._take_over(cls.plain_class)
+
+    @classmethod
+    def _take_over(cls, parent):
+        """Let :meth:`adapted_forward` take the place of a parent's."""
         cls._functions = functions = {}
         for name in cls.replaces:
             functions.update(functions_of(parent, name))
@@ -82,6 +85,27 @@ class Adapter:
             and cls._functions.keys() >= set(cls.replaces)
         )
 
+    @classmethod
+    def serves(cls, plain):
+        """Whether the adapter computes as a class.
+
+        Args:
+            plain (type): The parent, or a subclass of it.
+
+        Returns:
+            bool: False if it overrides a function that the adapter replaces.
+        """
+        return has_functions(plain, cls._functions)
+
+    @classmethod
+    def suits(cls, module):
+        """Whether the adapter makes a module keep less.
+
+        Args:
+            module (nn.Module): An instance of the parent.
+        """
+        return True
+
     def adapted_forward(self, *args, **kwargs):
         """Forward pass with the same results as the parent's.
 
@@ -103,8 +127,21 @@ class Adapter:
         for name, layer in layers.items():
             module.add_module(name, layer)
         plain = type(module)
-        target = cls if plain is cls.plain_class else derive(cls, plain)
-        module.__class__ = target
+        module.__class__ = (
+            cls if plain is cls.plain_class else cls.derive(plain)
+        )
+
+    @classmethod
+    def derive(cls, plain):
+        """Derive the adapter of a subclass of the parent.
+
+        Args:
+            plain (type): The subclass.
+
+        Returns:
+            type: A subclass of both, the same at every call.
+        """
+        return derive(cls, plain)
 
     def revert_(self):
         """Turn this module into its parent, in place."""
@@ -159,8 +196,8 @@ class Adapter:
         ):
             return False
         functions = type(self)._functions
-        if functions.keys() & self.__dict__.keys() or not has_functions(
-            type(self).plain_class, functions
+        if functions.keys() & self.__dict__.keys() or not type(self).serves(
+            type(self).plain_class
         ):
             return False
         values = [*args, *kwargs.values()]

@@ -12,11 +12,13 @@ from .norm_act import norm_act
 from .placeholders import meta_tensor
 from .pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from .relu import relu, relu_codes
+from .resized_cross_entropy import PixelLosses, resized_cross_entropy
 from .silu import silu
 
 __all__ = [
     'Chain',
     'OutputPayload',
+    'PixelLosses',
     'adaptive_avg_pool2d',
     'avg_pool2d',
     'batch_norm',
@@ -33,6 +35,7 @@ __all__ = [
     'norm_act',
     'relu',
     'relu_codes',
+    'resized_cross_entropy',
     'run_chain',
     'silu',
 ]
