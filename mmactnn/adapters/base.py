@@ -97,15 +97,6 @@ class Adapter:
         """
         return has_functions(plain, cls._functions)
 
-    @classmethod
-    def suits(cls, module):
-        """Whether the adapter makes a module keep less.
-
-        Args:
-            module (nn.Module): An instance of the parent.
-        """
-        return True
-
     def adapted_forward(self, *args, **kwargs):
         """Forward pass with the same results as the parent's.
 
@@ -225,16 +216,42 @@ class _PlainClass:
 Adapter.plain_class = _PlainClass()
 
 
+class _Derived:
+    """Mixin of classes that are derived at run time.
+
+    Attributes:
+        made_of (tuple[type]): The adapter and the plain class, for copies and
+            pickles.
+    """
+
+    made_of = ()
+
+    def __reduce_ex__(self, protocol):
+        return _make_instance, self.made_of, self.__getstate__()
+
+
+def _make_instance(adapter, plain):
+    cls = adapter.derive(plain)
+    return cls.__new__(cls)
+
+
 @functools.cache
-def derive(adapter, plain):
+def derive(adapter, plain, inserted=False):
     """Derive the adapter of a subclass of an adapter's parent.
 
     Args:
         adapter (type): The adapter.
         plain (type): The subclass, which overrides no function that the
             adapter replaces.
+        inserted (bool, optional): Whether methods of the subclass go before
+            those of the adapter. Defaults to False.
 
     Returns:
         type: A subclass of both.
     """
-    return type(plain)(adapter.__name__, (adapter, plain), {})
+    bases = (plain, adapter) if inserted else (adapter, plain)
+    return type(plain)(
+        adapter.__name__,
+        (_Derived, *bases),
+        dict(made_of=(adapter, plain), __module__=plain.__module__),
+    )

@@ -9,11 +9,12 @@ from mmseg.models.utils import resize
 from torch import nn
 
 from ..fusion.eligibility import has_hooks
-from ..layers import QResizedCrossEntropy
+from ..layers import QLosses, QResizedCrossEntropy
 from ..layers.gateway import keeps_codes
 from ..modules.functions import fingerprint
 from ..registry import register_adapter
 from .inserted import InsertedAdapter
+from .losses import LossAdapter
 
 # Functions that the adapter computes itself.
 _LOSS = dict(
@@ -26,13 +27,18 @@ _IS_KNOWN = fingerprint(_LOSS) == '99c59dadb78130cd'
 _EPS = torch.finfo(torch.float32).eps
 
 
+class _OtherDecodeHead(LossAdapter, BaseDecodeHead):
+    """Decode head with losses of its own."""
+
+
 @register_adapter(BaseDecodeHead, fingerprints=['077bd62968d3d856'])
 class QDecodeHead(InsertedAdapter, BaseDecodeHead):
-    """Decode head whose cross entropy keeps nothing of the labels' size.
+    """Decode head whose losses keep nothing of the labels' size.
 
-    Logits are resized, and their losses and accuracy computed, by
-    :class:`mmactnn.QResizedCrossEntropy`. Losses of other kinds and samplers
-    get the large logits, as before.
+    Logits are resized, and their cross entropy and accuracy computed, by
+    :class:`mmactnn.QResizedCrossEntropy`. Of other losses, and those of heads
+    that compute all of them themselves, the gradients of the small logits are
+    made in the forward pass, by :class:`mmactnn.QLosses`.
 
     Args:
         *args: As ``BaseDecodeHead``.
@@ -42,27 +48,42 @@ class QDecodeHead(InsertedAdapter, BaseDecodeHead):
     method = 'loss_by_feat'
 
     @classmethod
-    def make_layers(cls, module):
+    def serves(cls, plain):
         """See the base class."""
-        return dict(resized_cross_entropy=QResizedCrossEntropy())
+        return True
 
     @classmethod
-    def suits(cls, module):
+    def derive(cls, plain):
         """See the base class."""
-        return any(map(_is_cross_entropy, _losses_of(module)))
+        if super().serves(plain):
+            return super().derive(plain)
+        return _OtherDecodeHead.derive(plain)
+
+    @classmethod
+    def make_layers(cls, module):
+        """See the base class."""
+        layers = dict(losses_of_outputs=QLosses())
+        if any(map(_is_cross_entropy, _losses_of(module))) and super().serves(
+            type(module)
+        ):
+            layers['resized_cross_entropy'] = QResizedCrossEntropy()
+        return layers
 
     def loss_by_feat(self, seg_logits, batch_data_samples):
         """See ``BaseDecodeHead``."""
+        parent = super().loss_by_feat
+        others = self._modules.get('losses_of_outputs', _call)
         layer = self._modules.get('resized_cross_entropy')
         losses = _losses_of(self)
+        if not any(map(_is_cross_entropy, losses)):
+            return others(parent, seg_logits, batch_data_samples)
         if (
             layer is None
             or not isinstance(seg_logits, torch.Tensor)
             or not seg_logits.numel()
             or not keeps_codes(layer, seg_logits)
-            or not any(map(_is_cross_entropy, losses))
         ):
-            return super().loss_by_feat(seg_logits, batch_data_samples)
+            return parent(seg_logits, batch_data_samples)
         labels = self._stack_batch_gt(batch_data_samples)
         weight = None
         if self.sampler is not None:
@@ -70,7 +91,6 @@ class QDecodeHead(InsertedAdapter, BaseDecodeHead):
                 large = self._resize(seg_logits, labels)
                 weight = self.sampler.sample(large, labels)
                 del large
-        large = correct = None
         found = {}
         for loss in losses:
             if _is_cross_entropy(loss):
@@ -78,13 +98,8 @@ class QDecodeHead(InsertedAdapter, BaseDecodeHead):
                     loss, seg_logits, labels.squeeze(1), weight
                 )
             else:
-                if large is None:
-                    large = self._resize(seg_logits, labels)
-                value = loss(
-                    large,
-                    labels.squeeze(1),
-                    weight=weight,
-                    ignore_index=self.ignore_index,
+                value = others(
+                    self._loss_of_large, seg_logits, labels, loss, weight
                 )
             name = loss.loss_name
             found[name] = found[name] + value if name in found else value
@@ -92,6 +107,14 @@ class QDecodeHead(InsertedAdapter, BaseDecodeHead):
         percent = (100.0 / (valid.double() + _EPS)).float()
         found['acc_seg'] = (correct.float() + _EPS).reshape(1) * percent
         return found
+
+    def _loss_of_large(self, seg_logits, labels, loss, weight):
+        return loss(
+            self._resize(seg_logits, labels),
+            labels.squeeze(1),
+            weight=weight,
+            ignore_index=self.ignore_index,
+        )
 
     def _resize(self, seg_logits, labels):
         return resize(
@@ -126,6 +149,10 @@ class QDecodeHead(InsertedAdapter, BaseDecodeHead):
                 count = torch.tensor(labels.numel())
             value = value / (count.double() + _EPS).float()
         return loss.loss_weight * value, correct
+
+
+def _call(function, *args):
+    return function(*args)
 
 
 def _losses_of(head):

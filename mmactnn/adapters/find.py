@@ -72,8 +72,6 @@ def find_adapters(model, registry=default_registry):
         if entry is None:
             continue
         target = entry.adapter
-        if not target.suits(module):
-            continue
         if not target.matches_source(entry.fingerprints):
             refused[name] = (
                 module,

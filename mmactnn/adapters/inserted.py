@@ -1,9 +1,7 @@
 """Adapters of one method, below the classes that extend it."""
 
-import functools
-
 from ..modules.functions import find_static, names_in
-from .base import Adapter
+from .base import Adapter, derive
 
 
 class InsertedAdapter(Adapter):
@@ -64,31 +62,4 @@ class InsertedAdapter(Adapter):
     @classmethod
     def derive(cls, plain):
         """See the base class."""
-        return _derive(cls, plain)
-
-
-class _Inserted:
-    """Mixin of classes that are derived at run time, for copies and pickles.
-
-    Attributes:
-        made_of (tuple[type]): The adapter and the plain class.
-    """
-
-    made_of = ()
-
-    def __reduce_ex__(self, protocol):
-        return _make_instance, self.made_of, self.__getstate__()
-
-
-@functools.cache
-def _derive(adapter, plain):
-    return type(plain)(
-        adapter.__name__,
-        (_Inserted, plain, adapter),
-        dict(made_of=(adapter, plain), __module__=plain.__module__),
-    )
-
-
-def _make_instance(adapter, plain):
-    cls = _derive(adapter, plain)
-    return cls.__new__(cls)
+        return derive(cls, plain, inserted=True)

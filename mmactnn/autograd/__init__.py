@@ -5,6 +5,7 @@ from .chain import Chain, OutputPayload, run_chain
 from .conv import convolution
 from .double_backward import first_order_only, linear_map
 from .dropout import dropout, feature_dropout
+from .early_gradient import inputs_of, run_loss
 from .gate import gate
 from .group_norm import group_norm
 from .linear import linear
@@ -28,6 +29,7 @@ __all__ = [
     'first_order_only',
     'gate',
     'group_norm',
+    'inputs_of',
     'linear',
     'linear_map',
     'max_pool2d',
@@ -37,5 +39,6 @@ __all__ = [
     'relu_codes',
     'resized_cross_entropy',
     'run_chain',
+    'run_loss',
     'silu',
 ]

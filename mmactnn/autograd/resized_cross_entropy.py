@@ -8,12 +8,9 @@ from torch.autograd import Function
 
 from .. import ops
 from ..codes.calls import Call
-from ..codes.units import MIB
 from .double_backward import first_order_only
+from .early_gradient import MIN_CODED_BYTES
 from .placeholders import meta_tensor
-
-# Size of a gradient from which on it is kept as codes.
-MIN_CODED_BYTES = MIB
 
 
 class PixelLosses(NamedTuple):

@@ -4,17 +4,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..autograd import PixelLosses
+from ..autograd import PixelLosses, inputs_of, run_loss
 from ..autograd import resized_cross_entropy as compressed_loss
 from ..registry import register_layer
 from .base import CodedLayer
-from .gateway import run
+from .gateway import keeps_codes, run
 
 # Bits of an element of a loss's gradient.
 _LOSS_BITS = 8
 _REDUCTIONS = ('none', 'mean', 'sum')
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LABEL_DTYPES = (torch.int64, torch.uint8)
+
+
+class LossLayer(CodedLayer):
+    """Mixin of the layers that keep the gradient of a loss as codes.
+
+    The bits are not adaptive, as all gradients before depend on them.
+    """
+
+    kind = 'act'
+    shares_bits = False
+
+    @classmethod
+    def level_bits(cls, level):
+        """See the base class."""
+        return None if level.act is None else _LOSS_BITS
 
 
 class ResizedCrossEntropy(nn.Module):
@@ -91,7 +106,7 @@ class ResizedCrossEntropy(nn.Module):
     # Logarithms of the softmax of the large logits, labels and weights.
     saved_by_torch=lambda call: (call.output, call.input, call.mask),
 )
-class QResizedCrossEntropy(CodedLayer, ResizedCrossEntropy):
+class QResizedCrossEntropy(LossLayer, ResizedCrossEntropy):
     """``ResizedCrossEntropy`` that keeps nothing of the labels' size.
 
     The large logits are computed where they are needed. For a sum or a mean
@@ -103,8 +118,7 @@ class QResizedCrossEntropy(CodedLayer, ResizedCrossEntropy):
 
     Args:
         bits (int, optional): Bits an element of the gradient at every level
-            but L0. Valid values are 1 to 8. Defaults to 8: all gradients
-            before depend on it.
+            but L0. Valid values are 1 to 8. Defaults to 8.
         group_size (int, optional): Elements that share a range. Valid values
             are 64, 128, 256 and 512. Defaults to the model's, which is 256
             unless the conversion says otherwise.
@@ -115,14 +129,6 @@ class QResizedCrossEntropy(CodedLayer, ResizedCrossEntropy):
         >>> loss, correct = QResizedCrossEntropy()(logits, labels)
         >>> loss.backward()
     """
-
-    kind = 'act'
-    shares_bits = False
-
-    @classmethod
-    def level_bits(cls, level):
-        """See the base class."""
-        return None if level.act is None else _LOSS_BITS
 
     def forward(
         self,
@@ -189,6 +195,106 @@ class QResizedCrossEntropy(CodedLayer, ResizedCrossEntropy):
         if reduction == 'mean':
             loss = loss / _divisor(labels, class_weight, ignore_index)
         return loss, correct
+
+
+@register_layer(
+    nn.CrossEntropyLoss,
+    saved_by_torch=lambda call: call.statistics,
+)
+class QCrossEntropyLoss(LossLayer, nn.CrossEntropyLoss):
+    """``nn.CrossEntropyLoss`` that keeps its gradient as codes.
+
+    Torch keeps the logarithm of the softmax in float32. Here the gradient is
+    made in the forward pass, and kept exactly below 1 MiB, else as codes. The
+    value is torch's and the gradient unbiased. In eval mode, without grad, at
+    level L0, for float16 logits and without reduction it is
+    ``nn.CrossEntropyLoss``.
+
+    Args:
+        *args: As ``nn.CrossEntropyLoss``.
+        bits (int, optional): Bits an element of the gradient at every level
+            but L0. Valid values are 1 to 8. Defaults to 8.
+        group_size (int, optional): Elements that share a range. Valid values
+            are 64, 128, 256 and 512. Defaults to the model's, which is 256
+            unless the conversion says otherwise.
+        **kwargs: As ``nn.CrossEntropyLoss``.
+
+    Examples:
+        >>> logits = torch.randn(4, 1000, requires_grad=True)
+        >>> QCrossEntropyLoss()(logits, torch.randint(1000, (4,))).backward()
+    """
+
+    def forward(self, input, target):
+        """See ``nn.CrossEntropyLoss``."""
+        return run(
+            self,
+            nn.CrossEntropyLoss.forward,
+            QCrossEntropyLoss._compress,
+            (input, target),
+            (self.weight,),
+        )
+
+    def _compress(self, input, target):
+        if self.reduction == 'none':
+            return nn.CrossEntropyLoss.forward(self, input, target)
+        return run_loss(
+            nn.CrossEntropyLoss.forward,
+            (self, input, target),
+            {},
+            self.quantizer,
+        )
+
+
+class Losses(nn.Module):
+    """Call of a function that computes losses, as a layer."""
+
+    def forward(self, function, *args, **kwargs):
+        """Call the function.
+
+        Args:
+            function (Callable): The function.
+            *args (object): Its arguments.
+            **kwargs (object): Its keyword arguments.
+
+        Returns:
+            object: Its results.
+        """
+        return function(*args, **kwargs)
+
+
+@register_layer(Losses, saved_by_torch=lambda call: call.statistics)
+class QLosses(LossLayer, Losses):
+    """``Losses`` that keeps their gradients, and nothing else.
+
+    The gradients of all losses with respect to the tensors among the arguments
+    are made in the forward pass, and kept exactly below 1 MiB, else as codes.
+    Values are the function's and gradients unbiased. The function runs as
+    written in eval mode, without grad, at level L0, with float16 arguments,
+    and if its results depend on parameters or anything else that requires a
+    gradient and is not among its arguments.
+
+    Args:
+        bits (int, optional): Bits an element of a gradient at every level
+            but L0. Valid values are 1 to 8. Defaults to 8.
+        group_size (int, optional): Elements that share a range. Valid values
+            are 64, 128, 256 and 512. Defaults to the model's, which is 256
+            unless the conversion says otherwise.
+
+    Examples:
+        >>> x = torch.randn(4, 3, requires_grad=True)
+        >>> QLosses()(torch.nn.functional.l1_loss, x, torch.zeros(4, 3))
+    """
+
+    def forward(self, function, *args, **kwargs):
+        """See ``Losses``."""
+        inputs = inputs_of(args, kwargs)
+        if (
+            not inputs
+            or torch.compiler.is_compiling()
+            or not keeps_codes(self, inputs[0], inputs[1:])
+        ):
+            return function(*args, **kwargs)
+        return run_loss(function, args, kwargs, self.quantizer)
 
 
 def _check_reduction(reduction):

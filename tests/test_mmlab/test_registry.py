@@ -128,7 +128,10 @@ class TestNames:
         others = {
             'QBatchNorm',
             'QFPN',
+            'QCrossEntropyLoss',
+            'QDenseHead',
             'QGate',
+            'QLosses',
             'QResizedCrossEntropy',
             'QRPNHead',
             'QRetinaHead',
