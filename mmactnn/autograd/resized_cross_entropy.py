@@ -63,10 +63,12 @@ class _Sum(Function):
     def backward(ctx, grad_total, _):
         if ctx.format is None:
             (gradient,) = ctx.saved_tensors
-            grad_logits = gradient * grad_total.float()
         else:
             gradient = ctx.format.payload(*ctx.saved_tensors).unpack()
-            grad_logits = gradient.mul_(grad_total.float())
+        # Pixels that are ignored have none, even of a mean over no pixel.
+        grad_logits = (gradient * grad_total.float()).masked_fill_(
+            gradient == 0, 0
+        )
         grad_logits = grad_logits.to(
             ctx.dtype, memory_format=ctx.memory_format
         )

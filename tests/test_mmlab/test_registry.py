@@ -129,7 +129,6 @@ class TestNames:
             'QBatchNorm',
             'QFPN',
             'QCrossEntropyLoss',
-            'QDenseHead',
             'QGate',
             'QLosses',
             'QResizedCrossEntropy',
@@ -141,6 +140,7 @@ class TestNames:
         later = {
             'QChannelAttention',
             'QDecodeHead',
+            'QDenseHead',
             'QSELayer',
             'QSegFPN',
         }
