@@ -8,7 +8,7 @@ from mmseg.models.losses.utils import weight_reduce_loss
 from mmseg.models.utils import resize
 from torch import nn
 
-from ..fusion.eligibility import has_hooks
+from ..fusion.eligibility import is_instrumented
 from ..layers import QLosses, QResizedCrossEntropy
 from ..layers.gateway import keeps_codes
 from ..modules.functions import fingerprint
@@ -169,5 +169,5 @@ def _is_cross_entropy(loss):
         and loss.reduction in ('none', 'mean', 'sum')
         # Stock code fails for both at once.
         and not (loss.avg_non_ignore and loss.class_weight is not None)
-        and not has_hooks(loss)
+        and not is_instrumented(loss)
     )

@@ -64,8 +64,7 @@ def run_loss(function, args, kwargs, quantizer):
     requires a gradient besides the tensors among its arguments, in lists,
     tuples and dicts, if one of these is float16, has hooks or was overwritten,
     and if less is kept so, as of losses of few places of large tensors. Of its
-    results all tensors of one element are losses; others keep their
-    graph.
+    results all tensors of one element are losses; others keep their graph.
 
     Args:
         function (Callable): The function.
@@ -86,20 +85,22 @@ def run_loss(function, args, kwargs, quantizer):
         results = function(*args, **kwargs)
     leaves, spec = _pytree.tree_flatten(results)
     places = [i for i, leaf in enumerate(leaves) if _is_loss(leaf)]
+    losses = [leaves[i] for i in places]
+    parts = None
     if (
-        saved.nbytes <= sum(map(_kept_bytes, inputs))
-        or versions != [x._version for x in inputs]
-        or not _depend_on([_edge_of(leaves[i]) for i in places], edges)
+        # Most that is worth nothing is found before anything is computed.
+        saved.nbytes > sum(map(_kept_bytes, inputs))
+        and versions == [x._version for x in inputs]
+        and _depend_on([_edge_of(loss) for loss in losses], edges)
     ):
+        parts = [_keep_gradients(loss, inputs, quantizer) for loss in losses]
+    kept = _tensors_of(parts or ())
+    is_less = sum(tensor.nbytes for tensor in kept) < saved.nbytes
+    if parts is None or not is_less:
         if quantizer.meter is not None:
             quantizer.meter.observe(saved.tensors)
         return results
-    losses = [leaves[i] for i in places]
-    parts = [_keep_gradients(loss, inputs, quantizer) for loss in losses]
     if quantizer.meter is not None:
-        kept = tuple(
-            t for of_loss in parts for part in of_loss if part for t in part[1]
-        )
         quantizer.record(kept, Call(statistics=tuple(saved.tensors)))
     for i, loss, of_loss in zip(places, losses, parts):
         leaves[i] = _Loss.apply(loss.detach(), of_loss, *inputs)
@@ -122,6 +123,17 @@ def inputs_of(args, kwargs):
             for leaf in _pytree.tree_leaves((args, kwargs))
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad
         }.values()
+    )
+
+
+def _tensors_of(parts):
+    """All tensors of the kept gradients of some losses."""
+    return tuple(
+        tensor
+        for of_loss in parts
+        for part in of_loss
+        if part is not None
+        for tensor in part[1]
     )
 
 
@@ -240,6 +252,9 @@ def _keep_gradients(loss, inputs, quantizer):
         if grad is None:
             parts.append(None)
         elif grad.nbytes < MIN_CODED_BYTES:
+            if grad.untyped_storage().nbytes() > grad.nbytes:
+                # Part of a larger one, which would live as long.
+                grad = grad.clone()
             parts.append((None, (grad,)))
         else:
             rows = grad.unsqueeze(0) if grad.dim() < 2 else grad

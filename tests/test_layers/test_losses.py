@@ -388,6 +388,16 @@ class TestLosses:
         loss.backward()
         assert x.grad.count_nonzero() == 1
 
+    def test_small_parts_of_large_gradients(self, device):
+        """No gradient of all levels lives on in that of the last one."""
+        levels = [
+            torch.randn(size, device=device, requires_grad=True)
+            for size in ((2, 200000), (2, 100))
+        ]
+        with saved_tensors() as saved:
+            QLosses()(lambda xs: torch.cat(xs, 1).exp().square().sum(), levels)
+        assert max(t.untyped_storage().nbytes() for t in saved) < 450000
+
     def test_results_that_are_no_losses_keep_their_graph(self, tensors):
         results = []
         for layer in (Losses(), QLosses()):
