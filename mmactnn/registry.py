@@ -373,8 +373,7 @@ class Registry:
         for base in cls.__mro__:
             if base in self.adapters:
                 entry = self.adapters[base]
-                same = has_functions(cls, entry.adapter._functions)
-                return entry if same else None
+                return entry if entry.adapter.serves(cls) else None
         return None
 
     def add_provider(self, package, module, names=()):

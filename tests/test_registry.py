@@ -268,7 +268,8 @@ class TestAdapters:
         entries = default_registry.adapters.values()
         assert len(entries) >= 6
         for entry in entries:
-            assert entry.fingerprints
+            # Sources matter where a function is replaced.
+            assert entry.fingerprints or not entry.adapter._functions
             assert entry.adapter.matches_source(entry.fingerprints)
 
 

@@ -38,9 +38,12 @@ class Adapter:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        parent = cls.plain_class
-        if parent is None:
-            return
+        if cls.plain_class is not None:
+            cls._take_over(cls.plain_class)
+
+    @classmethod
+    def _take_over(cls, parent):
+        """Let :meth:`adapted_forward` take the place of a parent's."""
         cls._functions = functions = {}
         for name in cls.replaces:
             functions.update(functions_of(parent, name))
@@ -85,6 +88,18 @@ class Adapter:
             and cls._functions.keys() >= set(cls.replaces)
         )
 
+    @classmethod
+    def serves(cls, plain):
+        """Whether the adapter computes as a class.
+
+        Args:
+            plain (type): The parent, or a subclass of it.
+
+        Returns:
+            bool: False if it overrides a function that the adapter replaces.
+        """
+        return has_functions(plain, cls._functions)
+
     def adapted_forward(self, *args, **kwargs):
         """Forward pass with the same results as the parent's.
 
@@ -106,8 +121,21 @@ class Adapter:
         for name, layer in layers.items():
             module.add_module(name, layer)
         plain = type(module)
-        target = cls if plain is cls.plain_class else derive(cls, plain)
-        module.__class__ = target
+        module.__class__ = (
+            cls if plain is cls.plain_class else cls.derive(plain)
+        )
+
+    @classmethod
+    def derive(cls, plain):
+        """Derive the adapter of a subclass of the parent.
+
+        Args:
+            plain (type): The subclass.
+
+        Returns:
+            type: A subclass of both, the same at every call.
+        """
+        return derive(cls, plain)
 
     def revert_(self):
         """Turn this module into its parent, in place."""
@@ -162,8 +190,8 @@ class Adapter:
         ):
             return False
         functions = type(self)._functions
-        if functions.keys() & self.__dict__.keys() or not has_functions(
-            type(self).plain_class, functions
+        if functions.keys() & self.__dict__.keys() or not type(self).serves(
+            type(self).plain_class
         ):
             return False
         values = [*args, *kwargs.values()]
@@ -191,16 +219,42 @@ class _PlainClass:
 Adapter.plain_class = _PlainClass()
 
 
+class _Derived:
+    """Mixin of classes that are derived at run time.
+
+    Attributes:
+        made_of (tuple[type]): The adapter and the plain class, for copies and
+            pickles.
+    """
+
+    made_of = ()
+
+    def __reduce_ex__(self, protocol):
+        return _make_instance, self.made_of, self.__getstate__()
+
+
+def _make_instance(adapter, plain):
+    cls = adapter.derive(plain)
+    return cls.__new__(cls)
+
+
 @functools.cache
-def derive(adapter, plain):
+def derive(adapter, plain, inserted=False):
     """Derive the adapter of a subclass of an adapter's parent.
 
     Args:
         adapter (type): The adapter.
         plain (type): The subclass, which overrides no function that the
             adapter replaces.
+        inserted (bool, optional): Whether methods of the subclass go before
+            those of the adapter. Defaults to False.
 
     Returns:
         type: A subclass of both.
     """
-    return type(plain)(adapter.__name__, (adapter, plain), {})
+    bases = (plain, adapter) if inserted else (adapter, plain)
+    return type(plain)(
+        adapter.__name__,
+        (_Derived, *bases),
+        dict(made_of=(adapter, plain), __module__=plain.__module__),
+    )

@@ -1,18 +1,19 @@
 """Adapters of MMDetection's dense heads over feature levels."""
 
 from mmdet.models.dense_heads import RetinaHead, RPNHead
+from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 
 from ..fusion.chain import ChainLayer, ChainRunner
 from ..fusion.plan import append_layers
 from ..layers import QReLU
 from ..ops import source_of_input
 from ..registry import register_adapter
-from .base import Adapter
+from .losses import LossAdapter
 from .parallel import HeadRunner, layers_of_sequence
 
 
 @register_adapter(RPNHead, fingerprints=['b8c6347d9a2ed90e'])
-class QRPNHead(Adapter, RPNHead):
+class QRPNHead(LossAdapter, RPNHead):
     """``RPNHead`` whose ReLU is a layer.
 
     Its three convolutions run as one chain over all small levels.
@@ -28,7 +29,7 @@ class QRPNHead(Adapter, RPNHead):
     @classmethod
     def make_layers(cls, module):
         """See the base class."""
-        return dict(relu=QReLU())
+        return dict(relu=QReLU(), **super().make_layers(module))
 
     def adapted_forward(self, x):
         """See ``RPNHead``."""
@@ -50,7 +51,7 @@ class QRPNHead(Adapter, RPNHead):
 
 
 @register_adapter(RetinaHead, fingerprints=['2c082bccd5047d98'])
-class QRetinaHead(Adapter, RetinaHead):
+class QRetinaHead(LossAdapter, RetinaHead):
     """``RetinaHead`` whose towers run as one chain.
 
     For small feature maps the host limits the speed of a tower. Both towers,
@@ -95,3 +96,13 @@ class QRetinaHead(Adapter, RetinaHead):
         for module in tower:
             x = module(x)
         return x
+
+
+@register_adapter(BaseDenseHead)
+class QDenseHead(LossAdapter, BaseDenseHead):
+    """Dense head whose losses keep the gradients of its outputs alone.
+
+    Args:
+        *args: As ``BaseDenseHead``.
+        **kwargs: As ``BaseDenseHead``.
+    """

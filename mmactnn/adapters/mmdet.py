@@ -5,9 +5,16 @@ from mmdet.models.necks import FPN
 from ..registry import register_adapter
 from .fpn import FPNAdapter
 from .gates import QChannelAttention, QSELayer
-from .heads import QRetinaHead, QRPNHead
+from .heads import QDenseHead, QRetinaHead, QRPNHead
 
-__all__ = ['QChannelAttention', 'QFPN', 'QRPNHead', 'QRetinaHead', 'QSELayer']
+__all__ = [
+    'QChannelAttention',
+    'QDenseHead',
+    'QFPN',
+    'QRPNHead',
+    'QRetinaHead',
+    'QSELayer',
+]
 
 
 @register_adapter(FPN, fingerprints=['97e61d45e7708762'])

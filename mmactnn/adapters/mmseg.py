@@ -3,7 +3,10 @@
 from mmseg.models.necks import FPN
 
 from ..registry import register_adapter
+from .decode_head import QDecodeHead
 from .fpn import FPNAdapter
+
+__all__ = ['QDecodeHead', 'QSegFPN']
 
 
 @register_adapter(FPN, fingerprints=['5d9054dbd2c9bbcd'])

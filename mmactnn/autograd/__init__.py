@@ -14,6 +14,7 @@ from .conv import convolution
 from .derived_conv import derived_convolution
 from .double_backward import first_order_only, linear_map
 from .dropout import dropout, feature_dropout
+from .early_gradient import inputs_of, run_loss
 from .gate import gate
 from .group_norm import group_norm
 from .layer_norm import layer_norm
@@ -23,6 +24,7 @@ from .placeholders import meta_tensor
 from .pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from .product import product
 from .relu import relu, relu_codes
+from .resized_cross_entropy import PixelLosses, resized_cross_entropy
 from .smooth import smooth
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     'ExplicitCore',
     'FusedCore',
     'OutputPayload',
+    'PixelLosses',
     'adaptive_avg_pool2d',
     'attention',
     'avg_pool2d',
@@ -44,6 +47,7 @@ __all__ = [
     'first_order_only',
     'gate',
     'group_norm',
+    'inputs_of',
     'layer_norm',
     'linear',
     'linear_map',
@@ -53,6 +57,8 @@ __all__ = [
     'product',
     'relu',
     'relu_codes',
+    'resized_cross_entropy',
     'run_chain',
+    'run_loss',
     'smooth',
 ]

@@ -251,6 +251,15 @@ class LayerMeter(NamedTuple):
         exact = (t for t in self.rule(call) if t is not None)
         self.meter.replace(kept, (*exact, *also))
 
+    def observe(self, tensors):
+        """Count tensors that autograd keeps unseen by the meter's hooks.
+
+        Args:
+            tensors (Sequence[Tensor]): The tensors.
+        """
+        for tensor in tensors:
+            self.meter.observe(tensor, swapped=False)
+
 
 class _Storages:
     """Set of storages with their sizes and the places that kept them first.

@@ -45,6 +45,13 @@ POOL_SHAPES = (
     (2, 3, 7, 24),
     (1, 1, 3, 3),
 )
+# Sizes of logits and labels: larger, smaller, one place, several pieces.
+LOSS_SIZES = (
+    ((2, 5, 4, 6), (32, 48)),
+    ((1, 3, 9, 11), (4, 5)),
+    ((2, 3, 1, 1), (5, 4)),
+    ((1, 40, 20, 128), (2048, 200)),
+)
 SEED = 1
 SMOOTHS = (
     ops.Smooth.gelu(),
@@ -424,6 +431,38 @@ def run_norm_grads():
     return count
 
 
+def run_resized_cross_entropy(sizes, dtype, align_corners):
+    """Losses and gradient, of labels of both dtypes, with all weights."""
+    size, out = sizes
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(size, generator=generator).to(dtype)
+    labels = torch.randint(size[1], (size[0], *out), generator=generator)
+    labels[0, 0] = 255
+    weight = torch.rand(size[1], generator=generator)
+    scale = torch.randn(labels.shape, generator=generator)
+    for kind in (torch.int64, torch.uint8):
+        results = []
+        for device in ('cpu', 'cuda'):
+            x, y, *factors = (
+                tensor.to(device)
+                for tensor in (logits, labels.to(kind), weight, scale)
+            )
+            settings = align_corners, 255
+            losses, log_sums, _ = ops.resized_cross_entropy(
+                x, y, factors[0], *settings
+            )
+            gradient = ops.resized_cross_entropy_backward(
+                x, y, log_sums, *factors, *settings
+            )
+            results.append((losses.cpu(), log_sums.cpu(), gradient.cpu()))
+        # Exponentials are the device's own; a rounded logit may differ.
+        tolerance = 4 * torch.finfo(dtype).eps
+        for actual, expected in zip(results[1], results[0]):
+            torch.testing.assert_close(
+                actual, expected, rtol=8 * tolerance, atol=8 * tolerance
+            )
+
+
 def main():
     """Run everything and count it."""
     count = 0
@@ -465,9 +504,18 @@ def main():
             run_max_pool(last, window)
         pools += 1
     norms += run_norm_grads()
+    losses = 0
+    for sizes, dtype, align_corners in itertools.product(
+        LOSS_SIZES, DTYPES, (False, True)
+    ):
+        run_resized_cross_entropy(sizes, dtype, align_corners)
+        losses += 1
     torch.cuda.synchronize()
     masks = len(SHAPES) * len(DTYPES) * 2
-    print(f'{count} formats, {masks} masks, {pools} pools, {norms} norms: ok')
+    print(
+        f'{count} formats, {masks} masks, {pools} pools, {norms} norms, '
+        f'{losses} losses: ok'
+    )
 
 
 if __name__ == '__main__':

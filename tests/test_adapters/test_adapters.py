@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmactnn import (
+    QLosses,
     QMaxPool2d,
     QReLU,
     RoundingGenerator,
@@ -52,7 +53,11 @@ def fpn(**kwargs):
 RELU = dict(add_extra_convs='on_output', relu_before_extra_convs=True)
 # Constructor of the module, its adapter, and the names of its new layers.
 CASES = {
-    'RPNHead': (lambda: RPNHead(6, feat_channels=6), QRPNHead, ['relu']),
+    'RPNHead': (
+        lambda: RPNHead(6, feat_channels=6),
+        QRPNHead,
+        ['relu', 'losses_of_outputs'],
+    ),
     'FPN, pooling': (fpn, QFPN, ['extra_pool']),
     'FPN, ReLU': (lambda: fpn(**RELU), QFPN, ['extra_relu']),
     'FPN, ReLU, on input': (
@@ -75,7 +80,13 @@ CASES = {
     ),
     'SELayer': (lambda: SELayer(32), QSELayer, ['gate']),
 }
-KINDS = dict(relu=QReLU, extra_relu=QReLU, extra_pool=QMaxPool2d, gate=QGate)
+KINDS = dict(
+    relu=QReLU,
+    extra_relu=QReLU,
+    extra_pool=QMaxPool2d,
+    gate=QGate,
+    losses_of_outputs=QLosses,
+)
 
 every_case = pytest.mark.parametrize('case', CASES.values(), ids=list(CASES))
 
@@ -184,7 +195,7 @@ class TestConversion:
     @pytest.mark.parametrize('pattern', ['0.relu', '0.*', 'ReLU'])
     def test_exclude(self, pattern):
         model = nn.Sequential(CASES['RPNHead'][0]())
-        report = convert_model(model, exclude=[pattern])
+        report = convert_model(model, exclude=[pattern, 'Losses'])
         assert plain_class_of(model[0]) is RPNHead
         assert '0.relu' in {item.name for item in report.left}
         assert not report.adapted

@@ -145,14 +145,23 @@ class TestNames:
         others = {
             'QBatchNorm',
             'QFPN',
+            'QCrossEntropyLoss',
             'QGate',
             'QHSigmoid',
+            'QLosses',
+            'QResizedCrossEntropy',
             'QRPNHead',
             'QRetinaHead',
             'QSwish',
         }
         # Known once a model has a class of the toolboxes.
-        later = {'QChannelAttention', 'QSELayer', 'QSegFPN'}
+        later = {
+            'QChannelAttention',
+            'QDecodeHead',
+            'QDenseHead',
+            'QSELayer',
+            'QSegFPN',
+        }
         found = set(registry.MODELS.module_dict)
         assert found - later == {*NAMES, *others}
         assert set(registry.HOOKS.module_dict) == {'ActNNHook'}
