@@ -87,6 +87,7 @@ class FunctionEntry(NamedTuple):
         name (str): Name, as that of a layer within the calling module.
         layer (type): Compressed layer that computes the same.
         compress (Callable): See :func:`register_function`.
+        takes (Callable, optional): See there.
         without_grad (bool): See there.
         needs_parameters (bool): See there.
     """
@@ -94,11 +95,14 @@ class FunctionEntry(NamedTuple):
     name: str
     layer: type
     compress: Callable
+    takes: Callable | None
     without_grad: bool
     needs_parameters: bool
 
     def __call__(self, scope, function, args, kwargs):
         """Handle a call, see :class:`.modules.function_mode.FunctionMode`."""
+        if self.takes is not None and not self.takes(*args, **kwargs):
+            return NotImplemented
         return scope.compress(self, args, kwargs)
 
 
@@ -301,7 +305,7 @@ class Registry:
             subscriber.add(names, adapter)
 
     def add_function(
-        self, functions, layer, compress, without_grad, needs_parameters
+        self, functions, layer, compress, takes, without_grad, needs_parameters
     ):
         """See :func:`register_function`."""
         if layer not in self.layers:
@@ -313,8 +317,22 @@ class Registry:
             raise TypeError(
                 f'a compressed function must be a function, got {compress!r}'
             )
+        if any(
+            isinstance(other, FunctionEntry)
+            and other.name == compress.__name__
+            for other in self.functions.values()
+        ):
+            raise ValueError(
+                f'a compressed function {compress.__name__!r} is registered '
+                'already'
+            )
         entry = FunctionEntry(
-            compress.__name__, layer, compress, without_grad, needs_parameters
+            compress.__name__,
+            layer,
+            compress,
+            takes,
+            without_grad,
+            needs_parameters,
         )
         self.add_handler(functions, entry)
 
@@ -656,7 +674,7 @@ def register_adapter(target, *, names=(), fingerprints=()):
 
 
 def register_function(
-    *functions, layer, without_grad=False, needs_parameters=False
+    *functions, layer, takes=None, without_grad=False, needs_parameters=False
 ):
     """Function decorator: compress calls of functions of torch.
 
@@ -672,6 +690,8 @@ def register_function(
         layer (type): Class of compressed layers that computes the same, and
             is registered: it tells the bits, and the tensors that torch would
             keep.
+        takes (Callable, optional): Function of the arguments that tells
+            quickly whether a call can be compressed at all. Defaults to yes.
         without_grad (bool, optional): Whether calls without gradients are
             compressed, too. Defaults to False.
         needs_parameters (bool, optional): Whether only modules that have
@@ -687,12 +707,13 @@ def register_function(
 
     Raises:
         TypeError: If ``layer`` is not registered, or a function is none.
-        ValueError: If a function has a handler already.
+        ValueError: If a function has a handler already, or there is another
+            compressed function of that name.
     """
 
     def decorate(compress):
         default_registry.add_function(
-            functions, layer, compress, without_grad, needs_parameters
+            functions, layer, compress, takes, without_grad, needs_parameters
         )
         return compress
 

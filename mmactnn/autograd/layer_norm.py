@@ -28,14 +28,8 @@ class _LayerNorm(Function):
             payload = _pack(input, shape, eps, mean, rstd, quantizer)
             ctx.format = payload.format._replace(dtype=output.dtype)
             kept = payload.tensors
-            made.append(
-                NormalisedTensor(
-                    ctx.format._replace(kind='normalised'),
-                    *payload.operands,
-                    weight,
-                    bias,
-                )
-            )
+            payload = ctx.format.make(*payload.operands)
+            made.append(NormalisedTensor.of(payload, weight, bias))
         ctx.save_for_backward(weight, bias, rstd, *kept)
         ctx.source = weakref.ref(input)
         if quantizer.meter is not None:

@@ -27,6 +27,24 @@ class NormalisedTensor(QuantizedTensor):
         self.bias = bias
         self.operands = (means, codes, ranges, weight, bias)
 
+    @classmethod
+    def of(cls, payload, weight, bias):
+        """Payload of a normalised tensor after scale and shift.
+
+        Args:
+            payload (CentredTensor): Payload of x^.
+            weight (Tensor[*], optional): The scale.
+            bias (Tensor[*], optional): The shift.
+
+        Returns:
+            NormalisedTensor: It keeps the same tensors, and these.
+        """
+        format = payload.format._replace(kind='normalised')
+        parameters = (
+            None if p is None else p.detach() for p in (weight, bias)
+        )
+        return cls(format, *payload.operands, *parameters)
+
     def astype(self, dtype):
         """See the base class."""
         if dtype == self.format.dtype:

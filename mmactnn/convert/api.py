@@ -137,7 +137,13 @@ def convert_model(
     chosen, left = _choose_layers(
         model, adaptable.plans, include, exclude, filter_fn
     )
-    _require_rules_used(level, [item.name for item in chosen])
+    callers = _choose_functions(model, include, exclude, filter_fn)
+    for used in (include, exclude):
+        if used is not None:
+            used.require_all_used()
+    names = [item.name for item in chosen]
+    names += [name for caller in callers for name in caller.names]
+    _require_rules_used(level, names)
     layers = {item.module for item in chosen}
     plans = [
         plan
@@ -185,7 +191,7 @@ def convert_model(
     for module in model.modules():
         if is_fused(module):
             unfuse(module)
-    remove_scopes(model)
+    left_scopes = remove_scopes(model)
     adapted = tuple(_install(plan) for plan in plans)
     _set_chains(model, _fuses(level))
     twins = _replace_shared(
@@ -207,8 +213,11 @@ def convert_model(
             generator=generator,
             cache=cache,
         )
-        filters = include, exclude, filter_fn
-        scoped = tuple(_set_scopes(model, make_settings, *filters))
+        scoped = tuple(_set_scopes(callers, make_settings))
+    else:
+        # The model may be a part of one whose functions are compressed.
+        for module in left_scopes:
+            set_scope(module, None)
     _swap(model, level)
     unfused = {**found.unfused, **adaptable.refused}
     return ConversionReport(
@@ -261,10 +270,62 @@ def _choose_layers(model, plans, include, exclude, filter_fn):
         if isinstance(module, QuantizedLayer):
             target = type(module)
         chosen.append(_Chosen(name, module, target))
-    for used in (include, exclude):
-        if used is not None:
-            used.require_all_used()
     return chosen, left
+
+
+class _Caller(NamedTuple):
+    """A module that may call functions.
+
+    Attributes:
+        name (str): Qualified name in the model.
+        module (nn.Module): The module.
+        names (tuple[str]): Qualified names of the functions to compress.
+        excluded (frozenset[str]): Names of the others.
+    """
+
+    name: str
+    module: nn.Module
+    names: tuple
+    excluded: frozenset
+
+    @property
+    def prefix(self):
+        return _prefix(self.name)
+
+
+def _prefix(name):
+    return f'{name}.' if name else ''
+
+
+def _choose_functions(model, include, exclude, filter_fn):
+    """Find modules that call functions, and functions to compress there.
+
+    Filters see functions as layers of the modules. ``filter_fn``, which takes
+    a layer, cannot: with it, functions are those of torch.
+    """
+    parents = {
+        entry.name: default_registry.layers[entry.layer].parent
+        for entry in default_registry.functions.values()
+        if isinstance(entry, FunctionEntry)
+    }
+    callers = []
+    for name, module in named_modules(model):
+        if not calls_functions(module):
+            continue
+        names, excluded = [], []
+        for function, parent in parents.items():
+            full = _prefix(name) + function
+            # Both are called for every function: filters record matches.
+            is_out = exclude.matches_class(full, parent)
+            is_in = include is None or include.matches_class(full, parent)
+            if is_in and not is_out and filter_fn is None:
+                names.append(full)
+            else:
+                excluded.append(function)
+        callers.append(
+            _Caller(name, module, tuple(names), frozenset(excluded))
+        )
+    return callers
 
 
 def _why_filtered(name, module, include, exclude, filter_fn):
@@ -383,42 +444,18 @@ def _all_modules(model, plans):
             yield from plans[module].named_layers.items()
 
 
-def _set_scopes(model, make_settings, include, exclude, filter_fn):
-    """Compress functions that modules call, and make entries of the report.
-
-    Filters see functions as layers of the modules. ``filter_fn`` cannot: with
-    it, functions are those of torch.
-    """
-    entries = {
-        entry.name: entry
-        for entry in default_registry.functions.values()
-        if isinstance(entry, FunctionEntry)
-    }
+def _set_scopes(callers, make_settings):
+    """Compress functions that modules call, and make entries of the report."""
     prefixes = []
-    for name, module in list(named_modules(model)):
-        if not calls_functions(module):
+    for caller in callers:
+        module = caller.module
+        if not caller.names and not caller.name.startswith(tuple(prefixes)):
             continue
-        prefix = f'{name}.' if name else ''
-        excluded = frozenset(
-            function
-            for function, entry in entries.items()
-            if filter_fn is not None
-            or exclude.matches_class(
-                prefix + function, default_registry.layers[entry.layer].parent
-            )
-            or include is not None
-            and not include.matches_class(
-                prefix + function, default_registry.layers[entry.layer].parent
-            )
-        )
-        inside = name.startswith(tuple(prefixes))
-        if len(excluded) == len(entries) and not inside:
-            continue
-        prefixes.append(prefix)
+        prefixes.append(caller.prefix)
         settings = make_settings(
-            name,
+            caller.name,
             has_parameters=next(module.parameters(), None) is not None,
-            excluded=excluded,
+            excluded=caller.excluded,
             first_only=frozenset(
                 part
                 for part, layer in module.named_children()
@@ -429,7 +466,8 @@ def _set_scopes(model, make_settings, include, exclude, filter_fn):
         source = type(module).__name__
         swaps = not (is_fused(module) or isinstance(module, Adapter))
         set_scope(module, settings, swaps)
-        yield Scoped(name, source)
+        if caller.names:
+            yield Scoped(caller.name, source)
 
 
 def _install(plan):

@@ -32,14 +32,17 @@ class Filter:
         entry, _ = default_registry.find_layer(module)
         if entry is not None:
             classes.add(entry.parent)
+        return self._find(name, classes)
+
+    def matches_class(self, name, cls):
+        """As :meth:`matches`, of a layer by its class."""
+        return self._find(name, {cls})
+
+    def _find(self, name, classes):
         hits = [p for p in self._patterns if _match(p, name, classes)]
         for pattern in hits:
             self._unused.pop(pattern, None)
         return bool(hits)
-
-    def matches_class(self, name, cls):
-        """Whether any pattern matches a layer by its name and class."""
-        return any(_match(p, name, {cls}) for p in self._patterns)
 
     def require_all_used(self):
         """Raise if a pattern matched nothing, most likely a typing error."""

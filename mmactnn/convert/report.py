@@ -150,6 +150,13 @@ class ConversionReport:
         )
         for (source, effect), count in sorted(blocks.items()):
             lines.append(f'  {count:4d} {source} fused: {effect}')
+        if self.scoped:
+            names = list(dict.fromkeys(item.source for item in self.scoped))
+            shown = ', '.join(names[:3]) + (', ...' if names[3:] else '')
+            lines.append(
+                f'  {len(self.scoped):4d} modules: functions that they call '
+                f'are compressed ({shown})'
+            )
         lines += _by_reason(self.unfused, 'not fused')
         lines += _by_reason(self.left, 'left')
         return '\n'.join(lines)

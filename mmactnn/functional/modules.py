@@ -114,12 +114,18 @@ def remove_scopes(model):
 
     Args:
         model (nn.Module): The model.
+
+    Returns:
+        list[nn.Module]: Modules whose class was another one.
     """
+    found = []
     for module in model.modules():
         module.__dict__.pop('_functions', None)
         if isinstance(module, ScopedModule):
             scoped = wrapped_class(type(module))
             replace_class(module, scoped, scoped.scoped_from)
+            found.append(module)
+    return found
 
 
 def unscoped_class(module):

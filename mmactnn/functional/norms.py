@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import autograd
-from ..layers import QLayerNorm
+from ..layers import QGroupNorm, QLayerNorm
 from ..registry import register_function
 
 
@@ -30,3 +30,15 @@ def torch_layer_norm(
 ):
     """``torch.layer_norm``."""
     return layer_norm(quantizer, input, normalized_shape, weight, bias, eps)
+
+
+@register_function(F.group_norm, layer=QGroupNorm)
+def group_norm(quantizer, input, num_groups, weight=None, bias=None, eps=1e-5):
+    """``F.group_norm``."""
+    if (
+        input.dim() < 2
+        or input.size(1) % num_groups
+        or input.numel() == num_groups  # one value a group
+    ):
+        return NotImplemented
+    return autograd.group_norm(input, num_groups, weight, bias, eps, quantizer)

@@ -74,9 +74,10 @@ class FunctionSettings:
             LayerQuantizer: The settings, exact ones where filters or rules
             say so.
         """
-        quantizer = self._quantizers.get(entry)
+        quantizer = self._quantizers.get(entry.name)
         if quantizer is None:
-            quantizer = self._quantizers[entry] = self._make_quantizer(entry)
+            quantizer = self._make_quantizer(entry)
+            self._quantizers[entry.name] = quantizer
         quantizer.meter = None
         if self.make_meter is not None:
             rule = default_registry.entry_of(entry.layer).saved_by_torch

@@ -1,0 +1,40 @@
+"""Products of activations."""
+
+import torch
+
+from .. import autograd
+from ..autograd.product import is_coded
+from ..layers import QProduct
+from ..ops.quantize import VALID_DTYPES
+from ..registry import register_function
+
+
+def _are_activations(input, other, out=None):
+    """Whether both factors need gradients."""
+    return (
+        out is None
+        and isinstance(other, torch.Tensor)
+        and isinstance(input, torch.Tensor)
+        and other.requires_grad
+        and input.requires_grad
+    )
+
+
+@register_function(
+    torch.mul,
+    torch.multiply,
+    torch.Tensor.mul,
+    torch.Tensor.multiply,
+    layer=QProduct,
+    takes=_are_activations,
+    needs_parameters=True,
+)
+def product(quantizer, input, other, out=None):
+    """``input * other``, where both need gradients."""
+    if other.dtype not in VALID_DTYPES or not (input.dim() and other.dim()):
+        return NotImplemented
+    # Factors of which neither is large beside the product have no codes.
+    size = max(input.numel(), other.numel())
+    if not is_coded(input, size) and not is_coded(other, size):
+        return NotImplemented
+    return autograd.product(input, other, quantizer)
