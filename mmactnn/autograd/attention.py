@@ -219,21 +219,19 @@ class _Replay(NamedTuple):
     @classmethod
     def now(cls, device):
         """The present state."""
-        autocast = (
-            torch.is_autocast_enabled(device),
-            torch.get_autocast_dtype(device),
-        )
-        return cls(device, autocast, _allowed_kernels())
+        return cls(device, _autocast(device), _allowed_kernels())
 
     @contextlib.contextmanager
     def restored(self):
         """Context with this state, in which gradients are recorded."""
         before = _allowed_kernels()
         enabled, dtype = self.autocast
-        with (
-            torch.enable_grad(),
-            torch.autocast(self.device, dtype=dtype, enabled=enabled),
-        ):
+        autocast = contextlib.nullcontext()
+        if _autocast(self.device) != self.autocast:
+            autocast = torch.autocast(
+                self.device, dtype=dtype, enabled=enabled
+            )
+        with torch.enable_grad(), autocast:
             if before == self.kernels:
                 yield
                 return
@@ -242,6 +240,11 @@ class _Replay(NamedTuple):
                 yield
             finally:
                 _allow(before)
+
+
+def _autocast(device):
+    enabled = torch.is_autocast_enabled(device)
+    return enabled, torch.get_autocast_dtype(device)
 
 
 def _allowed_kernels():

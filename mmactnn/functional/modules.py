@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..layers import QuantizedLayer
-from ..modules.class_swap import replace_class, wrapped_class
+from ..modules.class_swap import replace_class, wrap_forward, wrapped_class
 from ..modules.functions import find_static
 from ..registry import default_registry
 from .scope import call_in_scope
@@ -22,13 +22,13 @@ class ScopedModule:
     by name go on to work. Its forward pass is the parent's.
 
     Attributes:
-        scoped_from (type): The parent.
+        plain_class (type): The parent.
     """
 
-    scoped_from = None
+    plain_class = None
 
     def __reduce_ex__(self, protocol):
-        return _make_instance, (self.scoped_from,), self.__getstate__()
+        return _make_instance, (self.plain_class,), self.__getstate__()
 
 
 @functools.cache
@@ -41,22 +41,11 @@ def scoped_class(cls):
     Returns:
         type: A subclass of it, the same at every call.
     """
+    return wrap_forward(ScopedModule, cls, _run)
 
-    @functools.wraps(cls.forward)
-    def forward(self, *args, **kwargs):
-        return call_in_scope(self, cls.forward, (self, *args), kwargs)
 
-    return type(cls)(
-        cls.__name__,
-        (ScopedModule, cls, *cls.__bases__),
-        dict(
-            forward=forward,
-            scoped_from=cls,
-            __module__=cls.__module__,
-            __qualname__=cls.__qualname__,
-            __doc__=cls.__doc__,
-        ),
-    )
+def _run(cls, module, *args, **kwargs):
+    return call_in_scope(module, cls.forward, (module, *args), kwargs)
 
 
 def _make_instance(cls):
@@ -123,7 +112,7 @@ def remove_scopes(model):
         module.__dict__.pop('_functions', None)
         if isinstance(module, ScopedModule):
             scoped = wrapped_class(type(module))
-            replace_class(module, scoped, scoped.scoped_from)
+            replace_class(module, scoped, scoped.plain_class)
             found.append(module)
     return found
 
@@ -138,7 +127,7 @@ def unscoped_class(module):
         type: Its class before :func:`set_scope`.
     """
     if isinstance(module, ScopedModule):
-        return module.scoped_from
+        return module.plain_class
     return type(module)
 
 

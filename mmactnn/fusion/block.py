@@ -5,7 +5,7 @@ import functools
 import torch
 
 from ..functional import call_in_scope, unscoped_class
-from ..modules.class_swap import replace_class
+from ..modules.class_swap import replace_class, wrap_forward
 from ..modules.execution import refuse_script
 from ..modules.function_mode import call_outside
 from ..segments import Segment
@@ -39,32 +39,21 @@ def fused_class(cls):
     Returns:
         type: A subclass of it, the same at every call.
     """
+    return wrap_forward(FusedBlock, cls, _forward)
 
-    @functools.wraps(cls.forward)
-    def forward(self, *args, **kwargs):
-        # A bound method may outlive a conversion: MMEngine's activation
-        # checkpointing keeps one.
-        if getattr(self, '_fused', None) is None:
-            return cls.forward(self, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            if not self.training:
-                return cls.forward(self, *args, **kwargs)
-            from ..modules.graph_break import call_outside_graph
 
-            return call_outside_graph(_run, self, cls, args, kwargs)
-        return _run(self, cls, args, kwargs)
+def _forward(cls, module, *args, **kwargs):
+    # A bound method may outlive a conversion: MMEngine's activation
+    # checkpointing keeps one.
+    if getattr(module, '_fused', None) is None:
+        return cls.forward(module, *args, **kwargs)
+    if torch.compiler.is_compiling():
+        if not module.training:
+            return cls.forward(module, *args, **kwargs)
+        from ..modules.graph_break import call_outside_graph
 
-    return type(cls)(
-        cls.__name__,
-        (FusedBlock, cls, *cls.__bases__),
-        dict(
-            forward=forward,
-            plain_class=cls,
-            __module__=cls.__module__,
-            __qualname__=cls.__qualname__,
-            __doc__=cls.__doc__,
-        ),
-    )
+        return call_outside_graph(_run, module, cls, args, kwargs)
+    return _run(module, cls, args, kwargs)
 
 
 def _run(module, cls, args, kwargs):

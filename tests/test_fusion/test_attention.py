@@ -417,7 +417,7 @@ def test_rule_by_name():
     model = nn.ModuleDict(dict(a=make(plain)))
     x = torch.randn(4, 7, 16, requires_grad=True)
     kept = []
-    for rules in ({}, {'a.*': 8}, {'a.*': None}):
+    for rules in ({}, {'a.attention': 8}, {'a.attention': None}):
         convert_model(model, dict(base='L3', rules=rules))
         with measure_activations(model) as meter:
             model['a'](x)
