@@ -19,7 +19,6 @@ import dataclasses
 import fnmatch
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -261,7 +260,9 @@ def _call(arguments, log, timeout):
     # The server imports what takes seconds, once.
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['memory_report', *_PRELOADED])
-    process = context.Process(target=_report, args=(arguments, log))
+    process = context.Process(
+        target=memory_report.main_in_file, args=(arguments, log)
+    )
     process.start()
     process.join(timeout)
     if process.is_alive():
@@ -269,14 +270,6 @@ def _call(arguments, log, timeout):
         process.join()
         return None
     return process.exitcode
-
-
-def _report(arguments, log):
-    with log.open('w') as file:
-        # Libraries in other languages print, too.
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(file.fileno(), stream.fileno())
-        memory_report.main(arguments)
 
 
 def _largest(entries):
