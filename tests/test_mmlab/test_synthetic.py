@@ -145,8 +145,8 @@ def test_no_classes():
 
 def test_epoch():
     model, compute_loss = build_narrow('tood/tood_r50_fpn_1x_coco.py')
-    assert model.bbox_head.epoch == 0
     assert_trains(compute_loss)
+    assert model.bbox_head.epoch == 0
 
 
 def test_ground_truth_of_a_preprocessor():
