@@ -1,6 +1,7 @@
 """Random ground truth, in the form that a config's pipeline loads it."""
 
 import functools
+import inspect
 
 import numpy as np
 import torch
@@ -113,7 +114,6 @@ def list_branches(config):
 def _make_detection(config, shape, generator):
     from mmdet.structures import DetDataSample
 
-    loaders = _loaders(config)
     # An RPN has no classes: objects are of the first.
     classes = count_classes(config.model) or 1
     height, width = shape['img_shape']
@@ -123,15 +123,15 @@ def _make_detection(config, shape, generator):
     sample = DetDataSample(metainfo=shape)
     # The preprocessor pads ground truth, too.
     padded = config.model.get('data_preprocessor') or {}
-    if padded.get('pad_mask') or _any(loaders, 'with_mask'):
+    if padded.get('pad_mask') or _loads(config, 'with_mask'):
         instances.masks = _box_masks(boxes, height, width)
-    if padded.get('pad_seg') or _any(loaders, 'with_seg'):
+    if padded.get('pad_seg') or _loads(config, 'with_seg'):
         things = _numbers(config.model, 'num_things_classes')
         stuff = _numbers(config.model, 'num_stuff_classes')
         total = max(things) + max(stuff) if things and stuff else classes
         labels = _label_map(total, shape, generator)
         sample.gt_sem_seg = PixelData(sem_seg=labels)
-    if any(type(loader).__name__ == 'LoadProposals' for loader in loaders):
+    if 'LoadProposals' in map(_name, _transforms(config)):
         proposals = _boxes(PROPOSALS, height, width, generator)
         scores = _uniform((PROPOSALS,), generator)
         sample.proposals = InstanceData(bboxes=proposals, scores=scores)
@@ -195,14 +195,36 @@ def _transforms(config):
     return parts_of(loader.get('dataset'))
 
 
-def _loaders(config):
-    """Transforms of the training data that load something, built."""
+def _loads(config, flag):
+    """Whether a transform of the training data loads something.
+
+    Args:
+        config (Config): The config.
+        flag (str): Argument of the transforms that says so, such as
+            ``'with_mask'``.
+
+    Returns:
+        bool: As the transforms would have it; they are not built, for which
+        some need packages.
+    """
     with TRANSFORMS.switch_scope_and_registry(config.default_scope) as known:
-        return [
-            known.build(part)
-            for part in _transforms(config)
-            if _name(part).startswith('Load')
-        ]
+        for part in _transforms(config):
+            if not _name(part).startswith('Load'):
+                continue
+            kind = part['type']
+            cls = kind if isinstance(kind, type) else known.get(kind)
+            if part.get(flag, _default(cls, flag)):
+                return True
+    return False
+
+
+def _default(cls, argument):
+    """Default of an argument of a class or the bases that it is passed to."""
+    for base in () if cls is None else cls.__mro__:
+        parameters = inspect.signature(base.__init__).parameters
+        if argument in parameters:
+            return parameters[argument].default
+    return None
 
 
 def _name(part):
@@ -210,10 +232,6 @@ def _name(part):
     kind = part.get('type') or ''
     name = kind.__name__ if isinstance(kind, type) else kind
     return name.rpartition('.')[2]
-
-
-def _any(loaders, flag):
-    return any(getattr(loader, flag, False) for loader in loaders)
 
 
 def _numbers(config, *keys):

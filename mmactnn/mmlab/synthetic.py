@@ -107,9 +107,8 @@ def _make_batch(config, model, images):
     if views:
         others = [torch.randn_like(images) for _ in range(views - 1)]
         return [images, *others], samples
-    if config.default_scope != 'mmdet':
+    if not _makes_ground_truth(model.data_preprocessor):
         return images, samples
-    # Preprocessors of detectors pad, and some make ground truth.
     inputs = list(images * _PIXEL_STD + _PIXEL_MEAN)
     branches = list_branches(config)
     if branches:
@@ -121,6 +120,12 @@ def _make_batch(config, model, images):
         dict(inputs=inputs, data_samples=samples), training=True
     )
     return data['inputs'], data['data_samples']
+
+
+def _makes_ground_truth(preprocessor):
+    """Whether a preprocessor is one of detectors: it pads, at the least."""
+    names = 'DetDataPreprocessor', 'MultiBranchDataPreprocessor'
+    return any(cls.__name__ in names for cls in type(preprocessor).__mro__)
 
 
 def load_config(name, options=()):

@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -389,6 +390,20 @@ def main(argv=None):
         )
         figures = [{**as_dict(report), **setting} for report in reports]
         args.out.write_text(json.dumps(figures, indent=1) + '\n')
+
+
+def main_in_file(arguments, log):
+    """Measure and print as :func:`main`, all into a file.
+
+    Args:
+        arguments (list[str]): Command line.
+        log (Path): The file.
+    """
+    with log.open('w') as file:
+        # Libraries in other languages print, too.
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        main(arguments)
 
 
 def summarize(report):

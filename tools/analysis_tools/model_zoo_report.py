@@ -19,7 +19,6 @@ import dataclasses
 import fnmatch
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -92,8 +91,8 @@ def parse_args(argv=None):
         type=int,
         default=[256, 256],
         metavar=('HEIGHT', 'WIDTH'),
-        help='of the images; 256 256 by default. Models of larger images '
-        'only take those of their own configs',
+        help='of the images; 256 256 by default. Models that do not take '
+        'them get larger ones, up to those of their configs',
     )
     parser.add_argument('--batch-size', type=int, default=2)
     parser.add_argument(
@@ -204,14 +203,38 @@ def measure(choice, args):
         dict: The result.
     """
     record = _run(choice.config, args.shape, args)
-    if record['state'] == FAILS and record['seconds'] < args.timeout:
-        # Some models take images of their own size only.
-        shape = synthetic.training_shape(synthetic.load_config(choice.config))
-        if shape and list(shape) != args.shape:
-            larger = _run(choice.config, list(shape), args)
-            if larger['state'] != FAILS:
-                return larger
+    for shape in _larger_shapes(choice.config, args.shape):
+        if record['state'] != FAILS or record['seconds'] >= args.timeout:
+            break
+        larger = _run(choice.config, shape, args)
+        if larger['state'] != FAILS:
+            return larger
     return record
+
+
+def _larger_shapes(config, shape):
+    """Sizes of images that a model may need in place of smaller ones.
+
+    Args:
+        config (str): The config.
+        shape (list[int]): Height and width that the model does not take.
+
+    Yields:
+        list[int]: Height and width: twice as large and so on, up to those of
+        the config's own training.
+    """
+    try:
+        own = synthetic.training_shape(synthetic.load_config(config))
+    except (ValueError, ImportError):
+        return
+    height, width = shape
+    while own is not None:
+        height, width = 2 * height, 2 * width
+        if height * width >= own[0] * own[1]:
+            if list(own) != shape:
+                yield list(own)
+            return
+        yield [height, width]
 
 
 def _run(config, shape, args):
@@ -261,7 +284,9 @@ def _call(arguments, log, timeout):
     # The server imports what takes seconds, once.
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['memory_report', *_PRELOADED])
-    process = context.Process(target=_report, args=(arguments, log))
+    process = context.Process(
+        target=memory_report.main_in_file, args=(arguments, log)
+    )
     process.start()
     process.join(timeout)
     if process.is_alive():
@@ -269,14 +294,6 @@ def _call(arguments, log, timeout):
         process.join()
         return None
     return process.exitcode
-
-
-def _report(arguments, log):
-    with log.open('w') as file:
-        # Libraries in other languages print, too.
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(file.fileno(), stream.fileno())
-        memory_report.main(arguments)
 
 
 def _largest(entries):
