@@ -10,6 +10,7 @@ from .attention import (
 from .batch_norm import batch_norm
 from .chain import Chain, OutputPayload, run_chain
 from .conv import convolution
+from .deformable import deformable_attention
 from .double_backward import first_order_only, linear_map
 from .dropout import dropout, feature_dropout
 from .gate import gate
@@ -34,6 +35,7 @@ __all__ = [
     'batch_norm',
     'can_code_attention',
     'convolution',
+    'deformable_attention',
     'dot_product_attention',
     'dropout',
     'feature_dropout',
