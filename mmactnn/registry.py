@@ -380,7 +380,8 @@ class Registry:
         """Import a module as soon as a model has a class of a package.
 
         Args:
-            package (str): Import name of the package.
+            package (str): Import name of the package, or full name of one
+                module of it.
             module (str): Name of the module, which registers adapters and
                 patterns for classes of the package.
             names (Sequence[str], optional): Classes of the module that
@@ -395,9 +396,10 @@ class Registry:
     def _load_providers(self, cls):
         for base in cls.__mro__:
             package = base.__module__.partition('.')[0]
-            module = self._providers.pop(package, None)
-            if module is not None:
-                importlib.import_module(module)
+            for home in dict.fromkeys((package, base.__module__)):
+                module = self._providers.pop(home, None)
+                if module is not None:
+                    importlib.import_module(module)
 
     def entry_of(self, cls):
         """The entry of a compressed class, or of one derived from it.
@@ -543,13 +545,23 @@ def _add_direct_bases(layer, parent):
 
 
 default_registry = Registry()
+<<<<<<< HEAD
 for _package, _names in {
     'mmcv': ['QHSigmoid', 'QSwish'],
     'mmdet': ['QFPN', 'QRPNHead', 'QRetinaHead'],
     'mmseg': [],
 }.items():
+=======
+for _package, _module, _names in (
+    ('mmcv', 'mmcv', ['QSwish']),
+    # Not in MMCV without compiled ops.
+    ('mmcv.ops.multi_scale_deform_attn', 'deformable', []),
+    ('mmdet', 'mmdet', ['QFPN', 'QRPNHead', 'QRetinaHead']),
+    ('mmseg', 'mmseg', []),
+):
+>>>>>>> attention
     default_registry.add_provider(
-        _package, f'mmactnn.adapters.{_package}', _names
+        _package, f'mmactnn.adapters.{_module}', _names
     )
 
 

@@ -202,7 +202,7 @@ class Biases(NamedTuple):
         return total.reshape(-1, *total.shape[2:])
 
 
-class _Replay(NamedTuple):
+class Replay(NamedTuple):
     """State of torch on which a computation depends besides its arguments.
 
     Attributes:
@@ -273,7 +273,7 @@ class _Attention(Function):
         needs = ctx.needs_input_grad[3:]
         ctx.set_materialize_grads(False)
         ctx.core, ctx.biases = core, biases
-        ctx.replay = _Replay.now(query.device.type)
+        ctx.replay = Replay.now(query.device.type)
         ctx.samples, ctx.dims = query.shape[0], query.dim()
         ctx.dtype = query.dtype
         ctx.has_state = core.dropout_p > 0.0
@@ -323,7 +323,7 @@ def _run(ctx, core, parts, tensors, terms, needs):
     """Outputs of all samples, by the kernels that gradients ask for."""
     pieces_of = []
     for part in parts:
-        with ctx.replay.restored(), _without_hooks():
+        with ctx.replay.restored(), without_hooks():
             leaves = [
                 x.detach().requires_grad_(needed)
                 for x, needed in zip((*tensors, *terms), needs)
@@ -359,7 +359,7 @@ def _differentiate(ctx, kept, terms, part, grad_outputs):
     leaves += [term.detach() for term in terms]
     for leaf, needed in zip(leaves, needs):
         leaf.requires_grad_(needed)
-    with ctx.replay.restored(), _without_hooks():
+    with ctx.replay.restored(), without_hooks():
         bias = ctx.biases.of_part(
             leaves[3:], part, ctx.samples, ctx.dtype, ctx.dims
         )
@@ -504,7 +504,7 @@ def _encode(tensors, places, bits, quantizer):
 
 
 @contextlib.contextmanager
-def _without_hooks():
+def without_hooks():
     """Context in which tensors are saved for a moment only."""
     if top_hooks(True) is None:
         yield

@@ -54,7 +54,15 @@ class PayloadFormat(NamedTuple):
         """Format of a tensor that is quantised now, in its own layout."""
         layout = tensor.shape, tensor.stride(), tensor.dtype
         saves_bits = drawn is not None and not keep_tensors()
-        return cls(*layout, bits, group_size, kind, drawn, saves_bits, smooth)
+        return cls(
+            *layout,
+            bits,
+            group_size,
+            kind,
+            drawn,
+            saves_bits,
+            smooth=smooth,
+        )
 
     def make(self, *operands):
         """Make a payload from this format and tensors that were just made.

@@ -4,7 +4,7 @@ from torch import nn
 
 from ..autograd import product
 from ..registry import register_layer
-from .act import SmoothLayer
+from .smooth import SmoothLayer
 from .gateway import run
 
 
