@@ -545,21 +545,13 @@ def _add_direct_bases(layer, parent):
 
 
 default_registry = Registry()
-<<<<<<< HEAD
-for _package, _names in {
-    'mmcv': ['QHSigmoid', 'QSwish'],
-    'mmdet': ['QFPN', 'QRPNHead', 'QRetinaHead'],
-    'mmseg': [],
-}.items():
-=======
 for _package, _module, _names in (
-    ('mmcv', 'mmcv', ['QSwish']),
+    ('mmcv', 'mmcv', ['QHSigmoid', 'QSwish']),
     # Not in MMCV without compiled ops.
     ('mmcv.ops.multi_scale_deform_attn', 'deformable', []),
     ('mmdet', 'mmdet', ['QFPN', 'QRPNHead', 'QRetinaHead']),
     ('mmseg', 'mmseg', []),
 ):
->>>>>>> attention
     default_registry.add_provider(
         _package, f'mmactnn.adapters.{_module}', _names
     )

@@ -11,11 +11,8 @@ from .batch_norm import batch_norm
 from .chain import Chain, OutputPayload, run_chain
 from .coded_function import coded_function
 from .conv import convolution
-<<<<<<< HEAD
-from .derived_conv import derived_convolution
-=======
 from .deformable import deformable_attention
->>>>>>> attention
+from .derived_conv import derived_convolution
 from .double_backward import first_order_only, linear_map
 from .dropout import dropout, feature_dropout
 from .early_gradient import inputs_of, run_loss
@@ -44,11 +41,8 @@ __all__ = [
     'can_code_attention',
     'coded_function',
     'convolution',
-<<<<<<< HEAD
-    'derived_convolution',
-=======
     'deformable_attention',
->>>>>>> attention
+    'derived_convolution',
     'dot_product_attention',
     'dropout',
     'feature_dropout',

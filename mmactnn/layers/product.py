@@ -4,8 +4,8 @@ from torch import nn
 
 from ..autograd import product
 from ..registry import register_layer
-from .smooth import SmoothLayer
 from .gateway import run
+from .smooth import SmoothLayer
 
 
 class Product(nn.Module):
