@@ -13,6 +13,7 @@ from .linear import linear
 from .norm_act import norm_act
 from .placeholders import meta_tensor
 from .pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+from .prelu import prelu
 from .relu import relu, relu_codes
 from .silu import silu
 
@@ -35,6 +36,7 @@ __all__ = [
     'max_pool2d',
     'meta_tensor',
     'norm_act',
+    'prelu',
     'relu',
     'relu_codes',
     'run_chain',
