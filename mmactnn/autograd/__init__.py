@@ -23,6 +23,7 @@ from .linear import linear
 from .norm_act import norm_act
 from .placeholders import meta_tensor
 from .pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+from .prelu import prelu
 from .product import product
 from .relu import relu, relu_codes
 from .resized_cross_entropy import PixelLosses, resized_cross_entropy
@@ -56,6 +57,7 @@ __all__ = [
     'max_pool2d',
     'meta_tensor',
     'norm_act',
+    'prelu',
     'product',
     'relu',
     'relu_codes',

@@ -1,6 +1,7 @@
 """Pooling that keeps positions or nothing."""
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,80 @@ class _MaxPool(Function):
             return _values_at_maxima(values, indices, format, size)
 
         return linear_map(spread, collect, grad_output), None, None
+
+
+class _WideMaxPool(Function):
+    @staticmethod
+    def forward(ctx, input, window, quantizer):
+        output, indices = _pool_with_indices(input, *window)
+        ctx.window, ctx.shape = window, input.shape
+        ctx.channels_last = ops.layout.suggests_channels_last(input)
+        taps = _taps_of(indices, window, input.shape[-1])
+        ctx.save_for_backward(taps)
+        if quantizer.meter is not None:
+            quantizer.record((taps,), Call(input, output, indices=indices))
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (taps,) = ctx.saved_tensors
+        window, shape = ctx.window, ctx.shape
+        channels_last = ctx.channels_last
+
+        def spread(grad):
+            return _pool_backward(
+                grad,
+                placeholder_like(shape, grad, channels_last),
+                *window,
+                _places_of(taps, window, shape[-1]),
+            )
+
+        def collect(values):
+            places = _places_of(taps, window, shape[-1]).flatten(-2)
+            return values.flatten(-2).gather(-1, places).view(taps.shape)
+
+        return linear_map(spread, collect, grad_output), None, None
+
+
+_pool_with_indices = torch.ops.aten.max_pool2d_with_indices.default
+_pool_backward = torch.ops.aten.max_pool2d_with_indices_backward.default
+
+
+def _starts(size, window, device):
+    """Row and column of the first tap of each window, to broadcast."""
+    _, stride, padding, _, _ = window
+    rows, columns = (
+        torch.arange(size[d - 2], device=device) * stride[d] - padding[d]
+        for d in range(2)
+    )
+    return rows[:, None], columns
+
+
+def _taps_of(indices, window, width):
+    """Positions in windows from those in planes.
+
+    Args:
+        indices (Tensor[*, H, W]): int64, ``row * width + column``.
+        window (tuple): See :class:`_WideMaxPool`.
+        width (int): Width of the input.
+
+    Returns:
+        Tensor[*, H, W]: uint8, likewise inside of the window.
+    """
+    kernel, dilation = window[0], window[3]
+    first, left = _starts(indices.shape, window, indices.device)
+    row = (indices // width - first) // dilation[0]
+    column = (indices % width - left) // dilation[1]
+    return (row * kernel[1] + column).to(torch.uint8)
+
+
+def _places_of(taps, window, width):
+    """Inverse of :func:`_taps_of`."""
+    kernel, dilation = window[0], window[3]
+    first, left = _starts(taps.shape, window, taps.device)
+    taps = taps.long()
+    row = taps // kernel[1] * dilation[0] + first
+    return row * width + taps % kernel[1] * dilation[1] + left
 
 
 class _AveragePool(Function):
@@ -101,12 +176,12 @@ def _values_at_maxima(values, indices, format, size):
 def max_pool2d(
     input, kernel_size, stride, padding, dilation, ceil_mode, quantizer
 ):
-    """Max pooling that keeps 4 bits an output.
+    """Max pooling that keeps 4 bits an output; 8 for more than 16 taps.
 
     Args:
         input (Tensor[N, C, H, W] | Tensor[C, H, W]): float32, float16 or
             bfloat16.
-        kernel_size (int | tuple[int, int]): As in ``F.max_pool2d``; 16 taps
+        kernel_size (int | tuple[int, int]): As in ``F.max_pool2d``; 256 taps
             at most.
         stride (int | tuple[int, int], optional): As there.
         padding (int | tuple[int, int]): As there.
@@ -117,8 +192,13 @@ def max_pool2d(
     Returns:
         Tensor: The output.
     """
-    window = (kernel_size, stride, padding, dilation, ceil_mode)
-    return _MaxPool.apply(input, window, quantizer)
+    if math.prod(ops.as_pair(kernel_size)) <= ops.MAX_TAPS:
+        window = (kernel_size, stride, padding, dilation, ceil_mode)
+        return _MaxPool.apply(input, window, quantizer)
+    # As in torch, an empty sequence means None.
+    stride = kernel_size if stride in (None, (), []) else stride
+    sizes = map(ops.as_pair, (kernel_size, stride, padding, dilation))
+    return _WideMaxPool.apply(input, (*sizes, ceil_mode), quantizer)
 
 
 def avg_pool2d(

@@ -5,10 +5,13 @@ import math
 from torch import nn
 
 from ..autograd import adaptive_avg_pool2d, avg_pool2d, max_pool2d
-from ..ops import MAX_TAPS, as_pair
+from ..ops import as_pair
 from ..registry import register_layer
 from .base import ExactLayer
 from .gateway import run
+
+# As 8 bits hold a position.
+_MAX_TAPS = 256
 
 
 @register_layer(
@@ -22,11 +25,12 @@ from .gateway import run
 class QMaxPool2d(ExactLayer, nn.MaxPool2d):
     """``nn.MaxPool2d`` that keeps 4 bits an output. Exact.
 
-    It keeps the position of the maximum inside of its window; torch keeps the
-    input and 64 bits an output. Output and gradient are torch's; where
-    windows overlap, gradients are summed in float32.
+    It keeps the position of the maximum inside of its window, in 8 bits where
+    that has more than 16 taps; torch keeps the input and 64 bits an output.
+    Output and gradient are torch's; where windows of up to 16 taps overlap,
+    gradients are summed in float32.
 
-    In eval mode, without grad, at level L0, for windows of more than 16 taps
+    In eval mode, without grad, at level L0, for windows of more than 256 taps
     and with ``return_indices`` it is ``nn.MaxPool2d``. Its ``repr`` and the
     report of a conversion show the last two cases.
 
@@ -48,8 +52,8 @@ class QMaxPool2d(ExactLayer, nn.MaxPool2d):
         if module.return_indices:
             return 'returns the indices, which take more than 4 bits'
         taps = math.prod(as_pair(module.kernel_size))
-        if taps > MAX_TAPS:
-            return f'window of {taps} taps, {MAX_TAPS} at most'
+        if taps > _MAX_TAPS:
+            return f'window of {taps} taps, {_MAX_TAPS} at most'
         return None
 
     def forward(self, input):

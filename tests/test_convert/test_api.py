@@ -299,10 +299,10 @@ class TestTypes:
 
     def test_layers_that_would_keep_as_much(self):
         model = nn.Sequential(
-            nn.MaxPool2d(5),
-            wrappers.MaxPool2d((2, 9)),
+            nn.MaxPool2d(17),
+            wrappers.MaxPool2d((2, 150)),
             nn.MaxPool2d(2, return_indices=True),
-            QMaxPool2d(5),
+            QMaxPool2d(17),
             nn.AdaptiveAvgPool2d((1, 1)),
         )
         classes = [type(m) for m in model]
@@ -310,13 +310,13 @@ class TestTypes:
         assert [type(m) for m in model] == classes
         assert not report.converted
         assert [item.reason for item in report.left] == [
-            'window of 25 taps, 16 at most',
-            'window of 18 taps, 16 at most',
+            'window of 289 taps, 256 at most',
+            'window of 300 taps, 256 at most',
             'returns the indices, which take more than 4 bits',
-            'window of 25 taps, 16 at most',
+            'window of 289 taps, 256 at most',
             'keeps nothing',
         ]
-        assert 'MaxPool2d left: window of 25 taps' in str(report)
+        assert 'MaxPool2d left: window of 289 taps' in str(report)
 
     def test_bits_of_exact_layers(self):
         model = nn.Sequential(

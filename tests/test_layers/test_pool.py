@@ -61,6 +61,9 @@ PAIRS = {
     'max, dilated': maximum(3, stride=1, padding=1, dilation=2),
     'max, oblong': maximum((2, 3), (1, 2), (0, 1), (2, 1)),
     'max, lists': maximum([3], stride=[2], padding=[1], dilation=[1]),
+    'max, wide': maximum(5, stride=1, padding=2),
+    'max, wide and oblong': maximum((9, 3), (2, 1), (4, 1), ceil_mode=True),
+    'max, wide and dilated': maximum(5, 1, 2, dilation=2),
     'average': average(2),
     'average, padded': average(3, stride=2, padding=1),
     'average, pad not counted': average(
@@ -263,15 +266,15 @@ class TestWhatIsKept:
 
 
 class TestParentsPath:
-    """Windows that 4 bits cannot index, and indices for the caller."""
+    """Windows that 8 bits cannot index, and indices for the caller."""
 
     def test_many_taps(self, device):
-        pool = QMaxPool2d(5, stride=2)
-        assert 'exact: window of 25 taps, 16 at most' in repr(pool)
-        x = make_input(device)
+        pool = QMaxPool2d(17, stride=2)
+        assert 'exact: window of 289 taps, 256 at most' in repr(pool)
+        x = make_input(device, (2, 3, 19, 18))
         grad_output = torch.randn_like(pool(x))
         found = gradients(pool, x, grad_output)
-        expected = gradients(nn.MaxPool2d(5, stride=2), x, grad_output)
+        expected = gradients(nn.MaxPool2d(17, stride=2), x, grad_output)
         assert_same(found, expected)
 
     def test_return_indices(self, device):
@@ -282,6 +285,15 @@ class TestParentsPath:
             pool(x), nn.MaxPool2d(2, return_indices=True)(x)
         ):
             assert torch.equal(found, expected)
+
+    def test_wide_windows_keep_a_byte(self, device):
+        pool = QMaxPool2d(16, stride=1)
+        x = make_input(device, (2, 3, 40, 36)).requires_grad_()
+        with saved_tensors() as kept:
+            pool(x)
+        assert [(t.dtype, t.numel()) for t in kept] == [
+            (torch.uint8, 2 * 3 * 25 * 21)
+        ]
 
     @in_turn(size=[4, (2, 8), [4]])
     def test_sixteen_taps(self, size, device):
