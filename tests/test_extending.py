@@ -64,6 +64,16 @@ class TestLayer:
         assert found['check_names'] == [True] * 3
 
 
+class TestFunction:
+    def test_computes_as_torch(self, found):
+        function = found['check_function']
+        assert function['compressed'] and function['same']
+        assert_unbiased(function['errors'], {'input', 'fc.weight', 'fc.bias'})
+
+    def test_rule(self, found):
+        assert found['check_function']['left'] == 'GeluBackward0'
+
+
 class TestPattern:
     @pytest.fixture
     def pattern(self, found):

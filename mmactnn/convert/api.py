@@ -72,7 +72,9 @@ def convert_model(
 
     Compressed layers keep codes instead of activations. Functions that a
     module calls become layers first, if there is an adapter for the module
-    (:mod:`mmactnn.adapters`).
+    (:mod:`mmactnn.adapters`); others are compressed where they are called
+    (:mod:`mmactnn.functional`), and are like layers of the module to filters
+    and rules, such as ``'blocks.0.relu'``.
 
     Modules only change their class: parameters, buffers, hooks,
     ``state_dict`` keys, optimisers and wrappers such as
@@ -100,7 +102,8 @@ def convert_model(
             ``use_gradient``; see :class:`mmactnn.AdaptivePrecision`.
         filter_fn (Callable, optional): Function ``filter_fn(module, name)``
             of a layer and its qualified name that returns whether to convert
-            it, in addition to ``include`` and ``exclude``. Defaults to all.
+            it, in addition to ``include`` and ``exclude``. With it, functions
+            that modules call are left to torch. Defaults to all.
 
     Returns:
         ConversionReport: Layers that were converted, and those that were

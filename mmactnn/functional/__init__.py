@@ -20,6 +20,7 @@ from .modules import (
     settings_of,
     unscoped_class,
 )
+from .movement import move
 from .scope import FunctionSettings, call_in_scope
 
 for _module in pkgutil.iter_modules(__path__):
@@ -29,6 +30,7 @@ __all__ = [
     'FunctionSettings',
     'call_in_scope',
     'calls_functions',
+    'move',
     'remove_scopes',
     'scoped_class',
     'set_scope',

@@ -4,6 +4,7 @@ import sys
 from types import FunctionType
 
 import torch
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
 _C = torch._C
@@ -32,6 +33,9 @@ class FunctionMode(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """See ``torch.overrides``."""
+        if is_dynamo_compiling():
+            # A part of the model is compiled, and reads this function.
+            return func(*args, **(kwargs or {}))
         handle = self._find(func)
         if handle is not None and self.scope is not None:
             result = handle(self.scope, func, args, kwargs or {})

@@ -121,6 +121,35 @@ def check_names():
     return [type(layer) is qgelu.QGELU for layer in built]
 
 
+def check_function():
+    """A module that calls it, against torch."""
+    import gelu_function  # noqa: F401
+    from qgelu import _GELU
+
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return nn.functional.gelu(self.fc(x), approximate='tanh')
+
+    model = Calls()
+    plain = copy.deepcopy(model)
+    mmactnn.convert_model(model, dict(base='L2', conv=8))
+    x = torch.randn(4, 64)
+    node = model(x.clone().requires_grad_()).grad_fn
+    same = torch.equal(model(x), plain(x))
+    errors = errors_of_mean(model, plain, x)
+    mmactnn.convert_model(model, dict(base='L2', rules={'gelu': None}))
+    return dict(
+        compressed=node.name() == f'{_GELU.__name__}Backward',
+        same=same,
+        errors=errors,
+        left=model(x.clone().requires_grad_()).grad_fn.name(),
+    )
+
+
 def check_pattern():
     """The site runs, computes the same, and keeps codes."""
     import gated_product
@@ -138,7 +167,12 @@ def check_pattern():
     plain = copy.deepcopy(model)
     layers = copy.deepcopy(model)
     report = mmactnn.convert_model(model, 'L2')
-    alone = mmactnn.convert_model(layers, dict(base='L2', fuse=False))
+    alone = mmactnn.convert_model(
+        layers,
+        dict(base='L2', fuse=False),
+        # It leaves functions, such as the product, to torch.
+        filter_fn=lambda module, name: True,
+    )
     x = torch.randn(64, 32)
     with mmactnn.measure_activations(model) as meter:
         output = model(x)
@@ -217,5 +251,11 @@ def check_adapter():
 if __name__ == '__main__':
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    checks = (check_layer, check_names, check_pattern, check_adapter)
+    checks = (
+        check_layer,
+        check_names,
+        check_function,
+        check_pattern,
+        check_adapter,
+    )
     json.dump({c.__name__: c() for c in checks}, sys.stdout)

@@ -287,6 +287,28 @@ class TestOthers:
         program = torch.export.export(net, (x.detach(),))
         torch.testing.assert_close(program.module()(x.detach()), twin(x))
 
+    def test_compiled_part(self):
+        """A part that is compiled within a scope is one graph."""
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph
+
+        class Compiled(nn.Module):
+            def forward(self, x):
+                return F.relu(2 * x)
+
+        net = Net()
+        net.act = Compiled()
+        twin = copy.deepcopy(net)
+        convert_model(net, 'L2')
+        net.act.compile(backend=backend)
+        x = make_input()
+        for _ in range(2):
+            assert_same_bits(net(x), twin(x))
+        assert len(graphs) == 1
+
     @pytest.mark.parametrize('reentrant', [False, True])
     def test_checkpointed_closure(self, reentrant):
         """Code that runs again without its module is exact both times."""
