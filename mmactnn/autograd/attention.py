@@ -509,7 +509,8 @@ def without_hooks():
     if top_hooks(True) is None:
         yield
         return
-    with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+    # Detached: an output that its own node saves would own that node.
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _same):
         yield
 
 
