@@ -118,38 +118,47 @@ struct ResizedLoss {
   }
 };
 
-// Interpolation of a class's plane at a pixel: offsets of four logits and
-// weights, in the order of torch's operations. Number<T> rounds as torch does,
-// which stores the large logits in the dtype of the small ones.
-template <typename T, typename Number>
-struct Sampler {
-  int64_t offset[2][2];
-  float row_weight;
-  float column_weight;
+// Four logits of a class around a pixel.
+struct Corners {
+  float value[2][2];
 
-  MMACTNN_HOST_DEVICE Sampler(const LogitsLayout& layout, const Tap& row,
-                              const Tap& column)
-      : row_weight(row.weight), column_weight(column.weight) {
-    offset[0][0] =
-        row.low * layout.row_stride + column.low * layout.column_stride;
-    offset[0][1] =
-        row.low * layout.row_stride + column.high * layout.column_stride;
-    offset[1][0] =
-        row.high * layout.row_stride + column.low * layout.column_stride;
-    offset[1][1] =
-        row.high * layout.row_stride + column.high * layout.column_stride;
-  }
-
-  MMACTNN_HOST_DEVICE float operator()(const T* plane) const {
+  // Interpolated in the order of torch's operations.
+  MMACTNN_HOST_DEVICE float blend(float row_weight, float column_weight) const {
     const float left = 1.0f - column_weight;
-    const float top = left * Number::load(plane[offset[0][0]]) +
-                      column_weight * Number::load(plane[offset[0][1]]);
-    const float bottom = left * Number::load(plane[offset[1][0]]) +
-                         column_weight * Number::load(plane[offset[1][1]]);
-    return Number::load(
-        Number::store((1.0f - row_weight) * top + row_weight * bottom));
+    const float top = left * value[0][0] + column_weight * value[0][1];
+    const float bottom = left * value[1][0] + column_weight * value[1][1];
+    return (1.0f - row_weight) * top + row_weight * bottom;
   }
 };
+
+// Their places in the plane of a class.
+struct CornerOffsets {
+  int64_t offset[2][2];
+
+  static MMACTNN_HOST_DEVICE CornerOffsets of(const LogitsLayout& layout,
+                                              const Tap& row,
+                                              const Tap& column) {
+    const int64_t top = row.low * layout.row_stride;
+    const int64_t bottom = row.high * layout.row_stride;
+    const int64_t left = column.low * layout.column_stride;
+    const int64_t right = column.high * layout.column_stride;
+    return {{{top + left, top + right}, {bottom + left, bottom + right}}};
+  }
+
+  template <typename T, typename Number>
+  MMACTNN_HOST_DEVICE Corners load(const T* plane) const {
+    return {{{Number::load(plane[offset[0][0]]),
+              Number::load(plane[offset[0][1]])},
+             {Number::load(plane[offset[1][0]]),
+              Number::load(plane[offset[1][1]])}}};
+  }
+};
+
+// A large logit as torch stores it, in the dtype of the small ones.
+template <typename Number>
+MMACTNN_HOST_DEVICE float stored(float value) {
+  return Number::load(Number::store(value));
+}
 
 // Outputs of the forward pass at a pixel.
 struct PixelLoss {
@@ -162,12 +171,17 @@ template <typename T, typename Number>
 MMACTNN_HOST_DEVICE PixelLoss loss_at(const ResizedLoss& op, const T* image,
                                       int64_t label, int32_t row,
                                       int32_t column) {
-  const Sampler<T, Number> sample(op.logits, op.height.tap(row),
-                                  op.width.tap(column));
+  const Tap row_tap = op.height.tap(row);
+  const Tap column_tap = op.width.tap(column);
+  const CornerOffsets offsets =
+      CornerOffsets::of(op.logits, row_tap, column_tap);
   float largest = -INFINITY, sum = 0.0f, own = 0.0f;
   int64_t winner = -1;
   for (int64_t c = 0; c < op.logits.classes; ++c) {
-    const float value = sample(image + c * op.logits.class_stride);
+    const Corners corners =
+        offsets.load<T, Number>(image + c * op.logits.class_stride);
+    const float value =
+        stored<Number>(corners.blend(row_tap.weight, column_tap.weight));
     if (c == label) own = value;
     // Of equal numbers the difference is 0, infinite ones included.
     const float power =
@@ -197,14 +211,23 @@ MMACTNN_HOST_DEVICE float row_gradient(const ResizedLoss& op, const T* plane,
                                        int32_t column) {
   const Tap row_tap = op.height.tap(row);
   const Readers range = op.width.readers(column);
+  // Neighbours mostly have the same corners.
+  Corners corners{};
+  int32_t low = -1;
   float total = 0.0f;
   for (int32_t x = range.begin; x < range.end; ++x) {
     const Tap tap = op.width.tap(x);
     const float weight = tap.of(column);
     if (weight == 0.0f) continue;
+    if (tap.low != low) {
+      low = tap.low;
+      corners =
+          CornerOffsets::of(op.logits, row_tap, tap).load<T, Number>(plane);
+    }
     const int64_t pixel = first + x;
     const int64_t label = op.labels.at(pixel);
-    const float value = Sampler<T, Number>(op.logits, row_tap, tap)(plane);
+    const float value =
+        stored<Number>(corners.blend(row_tap.weight, tap.weight));
     float own = op.weight_of(label);
     if (scale != nullptr) own *= scale[pixel];
     const float target = label == class_index ? 1.0f : 0.0f;

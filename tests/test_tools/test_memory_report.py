@@ -108,7 +108,10 @@ def test_one_config(tmp_path, capsys):
     assert copy['source'].startswith(f'{name}.py:')
     assert copy['python_module'].endswith(f'.roi_extractors.{name}')
     losses = {e['module'] for e in entries if e['category'] == 'loss'}
-    assert losses >= {'rpn_head.loss_cls', 'roi_head.bbox_head.loss_cls'}
+    assert losses >= {
+        'rpn_head.losses_of_outputs',
+        'roi_head.bbox_head.loss_cls',
+    }
     assert not any(name.startswith(('backbone', 'neck')) for name in losses)
     assert 'left uncompressed: ' in text
 
