@@ -8,7 +8,7 @@ from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from mmcv.cnn.bricks.conv_ws import ConvAWS2d, ConvWS2d
 from mmcv.cnn.bricks.swish import Swish
 
-from ..autograd import silu
+from ..autograd import meta_tensor, silu
 from ..layers import SmoothLayer
 from ..layers.conv import DerivedConv, ForwardConv
 from ..layers.gateway import run
@@ -37,7 +37,8 @@ class QSwish(SmoothLayer, Swish):
 
 # Both keep the input, the weight that they compute, and the one before.
 def _saved_with_derived_weight(call):
-    return (call.input, call.weight, *call.statistics)
+    before = meta_tensor(call.weight.shape, call.weight.dtype)
+    return (call.input, call.weight, before)
 
 
 @register_layer(ConvWS2d, saved_by_torch=_saved_with_derived_weight)
