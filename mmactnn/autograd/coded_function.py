@@ -5,35 +5,14 @@ import weakref
 from torch.autograd import Function
 
 from ..codes.calls import Call
+from .context import StandInContext
 from .double_backward import first_order_only
-
-
-class _Context:
-    """Stand-in for the context of an autograd function.
-
-    Args:
-        needs_input_grad (tuple[bool]): Which arguments need a gradient.
-    """
-
-    def __init__(self, needs_input_grad):
-        self.needs_input_grad = needs_input_grad
-        self.saved_tensors = ()
-
-    def save_for_backward(self, *tensors):
-        """Hold the tensors."""
-        self.saved_tensors = tensors
-
-    def mark_non_differentiable(self, *tensors):
-        """Ignored: there is one output."""
-
-    def set_materialize_grads(self, value):
-        """Ignored: the gradient of the one output is there."""
 
 
 class _CodedFunction(Function):
     @staticmethod
     def forward(ctx, function, position, quantizer, *args):
-        inner = _Context(ctx.needs_input_grad[3:])
+        inner = StandInContext(ctx.needs_input_grad[3:])
         output = function.forward(inner, *args)
         others = list(inner.saved_tensors)
         inner.saved_tensors = ()

@@ -139,60 +139,7 @@ def _sums_of_pieces(record, weight, w, payload, grad_output, needs_bias):
     return grad_weight, grad_bias
 
 
-def convolve_and_keep(
-    ctx, input, weight, bias, geometry, quantizer, needed, statistics=()
-):
-    """Forward pass of a convolution, for autograd functions.
-
-    Args:
-        ctx (Any): Context of the function; gets the state of the backward
-            pass, except for the tensors.
-        input (Tensor[N, C, *]): See :class:`_Convolution`.
-        weight (Tensor[*]): See there.
-        bias (Tensor[O], optional): See there.
-        geometry (tuple): See there.
-        quantizer (LayerQuantizer): See there.
-        needed (bool): Whether the weight needs a gradient.
-        statistics (tuple[Tensor], optional): For the meter, see
-            :class:`mmactnn.codes.calls.Call`. Defaults to none.
-
-    Returns:
-        tuple[Tensor[N, O, *], tuple[Tensor]]: The output, and the tensors to
-        keep.
-    """
-    # Calls of functions are avoided where possible: for small convolutions
-    # they take as long as the convolution itself.
-    dtype, x, w, b = None, input, weight, bias
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = lower_dtype(input)
-        x, w, b = cast(dtype, input, weight, bias)
-    limit = quantizer.chunk_bytes
-    if limit is None or x.nbytes <= _LARGE_BYTES:
-        output = torch.convolution(x, w, b, *geometry)
-    else:
-        output = _convolve(x, w, b, geometry, limit)
-    format, kept, probe = quantizer.keep_shared(input, x, needed)
-    ctx.record = _Record(
-        geometry,
-        dtype,
-        x.shape,
-        input.dtype,
-        x.nbytes,
-        _CONTIGUOUS if x.is_contiguous() else memory_format(x),
-        None if bias is None else bias.dtype,
-        limit,
-        format,
-        probe,
-    )
-    ctx.source = weakref.ref(input)
-    if quantizer.meter is not None:
-        quantizer.record(kept, Call(x, output, w, statistics=statistics))
-    # A normalisation behind reads this from the autograd node.
-    ctx.layer_bits = ctx.adaptive = quantizer.layer_bits
-    return output, kept
-
-
-class _Convolution(Function):
+class Convolution(Function):
     """Convolution, transposed or not, with the weight's gradient from codes.
 
     The forward pass and the gradient of the input are exact. The gradient of
@@ -216,16 +163,45 @@ class _Convolution(Function):
 
     @staticmethod
     def forward(ctx, input, weight, bias, geometry, quantizer):
-        needed = ctx.needs_input_grad[1]
-        output, kept = convolve_and_keep(
-            ctx, input, weight, bias, geometry, quantizer, needed
+        """See ``Function``."""
+        # Calls of functions are avoided where possible: for small convolutions
+        # they take as long as the convolution itself.
+        dtype, x, w, b = None, input, weight, bias
+        if torch.is_autocast_enabled(input.device.type):
+            dtype = lower_dtype(input)
+            x, w, b = cast(dtype, input, weight, bias)
+        limit = quantizer.chunk_bytes
+        if limit is None or x.nbytes <= _LARGE_BYTES:
+            output = torch.convolution(x, w, b, *geometry)
+        else:
+            output = _convolve(x, w, b, geometry, limit)
+        format, kept, probe = quantizer.keep_shared(
+            input, x, ctx.needs_input_grad[1]
         )
+        ctx.record = _Record(
+            geometry,
+            dtype,
+            x.shape,
+            input.dtype,
+            x.nbytes,
+            _CONTIGUOUS if x.is_contiguous() else memory_format(x),
+            None if bias is None else bias.dtype,
+            limit,
+            format,
+            probe,
+        )
+        ctx.source = weakref.ref(input)
+        if quantizer.meter is not None:
+            quantizer.record(kept, Call(x, output, w))
+        # A normalisation behind reads this from the autograd node.
+        ctx.layer_bits = ctx.adaptive = quantizer.layer_bits
         ctx.save_for_backward(weight, *kept)
         return output
 
     @staticmethod
     @first_order_only('QConv', unless=lambda ctx: ctx.record.format is None)
     def backward(ctx, grad_output):
+        """See ``Function``."""
         weight, *kept = ctx.saved_tensors
         grads = all_gradients(
             ctx.record, weight, kept, grad_output, ctx.needs_input_grad[:3]
@@ -303,4 +279,4 @@ def _fan(input_size, output_size, weight, geometry):
 
 
 # Not a function around it, which would cost small convolutions another call.
-convolution = _Convolution.apply
+convolution = Convolution.apply

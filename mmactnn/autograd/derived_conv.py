@@ -3,27 +3,23 @@
 import torch
 from torch.autograd import Function
 
-from .conv import all_gradients, convolve_and_keep
+from .context import StandInContext
+from .conv import Convolution, all_gradients
 from .double_backward import first_order_only
-from .placeholders import meta_tensor
 
 
 class _DerivedConvolution(Function):
     @staticmethod
     def forward(ctx, input, bias, derive, geometry, quantizer, *sources):
-        weight = derive(*sources)
-        output, kept = convolve_and_keep(
-            ctx,
-            input,
-            weight,
-            bias,
-            geometry,
-            quantizer,
-            any(ctx.needs_input_grad[5:]),
-            # The weight before the last operation, which torch keeps.
-            (meta_tensor(weight.shape, weight.dtype),),
+        needs_input, needs_bias, _, _, _, *needs = ctx.needs_input_grad
+        inner = StandInContext((needs_input, any(needs), needs_bias))
+        output = Convolution.forward(
+            inner, input, derive(*sources), bias, geometry, quantizer
         )
-        ctx.derive, ctx.count = derive, len(sources)
+        _, *kept = inner.saved_tensors
+        ctx.derive, ctx.count, ctx.record = derive, len(sources), inner.record
+        ctx.adaptive, ctx.source = inner.adaptive, inner.source
+        ctx.layer_bits = inner.layer_bits
         ctx.save_for_backward(*sources, *kept)
         return output
 

@@ -35,6 +35,9 @@ class _QConv(CodedLayer):
 class ForwardConv(_QConv):
     """Mixin of convolutions that are not transposed."""
 
+    # Convolves with numeric padding by zeros.
+    _convolve = staticmethod(convolution)
+
     def _compress(self, input, weight, bias):
         rank = input.dim() - len(self.kernel_size)
         if rank == 1:
@@ -64,11 +67,7 @@ class ForwardConv(_QConv):
             self.output_padding,
             self.groups,
         )
-        return self._convolve(input, weight, bias, geometry)
-
-    def _convolve(self, input, weight, bias, geometry):
-        """Convolve with numeric padding by zeros."""
-        return convolution(input, weight, bias, geometry, self.quantizer)
+        return self._convolve(input, weight, bias, geometry, self.quantizer)
 
     def _resolve_padding(self, input):
         """Numeric padding for 'same' or 'valid'; pads an odd side itself."""
@@ -255,9 +254,9 @@ class DerivedConv(ForwardConv):
         """
         raise NotImplementedError
 
-    def _convolve(self, input, weight, bias, geometry):
+    def _convolve(self, input, weight, bias, geometry, quantizer):
         return derived_convolution(
-            input, bias, self.derive_weight, geometry, self.quantizer, weight
+            input, bias, self.derive_weight, geometry, quantizer, weight
         )
 
 
