@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../common/channels.h"
 #include "../common/dither.h"
 #include "../common/geometry.h"
 #include "../common/random_bits.h"
@@ -54,26 +55,62 @@ void decode_group(const uint8_t* codes, int64_t count, uint32_t max_code,
   }
 }
 
-// Calls `body(start, count, decoded)` with every group.
+// A normalisation before the function: value * weight + bias.
+class Affine {
+ public:
+  Affine(const Memory& weight, const Memory& bias, const Channels& channels)
+      : weight_(static_cast<const float*>(weight.const_data_ptr())),
+        bias_(static_cast<const float*>(bias.const_data_ptr())),
+        channels_(channels) {}
+
+  bool enabled() const { return weight_ != nullptr || bias_ != nullptr; }
+  int64_t channel(int64_t place) const {
+    return channels_.last ? place % channels_.count : place / channels_.plane;
+  }
+  float scale(int64_t channel) const {
+    return weight_ == nullptr ? 1.0f : weight_[channel];
+  }
+  float shift(int64_t channel) const {
+    return bias_ == nullptr ? 0.0f : bias_[channel];
+  }
+
+ private:
+  const float* weight_;
+  const float* bias_;
+  Channels channels_;
+};
+
+// Calls `body(index, value, half_variance)` with the decoded argument of every
+// element.
 template <typename Body>
-void for_each_decoded(const Memory& codes, const Memory& ranges,
-                      const Geometry& geometry, int bits,
-                      const DrawnBits& drawn, const Body& body) {
+void for_each_argument(const Memory& codes, const Memory& ranges,
+                       const Affine& affine, const Geometry& geometry, int bits,
+                       const DrawnBits& drawn, const Body& body) {
   const auto* code_bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
   const auto* range_words =
       static_cast<const uint32_t*>(ranges.const_data_ptr());
   const GroupDither draw(drawn, geometry);
-  for_each_group(code_bytes, geometry, bits,
-                 [&](int64_t index, const Group& group, const uint8_t* own) {
-                   uint16_t random[kMaxGroup];
-                   const bool dithered = draw(group, random);
-                   Decoded decoded;
-                   decode_group(own, group.count, max_code_of(bits),
-                                Range::unpack(range_words[index]),
-                                dithered ? random : nullptr, decoded);
-                   body(group.row * geometry.row_numel + group.start,
-                        group.count, decoded);
-                 });
+  for_each_group(
+      code_bytes, geometry, bits,
+      [&](int64_t index, const Group& group, const uint8_t* own) {
+        uint16_t random[kMaxGroup];
+        const bool dithered = draw(group, random);
+        Decoded decoded;
+        decode_group(own, group.count, max_code_of(bits),
+                     Range::unpack(range_words[index]),
+                     dithered ? random : nullptr, decoded);
+        const int64_t start = group.row * geometry.row_numel + group.start;
+        for (int64_t i = 0; i < group.count; ++i) {
+          float value = decoded.values[i], half = decoded.half_variance;
+          if (affine.enabled()) {
+            const int64_t channel = affine.channel(group.start + i);
+            const float scale = affine.scale(channel);
+            value = value * scale + affine.shift(channel);
+            half *= scale * scale;
+          }
+          body(start + i, value, half);
+        }
+      });
 }
 
 }  // namespace
@@ -150,45 +187,42 @@ void smooth_derivative_backward(const Memory& grad_output, const Memory& codes,
 }
 
 void smooth_decode(const Memory& codes, const Memory& ranges,
-                   const Memory& output, const Geometry& geometry, int bits,
-                   const Smooth& smooth, const DrawnBits& drawn) {
+                   const Memory& output, const Memory& weight,
+                   const Memory& bias, const Channels& channels,
+                   const Geometry& geometry, int bits, const Smooth& smooth,
+                   const DrawnBits& drawn) {
   dispatch_dtype(output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     T* target = static_cast<T*>(output.mutable_data_ptr());
     dispatch_smooth(smooth.function, [&](auto function) {
-      for_each_decoded(
-          codes, ranges, geometry, bits, drawn,
-          [&](int64_t start, int64_t count, const Decoded& decoded) {
-            for (int64_t i = 0; i < count; ++i) {
-              const Jet jet = function.jet(decoded.values[i], smooth);
-              target[start + i] = static_cast<T>(
-                  corrected(jet.value, decoded.half_variance, jet.second));
-            }
-          });
+      for_each_argument(codes, ranges, {weight, bias, channels}, geometry, bits,
+                        drawn, [&](int64_t index, float argument, float half) {
+                          const Jet jet = function.jet(argument, smooth);
+                          target[index] = static_cast<T>(
+                              corrected(jet.value, half, jet.second));
+                        });
     });
   });
 }
 
 void smooth_decode_backward(const Memory& grad_output, const Memory& codes,
                             const Memory& ranges, const Memory& grad_input,
-                            const Geometry& geometry, int bits,
-                            const Smooth& smooth, const DrawnBits& drawn) {
+                            const Memory& weight, const Memory& bias,
+                            const Channels& channels, const Geometry& geometry,
+                            int bits, const Smooth& smooth,
+                            const DrawnBits& drawn) {
   dispatch_dtype(grad_output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(grad_output.const_data_ptr());
     T* target = static_cast<T*>(grad_input.mutable_data_ptr());
     dispatch_smooth(smooth.function, [&](auto function) {
-      for_each_decoded(
-          codes, ranges, geometry, bits, drawn,
-          [&](int64_t start, int64_t count, const Decoded& decoded) {
-            for (int64_t i = 0; i < count; ++i) {
-              const Jet jet = function.jet(decoded.values[i], smooth);
-              const float derivative =
-                  corrected(jet.derivative, decoded.half_variance, jet.third);
-              target[start + i] = static_cast<T>(
-                  static_cast<float>(source[start + i]) * derivative);
-            }
-          });
+      for_each_argument(codes, ranges, {weight, bias, channels}, geometry, bits,
+                        drawn, [&](int64_t index, float argument, float half) {
+                          const Jet jet = function.jet(argument, smooth);
+                          target[index] = static_cast<T>(
+                              static_cast<float>(source[index]) *
+                              corrected(jet.derivative, half, jet.third));
+                        });
     });
   });
 }

@@ -3,6 +3,7 @@
 #include "../common/dither.h"
 #include "../common/divider.h"
 #include "../common/smooth.h"
+#include "channel_index.h"
 #include "code_floats.h"
 #include "dither_floats.h"
 #include "launch.h"
@@ -133,12 +134,56 @@ struct Rows {
   bool vectorized;
 };
 
-// Reads a block of codes, and calls `body(value, derivative, i)` with the
-// function's value and derivative of each element; both corrected.
+// A normalisation before the function: value * weight + bias.
+struct Affine {
+  const float* weight;
+  const float* bias;
+  ChannelIndex channels;
+
+  Affine(const Memory& weights, const Memory& biases, const Channels& of)
+      : weight(static_cast<const float*>(weights.const_data_ptr())),
+        bias(static_cast<const float*>(biases.const_data_ptr())),
+        channels(index_channels(of.count == 0 ? Channels{1, 1, 1, false} : of,
+                                {weight, bias})) {}
+
+  __device__ __forceinline__ bool enabled() const {
+    return weight != nullptr || bias != nullptr;
+  }
+};
+
+// Scale and shift of each element of a block.
+struct BlockAffine {
+  float scale[kBlock];
+  float shift[kBlock];
+
+  // `count` elements from `begin` on within a row.
+  __device__ __forceinline__ BlockAffine(const Affine& affine, uint32_t begin,
+                                         int count) {
+    if (!affine.enabled()) {
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        scale[i] = 1.0f;
+        shift[i] = 0.0f;
+      }
+      return;
+    }
+    ChannelIndex::Place place = affine.channels.of(begin);
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      scale[i] = load_channel(affine.weight, place.channel, 1.0f);
+      shift[i] = load_channel(affine.bias, place.channel, 0.0f);
+      if (i + 1 < count) place = affine.channels.next(place);
+    }
+  }
+};
+
+// Reads a block of codes, and calls `body(jet, half_variance, i)` with the
+// function and its derivatives at each decoded argument.
 template <int kBits, typename Body>
 __device__ __forceinline__ void decode_block(const uint8_t* codes, int any_bits,
                                              Range range, bool dithered,
                                              const BlockBits& drawn,
+                                             const BlockAffine& affine,
                                              const Smooth& smooth,
                                              const Body& body) {
   const int bits = kBits == kAnyBits ? any_bits : kBits;
@@ -156,7 +201,9 @@ __device__ __forceinline__ void decode_block(const uint8_t* codes, int any_bits,
                               ? decode_dithered(code, drawn.bits16(i), range,
                                                 fraction_bits(max_code))
                               : decode(code, range);
-      body(function.jet(value, smooth), half, i);
+      const float scale = affine.scale[i];
+      body(function.jet(add(multiply(value, scale), affine.shift[i]), smooth),
+           half * (scale * scale), i);
     }
   });
 }
@@ -167,7 +214,8 @@ __global__ void __launch_bounds__(kThreads)
     decode_kernel(const T* __restrict__ grad_output,
                   const uint8_t* __restrict__ codes,
                   const uint32_t* __restrict__ ranges, T* __restrict__ output,
-                  Rows rows, int any_bits, Smooth smooth, DitherSource dither) {
+                  Rows rows, Affine affine, int any_bits, Smooth smooth,
+                  DitherSource dither) {
   const uint32_t index = blockIdx.x * kThreads + threadIdx.x;
   if (index >= rows.blocks) return;
   const int bits = kBits == kAnyBits ? any_bits : kBits;
@@ -186,24 +234,26 @@ __global__ void __launch_bounds__(kThreads)
   const BlockBits drawn(dither.random.current_pair(),
                         dither.first_block + index);
   float values[kBlock];
-  decode_block<kBits>(
-      codes + int64_t{index} * bits, bits, Range::unpack(ranges[group]),
-      dither.enabled, drawn, smooth, [&](const Jet& jet, float half, int i) {
-        if constexpr (kBackward) {
-          values[i] =
-              packed.get(i) * corrected(jet.derivative, half, jet.third);
-        } else {
-          values[i] = corrected(jet.value, half, jet.second);
-        }
-      });
+  decode_block<kBits>(codes + int64_t{index} * bits, bits,
+                      Range::unpack(ranges[group]), dither.enabled, drawn,
+                      BlockAffine(affine, static_cast<uint32_t>(begin), count),
+                      smooth, [&](const Jet& jet, float half, int i) {
+                        if constexpr (kBackward) {
+                          values[i] =
+                              packed.get(i) *
+                              corrected(jet.derivative, half, jet.third);
+                        } else {
+                          values[i] = corrected(jet.value, half, jet.second);
+                        }
+                      });
   packed.set(values);
   store_any(packed, output + start, count, rows.vectorized);
 }
 
 template <typename T, bool kBackward>
 void launch_decode(const T* source, const Memory& codes, const Memory& ranges,
-                   T* target, const Geometry& geometry, int bits,
-                   const Smooth& smooth, const DrawnBits& drawn) {
+                   T* target, const Affine& affine, const Geometry& geometry,
+                   int bits, const Smooth& smooth, const DrawnBits& drawn) {
   const auto* code_bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
   const auto* range_words =
       static_cast<const uint32_t*>(ranges.const_data_ptr());
@@ -235,7 +285,7 @@ void launch_decode(const T* source, const Memory& codes, const Memory& ranges,
               kBackward ? source + element : nullptr,
               code_bytes + row * row_blocks * bits,
               range_words + row * geometry.groups_per_row(), target + element,
-              rows, bits, smooth, draws.advanced(row * row_blocks));
+              rows, affine, bits, smooth, draws.advanced(row * row_blocks));
       check_launch();
     });
   }
@@ -296,26 +346,30 @@ void smooth_derivative_backward(const Memory& grad_output, const Memory& codes,
 }
 
 void smooth_decode(const Memory& codes, const Memory& ranges,
-                   const Memory& output, const Geometry& geometry, int bits,
-                   const Smooth& smooth, const DrawnBits& drawn) {
+                   const Memory& output, const Memory& weight,
+                   const Memory& bias, const Channels& channels,
+                   const Geometry& geometry, int bits, const Smooth& smooth,
+                   const DrawnBits& drawn) {
   dispatch_dtype(output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
-    launch_decode<T, false>(nullptr, codes, ranges,
-                            static_cast<T*>(output.mutable_data_ptr()),
-                            geometry, bits, smooth, drawn);
+    launch_decode<T, false>(
+        nullptr, codes, ranges, static_cast<T*>(output.mutable_data_ptr()),
+        {weight, bias, channels}, geometry, bits, smooth, drawn);
   });
 }
 
 void smooth_decode_backward(const Memory& grad_output, const Memory& codes,
                             const Memory& ranges, const Memory& grad_input,
-                            const Geometry& geometry, int bits,
-                            const Smooth& smooth, const DrawnBits& drawn) {
+                            const Memory& weight, const Memory& bias,
+                            const Channels& channels, const Geometry& geometry,
+                            int bits, const Smooth& smooth,
+                            const DrawnBits& drawn) {
   dispatch_dtype(grad_output.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
-    launch_decode<T, true>(static_cast<const T*>(grad_output.const_data_ptr()),
-                           codes, ranges,
-                           static_cast<T*>(grad_input.mutable_data_ptr()),
-                           geometry, bits, smooth, drawn);
+    launch_decode<T, true>(
+        static_cast<const T*>(grad_output.const_data_ptr()), codes, ranges,
+        static_cast<T*>(grad_input.mutable_data_ptr()),
+        {weight, bias, channels}, geometry, bits, smooth, drawn);
   });
 }
 

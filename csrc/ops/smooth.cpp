@@ -4,7 +4,9 @@
 #include <optional>
 #include <vector>
 
+#include "../common/channels.h"
 #include "allocate.h"
+#include "channel_checks.h"
 #include "registration.h"
 
 namespace mmactnn {
@@ -15,13 +17,17 @@ MMACTNN_KERNEL(smooth_derivative, const Memory&, const Memory&, const Smooth&,
 // Gradient of the output, codes and gradient of the input.
 MMACTNN_KERNEL(smooth_derivative_backward, const Memory&, const Memory&,
                const Memory&, const DerivativeCodes&, const CountedStream&);
-// Codes, ranges and output.
+// Codes, ranges and output; weight and bias of a normalisation, and channels
+// if there is one of them.
 MMACTNN_KERNEL(smooth_decode, const Memory&, const Memory&, const Memory&,
-               const Geometry&, int, const Smooth&, const DrawnBits&);
-// Gradient of the output, codes, ranges and gradient of the input.
+               const Memory&, const Memory&, const Channels&, const Geometry&,
+               int, const Smooth&, const DrawnBits&);
+// Gradient of the output, codes, ranges and gradient of the input; the rest as
+// above.
 MMACTNN_KERNEL(smooth_decode_backward, const Memory&, const Memory&,
-               const Memory&, const Memory&, const Geometry&, int,
-               const Smooth&, const DrawnBits&);
+               const Memory&, const Memory&, const Memory&, const Memory&,
+               const Channels&, const Geometry&, int, const Smooth&,
+               const DrawnBits&);
 
 namespace {
 
@@ -92,21 +98,35 @@ Tensor smooth_derivative_backward(Tensor grad_output, Tensor codes, double low,
   return grad_input;
 }
 
+// The channels of a tensor, if there are parameters of them.
+Channels checked_channels(const char* name, const Tensor& tensor,
+                          const std::optional<Tensor>& weight,
+                          const std::optional<Tensor>& bias) {
+  if (!weight && !bias) return {};
+  const Channels channels = channels_of(name, tensor);
+  if (weight) check_per_channel("weight", *weight, channels, tensor);
+  if (bias) check_per_channel("bias", *bias, channels, tensor);
+  return channels;
+}
+
 Tensor smooth_decode(Tensor codes, Tensor ranges, std::vector<int64_t> size,
                      std::vector<int64_t> stride, ScalarType dtype,
                      int64_t function, std::vector<double> parameters,
                      int64_t bits, int64_t group_size,
                      std::vector<int64_t> drawn,
-                     std::optional<Tensor> offset_tensor) {
+                     std::optional<Tensor> offset_tensor,
+                     std::optional<Tensor> weight, std::optional<Tensor> bias) {
   const Geometry geometry = output_geometry(ranges, size, group_size);
   const CodeLayout layout = checked_layout(codes, geometry, bits);
   const Smooth smooth = checked_function(function, parameters);
   const Tensor output = empty_strided(codes, size, stride, dtype);
   check_dtype("dtype", output);
   check_dense("the output", output);
+  const Channels channels =
+      checked_channels("the output", output, weight, bias);
   if (output.numel() != 0) {
-    OnDevice(codes).run(smooth_decode_kernel, codes, ranges, output, geometry,
-                        layout.bits, smooth,
+    OnDevice(codes).run(smooth_decode_kernel, codes, ranges, output, weight,
+                        bias, channels, geometry, layout.bits, smooth,
                         checked_drawn(drawn, offset_tensor, codes));
   }
   return output;
@@ -116,17 +136,21 @@ Tensor smooth_decode_backward(Tensor grad_output, Tensor codes, Tensor ranges,
                               int64_t function, std::vector<double> parameters,
                               int64_t bits, int64_t group_size,
                               std::vector<int64_t> drawn,
-                              std::optional<Tensor> offset_tensor) {
+                              std::optional<Tensor> offset_tensor,
+                              std::optional<Tensor> weight,
+                              std::optional<Tensor> bias) {
   const Geometry geometry = input_geometry(grad_output, group_size);
   const auto sizes = grad_output.sizes();
   output_geometry(ranges, {sizes.begin(), sizes.end()}, group_size);
   const CodeLayout layout = checked_layout(codes, geometry, bits);
   const Smooth smooth = checked_function(function, parameters);
+  const Channels channels =
+      checked_channels("grad_output", grad_output, weight, bias);
   const Tensor grad_input = empty_dense_like(grad_output);
   if (grad_output.numel() != 0) {
     OnDevice(grad_output)
         .run(smooth_decode_backward_kernel, grad_output, codes, ranges,
-             grad_input, geometry, layout.bits, smooth,
+             grad_input, weight, bias, channels, geometry, layout.bits, smooth,
              checked_drawn(drawn, offset_tensor, codes));
   }
   return grad_input;
@@ -147,11 +171,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmactnn, m) {
   m.def(
       "smooth_decode(Tensor codes, Tensor ranges, int[] size, int[] stride, "
       "ScalarType dtype, int function, float[] parameters, int bits, "
-      "int group_size, int[] drawn=[], Tensor? offset_tensor=None) -> Tensor");
+      "int group_size, int[] drawn=[], Tensor? offset_tensor=None, "
+      "Tensor? weight=None, Tensor? bias=None) -> Tensor");
   m.def(
       "smooth_decode_backward(Tensor grad_output, Tensor codes, "
       "Tensor ranges, int function, float[] parameters, int bits, "
-      "int group_size, int[] drawn=[], Tensor? offset_tensor=None) -> Tensor");
+      "int group_size, int[] drawn=[], Tensor? offset_tensor=None, "
+      "Tensor? weight=None, Tensor? bias=None) -> Tensor");
 }
 
 MMACTNN_IMPL(m) {

@@ -20,14 +20,14 @@ from .gate import gate
 from .group_norm import group_norm
 from .layer_norm import layer_norm
 from .linear import linear
-from .norm_act import norm_act
+from .norm_act import norm_act, norm_for_smooth
 from .placeholders import meta_tensor
 from .pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from .prelu import prelu
 from .product import product
 from .relu import relu, relu_codes
 from .resized_cross_entropy import PixelLosses, resized_cross_entropy
-from .smooth import smooth
+from .smooth import has_joint_code, smooth, smooth_of_norm
 
 __all__ = [
     'Chain',
@@ -50,6 +50,7 @@ __all__ = [
     'first_order_only',
     'gate',
     'group_norm',
+    'has_joint_code',
     'inputs_of',
     'layer_norm',
     'linear',
@@ -57,6 +58,7 @@ __all__ = [
     'max_pool2d',
     'meta_tensor',
     'norm_act',
+    'norm_for_smooth',
     'prelu',
     'product',
     'relu',
@@ -65,4 +67,5 @@ __all__ = [
     'run_chain',
     'run_loss',
     'smooth',
+    'smooth_of_norm',
 ]

@@ -36,6 +36,19 @@ class _Record(NamedTuple):
     use_batch_stats: bool
 
 
+class NormCodes(NamedTuple):
+    """Codes of a normalised value that what follows reads, too.
+
+    Attributes:
+        format (PayloadFormat): Their format.
+        operands (tuple[Tensor | None]): Codes, ranges, and float32 weight and
+            bias of the normalisation.
+    """
+
+    format: PayloadFormat
+    operands: tuple
+
+
 class _NormAct(Function):
     @staticmethod
     def forward(
@@ -50,6 +63,7 @@ class _NormAct(Function):
         inplace,
         quantizer,
         made,
+        shared_bits=None,
     ):
         x = ops.layout.dense_channels(input)
         adds = residual is not None
@@ -57,8 +71,16 @@ class _NormAct(Function):
         bits = quantizer.fused_bits
         draw = quantizer.generator.next(x.device)
         random, drawn = quantizer.random(draw), quantizer.drawn_bits(draw)
+        if shared_bits is not None:
+            # Not rotated, also where the level is: see `smooth`.
+            random = dict(random, rotated=False)
+            drawn = ops.DrawnBits.of('dither', *draw)
         norm = PayloadFormat.of(
-            x, getattr(bits, kind), quantizer.group_size, kind, drawn
+            x,
+            shared_bits or getattr(bits, kind),
+            quantizer.group_size,
+            kind,
+            drawn,
         )
         inplace = inplace and group is None and x is input
         read = None
@@ -96,6 +118,8 @@ class _NormAct(Function):
             payload = act.make(*codes[2:])
         elif relu:
             payload = norm.make(*codes, *tensors[2:])
+        elif shared_bits is not None:
+            payload = NormCodes(norm, (*codes, *tensors[2:]))
         if quantizer.meter is not None:
             mean = meta_tensor(invstd.shape, invstd.dtype)
             call = Call(read, output, statistics=(invstd, mean))
@@ -136,7 +160,7 @@ class _NormAct(Function):
         wanted = [
             grad if needed else None for grad, needed in zip(grads, needs)
         ]
-        return *wanted, *[None] * 6
+        return *wanted, *[None] * 7
 
 
 def _float(vector):
@@ -277,3 +301,38 @@ def norm_act(
     for payload in made:
         quantizer.cache.put(output, payload)
     return output
+
+
+def norm_for_smooth(
+    input, weight, bias, settings, bits, quantizer, group=None, inplace=False
+):
+    """Batch normalisation whose codes serve a smooth activation, too.
+
+    Args:
+        input (Tensor[N, C, *]): See :func:`norm_act`.
+        weight (Tensor[C], optional): See there.
+        bias (Tensor[C], optional): See there.
+        settings (NormSettings): See there.
+        bits (int): Bits of the codes, which have dither.
+        quantizer (LayerQuantizer): See there.
+        group (ProcessGroup, optional): See there.
+        inplace (bool, optional): See there.
+
+    Returns:
+        tuple[Tensor[N, C, *], NormCodes]: The output, and its codes.
+    """
+    made = []
+    output = _NormAct.apply(
+        input,
+        None,
+        weight,
+        bias,
+        settings,
+        group,
+        False,
+        inplace,
+        quantizer,
+        made,
+        bits,
+    )
+    return output, made[0]

@@ -86,6 +86,22 @@ class _CodedInput(Function):
         return grad_input, None, None, None, None, None
 
 
+class _CodedByNorm(Function):
+    @staticmethod
+    def forward(ctx, input, compute, payload, quantizer, name):
+        ctx.format = payload.format
+        ctx.save_for_backward(*payload.tensors)
+        kept = payload.operands[:2]
+        return _finish(ctx, input, compute, quantizer, name, kept)
+
+    @staticmethod
+    @first_order_only(lambda ctx: ctx.name)
+    def backward(ctx, grad_output):
+        payload = ctx.format.payload(*ctx.saved_tensors)
+        grad = ops.layout.with_strides(grad_output, ctx.format.stride)
+        return payload.gradient(grad), None, None, None, None
+
+
 def _finish(ctx, input, compute, quantizer, name, kept):
     """Compute the output, after all codes: it may overwrite the input."""
     ctx.name, ctx.source = name, weakref.ref(input)
@@ -119,7 +135,7 @@ def smooth(input, compute, function, quantizer, name):
     Returns:
         Tensor[*]: The output.
     """
-    if not _has_joint_code(function, quantizer):
+    if not has_joint_code(function, quantizer):
         return _CodedDerivative.apply(
             input, compute, function, quantizer, name
         )
@@ -129,10 +145,42 @@ def smooth(input, compute, function, quantizer, name):
     return output
 
 
-def _has_joint_code(function, quantizer):
+def smooth_of_norm(input, codes, compute, function, quantizer, name):
+    """An activation behind a normalisation, whose codes serve it, too.
+
+    Args:
+        input (Tensor[N, C, *]): Output of the normalisation.
+        codes (NormCodes): Codes that the normalisation keeps.
+        compute (Callable): See :func:`smooth`.
+        function (Smooth): See there; one of which one code serves value and
+            derivative.
+        quantizer (LayerQuantizer): See there.
+        name (str): See there.
+
+    Returns:
+        Tensor[N, C, *]: The output.
+    """
+    format = codes.format._replace(kind='smooth', smooth=function)
+    payload = format.make(*codes.operands)
+    output = _CodedByNorm.apply(input, compute, payload, quantizer, name)
+    quantizer.cache.put(output, payload)
+    return output
+
+
+def has_joint_code(function, quantizer):
+    """Whether a layer keeps one code of its input for two uses.
+
+    Args:
+        function (Smooth): Function of the layer.
+        quantizer (LayerQuantizer): Settings of the layer.
+
+    Returns:
+        bool: False where it keeps codes of its derivative.
+    """
     return (
         function.one_code
         and quantizer.joint_act
+        and quantizer.bits is not None
         and quantizer.bits >= _MIN_JOINT_BITS
         and quantizer.rounding != 'stochastic'
     )

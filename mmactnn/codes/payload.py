@@ -397,24 +397,27 @@ class SmoothTensor(Payload):
     """Payload of a smooth activation's output, with codes of its input.
 
     One code of the input serves the activation's backward pass and the layers
-    that read the output.
+    that read the output; behind a normalisation, a code of the normalised
+    value serves that, too.
 
     Args:
         format (PayloadFormat): Shape, layout, dtype, bits and function.
         codes (Tensor[N, ceil(M / 8) * bits]): uint8, codes of the input; see
             :func:`mmactnn.ops.quantize`.
         ranges (Tensor[N, ceil(M / group_size), 2]): bfloat16.
+        weight (Tensor[C], optional): float32, scale of the normalisation.
+        bias (Tensor[C], optional): float32, shift of the normalisation.
     """
 
     of_codes_alone = False
 
-    def __init__(self, format, codes, ranges):
+    def __init__(self, format, codes, ranges, weight=None, bias=None):
         self.format = format
-        self.operands = (codes, ranges)
+        self.operands = (codes, ranges, weight, bias)
 
     def unpack(self, start=None, stop=None):
         """See the base class."""
-        codes, ranges = _part(start, stop, *self.operands)
+        codes, ranges = _part(start, stop, *self.operands[:2])
         format = self.format
         return ops.smooth_decode(
             codes,
@@ -424,6 +427,7 @@ class SmoothTensor(Payload):
             format.bits,
             format.group_size,
             drawn=self._drawn(start),
+            **self._normalisation,
         )
 
     def gradient(self, grad_output):
@@ -439,12 +443,18 @@ class SmoothTensor(Payload):
         format = self.format
         return ops.smooth_decode_backward(
             grad_output,
-            *self.operands,
+            *self.operands[:2],
             format.smooth,
             format.bits,
             format.group_size,
             drawn=format.drawn,
+            **self._normalisation,
         )
+
+    @property
+    def _normalisation(self):
+        weight, bias = self.operands[2:]
+        return dict(weight=weight, bias=bias)
 
 
 def _part(start, stop, *tensors):

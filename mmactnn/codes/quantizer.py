@@ -646,7 +646,7 @@ class LayerQuantizer:
         Callers check that there is a meter.
 
         Args:
-            kept (tuple[Tensor]): Tensors that the call keeps in place of
+            kept (tuple[Tensor | None]): Tensors that the call keeps in place of
                 those that torch would have kept.
             call (Call): The call, from which the layer's registered rule
                 tells the tensors that torch would have kept.
@@ -654,6 +654,8 @@ class LayerQuantizer:
                 for other layers that are fused into the call. Defaults to
                 none.
         """
+        # A payload may lack the parameters of a normalisation.
+        kept = tuple(tensor for tensor in kept if tensor is not None)
         self.meter.record(kept, call, also)
 
     def __deepcopy__(self, memo):

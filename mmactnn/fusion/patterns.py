@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..layers import QReLU
+from ..layers.smooth import KnownFunction
 from ..registry import register_pattern
 from .eligibility import NORMS, is_convolution
-from .sites import ConvNormAct
+from .sites import ConvNormAct, NormSmooth
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _RELUS = (F.relu, torch.relu, F.relu_, torch.relu_)
@@ -132,6 +133,24 @@ def match_conv_norm_act(block):
             yield site
 
 
+@register_pattern('norm_smooth', layers=NORMS)
+def match_norm_smooth(block):
+    """Match convolution, normalisation and smooth activation.
+
+    Args:
+        block (Block): The block.
+
+    Yields:
+        NormSmooth: The sites.
+    """
+    finder = _Finder(block)
+    for node in block.trace.calls:
+        if block.compressed_class(node) in NORMS:
+            site = finder.with_smooth(node)
+            if site is not None:
+                yield site
+
+
 class _Finder:
     """Search for the sites of a block, from one of their nodes."""
 
@@ -210,6 +229,20 @@ class _Finder:
             return None
         nodes, source, conv = self._producers(node)
         return ConvNormAct(nodes, source, None, conv, node.target, None, False)
+
+    def with_smooth(self, node):
+        """Site of a normalisation with a smooth activation, or None."""
+        act = self._block.only_user(node)
+        cls = None if act is None else self._block.compressed_class(act)
+        if (
+            cls is None
+            or not issubclass(cls, KnownFunction)
+            # It may still be the torch parent, whose attributes suffice.
+            or not cls.smooth_function(self._block.layer(act)).one_code
+        ):
+            return None
+        nodes, source, conv = self._producers(node)
+        return NormSmooth([*nodes, act], source, conv, node.target, act.target)
 
     def is_left(self, site):
         """Whether a site's normalisation is the left operand of its sum."""

@@ -1,6 +1,8 @@
 """Sites: calls of a forward pass that run fused."""
 
+from ..layers.gateway import keeps_codes
 from ..layers.norm import Fusing
+from ..layers.smooth import KnownFunction
 from ..ops.layout import with_strides
 from .eligibility import (
     can_fuse_norm,
@@ -167,6 +169,43 @@ class ConvNormAct(Site):
         if not self.rectifies:
             return output
         return self._relu(output) if act is None else act(output)
+
+
+class NormSmooth(Site):
+    """A convolution, a normalisation and a smooth activation.
+
+    One code of the normalised value serves the backward passes of
+    normalisation and activation, and the layers that read the output.
+
+    Args:
+        nodes (Sequence[fx.Node]): See :class:`Site`.
+        source (fx.Node): Input of the convolution, or of the normalisation
+            where there is no convolution.
+        conv (str, optional): Name of the convolution.
+        norm (str): Name of the normalisation.
+        act (str): Name of the activation.
+    """
+
+    def __init__(self, nodes, source, conv, norm, act):
+        super().__init__(nodes, (source,), (conv, norm, act))
+        self.norms = (norm,)
+
+    def execute(self, layers, inputs, frozen):
+        """See the base class."""
+        conv, norm, act = layers
+        # The input is not held while the convolution's output is alive.
+        output = inputs.pop() if conv is None else conv(inputs.pop())
+        inplace = conv is not None and is_output_private(conv)
+        if not can_fuse_norm(norm) or not norm.fuses(output):
+            return act(norm(output))
+        if (
+            isinstance(act, KnownFunction)
+            and not is_instrumented(act)
+            and keeps_codes(act, output, (norm.weight, norm.bias))
+            and act.shares_code
+        ):
+            return norm.norm_smooth(output, act, inplace)
+        return act(norm.norm_act(output, Fusing(False, inplace)))
 
 
 def _can_fuse(layers):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..autograd import batch_norm, norm_act
+from ..autograd import batch_norm, norm_act, norm_for_smooth
 from ..ops import MAX_FROZEN_CHANNELS, NormSettings, frozen_norm_act_
 from ..ops.quantize import VALID_DTYPES
 from ..registry import register_layer
@@ -91,6 +91,31 @@ class _QBatchNorm(CodedLayer, _BatchNorm):
             self.stats_group(),
             fusing.inplace,
         )
+
+    def norm_smooth(self, input, act, inplace):
+        """Normalise and apply a smooth activation, with one code for both.
+
+        Args:
+            input (Tensor[N, C, *]): Input of the layer; see :meth:`fuses`.
+            act (KnownFunction): The activation, which ``shares_code``.
+            inplace (bool): Whether the normalised value may overwrite the
+                input.
+
+        Returns:
+            Tensor[N, C, *]: The output.
+        """
+        self._check_input_dim(input)
+        output, codes = norm_for_smooth(
+            input,
+            self.weight,
+            self.bias,
+            self.next_settings(),
+            act.quantizer.bits,
+            self.quantizer,
+            self.stats_group(),
+            inplace,
+        )
+        return act.follow_norm(output, codes)
 
     def next_settings(self):
         """Make the settings of the next call.

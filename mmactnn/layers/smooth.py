@@ -4,7 +4,7 @@ import functools
 
 from torch import nn
 
-from ..autograd import smooth
+from ..autograd import has_joint_code, smooth, smooth_of_norm
 from ..ops import Smooth
 from ..registry import default_registry, register_layer
 from .base import CodedLayer, ExactLayer, is_refused_in_place
@@ -33,13 +33,35 @@ class KnownFunction:
         """
         raise NotImplementedError
 
+    @property
+    def shares_code(self):
+        """bool: Whether one code serves it and the layers around it."""
+        return has_joint_code(self.smooth_function(), self.quantizer)
+
+    def follow_norm(self, input, codes):
+        """Compute behind a normalisation, whose codes serve this layer, too.
+
+        Args:
+            input (Tensor[N, C, *]): Output of the normalisation.
+            codes (NormCodes): Codes that it keeps.
+
+        Returns:
+            Tensor[N, C, *]: The output.
+        """
+        return smooth_of_norm(input, codes, *self._arguments())
+
     def _compress(self, input):
-        parent = default_registry.entry_of(type(self)).parent
         if is_refused_in_place(self, input):
-            return parent.forward(self, input)
-        return smooth(
-            input,
-            functools.partial(parent.forward, self),
+            return self._parent.forward(self, input)
+        return smooth(input, *self._arguments())
+
+    @property
+    def _parent(self):
+        return default_registry.entry_of(type(self)).parent
+
+    def _arguments(self):
+        return (
+            functools.partial(self._parent.forward, self),
             self.smooth_function(),
             self.quantizer,
             type(self).__name__,

@@ -223,6 +223,8 @@ def smooth_decode(
     group_size=DEFAULT_GROUP_SIZE,
     *,
     drawn=None,
+    weight=None,
+    bias=None,
 ):
     """Value of a function of which the argument was kept as codes.
 
@@ -244,6 +246,10 @@ def smooth_decode(
         drawn (DrawnBits, optional): Random bits that the argument was rounded
             with. Defaults to none: codes alone are decoded, whose variance is
             taken for that of stochastic rounding on average.
+        weight (Tensor[C], optional): float32, scale of a normalisation: codes
+            are those of the value before it. The tensor is then [N, C, *],
+            contiguous or dense and channels_last. Defaults to 1.
+        bias (Tensor[C], optional): float32, added to that. Defaults to 0.
 
     Returns:
         Tensor[N, *]: The values, of ``dtype`` and ``stride``.
@@ -267,6 +273,8 @@ def smooth_decode(
         bits,
         group_size,
         *drawn_arguments(drawn),
+        weight,
+        bias,
     )
 
 
@@ -279,6 +287,8 @@ def smooth_decode_backward(
     group_size=DEFAULT_GROUP_SIZE,
     *,
     drawn=None,
+    weight=None,
+    bias=None,
 ):
     """Gradient of a function of which the argument was kept as codes.
 
@@ -293,9 +303,12 @@ def smooth_decode_backward(
         bits (int): Bits a code, from 1 to 8.
         group_size (int, optional): Elements a range. Defaults to 256.
         drawn (DrawnBits, optional): See :func:`smooth_decode`.
+        weight (Tensor[C], optional): See there.
+        bias (Tensor[C], optional): See there.
 
     Returns:
-        Tensor[N, *]: The gradient of the argument.
+        Tensor[N, *]: The gradient of the argument of the function, which is
+        the output of the normalisation, if there is one.
 
     Raises:
         ValueError: If ``bits`` or ``group_size`` is not valid, or
@@ -315,6 +328,8 @@ def smooth_decode_backward(
         bits,
         group_size,
         *drawn_arguments(drawn),
+        weight,
+        bias,
     )
 
 

@@ -137,7 +137,16 @@ def smooth_derivative_backward(grad_output, codes, smooth, bits, drawn=None):
 
 
 def smooth_decoded(
-    codes, ranges, size, stride, smooth, bits, group_size, drawn=None
+    codes,
+    ranges,
+    size,
+    stride,
+    smooth,
+    bits,
+    group_size,
+    drawn=None,
+    weight=None,
+    bias=None,
 ):
     """Value and derivative of which the argument was kept as codes.
 
@@ -156,10 +165,15 @@ def smooth_decoded(
         group_size,
         drawn,
         lambda low: torch.ones_like(low, dtype=torch.bool),
-    )
+    ).double()
     step = ranges[..., 1].double().repeat_interleave(group_size, 1)
     variance = step.nan_to_num(0).square() * (1 / 12 if drawn else 1 / 6)
     half = reference._per_element(variance[:, : out[:1].numel()] / 2, out)
+    if weight is not None:
+        scale = reference._channels(weight.double(), out)
+        decoded, half = decoded * scale, half * scale.square()
+    if bias is not None:
+        decoded = decoded + reference._channels(bias.double(), out)
     value, first, second, third = derivatives(decoded, smooth, 3)
     exact = half == 0
     return (
