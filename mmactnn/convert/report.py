@@ -158,7 +158,14 @@ class ConversionReport:
                 f'are compressed ({shown})'
             )
         lines += _by_reason(self.unfused, 'not fused')
-        lines += _by_reason(self.left, 'left')
+        scoped = {item.name for item in self.scoped}
+        calling = [item for item in self.left if item.name in scoped]
+        others = [item for item in self.left if item.name not in scoped]
+        lines += [
+            f'{line}, but for functions that they call'
+            for line in _by_reason(calling, 'left')
+        ]
+        lines += _by_reason(others, 'left')
         return '\n'.join(lines)
 
 
