@@ -183,7 +183,14 @@ class ConversionReport:
                 f'  {count:4d} {source} run again, from {bits} bit inputs'
             )
         lines += _by_reason(self.unfused, 'not fused')
-        lines += _by_reason(self.left, 'left')
+        scoped = {item.name for item in self.scoped}
+        calling = [item for item in self.left if item.name in scoped]
+        others = [item for item in self.left if item.name not in scoped]
+        lines += [
+            f'{line}, but for functions that they call'
+            for line in _by_reason(calling, 'left')
+        ]
+        lines += _by_reason(others, 'left')
         return '\n'.join(lines)
 
 

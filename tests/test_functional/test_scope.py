@@ -174,6 +174,8 @@ class TestEntry:
         x = make_input()
         assert masks(model, x) == 1
         assert exact_bytes(model, x) < exact_bytes(stock, x) / 4
+        report = str(convert_model(model, 'L2'))
+        assert 'otherwise (0), but for functions that they call' in report
 
 
 class TestFilters:
