@@ -281,8 +281,6 @@ class Compression(_Settings):
             differs from them: less noise at the same bits where means are
             large, as behind a ReLU or a GELU, for another pass over the
             input and 4 bytes a channel.
-        segment_bits (int): Bits an element of the inputs of segments, see
-            ``recompute`` of :class:`Execution`. Fewer than 8 have a bias.
         rules (tuple[Rule]): Exceptions by name of layer, or a dict of them,
             see :func:`get_level`; of several rules that match the last one
             applies. Rules have no effect at an exact level.
@@ -313,7 +311,6 @@ class Compression(_Settings):
     use_gradient: bool = _setting(False, _check_flag, 'use_gradient')
     rounding: str = _setting(DEFAULT_ROUNDING, _check_rounding, 'rounding')
     channel_means: bool = _setting(False, _check_flag, 'channel_means')
-    segment_bits: int = _setting(8, _check_bits, 'segment_bits')
     rules: tuple = _setting((), _check_rules, 'rules')
 
     def __post_init__(self):
@@ -350,9 +347,6 @@ class Execution(_Settings):
             backward pass of a convolution processes at once. A larger input
             is decoded, and its gradient computed, piece by piece, with
             workspaces of the size of a piece. None is no limit.
-        recompute (bool): Whether repeated blocks without batch normalisation
-            keep codes of their inputs alone, and run again in the backward
-            pass (:mod:`mmactnn.segments`). Layers within are exact.
 
     Raises:
         ValueError, TypeError: If a value is not valid.
@@ -360,7 +354,6 @@ class Execution(_Settings):
 
     fuse: bool = _setting(True, _check_flag, 'fuse')
     chunk_mib: float | None = _setting(None, _check_limit, 'chunk_mib')
-    recompute: bool = _setting(False, _check_flag, 'recompute')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -610,11 +603,6 @@ LEVELS = {
             rectified=2,
             attention_value=2,
             rounding='rotated',
-        ),
-        # Repeated blocks run again from codes of 8 bits, so that transformers
-        # keep little, and precisely; so do other layers, with more bits.
-        dataclasses.replace(
-            _L3, name='L3R', conv=4, norm=3, rectified=4, recompute=True
         ),
         # As L3, in smaller pieces: a lower peak, and more calls.
         dataclasses.replace(_L3, name='L3.1', chunk_mib=64),

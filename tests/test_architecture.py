@@ -18,7 +18,7 @@ ORDER = (
     ('config',),
     ('precision',),
     ('codes',),
-    ('autograd', 'offload', 'segments'),
+    ('autograd', 'offload'),
     ('layers',),
     ('functional',),
     ('fusion',),

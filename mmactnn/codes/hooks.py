@@ -22,16 +22,3 @@ def keep_tensors():
     """
     hooks = top_hooks(True)
     return hooks is None or getattr(hooks[0], 'keeps_tensors', False)
-
-
-def segment_counter():
-    """Find the meter that counts the tensors of segments.
-
-    Returns:
-        Callable, optional: Method ``count_segment`` of the object whose hooks
-        are in force, see :class:`mmactnn.ActivationMeter`; None if it has
-        none.
-    """
-    hooks = top_hooks(True)
-    owner = getattr(hooks[0], '__self__', None) if hooks else None
-    return getattr(owner, 'count_segment', None)

@@ -28,7 +28,6 @@ from ..ops import DEFAULT_GROUP_SIZE
 from ..precision import AdaptivePrecision
 from ..random import RoundingGenerator
 from ..registry import FunctionEntry, default_registry
-from ..segments import find_segments, revert_segments, set_segment
 from .filters import Filter
 from .report import (
     Adapted,
@@ -37,7 +36,6 @@ from .report import (
     Fused,
     Left,
     Scoped,
-    Segmented,
     Unfused,
 )
 
@@ -139,29 +137,23 @@ def convert_model(
             'filter_fn must be a function of a module and its name, got '
             f'{filter_fn!r}'
         )
-    blocks = find_segments(model) if level.recompute else {}
-    segments = _choose_segments(blocks, level, include, exclude, filter_fn)
-    inside = {
-        part for module, _ in segments.values() for part in module.modules()
-    }
     chosen, left = _choose_layers(
-        model, adaptable.plans, include, exclude, filter_fn, tuple(segments)
+        model, adaptable.plans, include, exclude, filter_fn
     )
-    callers = _choose_functions(model, inside, include, exclude, filter_fn)
+    callers = _choose_functions(model, include, exclude, filter_fn)
     for used in (include, exclude):
         if used is not None:
             used.require_all_used()
-    names = [*blocks, *(item.name for item in chosen)]
+    names = [item.name for item in chosen]
     names += [name for caller in callers for name in caller.names]
     _require_rules_used(level, names)
     layers = {item.module for item in chosen}
     plans = [
         plan
         for plan in adaptable.plans.values()
-        if plan.module not in inside
-        and (not plan.layers or not layers.isdisjoint(plan.layers.values()))
+        if not plan.layers or not layers.isdisjoint(plan.layers.values())
     ]
-    found = _find_fusions(model, level, chosen, inside)
+    found = _find_fusions(model, level, chosen)
     coded = _coded_relus(plans, level)
     rectified = {
         layer: level.rectified
@@ -203,9 +195,6 @@ def convert_model(
         if is_fused(module):
             unfuse(module)
     left_scopes = remove_scopes(model)
-    revert_segments(model)
-    for module, _ in segments.values():
-        _revert_layers(module)
     adapted = tuple(_install(plan) for plan in plans)
     _set_chains(model, _fuses(level))
     twins = _replace_shared(
@@ -232,21 +221,6 @@ def convert_model(
         # The model may be a part of one whose functions are compressed.
         for module in left_scopes:
             set_scope(module, None)
-    segmented = tuple(
-        _segment(
-            name,
-            module,
-            LayerQuantizer(
-                bits,
-                group_size,
-                generator,
-                strict=True,
-                cache=cache,
-                rounding=level.rounding,
-            ),
-        )
-        for name, (module, bits) in segments.items()
-    )
     _swap(model, level)
     unfused = {**found.unfused, **adaptable.refused}
     return ConversionReport(
@@ -261,7 +235,6 @@ def convert_model(
             if _fuses(level)
         ),
         scoped,
-        segmented,
     )
 
 
@@ -279,27 +252,8 @@ class _Chosen(NamedTuple):
     target: type
 
 
-def _choose_segments(blocks, level, include, exclude, filter_fn):
-    """Choose among blocks those that run as segments.
-
-    Returns:
-        dict[str, tuple[nn.Module, int]]: Modules and the bits of their
-        inputs, by qualified name.
-    """
-    segments = {}
-    for name, module in blocks.items():
-        rule, bits = level.rule_for(name), level.segment_bits
-        if rule is not None and rule.sets_bits:
-            bits = rule.bits
-        filtered = _why_filtered(name, module, include, exclude, filter_fn)
-        if bits is not None and filtered is None:
-            segments[name] = module, bits
-    return segments
-
-
-def _choose_layers(model, plans, include, exclude, filter_fn, segments):
+def _choose_layers(model, plans, include, exclude, filter_fn):
     """Find layers to convert, and reasons for leaving the others."""
-    prefixes = tuple(f'{name}.' for name in segments)
     chosen, left = [], []
     for name, module in _all_modules(model, plans):
         entry, reason = default_registry.find_layer(module)
@@ -312,8 +266,6 @@ def _choose_layers(model, plans, include, exclude, filter_fn, segments):
             continue
         elif entry is None and isinstance(module, _KEEP_NOTHING):
             reason = 'keeps nothing'
-        if reason is None and name.startswith(prefixes):
-            reason = 'exact in a segment, which runs again'
         if reason is not None:
             left.append(Left(name, type(module).__name__, reason))
             continue
@@ -348,12 +300,11 @@ def _prefix(name):
     return f'{name}.' if name else ''
 
 
-def _choose_functions(model, inside, include, exclude, filter_fn):
+def _choose_functions(model, include, exclude, filter_fn):
     """Find modules that call functions, and functions to compress there.
 
-    Modules ``inside`` of segments call torch's functions. Filters see
-    functions as layers of the modules. ``filter_fn``, which takes a layer,
-    cannot: with it, functions are those of torch.
+    Filters see functions as layers of the modules. ``filter_fn``, which takes
+    a layer, cannot: with it, functions are those of torch.
     """
     parents = {
         entry.name: default_registry.layers[entry.layer].parent
@@ -362,7 +313,7 @@ def _choose_functions(model, inside, include, exclude, filter_fn):
     }
     callers = []
     for name, module in named_modules(model):
-        if module in inside or not calls_functions(module):
+        if not calls_functions(module):
             continue
         names, excluded = [], []
         for function, parent in parents.items():
@@ -456,21 +407,14 @@ def revert_model(model):
     for module in list(model.modules()):
         if is_fused(module):
             unfuse(module)
-    reverted = revert_segments(model)
-    names += [n for n, module in named_modules(model) if module in reverted]
-    names += _revert_layers(model)
-    return names
-
-
-def _revert_layers(model):
-    """Revert adapted modules and compressed layers; their names."""
-    names = []
-    for kind in (Adapter, QuantizedLayer):
-        # A list, since adapters drop their layers.
-        for name, module in list(named_modules(model)):
-            if isinstance(module, kind):
-                module.revert_()
-                names.append(name)
+    for name, module in list(named_modules(model)):
+        if isinstance(module, Adapter):
+            module.revert_()
+            names.append(name)
+    for name, module in list(named_modules(model)):
+        if isinstance(module, QuantizedLayer):
+            module.revert_()
+            names.append(name)
     return names
 
 
@@ -501,13 +445,6 @@ def _all_modules(model, plans):
         yield name, module
         if module in plans:
             yield from plans[module].named_layers.items()
-
-
-def _segment(name, module, quantizer):
-    """Let a module run as a segment, and make its entry of the report."""
-    source = type(module).__name__
-    set_segment(module, quantizer)
-    return Segmented(name, source, quantizer.bits)
 
 
 def _set_scopes(callers, make_settings):
@@ -576,7 +513,7 @@ def _reads_images(module):
     )
 
 
-def _find_fusions(model, level, chosen, inside):
+def _find_fusions(model, level, chosen):
     """Find blocks of a model that a level fuses.
 
     Layers that the filters exclude take part with their present settings.
@@ -587,7 +524,6 @@ def _find_fusions(model, level, chosen, inside):
         if isinstance(module, QuantizedLayer)
         and (module.quantizer.fused_bits or module.kind == 'mask')
         and not module.quantizer.exact
-        and module not in inside
     }
     fuses = _fuses(level)
     for name, module, target in chosen:

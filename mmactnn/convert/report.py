@@ -103,21 +103,6 @@ class Scoped:
 
 
 @dataclasses.dataclass(frozen=True)
-class Segmented:
-    """A module that runs again in the backward pass.
-
-    Attributes:
-        name (str): Qualified name in the model.
-        source (str): Class of the module.
-        bits (int): Bits an element of its inputs.
-    """
-
-    name: str
-    source: str
-    bits: int
-
-
-@dataclasses.dataclass(frozen=True)
 class ConversionReport:
     """Result of a conversion.
 
@@ -131,8 +116,6 @@ class ConversionReport:
             layer, with the reason.
         scoped (tuple[Scoped]): Modules whose calls of functions, if there are
             any, are compressed.
-        segmented (tuple[Segmented]): Modules that run again in the backward
-            pass.
     """
 
     level: str
@@ -142,7 +125,6 @@ class ConversionReport:
     adapted: tuple = ()
     unfused: tuple = ()
     scoped: tuple = ()
-    segmented: tuple = ()
 
     def __str__(self):
         lines = [
@@ -174,13 +156,6 @@ class ConversionReport:
             lines.append(
                 f'  {len(self.scoped):4d} modules: functions that they call '
                 f'are compressed ({shown})'
-            )
-        repeated = collections.Counter(
-            (item.source, item.bits) for item in self.segmented
-        )
-        for (source, bits), count in sorted(repeated.items()):
-            lines.append(
-                f'  {count:4d} {source} run again, from {bits} bit inputs'
             )
         lines += _by_reason(self.unfused, 'not fused')
         scoped = {item.name for item in self.scoped}

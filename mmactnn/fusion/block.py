@@ -8,7 +8,6 @@ from ..functional import call_in_scope, unscoped_class
 from ..modules.class_swap import replace_class, wrap_forward
 from ..modules.execution import refuse_script
 from ..modules.function_mode import call_outside
-from ..segments import Segment
 
 
 class FusedBlock:
@@ -89,7 +88,7 @@ def plain_class_of(module):
         type: Its class; that before the conversion if it is fused, or calls
         functions in a scope.
     """
-    if isinstance(module, (FusedBlock, Segment)):
+    if isinstance(module, FusedBlock):
         return module.plain_class
     return unscoped_class(module)
 

@@ -159,30 +159,6 @@ class ActivationMeter:
         if not kept:
             self._count_replaced(replaced)
 
-    def count_segment(self, kept):
-        """Count a segment, a function that runs again in the backward pass.
-
-        Args:
-            kept (Sequence[Tensor]): Codes of its inputs, which autograd is
-                about to save.
-
-        Returns:
-            Callable, optional: To be called with each tensor that autograd
-            saves within the segment; None in a backward pass.
-        """
-        if _in_backward():
-            return None
-        for tensor in kept:
-            self._payloads.add(tensor)
-
-        def note(tensor):
-            if not self._is_own(tensor):
-                origin = self._locate(), True
-                self._exact.add(tensor, origin)
-                self._layers_exact.add(tensor)
-
-        return note
-
     def observe(self, tensor, swapped):
         """Count a tensor that autograd saves.
 
