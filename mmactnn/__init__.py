@@ -24,6 +24,7 @@ from .offload import HostSwap
 from .precision import AdaptivePrecision
 from .random import RoundingGenerator, manual_seed
 from .registry import register_adapter, register_layer, register_pattern
+from .segments import checkpoint
 
 # A literal: building a wheel reads it without importing torch.
 __version__ = '0.1.0'
@@ -43,6 +44,7 @@ __all__ = [
     'Rule',
     '__version__',
     'as_parents',
+    'checkpoint',
     'convert_model',
     'get_level',
     'get_precision',

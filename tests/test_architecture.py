@@ -21,7 +21,7 @@ ORDER = (
     ('autograd', 'offload'),
     ('layers',),
     ('fusion',),
-    ('adapters', 'memory'),
+    ('adapters', 'memory', 'segments'),
     ('convert', 'names'),
     ('compat', 'mmlab'),
     ('hooks',),
@@ -36,6 +36,7 @@ LATE = {
     ('fusion.runner', 'fusion.find'): 'a pickle plans its blocks again',
     ('layers.gateway', 'modules.graph_break'): 'it imports the compiler',
     ('fusion.block', 'modules.graph_break'): 'the same',
+    ('segments.checkpoint', 'modules.graph_break'): 'the same',
 }
 
 
