@@ -8,6 +8,9 @@ later passes move values of the other side to the edge of the right one.
 Comparisons, indices and numbers that Python reads are kept as they are.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
@@ -17,77 +20,124 @@ from ..ops import layout, relu_mask, relu_mask_backward
 from ..ops.quantize import VALID_DTYPES
 
 
-def _at(*points):
-    return lambda args, kwargs: points
+class _Jump(NamedTuple):
+    """Place where the derivative of a function jumps.
+
+    Attributes:
+        value (float): Argument of the function there.
+        goes_up (bool): Whether the value itself belongs to the side above.
+    """
+
+    value: float
+    goes_up: bool = False
+
+    def above(self, x):
+        """Find the elements above.
+
+        Args:
+            x (Tensor[*]): Values.
+
+        Returns:
+            Tensor[*]: bool.
+        """
+        return x >= self.value if self.goes_up else x > self.value
+
+    def edges(self, dtype):
+        """Largest value below and smallest one above.
+
+        Args:
+            dtype (torch.dtype): Dtype of values.
+
+        Returns:
+            tuple[float, float]: The edges.
+        """
+        at = torch.tensor(self.value, dtype=dtype, device='cpu')
+        sign = -1 if self.goes_up else 1
+        # Not a denormal number, which a device may flush to zero.
+        beyond = sign * torch.finfo(dtype).tiny
+        if self.value:
+            end = at.new_full((), sign * math.inf)
+            beyond = torch.nextafter(at, end).item()
+        at = at.item()
+        return (beyond, at) if self.goes_up else (at, beyond)
 
 
-def _argument(index, name, default=None):
-    def get(args, kwargs):
+def _always(*jumps):
+    return lambda args, kwargs: jumps
+
+
+def _argument(index, name, goes_up, default=None):
+    """Jump at an argument of the function, if that is a number."""
+
+    def jumps(args, kwargs):
+        value = kwargs.get(name, default)
         if len(args) > index:
-            return args[index]
-        return kwargs.get(name, default)
+            value = args[index]
+        if not isinstance(value, (int, float)):
+            return ()
+        return (_Jump(float(value), goes_up),)
 
-    return get
-
-
-def _at_bounds(low, high=None):
-    """Bounds of a clamp, as far as they are numbers."""
-
-    def points(args, kwargs):
-        found = [get(args, kwargs) for get in (low, high) if get is not None]
-        return tuple(p for p in found if isinstance(p, (int, float)))
-
-    return points
+    return jumps
 
 
-_MIN, _MAX = _argument(1, 'min'), _argument(2, 'max')
-# Values at which the derivative of a function of one tensor jumps.
+def _both(first, second):
+    return lambda args, kwargs: first(args, kwargs) + second(args, kwargs)
+
+
+_T = torch.Tensor
+# Functions of one tensor whose derivative jumps.
 _JUMPS = {
-    function: points
-    for points, functions in (
+    function: jumps
+    for jumps, functions in (
         (
-            _at(0.0),
+            _always(_Jump(0.0)),
             (
                 *(F.relu, F.relu_, torch.relu, torch.relu_),
-                *(torch.Tensor.relu, torch.Tensor.relu_),
-                *(F.leaky_relu, F.leaky_relu_, F.prelu, torch.prelu),
+                *(_T.relu, _T.relu_),
+                *(F.leaky_relu, F.leaky_relu_, F.prelu, torch.prelu, _T.prelu),
                 *(F.elu, F.elu_, F.celu, F.celu_, F.selu, F.selu_),
-                *(torch.abs, torch.Tensor.abs, torch.Tensor.abs_),
-                torch.Tensor.__abs__,
             ),
         ),
-        (_at(0.0, 6.0), (F.relu6,)),
-        (_at(-3.0, 3.0), (F.hardswish, F.hardsigmoid)),
+        # The derivative at 0 is 0.
         (
-            _at_bounds(
-                _argument(1, 'min_val', -1.0), _argument(2, 'max_val', 1.0)
+            _always(_Jump(0.0, True), _Jump(0.0)),
+            (torch.abs, torch.abs_, _T.abs, _T.abs_, _T.__abs__),
+        ),
+        (_always(_Jump(0.0), _Jump(6.0, True)), (F.relu6,)),
+        (
+            _always(_Jump(-3.0), _Jump(3.0, True)),
+            (F.hardswish, F.hardsigmoid),
+        ),
+        (
+            _both(
+                _argument(1, 'min_val', False, -1.0),
+                _argument(2, 'max_val', True, 1.0),
             ),
             (F.hardtanh, F.hardtanh_),
         ),
         (
-            _at_bounds(_MIN, _MAX),
+            _both(_argument(1, 'min', True), _argument(2, 'max', False)),
             (
                 *(torch.clamp, torch.clamp_, torch.clip, torch.clip_),
-                *(torch.Tensor.clamp, torch.Tensor.clamp_),
-                *(torch.Tensor.clip, torch.Tensor.clip_),
+                *(_T.clamp, _T.clamp_, _T.clip, _T.clip_),
             ),
         ),
         (
-            _at_bounds(_MIN),
+            _argument(1, 'min', True),
             (
                 *(torch.clamp_min, torch.clamp_min_),
-                *(torch.Tensor.clamp_min, torch.Tensor.clamp_min_),
+                *(_T.clamp_min, _T.clamp_min_),
             ),
         ),
         (
-            _at_bounds(_argument(1, 'max')),
+            _argument(1, 'max', False),
             (
                 *(torch.clamp_max, torch.clamp_max_),
-                *(torch.Tensor.clamp_max, torch.Tensor.clamp_max_),
+                *(_T.clamp_max, _T.clamp_max_),
             ),
         ),
         (
-            _at_bounds(_argument(1, 'threshold')),
+            _argument(1, 'threshold', False),
             (F.threshold, F.threshold_, torch.threshold, torch.threshold_),
         ),
     )
@@ -144,10 +194,10 @@ class _Record(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        points = _points(function, args, kwargs)
-        if points:
+        jumps = _jumps_of(function, args, kwargs)
+        if jumps:
             x = args[0].detach()
-            masks = tuple(_Mask.above(x, point) for point in points)
+            masks = tuple(_Mask.above(x, jump) for jump in jumps)
             self._entries.append((function, masks))
             return function(*args, **kwargs)
         result = function(*args, **kwargs)
@@ -168,11 +218,11 @@ class _Replay(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        points = _points(function, args, kwargs)
-        if points:
+        jumps = _jumps_of(function, args, kwargs)
+        if jumps:
             masks, (x, *others) = self._next(function), args
-            for point, mask in zip(points, masks):
-                x = _Moved.apply(x, point, mask)
+            for jump, mask in zip(jumps, masks):
+                x = _Moved.apply(x, jump, mask)
             if _is_in_place(function, kwargs, others):
                 with torch.no_grad():
                     args[0].copy_(x)
@@ -198,21 +248,16 @@ class _Replay(TorchFunctionMode):
 
 
 class _Moved(torch.autograd.Function):
-    """Values moved to the side of a point that a mask tells."""
+    """Values moved to the side of a jump that a mask tells."""
 
     @staticmethod
-    def forward(ctx, x, point, mask):
-        above = torch.full((), point, dtype=x.dtype, device=x.device)
-        if point:
-            above = torch.nextafter(above, above.new_full((), float('inf')))
-        else:
-            # Not a denormal number, which a device may flush to zero.
-            above = above.new_full((), torch.finfo(x.dtype).tiny)
+    def forward(ctx, x, jump, mask):
         bits = mask.unpack()
         if bits.shape != x.shape:
             raise _mismatch('a function with a jump')
+        below, above = jump.edges(x.dtype)
         # NaN stays.
-        return torch.where(bits, x.clamp_min(above), x.clamp_max(point))
+        return torch.where(bits, x.clamp_min(above), x.clamp_max(below))
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -238,18 +283,23 @@ class _Mask:
             _, self.kept = relu_mask(values)
 
     @classmethod
-    def above(cls, x, point):
-        """Mask of the values above a point.
+    def above(cls, x, jump):
+        """Mask of the values above a jump.
 
         Args:
             x (Tensor[*]): Floating point, any layout.
-            point (float): The point.
+            jump (_Jump): The jump.
 
         Returns:
             _Mask: The mask.
         """
-        direct = x.dtype in VALID_DTYPES and has_kernels(x.device.type)
-        return cls((x - point if point else x) if direct else x > point)
+        # One kernel in place of three.
+        direct = (
+            jump == _Jump(0.0)
+            and x.dtype in VALID_DTYPES
+            and has_kernels(x.device.type)
+        )
+        return cls(x if direct else jump.above(x))
 
     def unpack(self):
         """Make the booleans again.
@@ -268,15 +318,15 @@ class _Mask:
         return relu_mask_backward(ones, self.kept) > 0
 
 
-def _points(function, args, kwargs):
+def _jumps_of(function, args, kwargs):
     """Jumps of a function in this call, if its argument is one tensor."""
-    points = _JUMPS.get(function)
-    if points is None or not args:
+    jumps = _JUMPS.get(function)
+    if jumps is None or not args:
         return ()
     x = args[0]
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         return ()
-    return points(args, kwargs)
+    return jumps(args, kwargs)
 
 
 def _decides(result, args):
