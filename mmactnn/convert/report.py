@@ -90,6 +90,36 @@ class Unfused:
 
 
 @dataclasses.dataclass(frozen=True)
+class Segment:
+    """A block that runs again in the backward pass, from codes of its input.
+
+    Attributes:
+        name (str): Qualified name in the model.
+        source (str): Class of the block.
+        bits (int): Bits an element of its input.
+    """
+
+    name: str
+    source: str
+    bits: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Unsegmented:
+    """A repeated block that does not run again.
+
+    Attributes:
+        name (str): Qualified name in the model.
+        source (str): Class of the block.
+        reason (str): Reason for that.
+    """
+
+    name: str
+    source: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class ConversionReport:
     """Result of a conversion.
 
@@ -101,6 +131,9 @@ class ConversionReport:
         adapted (tuple[Adapted]): Modules that have an adapter's class.
         unfused (tuple[Unfused]): Blocks with normalisations that run layer by
             layer, with the reason.
+        segments (tuple[Segment]): Blocks that run again.
+        unsegmented (tuple[Unsegmented]): Repeated blocks that do not, with
+            the reason, where the level recomputes.
     """
 
     level: str
@@ -109,6 +142,8 @@ class ConversionReport:
     fused: tuple = ()
     adapted: tuple = ()
     unfused: tuple = ()
+    segments: tuple = ()
+    unsegmented: tuple = ()
 
     def __str__(self):
         lines = [
@@ -134,7 +169,15 @@ class ConversionReport:
         )
         for (source, effect), count in sorted(blocks.items()):
             lines.append(f'  {count:4d} {source} fused: {effect}')
+        repeated = collections.Counter(
+            (item.source, item.bits) for item in self.segments
+        )
+        for (source, bits), count in sorted(repeated.items()):
+            lines.append(
+                f'  {count:4d} {source} recomputed from codes of {bits} bit'
+            )
         lines += _by_reason(self.unfused, 'not fused')
+        lines += _by_reason(self.unsegmented, 'not recomputed')
         lines += _by_reason(self.left, 'left')
         return '\n'.join(lines)
 

@@ -17,6 +17,12 @@ MIN_CODED = 1024
 MIN_FRACTION = 16
 
 
+# Tokens of this size have ranges of their own: a normalisation brings small
+# tokens, such as a class token at first, to the size of large ones, and with
+# them the noise of a range that both would share.
+MIN_TOKEN = 64
+
+
 class _Exact(NamedTuple):
     """A tensor that is kept as it is.
 
@@ -31,11 +37,13 @@ class _Coded(NamedTuple):
     """A tensor that is kept as a payload.
 
     Attributes:
+        shape (torch.Size): Shape of the tensor.
         format (PayloadFormat): Format of the payload.
         start (int): First of its tensors among the kept ones.
         stop (int): One past the last one.
     """
 
+    shape: torch.Size
     format: PayloadFormat
     start: int
     stop: int
@@ -48,14 +56,15 @@ class _Decode(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, anchor, decode):
-        return decode()
+    def forward(ctx, anchor, payload, shape):
+        values = payload.unpack()
+        return values if values.shape == shape else values.view(shape)
 
     @staticmethod
     def backward(ctx, grad_output):
         # Recomputed nodes are never run, unless the segment computes
         # gradients itself; these stop at its inputs.
-        return None, None
+        return None, None, None
 
 
 class EncodedArguments:
@@ -92,7 +101,7 @@ class EncodedArguments:
                     payload = _payload_of(leaf, quantizer)
                     tensors = payload.tensors
                     stop = len(kept) + len(tensors)
-                    place = _Coded(payload.format, len(kept), stop)
+                    place = _Coded(leaf.shape, payload.format, len(kept), stop)
                     kept += tensors
                     payloads += [t for t in tensors if t is not None]
                 else:
@@ -130,7 +139,9 @@ class EncodedArguments:
                         *kept[entry.start : entry.stop]
                     )
                     anchor = torch.empty(0, device='cpu', requires_grad=True)
-                    made[entry.start] = _Decode.apply(anchor, payload.unpack)
+                    made[entry.start] = _Decode.apply(
+                        anchor, payload, entry.shape
+                    )
                 entry = made[entry.start]
             leaves.append(entry)
         return tree_unflatten(leaves, self._spec)
@@ -172,6 +183,15 @@ def _can_code(tensor):
 
 def _payload_of(tensor, quantizer):
     """Payload of a tensor, one for all segments that read it."""
-    with torch.no_grad():
-        format, tensors, _ = quantizer.keep_shared(tensor, tensor, True)
-    return format.payload(*tensors)
+    rows = tensor.detach()
+    if (
+        tensor.dim() > 2
+        and tensor.shape[-1] >= MIN_TOKEN
+        and tensor.is_contiguous()
+    ):
+        rows = rows.flatten(0, -2)
+    for form in (rows, tensor):
+        payload = quantizer.find_shared(tensor, form)
+        if payload is not None:
+            return payload
+    return quantizer.publish(tensor, tensor, quantizer.pack(rows))
