@@ -86,18 +86,18 @@ class TestGradients:
 
     def test_bits_and_group_size(self):
         """Noise is proportional to steps, and these to ranges of groups."""
-        leaf, x = graph_input(64, 2048)
         errors = []
         for bits, size in ((8, 64), (8, 512), (5, 512)):
+            leaf, x = graph_input(64, 2048)
             y = mmactnn.checkpoint(torch.sin, x, bits=bits, group_size=size)
-            (grad,) = torch.autograd.grad(y.sum(), leaf, retain_graph=True)
-            errors.append(relative(grad, leaf.cos()))
-        assert errors[0] < 0.9 * errors[1] < errors[2] / 7
+            (grad,) = torch.autograd.grad(y.sum(), leaf)
+            errors.append(relative(grad, leaf.detach().cos()))
+        assert errors[0] < 0.95 * errors[1] < errors[2] / 6
 
     def test_small_tokens_among_large_ones(self):
         """Each token has a range of its own: a layer norm scales it up."""
         _, x = graph_input(8, 16, 64)
-        x = x * torch.logspace(-4, 0, 16)[:, None]
+        x = (x * torch.logspace(-4, 0, 16)[:, None]).detach().requires_grad_()
         norm = nn.LayerNorm(64)
 
         def gradient(run):
