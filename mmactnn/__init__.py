@@ -29,6 +29,7 @@ from .registry import (
     register_layer,
     register_pattern,
 )
+from .segments import checkpoint
 
 # A literal: building a wheel reads it without importing torch.
 __version__ = '0.1.0'
@@ -48,6 +49,7 @@ __all__ = [
     'Rule',
     '__version__',
     'as_parents',
+    'checkpoint',
     'convert_model',
     'get_level',
     'get_precision',

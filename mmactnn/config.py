@@ -347,6 +347,9 @@ class Execution(_Settings):
             backward pass of a convolution processes at once. A larger input
             is decoded, and its gradient computed, piece by piece, with
             workspaces of the size of a piece. None is no limit.
+        recompute (bool): Whether repeated blocks that keep much run again in
+            the backward pass, from 8-bit codes of their inputs
+            (:mod:`mmactnn.segments`). Has no effect at an exact level.
 
     Raises:
         ValueError, TypeError: If a value is not valid.
@@ -354,6 +357,7 @@ class Execution(_Settings):
 
     fuse: bool = _setting(True, _check_flag, 'fuse')
     chunk_mib: float | None = _setting(None, _check_limit, 'chunk_mib')
+    recompute: bool = _setting(False, _check_flag, 'recompute')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -603,6 +607,12 @@ LEVELS = {
             rectified=2,
             attention_value=2,
             rounding='rotated',
+        ),
+        # As L3, and blocks that fusing does not serve are recomputed.
+        dataclasses.replace(
+            _L3,
+            name='L3R',
+            execution=dataclasses.replace(_L3.execution, recompute=True),
         ),
         # As L3, in smaller pieces: a lower peak, and more calls.
         dataclasses.replace(_L3, name='L3.1', chunk_mib=64),

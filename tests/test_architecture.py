@@ -22,7 +22,7 @@ ORDER = (
     ('layers',),
     ('functional',),
     ('fusion',),
-    ('adapters', 'memory'),
+    ('adapters', 'memory', 'segments'),
     ('convert', 'names'),
     ('compat', 'mmlab'),
     ('hooks',),
@@ -37,6 +37,7 @@ LATE = {
     ('fusion.runner', 'fusion.find'): 'a pickle plans its blocks again',
     ('layers.gateway', 'modules.graph_break'): 'it imports the compiler',
     ('fusion.block', 'modules.graph_break'): 'the same',
+    ('segments.checkpoint', 'modules.graph_break'): 'the same',
 }
 
 

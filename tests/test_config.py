@@ -26,7 +26,7 @@ def small_model():
 class TestTable:
     def test_names(self):
         assert list(LEVELS) == [
-            'L0', 'L1', 'L2', 'L3', 'L3S', 'L3.1', 'L4', 'L5', 'swap',
+            'L0', 'L1', 'L2', 'L3', 'L3S', 'L3R', 'L3.1', 'L4', 'L5', 'swap',
         ]  # fmt: skip
         assert all(LEVELS[name].name == name for name in LEVELS)
 
@@ -38,6 +38,7 @@ class TestTable:
             ('L2', 4, 4, 4, True, False),
             ('L3', 2, 2, 4, True, True),
             ('L3S', 2, 1, 4, True, True),
+            ('L3R', 2, 2, 4, True, True),
             ('L3.1', 2, 2, 4, True, True),
             ('L4', 2, 2, 4, True, True),
             ('L5', 2, 2, 4, True, True),
@@ -51,6 +52,7 @@ class TestTable:
         assert level.exact == (name in ('L0', 'swap'))
         assert level.swap == (name in ('L4', 'L5', 'swap'))
         assert level.expandable == (name == 'L5')
+        assert level.recompute == (name == 'L3R')
         chunks = {'L0': None, 'swap': None, 'L3.1': 64}
         assert level.chunk_mib == chunks.get(name, 256)
         rectified = 2 if name == 'L3S' else 3 if adaptive else 4

@@ -22,3 +22,17 @@ def keep_tensors():
     """
     hooks = top_hooks(True)
     return hooks is None or getattr(hooks[0], 'keeps_tensors', False)
+
+
+def meter_in_force():
+    """Find the meter that saved tensors are reported to.
+
+    Returns:
+        ActivationMeter, optional: The attribute ``meter`` of the object whose
+        method is the first of the hooks in force; None if there is none, as
+        within a checkpointed block.
+    """
+    hooks = top_hooks(True)
+    if hooks is None:
+        return None
+    return getattr(getattr(hooks[0], '__self__', None), 'meter', None)

@@ -10,7 +10,7 @@ from ..adapters import Adapter, find_adapters
 from ..codes.cache import PayloadCache
 from ..codes.quantizer import LayerQuantizer, OwnSettings
 from ..codes.units import MIB
-from ..config import DEFAULT_LEVEL, get_level
+from ..config import DEFAULT_LEVEL, LEVELS, get_level
 from ..functional import (
     FunctionSettings,
     calls_functions,
@@ -28,6 +28,7 @@ from ..ops import DEFAULT_GROUP_SIZE
 from ..precision import AdaptivePrecision
 from ..random import RoundingGenerator
 from ..registry import FunctionEntry, default_registry
+from ..segments import make_segment, segments_replaced, undo_segments
 from .filters import Filter
 from .report import (
     Adapted,
@@ -36,7 +37,17 @@ from .report import (
     Fused,
     Left,
     Scoped,
+    Segment,
     Unfused,
+    Unsegmented,
+)
+from .segments import (
+    divide_layers,
+    find_blocks,
+    is_within,
+    segment_bits,
+    segment_quantizer,
+    without_parts,
 )
 
 # Bytes of codes below which swapping costs more than it saves.
@@ -124,6 +135,32 @@ def convert_model(
         )
     # First, before local variables refer to layers.
     shared = shared_layers(model)
+    with segments_replaced(model):
+        return _convert_model(
+            model,
+            shared,
+            level,
+            include,
+            exclude,
+            group_size,
+            generator,
+            num_samples,
+            filter_fn,
+        )
+
+
+def _convert_model(
+    model,
+    shared,
+    level,
+    include,
+    exclude,
+    group_size,
+    generator,
+    num_samples,
+    filter_fn,
+):
+    """As :func:`convert_model`, for a model without segments."""
     level = get_level(level)
     generator = generator or RoundingGenerator()
     precision = _make_precision(level, num_samples)
@@ -140,20 +177,38 @@ def convert_model(
     chosen, left = _choose_layers(
         model, adaptable.plans, include, exclude, filter_fn
     )
-    callers = _choose_functions(model, include, exclude, filter_fn)
+    found = _find_fusions(model, level, chosen)
+
+    def why_filtered(name, module):
+        return _why_filtered(name, module, include, exclude, filter_fn)
+
+    segments, unsegmented = find_blocks(
+        model, level, chosen, found.fusions, why_filtered
+    )
+    callers = [
+        caller
+        for caller in _choose_functions(model, include, exclude, filter_fn)
+        if not is_within(caller.name, segments)
+    ]
     for used in (include, exclude):
         if used is not None:
             used.require_all_used()
     names = [item.name for item in chosen]
     names += [name for caller in callers for name in caller.names]
-    _require_rules_used(level, names)
+    _require_rules_used(level, [*names, *segments, *unsegmented])
+    chosen, recomputed = divide_layers(chosen, segments)
+    left += [
+        Left(item.name, type(item.module).__name__, 'in a segment')
+        for item in recomputed
+    ]
+    found = without_parts(found, segments)
     layers = {item.module for item in chosen}
     plans = [
         plan
         for plan in adaptable.plans.values()
-        if not plan.layers or not layers.isdisjoint(plan.layers.values())
+        if not is_within(plan.name, segments)
+        and (not plan.layers or not layers.isdisjoint(plan.layers.values()))
     ]
-    found = _find_fusions(model, level, chosen)
     coded = _coded_relus(plans, level)
     rectified = {
         layer: level.rectified
@@ -221,6 +276,12 @@ def convert_model(
         # The model may be a part of one whose functions are compressed.
         for module in left_scopes:
             set_scope(module, None)
+    _make_exact(recomputed, group_size, generator, cache)
+    for name, module in segments.items():
+        make_segment(
+            module,
+            segment_quantizer(name, level, group_size, generator, cache),
+        )
     _swap(model, level)
     unfused = {**found.unfused, **adaptable.refused}
     return ConversionReport(
@@ -235,6 +296,14 @@ def convert_model(
             if _fuses(level)
         ),
         scoped,
+        tuple(
+            Segment(name, type(module).__name__, segment_bits(name, level))
+            for name, module in segments.items()
+        ),
+        tuple(
+            Unsegmented(name, type(module).__name__, reason)
+            for name, (module, reason) in unsegmented.items()
+        ),
     )
 
 
@@ -403,6 +472,7 @@ def revert_model(model):
     if swap is not None:
         swap.detach()
     remove_scopes(model)
+    undo_segments(model)
     # Lists, since adapters drop their layers.
     for module in list(model.modules()):
         if is_fused(module):
@@ -560,6 +630,21 @@ def _fuse(name, fusion):
     source = type(fusion.module).__name__
     fuse(fusion.module, fusion.runner)
     return Fused(name, source, len(fusion.norms), fusion.patterns)
+
+
+def _make_exact(items, group_size, generator, cache):
+    """Make compressed layers within segments compute as torch's."""
+    for item in items:
+        if isinstance(item.module, QuantizedLayer):
+            item.module.quantizer = LayerQuantizer.for_level(
+                item.target,
+                LEVELS['L0'],
+                group_size,
+                generator,
+                item.module.quantizer.own,
+                item.name,
+                cache=cache,
+            )
 
 
 def _convert(item, module, quantizer):

@@ -103,6 +103,36 @@ class Scoped:
 
 
 @dataclasses.dataclass(frozen=True)
+class Segment:
+    """A block that runs again in the backward pass, from codes of its input.
+
+    Attributes:
+        name (str): Qualified name in the model.
+        source (str): Class of the block.
+        bits (int): Bits an element of its input.
+    """
+
+    name: str
+    source: str
+    bits: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Unsegmented:
+    """A repeated block that does not run again.
+
+    Attributes:
+        name (str): Qualified name in the model.
+        source (str): Class of the block.
+        reason (str): Reason for that.
+    """
+
+    name: str
+    source: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class ConversionReport:
     """Result of a conversion.
 
@@ -116,6 +146,9 @@ class ConversionReport:
             layer, with the reason.
         scoped (tuple[Scoped]): Modules whose calls of functions, if there are
             any, are compressed.
+        segments (tuple[Segment]): Blocks that run again.
+        unsegmented (tuple[Unsegmented]): Repeated blocks that do not, with
+            the reason, where the level recomputes.
     """
 
     level: str
@@ -125,6 +158,8 @@ class ConversionReport:
     adapted: tuple = ()
     unfused: tuple = ()
     scoped: tuple = ()
+    segments: tuple = ()
+    unsegmented: tuple = ()
 
     def __str__(self):
         lines = [
@@ -157,6 +192,13 @@ class ConversionReport:
                 f'  {len(self.scoped):4d} modules: functions that they call '
                 f'are compressed ({shown})'
             )
+        repeated = collections.Counter(
+            (item.source, item.bits) for item in self.segments
+        )
+        for (source, bits), count in sorted(repeated.items()):
+            lines.append(
+                f'  {count:4d} {source} recomputed from codes of {bits} bit'
+            )
         lines += _by_reason(self.unfused, 'not fused')
         scoped = {item.name for item in self.scoped}
         calling = [item for item in self.left if item.name in scoped]
@@ -166,6 +208,7 @@ class ConversionReport:
             for line in _by_reason(calling, 'left')
         ]
         lines += _by_reason(others, 'left')
+        lines += _by_reason(self.unsegmented, 'not recomputed')
         return '\n'.join(lines)
 
 

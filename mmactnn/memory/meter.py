@@ -10,6 +10,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..codes.hooks import top_hooks
 from ..codes.units import MIB
 from ..functional import settings_of
 from ..layers import QuantizedLayer
@@ -59,6 +60,11 @@ class ActivationMeter:
         # torch would have kept in its place.
         self._replaced = {}
         self._payloads = _Storages()
+
+    @property
+    def meter(self):
+        """ActivationMeter: This object; see ``codes.hooks.meter_in_force``."""
+        return self
 
     @property
     def saved_bytes(self):
@@ -159,6 +165,19 @@ class ActivationMeter:
         if not kept:
             self._count_replaced(replaced)
 
+    def count_segment(self, kept):
+        """Count a segment, which keeps payloads of its inputs alone.
+
+        Args:
+            kept (tuple[Tensor]): Tensors of the payloads, before they are
+                saved.
+
+        Returns:
+            SegmentCount: Counter of the tensors that torch would have saved.
+        """
+        self.replace(kept, ())
+        return SegmentCount(self)
+
     def observe(self, tensor, swapped):
         """Count a tensor that autograd saves.
 
@@ -208,6 +227,47 @@ class ActivationMeter:
 
     def _is_own(self, tensor):
         return tensor in self._own
+
+
+class SegmentCount:
+    """Counter of the tensors that torch would save in a segment.
+
+    Args:
+        meter (ActivationMeter): The meter.
+    """
+
+    def __init__(self, meter):
+        self._meter = meter
+        self._storages = _Storages()
+
+    @contextlib.contextmanager
+    def listening(self):
+        """Listen to the hooks in force, those of checkpointing, as context."""
+        pack, unpack = top_hooks(True)
+
+        def listen(tensor):
+            meter = self._meter
+            if not meter._is_own(tensor):
+                self._storages.add(tensor, (meter._locate(), True))
+            return pack(tensor)
+
+        with saved_tensors_hooks(listen, unpack):
+            yield
+
+    def keep(self, tensors):
+        """Count tensors that the segment keeps beside those autograd saves.
+
+        Args:
+            tensors (Iterable[Tensor]): Such as masks.
+        """
+        meter = self._meter
+        for tensor in tensors:
+            meter._saved.add(tensor, (meter._locate(), True))
+            meter._layers_saved.add(tensor)
+
+    def finish(self):
+        """Count the tensors, at the end of the segment."""
+        self._meter._count_replaced(self._storages)
 
 
 class LayerMeter(NamedTuple):

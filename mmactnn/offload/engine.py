@@ -85,6 +85,11 @@ class SwapEngine:
             self._leaving.release_beyond(0)
             self._arriving.release_beyond(0)
 
+    @property
+    def meter(self):
+        """ActivationMeter, optional: See ``codes.hooks.meter_in_force``."""
+        return getattr(self.observer, '__self__', None)
+
     def pack(self, tensor):
         """Hook for every tensor that autograd saves.
 

@@ -1,0 +1,130 @@
+"""Classes of blocks that run as segments in training."""
+
+import contextlib
+import functools
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from ..modules.class_swap import replace_class, wrap_forward, wrapped_class
+from ..modules.execution import refuse_script
+from .checkpoint import run_segment
+
+
+class SegmentBlock:
+    """Mixin of the classes of blocks that run as segments.
+
+    The class has the name and the signature of its parent, so that checks by
+    name go on to work. Its forward pass runs as a segment in training, and is
+    the parent's elsewhere.
+
+    Attributes:
+        plain_class (type): Class of the block before.
+    """
+
+    plain_class = None
+    __prepare_scriptable__ = refuse_script
+
+    def __reduce_ex__(self, protocol):
+        return _make_instance, (self.plain_class,), self.__getstate__()
+
+
+@functools.cache
+def segment_class(cls):
+    """The class of segments for a plain class.
+
+    Args:
+        cls (type): Class of the block before.
+
+    Returns:
+        type: A subclass of it, the same at every call.
+    """
+    return wrap_forward(SegmentBlock, cls, _run)
+
+
+def _run(cls, module, *args, **kwargs):
+    # A bound method may outlive a conversion.
+    quantizer = module.__dict__.get('_segment')
+    if (
+        quantizer is None
+        or not module.training
+        or not torch.is_grad_enabled()
+        or not _needs_gradients(module, tree_leaves((args, kwargs)))
+    ):
+        return cls.forward(module, *args, **kwargs)
+    function = functools.partial(cls.forward, module)
+    modules = list(module.modules())
+    return run_segment(function, args, kwargs, quantizer, None, modules)
+
+
+def _needs_gradients(module, leaves):
+    """Whether a call has gradients to compute, and values to encode."""
+    if any(isinstance(leaf, fx.Proxy) for leaf in leaves):
+        return False
+    return any(
+        isinstance(leaf, torch.Tensor) and leaf.requires_grad
+        for leaf in leaves
+    ) or any(p.requires_grad for p in module.parameters())
+
+
+def _make_instance(cls):
+    cls = segment_class(cls)
+    return cls.__new__(cls)
+
+
+def is_segment(module):
+    """Whether a module is a block that runs as a segment.
+
+    Args:
+        module (nn.Module): The module.
+    """
+    return isinstance(module, SegmentBlock)
+
+
+def make_segment(module, quantizer):
+    """Make a module run as a segment, in place.
+
+    Args:
+        module (nn.Module): The module.
+        quantizer (LayerQuantizer): Codec of its inputs.
+    """
+    cls = wrapped_class(type(module))
+    replace_class(module, cls, segment_class(cls))
+    # Bypasses the checks of nn.Module.__setattr__.
+    module.__dict__['_segment'] = quantizer
+
+
+def undo_segments(model):
+    """Give all segments of a model their plain classes again, in place.
+
+    Args:
+        model (nn.Module): The model.
+
+    Returns:
+        dict[nn.Module, LayerQuantizer]: The blocks, for :func:`make_segment`.
+    """
+    undone = {}
+    for module in model.modules():
+        if is_segment(module):
+            undone[module] = module.__dict__.pop('_segment', None)
+            plain = module.plain_class
+            replace_class(module, segment_class(plain), plain)
+    return undone
+
+
+@contextlib.contextmanager
+def segments_replaced(model):
+    """Undo the segments of a model, as a context that makes new ones.
+
+    Args:
+        model (nn.Module): The model. It gets its segments back if the context
+            raises.
+    """
+    undone = undo_segments(model)
+    try:
+        yield
+    except BaseException:
+        for module, quantizer in undone.items():
+            make_segment(module, quantizer)
+        raise
