@@ -594,8 +594,8 @@ class LayerQuantizer:
         Callers check that there is a meter.
 
         Args:
-            kept (tuple[Tensor | None]): Tensors that the call keeps in place of
-                those that torch would have kept.
+            kept (tuple[Tensor | None]): Tensors that the call keeps in place
+                of those that torch would have kept.
             call (Call): The call, from which the layer's registered rule
                 tells the tensors that torch would have kept.
             also (tuple[Tensor], optional): Tensors that torch would have kept
