@@ -213,10 +213,14 @@ class ConversionReport:
 
 
 def _effect(fused):
-    own = [name for name in fused.patterns if name != 'conv_norm_act']
+    known = {
+        'conv_norm_act': 'normalisation and ReLU share a payload',
+        'norm_smooth': 'normalisation and activation share a payload',
+    }
+    own = [name for name in fused.patterns if name not in known]
     effects = []
     if fused.norms:
-        effects.append('normalisation and ReLU share a payload')
+        effects += [known[name] for name in fused.patterns if name in known]
     elif not own:
         effects.append('convolutions of small maps run as one')
     if own:

@@ -163,6 +163,43 @@ def test_code_of_the_input(
     torch.testing.assert_close(found, wanted, **tolerance)
 
 
+@in_turn(
+    by='name',
+    name=[n for n, f in FUNCTIONS.items() if f[0].one_code],
+    shape=((3, 5, 7, 11), (2, 16, 8, 8), (6, 40), (2, 5, 3)),
+    dtype=DTYPES,
+    bits=(3, 4),
+    channels_last=[False, True],
+    parameters=['both', 'weight', 'bias'],
+)
+def test_normalised_argument(
+    name, shape, dtype, bits, channels_last, parameters, device
+):
+    smooth, _ = FUNCTIONS[name]
+    last = channels_last and len(shape) == 4
+    x = make(shape, dtype, device, last, 1)
+    weight, bias = torch.randn(2, shape[1], device=device).unbind()
+    affine = dict(
+        weight=None if parameters == 'bias' else weight,
+        bias=None if parameters == 'weight' else bias,
+    )
+    codes, layout = joint(x, bits)
+    format = dict(bits=bits, group_size=256, drawn=DRAWN, **affine)
+    value, derivative = smooth_reference.smooth_decoded(
+        *codes, *layout[:2], smooth, **format
+    )
+    tolerance = TOLERANCE
+    if dtype != torch.float32:
+        tolerance = dict(rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+    found = ops.smooth_decode(*codes, *layout, smooth, **format)
+    assert found.stride() == x.stride()
+    torch.testing.assert_close(found, value.to(dtype), **tolerance)
+    grad = torch.empty_like(x).copy_(make(shape, dtype, device).flip(0))
+    found = ops.smooth_decode_backward(grad, *codes, smooth, **format)
+    wanted = (grad.double() * derivative).to(dtype)
+    torch.testing.assert_close(found, wanted, **tolerance)
+
+
 @in_turn(name=[n for n, f in FUNCTIONS.items() if f[0].one_code])
 def test_bias_of_one_code(name):
     smooth, function = FUNCTIONS[name]
@@ -303,6 +340,11 @@ def test_opcheck(device):
         mmactnn_ops.smooth_decode_backward.default,
         (x, codes, ranges, *format),
     )
+    vector = torch.ones(5, device=device)
+    opcheck(
+        mmactnn_ops.smooth_decode_backward.default,
+        (x, codes, ranges, *format, None, vector, vector),
+    )
 
 
 def test_errors(device):
@@ -324,3 +366,6 @@ def test_errors(device):
     (codes, ranges), layout = joint(x, 4)
     with pytest.raises(RuntimeError, match='codes must be of shape'):
         ops.smooth_decode(codes, ranges, *layout, smooth, 3)
+    with pytest.raises(RuntimeError, match=r'weight must be .*\[17\]'):
+        weight = torch.ones(3, device=device)
+        ops.smooth_decode(codes, ranges, *layout, smooth, 4, weight=weight)

@@ -221,6 +221,38 @@ def rectifiers(x, random):
         yield f'{name} backward', [x, written[1]], [x], backward
 
 
+def smooths(x, _):
+    """Yield likewise: smooth activations, by derivative and by one code."""
+    seed, drawn = dict(seed=1), ops.DrawnBits.of('dither', 1, 0)
+    layout = x.shape, x.stride(), x.dtype
+    vectors = torch.ones(2, x.shape[1], device=x.device).unbind()
+    affine = dict(zip(('weight', 'bias'), vectors))
+    for name, smooth in (
+        ('gelu', ops.Smooth.gelu()),
+        ('silu', ops.Smooth.silu()),
+    ):
+        format = smooth, 4
+        forward = partial(ops.smooth_derivative, x, *format, **seed)
+        codes = forward()
+        backward = partial(
+            ops.smooth_derivative_backward, x, codes, *format, drawn=drawn
+        )
+        yield f'{name} derivative 4 bit', [x], [codes], forward
+        yield f'{name} derivative 4 bit backward', [x, codes], [x], backward
+        payload = list(ops.quantize(x, 4, **seed))
+        for kind, norm in (('', {}), (' norm', affine)):
+            random = dict(drawn=drawn, **norm)
+            decode = partial(
+                ops.smooth_decode, *payload, *layout, *format, **random
+            )
+            backward = partial(
+                ops.smooth_decode_backward, x, *payload, *format, **random
+            )
+            yield f'{name}{kind} 4 bit decode', payload, [x], decode
+            read = [x, *payload]
+            yield f'{name}{kind} 4 bit backward', read, [x], backward
+
+
 def others(x, _):
     """Yield likewise: dropout and max pooling."""
     yield 'dropout', [x], [x], partial(ops.dropout, x, 0.1, seed=1)
@@ -231,7 +263,7 @@ def others(x, _):
     yield 'max pool backward', payload, [x], backward
 
 
-CASES = (codes, rows, norm_grads, norms, rectifiers, others)
+CASES = (codes, rows, norm_grads, norms, rectifiers, smooths, others)
 
 
 def _like(x):
