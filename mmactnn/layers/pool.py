@@ -116,6 +116,11 @@ class QAvgPool2d(ExactLayer, nn.AvgPool2d):
 @register_layer(
     nn.AdaptiveAvgPool2d,
     saved_by_torch=lambda call: (call.input,),
+    aliases={
+        'mmdet.models.layers.brick_wrappers.AdaptiveAvgPool2d': [
+            'bb1f4e61c9a94e0f'
+        ]
+    },
     examples=lambda: {
         'plain': (lambda: QAdaptiveAvgPool2d(2), (3, 4, 7, 5)),
     },

@@ -237,5 +237,5 @@ def drop_pretrained(config):
                 part[key] = None
         init = part.get('init_cfg')
         init = init if isinstance(init, list) else [init]
-        if any(item and item.get('type') == 'Pretrained' for item in init):
+        if any(item and 'checkpoint' in item for item in init):
             part['init_cfg'] = None
