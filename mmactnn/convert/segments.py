@@ -32,11 +32,11 @@ def find_blocks(model, level, chosen, fusions, why_filtered):
         target = targets.get(layer)
         if target is None:
             # Unknown layers without parameters may keep nothing.
-            return _EXACT_BITS if layer._parameters else 0
+            return (_EXACT_BITS if layer._parameters else 0), 0
         if target.kind == 'mask':
-            return 1
+            return 1, 1
         bits = target.level_bits(level)
-        return _EXACT_BITS if bits is None else bits
+        return (_EXACT_BITS if bits is None else bits), 0
 
     def why_not(name, module):
         if 'forward' in module.__dict__:

@@ -12,7 +12,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Share of a block's memory that repeated blocks in containers within must hold
 # to become segments in its place.
 _MIN_COVERED = 0.5
-# How many times the codes of its input a segment must save, at least.
+# How many times as much a block must keep as the segment.
 _MIN_GAIN = 2
 
 
@@ -27,8 +27,9 @@ def find_segments(model, bits_of, why_not, segment_bits):
 
     Args:
         model (nn.Module): The model.
-        bits_of (Callable): Maps a layer to the bits an element of the input
-            that it keeps otherwise; 32 if it keeps that exactly.
+        bits_of (Callable): Maps a layer to the bits an element of its input
+            that it keeps otherwise (32 if it keeps that exactly), and to
+            those that it also keeps in a segment, for predicates.
         why_not (Callable): Maps the name of a block and the block to the
             reason why it cannot be a segment, or to None.
         segment_bits (float): Bits an element of the input of a segment.
@@ -45,7 +46,7 @@ def find_segments(model, bits_of, why_not, segment_bits):
     for name, module in named_modules(model):
         if module in inside or _class(module) not in classes:
             continue
-        if search.gain(module) < _MIN_GAIN * segment_bits:
+        if search.gain(module, segment_bits) < _MIN_GAIN:
             continue
         reason = why_not(name, module)
         if reason is not None:
@@ -66,6 +67,7 @@ class _Search:
 
     def __init__(self, model, bits_of):
         self._kept = {}
+        self._stays = {}
         self._width = {}
         self._estimate(model, bits_of)
 
@@ -79,28 +81,35 @@ class _Search:
             ]
             if parameters:
                 reads, width = _widths(module, parameters[0])
-                own[module] = reads * bits_of(module), reads
+                own[module] = reads, reads, bits_of(module)
             elif not module._modules:
                 # An activation reads what the layer before made.
-                own[module] = width * bits_of(module), 0
+                own[module] = width, 0, bits_of(module)
         for module in model.modules():
             parts = [part for part in module.modules() if part in own]
-            self._kept[module] = sum(own[part][0] for part in parts)
+            sizes = [(own[part][0], *own[part][2]) for part in parts]
+            self._kept[module] = sum(n * kept for n, kept, _ in sizes)
+            self._stays[module] = sum(n * stays for n, _, stays in sizes)
             # The first layer reads the input.
             widths = [own[p][1] for p in parts if own[p][1] and not p._modules]
             self._width[module] = widths[0] if widths else 0
 
-    def gain(self, module):
-        """Bits kept within a module, an element of its input.
+    def gain(self, module, segment_bits):
+        """Memory of a module over that of the module as a segment.
 
         Args:
             module (nn.Module): The module.
+            segment_bits (float): Bits an element of the input of a segment.
 
         Returns:
             float: 0 if it has no parameters.
         """
         width = self._width[module]
-        return self._kept[module] / width if width else 0
+        if not width:
+            return 0
+        return self._kept[module] / (
+            width * segment_bits + self._stays[module]
+        )
 
     def choose(self, module):
         """Choose repeated blocks within a module.
