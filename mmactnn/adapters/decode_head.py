@@ -8,6 +8,7 @@ from mmseg.models.losses.utils import weight_reduce_loss
 from mmseg.models.utils import resize
 from torch import nn
 
+from ..fusion import plain_class_of
 from ..fusion.eligibility import is_instrumented
 from ..layers import QLosses, QResizedCrossEntropy
 from ..layers.gateway import keeps_codes
@@ -164,7 +165,7 @@ def _is_cross_entropy(loss):
     """Whether a loss is the cross entropy that the adapter computes."""
     return (
         _IS_KNOWN
-        and type(loss).forward is _LOSS['forward']
+        and plain_class_of(loss).forward is _LOSS['forward']
         and getattr(loss, 'cls_criterion', None) is cross_entropy
         and loss.reduction in ('none', 'mean', 'sum')
         # Stock code fails for both at once.
