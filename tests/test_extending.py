@@ -72,7 +72,7 @@ class TestFunction:
         assert_unbiased(function['errors'], {'input', 'fc.weight', 'fc.bias'})
 
     def test_rule(self, found):
-        assert found['check_function']['left'] == 'GeluBackward0'
+        assert found['check_function']['left'] == 'AtanBackward0'
 
 
 class TestPattern:
