@@ -608,10 +608,16 @@ LEVELS = {
             attention_value=2,
             rounding='rotated',
         ),
-        # As L3, and blocks that fusing does not serve are recomputed.
+        # Blocks that fusing does not serve are recomputed from 8 bits; other
+        # layers have enough bits not to spoil their gradients.
         dataclasses.replace(
             _L3,
             name='L3R',
+            conv=4,
+            norm=3,
+            rectified=4,
+            attention=6,
+            attention_value=4,
             execution=dataclasses.replace(_L3.execution, recompute=True),
         ),
         # As L3, in smaller pieces: a lower peak, and more calls.

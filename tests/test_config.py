@@ -38,7 +38,7 @@ class TestTable:
             ('L2', 4, 4, 4, True, False),
             ('L3', 2, 2, 4, True, True),
             ('L3S', 2, 1, 4, True, True),
-            ('L3R', 2, 2, 4, True, True),
+            ('L3R', 4, 3, 4, True, True),
             ('L3.1', 2, 2, 4, True, True),
             ('L4', 2, 2, 4, True, True),
             ('L5', 2, 2, 4, True, True),
@@ -55,7 +55,7 @@ class TestTable:
         assert level.recompute == (name == 'L3R')
         chunks = {'L0': None, 'swap': None, 'L3.1': 64}
         assert level.chunk_mib == chunks.get(name, 256)
-        rectified = 2 if name == 'L3S' else 3 if adaptive else 4
+        rectified = {'L3S': 2, 'L3R': 4}.get(name, 3 if adaptive else 4)
         assert level.rectified == rectified
         rounding = 'rotated' if name == 'L3S' else ops.DEFAULT_ROUNDING
         assert level.rounding == rounding
@@ -65,6 +65,7 @@ class TestTable:
             'L1': (8, None),
             'L2': (6, 4),
             'L3S': (4, 2),
+            'L3R': (6, 4),
         }.get(name, (4, 3))
         assert (level.attention, level.attention_value) == attention
 

@@ -38,6 +38,7 @@ def _register(layer, make, arguments, *functions):
         )
 
     compress.__name__ = run.__name__
+    compress.__doc__ = f'``{run.__name__}``.'
     register_function(*functions, layer=layer)(compress)
 
 

@@ -55,7 +55,9 @@ def make_input(*size):
 
 def masks(module, x):
     """Number of the graph's nodes that keep masks."""
-    found, todo = set(), [module(x).grad_fn]
+    # Its nodes live as long as it does.
+    output = module(x)
+    found, todo = set(), [output.grad_fn]
     while todo:
         node = todo.pop()
         if node is not None and node not in found:

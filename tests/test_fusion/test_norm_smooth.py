@@ -60,7 +60,7 @@ def test_computes_as_the_calls(act, affine, last, device):
     grad_output = torch.randn(4, 4, 16, 16, device=device)
     expected = gradients(plain, x, grad_output)
     found = gradients(model, x, grad_output)
-    assert relative_error(found['output'], expected['output']) < 1e-5
+    assert relative_error(found['output'], expected['output']) < 1e-4
     for key in expected:
         assert relative_error(found[key], expected[key]) < 0.06, key
     for (key, a), (_, b) in zip(plain.named_buffers(), model.named_buffers()):
@@ -154,7 +154,7 @@ def test_running_statistics(device):
             block.norm.eval()
     expected = gradients(plain, x, None)
     found = gradients(model, x, None)
-    assert relative_error(found['output'], expected['output']) < 1e-5
+    assert relative_error(found['output'], expected['output']) < 1e-4
     for key in ('input', '1.norm.weight', '2.weight'):
         assert relative_error(found[key], expected[key]) < 0.05
 

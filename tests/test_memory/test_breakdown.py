@@ -26,7 +26,7 @@ class Model(nn.Module):
 
     def forward(self, x):
         x = self.shrink(self.relu(self.conv(x)))
-        x = torch.sigmoid(x)
+        x = torch.exp(x)
         return self.pool(self.drop(x))
 
 
@@ -81,13 +81,13 @@ def test_entries(x):
     # Torch keeps ReLU's output, which the backward pass of Softshrink needs,
     # too: it counts for the first of them, where it is a mask.
     assert sizes('relu', Category.EXACT) == (full, NUMEL // 8)
-    shrink, sigmoid = found['shrink', left], found['', left]
+    shrink, exp = found['shrink', left], found['', left]
     assert sizes('shrink', left) == (0, full)
     assert shrink.cause == 'Softshrink'
     assert shrink.note == 'no compressed layer of this type'
     assert sizes('', left) == (full, full)
-    assert sigmoid.cause.startswith('test_breakdown.py:')
-    assert sigmoid.note == 'x = torch.sigmoid(x)'
+    assert exp.cause.startswith('test_breakdown.py:')
+    assert exp.note == 'x = torch.exp(x)'
     assert sizes('drop', Category.EXACT) == (full, 0)
     # The input, and 64 bits an output; 4 bits an output.
     outputs = NUMEL // 4
@@ -103,7 +103,7 @@ def test_entries(x):
     kept = whole.kept_bytes - lost[1]
     assert whole.left_share == pytest.approx(2 * full / exact)
     assert whole.left_share_of_kept == pytest.approx(2 * full / kept)
-    # Softshrink and the line of the sigmoid keep as much.
+    # Softshrink and the line of the exponential keep as much.
     assert [size for _, size in whole.causes(left)] == [full, full]
     mib = f'{2 * full / MIB:.1f} of {exact / MIB:.1f} MiB'
     assert str(whole).startswith(f'left uncompressed: {mib} (')
@@ -129,10 +129,10 @@ def test_exact_layers_say_so(x):
 
 
 def test_reasons_of_the_conversion(x):
-    model = nn.Sequential(nn.Conv2d(C, C, 3), nn.MaxPool2d(5))
+    model = nn.Sequential(nn.Conv2d(C, C, 3), nn.MaxPool2d(17))
     whole, _ = break_down(model, x, 'L3')
     notes = {e.module: e.note for e in whole.entries}
-    assert notes['1'] == 'window of 25 taps, 16 at most'
+    assert notes['1'] == 'window of 289 taps, 256 at most'
 
 
 def test_nothing_kept():

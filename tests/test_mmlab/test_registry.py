@@ -40,6 +40,7 @@ from mmactnn import (
     QGroupNorm,
     QHardsigmoid,
     QHardswish,
+    QLayerNorm,
     QLeakyReLU,
     QLinear,
     QMaxPool2d,
@@ -58,6 +59,8 @@ from mmactnn.mmlab import registry
 SCOPES = [None, 'mmengine', 'mmdet', 'mmseg']
 PREFIXES = dict(plain='', dotted='mmactnn.')
 NAMES = {
+    'QLayerNorm': QLayerNorm,
+    'QLN': QLayerNorm,
     'QConv1d': QConv1d,
     'QConv2d': QConv2d,
     'QConv': QConv2d,
@@ -144,21 +147,33 @@ class TestNames:
     def test_no_other_names_are_registered(self):
         others = {
             'QBatchNorm',
-            'QFPN',
             'QCrossEntropyLoss',
+            'QFPN',
             'QGate',
             'QHSigmoid',
             'QLosses',
-            'QResizedCrossEntropy',
+            'QMultiheadAttention',
+            'QPReLU',
+            'QProduct',
             'QRPNHead',
+            'QResizedCrossEntropy',
             'QRetinaHead',
+            'QScaledDotProductAttention',
             'QSwish',
         }
         # Known once a model has a class of the toolboxes.
         later = {
             'QChannelAttention',
+            'QConv2dAdaptivePadding',
+            'QConvAWS2d',
+            'QConvWS2d',
             'QDecodeHead',
+            'QDeformConv2d',
+            'QDeformConv2dPack',
+            'QDeformableSampling',
             'QDenseHead',
+            'QModulatedDeformConv2d',
+            'QModulatedDeformConv2dPack',
             'QSELayer',
             'QSegFPN',
         }

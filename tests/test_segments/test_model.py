@@ -64,7 +64,7 @@ class TestConversion:
         report = convert_model(make(), 'L3R')
         assert names(report.segments) == BLOCKS
         assert {item.bits for item in report.segments} == {8}
-        assert names(report.converted) == ['stem', 'head']
+        assert names(report.converted) == ['stem', 'norm', 'head']
         inside = [i for i in report.left if i.name.startswith('blocks.')]
         assert {i.reason for i in inside if 'fc' in i.name} == {'in a segment'}
         assert '3 Block recomputed from codes of 8 bit' in str(report)
@@ -77,7 +77,9 @@ class TestConversion:
 
     def test_level(self):
         assert LEVELS['L3R'].execution.recompute
-        assert get_level(dict(base='L3', recompute=True)) == LEVELS['L3R']
+        level = get_level(dict(base='L3R', recompute=False))
+        assert level.compression == LEVELS['L3R'].compression
+        assert not level.execution.recompute
 
     def test_change_of_level(self):
         model = make()
