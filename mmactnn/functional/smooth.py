@@ -8,7 +8,7 @@ from ..ops import Smooth
 from ..registry import register_function
 
 
-def _register(layer, make, arguments, *functions):
+def _register(layer, make, arguments, *functions, **options):
     """Register functions that compute as an activation.
 
     Args:
@@ -17,6 +17,7 @@ def _register(layer, make, arguments, *functions):
             to the function for kernels.
         arguments (Sequence[str]): Arguments behind the input, in order.
         *functions (Callable): The functions, the first of which runs.
+        **options (object): See :func:`mmactnn.register_function`.
     """
     run = functions[0]
 
@@ -39,7 +40,7 @@ def _register(layer, make, arguments, *functions):
 
     compress.__name__ = run.__name__
     compress.__doc__ = f'``{run.__name__}``.'
-    register_function(*functions, layer=layer)(compress)
+    register_function(*functions, layer=layer, **options)(compress)
 
 
 _register(layers.QGELU, Smooth.gelu, ['approximate'], F.gelu)
@@ -48,7 +49,14 @@ _register(layers.QMish, Smooth.mish, ['inplace'], F.mish)
 _register(layers.QHardswish, Smooth.hardswish, ['inplace'], F.hardswish)
 _register(layers.QHardsigmoid, Smooth.hardsigmoid, ['inplace'], F.hardsigmoid)
 _register(layers.QELU, Smooth.elu, ['alpha', 'inplace'], F.elu)
-_register(layers.QSoftplus, Smooth.softplus, ['beta', 'threshold'], F.softplus)
+# Losses call the others, too, whose gradients all layers get.
+_register(
+    layers.QSoftplus,
+    Smooth.softplus,
+    ['beta', 'threshold'],
+    F.softplus,
+    needs_parameters=True,
+)
 _register(
     layers.QSigmoid,
     Smooth.sigmoid,
@@ -56,5 +64,14 @@ _register(
     torch.sigmoid,
     torch.Tensor.sigmoid,
     F.sigmoid,
+    needs_parameters=True,
 )
-_register(layers.QTanh, Smooth.tanh, [], torch.tanh, torch.Tensor.tanh, F.tanh)
+_register(
+    layers.QTanh,
+    Smooth.tanh,
+    [],
+    torch.tanh,
+    torch.Tensor.tanh,
+    F.tanh,
+    needs_parameters=True,
+)
