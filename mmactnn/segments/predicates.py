@@ -143,6 +143,11 @@ _JUMPS = {
     )
     for function in functions
 }
+# With a probability of 0 torch keeps a mask even so, and whatever is computed
+# before a mask is computed again.
+_DROPOUTS = frozenset(
+    (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
+)
 _READS = frozenset(
     (
         torch.Tensor.item,
@@ -200,6 +205,8 @@ class _Record(TorchFunctionMode):
             masks = tuple(_Mask.above(x, jump) for jump in jumps)
             self._entries.append((function, masks))
             return function(*args, **kwargs)
+        if function in _DROPOUTS and _keeps_all(*args, **kwargs):
+            return args[0].clone()
         result = function(*args, **kwargs)
         if function in _READS:
             self._entries.append((function, result))
@@ -228,6 +235,8 @@ class _Replay(TorchFunctionMode):
                     args[0].copy_(x)
                 x = args[0]
             return function(x, *others, **kwargs)
+        if function in _DROPOUTS and _keeps_all(*args, **kwargs):
+            return args[0].clone()
         if function in _READS:
             return self._next(function)
         result = function(*args, **kwargs)
@@ -339,6 +348,11 @@ def _decides(result, args):
             isinstance(a, torch.Tensor) and a.is_floating_point() for a in args
         )
     )
+
+
+def _keeps_all(input=None, p=0.5, training=True, inplace=False):
+    """Whether dropout in training drops nothing, from its arguments."""
+    return input is not None and p == 0 and training and not inplace
 
 
 def _is_in_place(function, kwargs, others):

@@ -427,6 +427,20 @@ class TestTorchsKeywords:
         with pytest.raises(ValueError, match='bits'):
             mmactnn.checkpoint(torch.sin, batch(), bits=bits)
 
+    @pytest.mark.parametrize('p, runs', [(0.0, 1), (0.5, 2)])
+    def test_dropout_of_nothing_keeps_no_mask(self, p, runs):
+        """What is computed before a mask has to be computed again."""
+        layer, dropout, calls = nn.Linear(64, 64), nn.Dropout(p), []
+        layer.register_forward_hook(lambda *_: calls.append(1))
+        leaf, x = graph_input(4, 16, 64)
+        output = mmactnn.checkpoint(lambda x: dropout(layer(x.sin())), x)
+        if not p:
+            assert torch.equal(output, layer(x.sin()))
+            calls.clear(), calls.append(1)
+        output.sum().backward()
+        assert len(calls) == runs
+        assert leaf.grad.abs().sum() > 0
+
     @pytest.mark.parametrize('early_stop', [True, False])
     def test_early_stop(self, early_stop):
         _, x = graph_input(16, 128)
