@@ -201,8 +201,9 @@ class _Record(TorchFunctionMode):
             self._entries.append((function, masks))
             return function(*args, **kwargs)
         result = function(*args, **kwargs)
-        if function in _READS:
-            self._entries.append((function, result))
+        if not isinstance(result, torch.Tensor):
+            if function in _READS:
+                self._entries.append((function, result))
         elif _decides(result, args):
             kept = result.detach()
             if kept.dtype == torch.bool:
@@ -333,8 +334,8 @@ def _decides(result, args):
     """Whether a result is no smooth function of arguments."""
     return (
         isinstance(result, torch.Tensor)
-        and not result.is_floating_point()
-        and not result.is_complex()
+        and not result.dtype.is_floating_point
+        and not result.dtype.is_complex
         and any(
             isinstance(a, torch.Tensor) and a.is_floating_point() for a in args
         )
