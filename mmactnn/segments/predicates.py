@@ -232,7 +232,7 @@ class _Replay(TorchFunctionMode):
         if function in _READS:
             return self._next(function)
         result = function(*args, **kwargs)
-        if _decides(result, args):
+        if isinstance(result, torch.Tensor) and _decides(result, args):
             kept = self._next(function)
             if isinstance(kept, _Mask):
                 kept = kept.unpack()
@@ -331,10 +331,9 @@ def _jumps_of(function, args, kwargs):
 
 
 def _decides(result, args):
-    """Whether a result is no smooth function of arguments."""
+    """Whether a tensor is no smooth function of arguments."""
     return (
-        isinstance(result, torch.Tensor)
-        and not result.dtype.is_floating_point
+        not result.dtype.is_floating_point
         and not result.dtype.is_complex
         and any(
             isinstance(a, torch.Tensor) and a.is_floating_point() for a in args
