@@ -323,12 +323,14 @@ def _run(ctx, core, parts, tensors, terms, needs):
     """Outputs of all samples, by the kernels that gradients ask for."""
     pieces_of = []
     for part in parts:
-        with ctx.replay.restored(), without_hooks():
+        with torch.enable_grad(), without_hooks():
             leaves = [
                 x.detach().requires_grad_(needed)
                 for x, needed in zip((*tensors, *terms), needs)
             ]
-            query, key, value = (x[part] for x in leaves[:3])
+            query, key, value = leaves[:3]
+            if part is not WHOLE:
+                query, key, value = query[part], key[part], value[part]
             bias = ctx.biases.of_part(
                 leaves[3:], part, ctx.samples, ctx.dtype, ctx.dims
             )
@@ -365,7 +367,7 @@ def _differentiate(ctx, kept, terms, part, grad_outputs):
         )
         outputs = ctx.core(*leaves[:3], bias)
         pairs = [
-            (output, grad[part])
+            (output, grad if part is WHOLE else grad[part])
             for output, grad in zip(outputs, grad_outputs)
             if grad is not None
         ]

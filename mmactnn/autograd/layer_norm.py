@@ -79,9 +79,8 @@ class _LayerNorm(Function):
 
 def _pack(input, shape, eps, mean, rstd, quantizer):
     """Quantise the normalised value, less the means of channels."""
-    means = _means(input, shape, mean, rstd)
     # The bias of a normalisation without a weight: one pass over the input.
-    shift = means.neg().to(input.dtype)
+    shift = _negative_means(input, shape, mean, rstd)
     rest = _native_layer_norm(input, shape, None, shift, eps)[0]
     if rest.dim() == len(shape):
         rest = rest.unsqueeze(0)
@@ -90,20 +89,27 @@ def _pack(input, shape, eps, mean, rstd, quantizer):
     return CentredTensor(format, shift.float().neg_(), *payload.operands)
 
 
-def _means(input, shape, mean, rstd):
-    """Means of the channels of the normalised value, in float32.
+def _negative_means(input, shape, mean, rstd):
+    """Means of the channels of the normalised value, times -1.
 
     They need not be exact, as their rounding is that of what is encoded, too.
     """
     rows = input.reshape(-1, math.prod(shape))
-    if rows.dtype == torch.float16:
+    dtype = rows.dtype
+    if dtype == torch.float16:
         # The sums may be larger than its largest number.
         rows = rows.float()
     mean, rstd = mean.flatten(), rstd.flatten()
-    sums = torch.mv(rows.t(), rstd.to(rows.dtype))
-    means = (sums - torch.dot(mean, rstd)).float() / max(1, len(rows))
+    offset = torch.dot(mean, rstd)
+    if rows.dtype != rstd.dtype:
+        offset, rstd = offset.to(rows.dtype), rstd.to(rows.dtype)
+    share = 1 / max(1, rows.shape[0])
+    # One kernel: its calls take longer than itself.
+    means = torch.addmv(
+        offset.expand(rows.shape[1]), rows.t(), rstd, beta=share, alpha=-share
+    )
     # Of rows with infinities or NaN there are no means; others are encoded.
-    return means.nan_to_num_(0.0, 0.0, 0.0).view(shape)
+    return means.nan_to_num_(0.0, 0.0, 0.0).to(dtype).view(shape)
 
 
 def layer_norm(input, shape, weight, bias, eps, quantizer):

@@ -20,8 +20,18 @@ class MovedTensor(Payload):
     def __init__(self, format, *operands):
         self.format = format
         self.operands = operands
-        source, self.movements = format.source
-        self.source = source._replace(drawn=format.drawn).make(*operands)
+
+    @property
+    def source(self):
+        """Payload: The other payload."""
+        format = self.format
+        source = format.source[0]._replace(drawn=format.drawn)
+        return source.make(*self.operands)
+
+    @property
+    def movements(self):
+        """tuple[Movement]: The movements, in their order."""
+        return self.format.source[1]
 
     @classmethod
     def of(cls, payload, tensor, movement):

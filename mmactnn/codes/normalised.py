@@ -54,15 +54,15 @@ class NormalisedTensor(QuantizedTensor):
     def unpack(self, start=None, stop=None):
         """See the base class."""
         rest = super().unpack(start, stop)
-        shift, bias = self.means, self.bias
-        if self.weight is not None:
-            shift = shift * self.weight
-        if bias is not None:
-            shift = shift + bias
-        if self.weight is None:
-            return rest.add_(shift)
+        shift, weight, bias = self.means, self.weight, self.bias
+        if weight is None:
+            return rest.add_(shift if bias is None else shift + bias)
         # In float32, rounded once.
-        return torch.addcmul(shift, rest, self.weight, out=rest)
+        if bias is None:
+            shift = shift * weight
+        else:
+            shift = torch.addcmul(bias, shift, weight)
+        return torch.addcmul(shift, rest, weight, out=rest)
 
 
 KINDS['normalised'] = NormalisedTensor

@@ -26,13 +26,16 @@ def move(scope, function, args, kwargs):
         object: Its result.
     """
     result = function(*args, **kwargs)
-    source = args[0] if args else None
-    cache = scope.settings.cache
-    if type(source) not in ORDINARY:
+    if not args:
         return result
+    source, cache = args[0], scope.settings.cache
+    # Most tensors have no payload: nothing else is asked of them.
     payload = cache.get(source)
-    if payload is None or any(
-        map(_has_tensors, (*args[1:], *kwargs.values()))
+    if (
+        payload is None
+        or type(source) not in ORDINARY
+        or any(map(_has_tensors, args[1:]))
+        or any(map(_has_tensors, kwargs.values()))
     ):
         return result
     several = isinstance(result, (tuple, list))

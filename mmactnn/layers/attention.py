@@ -190,8 +190,17 @@ class QMultiheadAttention(CodedLayer, nn.MultiheadAttention):
                 average_attn_weights,
                 is_causal,
             ),
-            (key, value, key_padding_mask, attn_mask, *self.parameters()),
+            (key, value, key_padding_mask, attn_mask, *self._parts()),
         )
+
+    def _parts(self):
+        """Its parameters, as ``parameters()`` without a search for twins."""
+        yield from self._parameters.values()
+        for part in self._modules.values():
+            if part._modules:
+                yield from part.parameters()
+            else:
+                yield from part._parameters.values()
 
     def _compress(
         self,
@@ -288,10 +297,10 @@ class QMultiheadAttention(CodedLayer, nn.MultiheadAttention):
     def _project(self, query, key, value):
         """Projections of the inputs, as few products as inputs differ."""
         inputs = query, key, value
-        biases = (None,) * 3
-        if self.in_proj_bias is not None:
-            biases = self.in_proj_bias.chunk(3)
         if not self._qkv_same_embed_dim:
+            biases = (None,) * 3
+            if self.in_proj_bias is not None:
+                biases = self.in_proj_bias.chunk(3)
             weights = (
                 self.q_proj_weight,
                 self.k_proj_weight,
@@ -302,7 +311,7 @@ class QMultiheadAttention(CodedLayer, nn.MultiheadAttention):
                 for arguments in zip(inputs, weights, biases)
             ]
         sources = [_before_transpose(x) for x in inputs]
-        size, outputs, start = self.embed_dim, [], 0
+        groups, start = [], 0
         while start < 3:
             source, transposed = sources[start]
             stop = start + 1
@@ -310,17 +319,27 @@ class QMultiheadAttention(CodedLayer, nn.MultiheadAttention):
                 if sources[stop][1] != transposed:
                     break
                 stop += 1
-            rows = slice(start * size, stop * size)
-            weight, bias = self.in_proj_weight, self.in_proj_bias
-            if stop - start < 3:
-                weight = weight[rows]
-                bias = None if bias is None else bias[rows]
-            output = self._linear(source, weight, bias)
+            groups.append((source, transposed, stop - start))
+            start = stop
+        # Parts of one split: slices would have a gradient each of full size.
+        counts = [count for _, _, count in groups]
+        weights = self._split(self.in_proj_weight, counts)
+        biases = self._split(self.in_proj_bias, counts)
+        outputs = []
+        for (source, transposed, count), *parts in zip(
+            groups, weights, biases
+        ):
+            output = self._linear(source, *parts)
             if transposed:
                 output = output.transpose(0, 1)
-            outputs += output.chunk(stop - start, -1)
-            start = stop
+            outputs += output.chunk(count, -1)
         return outputs
+
+    def _split(self, parameter, counts):
+        """Rows of a parameter for inputs that stand for several of three."""
+        if parameter is None or len(counts) == 1:
+            return [parameter] * len(counts)
+        return parameter.split([count * self.embed_dim for count in counts])
 
     def _linear(self, input, weight, bias):
         bits = self.quantizer.linear_bits

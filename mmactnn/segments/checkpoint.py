@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from ..codes.hooks import meter_in_force
 from ..codes.quantizer import LayerQuantizer
 from ..modules.execution import is_transformed
+from ..modules.function_mode import call_outside
 from ..ops import DEFAULT_GROUP_SIZE
 from .arguments import EncodedArguments
 from .buffers import BufferWrites, reachable_modules
@@ -132,7 +133,8 @@ def run_segment(function, args, kwargs, quantizer, options=None, modules=None):
         from ..modules.graph_break import call_outside_graph
 
         return call_outside_graph(_run_eagerly, *arguments)
-    return _run_eagerly(*arguments)
+    # Its functions have no handlers, see PayloadCache and FunctionScope.
+    return call_outside(_run_eagerly, *arguments)
 
 
 def _run_eagerly(function, args, kwargs, quantizer, options, modules):

@@ -208,8 +208,9 @@ class _Record(TorchFunctionMode):
         if function in _DROPOUTS and _keeps_all(*args, **kwargs):
             return args[0].clone()
         result = function(*args, **kwargs)
-        if function in _READS:
-            self._entries.append((function, result))
+        if not isinstance(result, torch.Tensor):
+            if function in _READS:
+                self._entries.append((function, result))
         elif _decides(result, args):
             kept = result.detach()
             if kept.dtype == torch.bool:
@@ -240,7 +241,7 @@ class _Replay(TorchFunctionMode):
         if function in _READS:
             return self._next(function)
         result = function(*args, **kwargs)
-        if _decides(result, args):
+        if isinstance(result, torch.Tensor) and _decides(result, args):
             kept = self._next(function)
             if isinstance(kept, _Mask):
                 kept = kept.unpack()
@@ -339,11 +340,10 @@ def _jumps_of(function, args, kwargs):
 
 
 def _decides(result, args):
-    """Whether a result is no smooth function of arguments."""
+    """Whether a tensor is no smooth function of arguments."""
     return (
-        isinstance(result, torch.Tensor)
-        and not result.is_floating_point()
-        and not result.is_complex()
+        not result.dtype.is_floating_point
+        and not result.dtype.is_complex
         and any(
             isinstance(a, torch.Tensor) and a.is_floating_point() for a in args
         )
