@@ -50,9 +50,8 @@ struct ResizedAxis {
 
   MMACTNN_HOST_DEVICE Tap tap(int32_t place) const {
     const float at = static_cast<float>(place);
-    const float source = align_corners
-                             ? scale * at
-                             : fmaxf(scale * (at + 0.5f) - 0.5f, 0.0f);
+    const float source =
+        align_corners ? scale * at : fmaxf(scale * (at + 0.5f) - 0.5f, 0.0f);
     const int32_t floor = static_cast<int32_t>(source);
     const int32_t low = floor < input - 1 ? floor : input - 1;
     const float weight = source - static_cast<float>(low);
@@ -71,9 +70,9 @@ struct ResizedAxis {
     const float begin = floorf(first - shift) - 1.0f;
     const float end = ceilf(last - shift) + 2.0f;
     const float limit = static_cast<float>(output);
-    return {place == 0 ? 0 : static_cast<int32_t>(fmaxf(begin, 0.0f)),
-            place == input - 1 ? output
-                               : static_cast<int32_t>(fminf(end, limit))};
+    return {
+        place == 0 ? 0 : static_cast<int32_t>(fmaxf(begin, 0.0f)),
+        place == input - 1 ? output : static_cast<int32_t>(fminf(end, limit))};
   }
 };
 
@@ -147,10 +146,10 @@ struct CornerOffsets {
 
   template <typename T, typename Number>
   MMACTNN_HOST_DEVICE Corners load(const T* plane) const {
-    return {{{Number::load(plane[offset[0][0]]),
-              Number::load(plane[offset[0][1]])},
-             {Number::load(plane[offset[1][0]]),
-              Number::load(plane[offset[1][1]])}}};
+    return {
+        {{Number::load(plane[offset[0][0]]), Number::load(plane[offset[0][1]])},
+         {Number::load(plane[offset[1][0]]),
+          Number::load(plane[offset[1][1]])}}};
   }
 };
 
@@ -184,8 +183,7 @@ MMACTNN_HOST_DEVICE PixelLoss loss_at(const ResizedLoss& op, const T* image,
         stored<Number>(corners.blend(row_tap.weight, column_tap.weight));
     if (c == label) own = value;
     // Of equal numbers the difference is 0, infinite ones included.
-    const float power =
-        value == largest ? 1.0f : expf(-fabsf(value - largest));
+    const float power = value == largest ? 1.0f : expf(-fabsf(value - largest));
     if (value > largest) {
       sum = sum * power + 1.0f;
       largest = value;

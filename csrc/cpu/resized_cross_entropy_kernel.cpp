@@ -49,32 +49,32 @@ void resized_cross_entropy_backward(const Memory& logits, const ResizedLoss& op,
   dispatch_dtype(logits.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* source = static_cast<const T*>(logits.const_data_ptr());
-    parallel_for(
-        op.logits.images * op.logits.classes, 1,
-        [&](int64_t begin, int64_t end) {
-          std::vector<float> rows(int64_t{op.height.output} * width);
-          for (int64_t plane = begin; plane < end; ++plane) {
-            const int64_t image = plane / op.logits.classes;
-            const int64_t c = plane % op.logits.classes;
-            const T* values = source + image * op.logits.image_stride +
-                              c * op.logits.class_stride;
-            for (int32_t y = 0; y < op.height.output; ++y) {
-              const int64_t first =
-                  image * op.pixels() + int64_t{y} * op.width.output;
-              for (int32_t j = 0; j < width; ++j) {
-                rows[int64_t{y} * width + j] = row_gradient<T, HostNumber<T>>(
-                    op, values, log_sum, factors, c, first, y, j);
-              }
-            }
-            float* own = target + plane * op.height.input * width;
-            for (int32_t i = 0; i < op.height.input; ++i) {
-              for (int32_t j = 0; j < width; ++j) {
-                own[int64_t{i} * width + j] =
-                    plane_gradient(op, rows.data(), i, j);
-              }
-            }
-          }
-        });
+    parallel_for(op.logits.images * op.logits.classes, 1,
+                 [&](int64_t begin, int64_t end) {
+                   std::vector<float> rows(int64_t{op.height.output} * width);
+                   for (int64_t plane = begin; plane < end; ++plane) {
+                     const int64_t image = plane / op.logits.classes;
+                     const int64_t c = plane % op.logits.classes;
+                     const T* values = source + image * op.logits.image_stride +
+                                       c * op.logits.class_stride;
+                     for (int32_t y = 0; y < op.height.output; ++y) {
+                       const int64_t first =
+                           image * op.pixels() + int64_t{y} * op.width.output;
+                       for (int32_t j = 0; j < width; ++j) {
+                         rows[int64_t{y} * width + j] =
+                             row_gradient<T, HostNumber<T>>(
+                                 op, values, log_sum, factors, c, first, y, j);
+                       }
+                     }
+                     float* own = target + plane * op.height.input * width;
+                     for (int32_t i = 0; i < op.height.input; ++i) {
+                       for (int32_t j = 0; j < width; ++j) {
+                         own[int64_t{i} * width + j] =
+                             plane_gradient(op, rows.data(), i, j);
+                       }
+                     }
+                   }
+                 });
   });
 }
 

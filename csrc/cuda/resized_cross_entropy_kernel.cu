@@ -68,9 +68,9 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t row = index / width;
   if (row >= static_cast<uint32_t>(op.height.input)) return;
   gradient[int64_t{blockIdx.y} * op.height.input * width + index] =
-      plane_gradient(
-          op, rows + int64_t{blockIdx.y} * op.height.output * width,
-          static_cast<int32_t>(row), static_cast<int32_t>(index - row * width));
+      plane_gradient(op, rows + int64_t{blockIdx.y} * op.height.output * width,
+                     static_cast<int32_t>(row),
+                     static_cast<int32_t>(index - row * width));
 }
 
 dim3 grid_of(int64_t across, int64_t count) {
@@ -87,12 +87,13 @@ void resized_cross_entropy(const Memory& logits, const ResizedLoss& op,
                            const Memory& hits) {
   dispatch_dtype(logits.dtype(), [&](auto type) {
     using T = typename decltype(type)::type;
-    loss_kernel<T><<<grid_of(op.pixels(), std::min(op.logits.images, kMaxGridY)),
-                     kThreads, 0, current_stream()>>>(
-        static_cast<const T*>(logits.const_data_ptr()), op,
-        static_cast<float*>(losses.mutable_data_ptr()),
-        static_cast<float*>(log_sums.mutable_data_ptr()),
-        static_cast<uint8_t*>(hits.mutable_data_ptr()));
+    loss_kernel<T>
+        <<<grid_of(op.pixels(), std::min(op.logits.images, kMaxGridY)),
+           kThreads, 0, current_stream()>>>(
+            static_cast<const T*>(logits.const_data_ptr()), op,
+            static_cast<float*>(losses.mutable_data_ptr()),
+            static_cast<float*>(log_sums.mutable_data_ptr()),
+            static_cast<uint8_t*>(hits.mutable_data_ptr()));
     check_launch();
   });
 }
@@ -104,8 +105,8 @@ void resized_cross_entropy_backward(const Memory& logits, const ResizedLoss& op,
   const int64_t row_sums = int64_t{op.height.output} * op.width.input;
   const int64_t small = int64_t{op.height.input} * op.width.input;
   const int64_t planes = op.logits.images * op.logits.classes;
-  const int64_t at_once =
-      std::min({planes, kMaxGridY, std::max<int64_t>(kMaxRowSums / row_sums, 1)});
+  const int64_t at_once = std::min(
+      {planes, kMaxGridY, std::max<int64_t>(kMaxRowSums / row_sums, 1)});
   const Workspace rows(at_once * row_sums);
   float* target = static_cast<float*>(gradient.mutable_data_ptr());
   dispatch_dtype(logits.dtype(), [&](auto type) {

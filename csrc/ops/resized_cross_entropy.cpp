@@ -13,8 +13,7 @@ MMACTNN_KERNEL(resized_cross_entropy, const Memory&, const ResizedLoss&,
                const Memory&, const Memory&, const Memory&);
 // Logits, logarithms of sums, factors of pixels and gradient of the logits.
 MMACTNN_KERNEL(resized_cross_entropy_backward, const Memory&,
-               const ResizedLoss&, const Memory&, const Memory&,
-               const Memory&);
+               const ResizedLoss&, const Memory&, const Memory&, const Memory&);
 
 namespace {
 
@@ -22,13 +21,11 @@ constexpr int64_t kMaxPixels = INT64_C(0x7FFFFFFF);
 
 void check_pixels(const char* name, const Tensor& tensor,
                   const Tensor& labels) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float &&
-                      tensor.is_contiguous() && tensor.dim() == 3 &&
-                      tensor.size(0) == labels.size(0) &&
-                      tensor.size(1) == labels.size(1) &&
-                      tensor.size(2) == labels.size(2),
-                  name,
-                  " must be a contiguous float32 tensor of the labels' shape");
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() &&
+          tensor.dim() == 3 && tensor.size(0) == labels.size(0) &&
+          tensor.size(1) == labels.size(1) && tensor.size(2) == labels.size(2),
+      name, " must be a contiguous float32 tensor of the labels' shape");
   check_same_device(name, tensor, labels);
 }
 
@@ -105,8 +102,7 @@ Tensor resized_cross_entropy_backward(Tensor logits, Tensor labels,
   check_pixels("log_sums", log_sums, labels);
   if (scale) check_pixels("scale", *scale, labels);
   const Tensor gradient = empty(
-      logits,
-      {logits.size(0), logits.size(1), logits.size(2), logits.size(3)},
+      logits, {logits.size(0), logits.size(1), logits.size(2), logits.size(3)},
       ScalarType::Float);
   if (gradient.numel() != 0) {
     OnDevice(logits).run(resized_cross_entropy_backward_kernel, logits, op,
