@@ -13,9 +13,9 @@ import importlib
 import pkgutil
 
 from .modules import (
+    ScopedModule,
     calls_functions,
     remove_scopes,
-    scoped_class,
     set_scope,
     settings_of,
     unscoped_class,
@@ -27,12 +27,12 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f'{__name__}.{_module.name}')
 
 __all__ = [
+    'ScopedModule',
     'FunctionSettings',
     'call_in_scope',
     'calls_functions',
     'move',
     'remove_scopes',
-    'scoped_class',
     'set_scope',
     'settings_of',
     'unscoped_class',

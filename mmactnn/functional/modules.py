@@ -1,12 +1,10 @@
 """Classes of modules that call functions in a scope."""
 
-import functools
-
 import torch
 from torch import nn
 
 from ..layers import QuantizedLayer
-from ..modules.class_swap import replace_class, wrap_forward, wrapped_class
+from ..modules.class_swap import WithForward, replace_class, wrapped_class
 from ..modules.functions import find_static
 from ..registry import default_registry
 from .scope import call_in_scope
@@ -15,42 +13,16 @@ from .scope import call_in_scope
 _TORCH_MODULES = 'torch.nn.modules.'
 
 
-class ScopedModule:
+class ScopedModule(WithForward):
     """Mixin of the classes of modules whose functions are compressed.
 
-    The class has the name and the signature of its parent, so that checks
-    by name go on to work. Its forward pass is the parent's.
-
-    Attributes:
-        plain_class (type): The parent.
+    Their forward pass is the parent's, in a scope.
     """
 
-    plain_class = None
-
-    def __reduce_ex__(self, protocol):
-        return _make_instance, (self.plain_class,), self.__getstate__()
-
-
-@functools.cache
-def scoped_class(cls):
-    """The class of modules in scopes for a plain class.
-
-    Args:
-        cls (type): Class of the module before.
-
-    Returns:
-        type: A subclass of it, the same at every call.
-    """
-    return wrap_forward(ScopedModule, cls, _run)
-
-
-def _run(cls, module, *args, **kwargs):
-    return call_in_scope(module, cls.forward, (module, *args), kwargs)
-
-
-def _make_instance(cls):
-    cls = scoped_class(cls)
-    return cls.__new__(cls)
+    @staticmethod
+    def run_forward(cls, module, *args, **kwargs):
+        """See the base class."""
+        return call_in_scope(module, cls.forward, (module, *args), kwargs)
 
 
 def calls_functions(module):
@@ -95,7 +67,7 @@ def set_scope(module, settings, swaps=True):
     module.__dict__['_functions'] = settings
     if swaps:
         plain = wrapped_class(type(module))
-        replace_class(module, plain, scoped_class(plain))
+        replace_class(module, plain, ScopedModule.of(plain))
 
 
 def remove_scopes(model):

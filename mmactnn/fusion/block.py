@@ -1,58 +1,36 @@
 """Classes of fused blocks, whose forward pass runs a plan in training."""
 
-import functools
-
 import torch
 
 from ..functional import call_in_scope, unscoped_class
-from ..modules.class_swap import replace_class, wrap_forward
+from ..modules.class_swap import WithForward, replace_class
 from ..modules.execution import refuse_script
 from ..modules.function_mode import call_outside
 
 
-class FusedBlock:
+class FusedBlock(WithForward):
     """Mixin of the classes of fused blocks.
 
-    The class has the name and the signature of its parent, so that checks
-    by name go on to work. Its forward pass runs the plan where the result is
-    the same and no hook misses a call, and the parent's otherwise.
-
-    Attributes:
-        plain_class (type): Class of the block before it was fused.
+    Their forward pass runs the plan where the result is the same and no hook
+    misses a call, and the parent's otherwise.
     """
 
-    plain_class = None
     __prepare_scriptable__ = refuse_script
 
-    def __reduce_ex__(self, protocol):
-        return _make_instance, (self.plain_class,), self.__getstate__()
-
-
-@functools.cache
-def fused_class(cls):
-    """The class of fused blocks for a plain class.
-
-    Args:
-        cls (type): Class of the block before it was fused.
-
-    Returns:
-        type: A subclass of it, the same at every call.
-    """
-    return wrap_forward(FusedBlock, cls, _forward)
-
-
-def _forward(cls, module, *args, **kwargs):
-    # A bound method may outlive a conversion: MMEngine's activation
-    # checkpointing keeps one.
-    if getattr(module, '_fused', None) is None:
-        return cls.forward(module, *args, **kwargs)
-    if torch.compiler.is_compiling():
-        if not module.training:
+    @staticmethod
+    def run_forward(cls, module, *args, **kwargs):
+        """See the base class."""
+        # A bound method may outlive a conversion: MMEngine's activation
+        # checkpointing keeps one.
+        if getattr(module, '_fused', None) is None:
             return cls.forward(module, *args, **kwargs)
-        from ..modules.graph_break import call_outside_graph
+        if torch.compiler.is_compiling():
+            if not module.training:
+                return cls.forward(module, *args, **kwargs)
+            from ..modules.graph_break import call_outside_graph
 
-        return call_outside_graph(_run, module, cls, args, kwargs)
-    return _run(module, cls, args, kwargs)
+            return call_outside_graph(_run, module, cls, args, kwargs)
+        return _run(module, cls, args, kwargs)
 
 
 def _run(module, cls, args, kwargs):
@@ -62,11 +40,6 @@ def _run(module, cls, args, kwargs):
     plan, inputs = found
     del args
     return call_outside(module._fused.run, module, plan, inputs)
-
-
-def _make_instance(cls):
-    cls = fused_class(cls)
-    return cls.__new__(cls)
 
 
 def is_fused(module):
@@ -102,7 +75,7 @@ def fuse(module, runner):
     """
     cls = type(module)
     if not isinstance(module, FusedBlock):
-        replace_class(module, cls, fused_class(cls))
+        replace_class(module, cls, FusedBlock.of(cls))
     # Bypasses the checks of nn.Module.__setattr__.
     module.__dict__['_fused'] = runner
 
@@ -115,4 +88,4 @@ def unfuse(module):
     """
     module.__dict__.pop('_fused', None)
     plain = module.plain_class
-    replace_class(module, fused_class(plain), plain)
+    replace_class(module, FusedBlock.of(plain), plain)

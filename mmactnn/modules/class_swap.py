@@ -73,37 +73,79 @@ def _make_instance(first, plain):
     return cls.__new__(cls)
 
 
-def wrap_forward(mixin, cls, run):
-    """Derive a class with another forward pass that nobody can tell apart.
+class WithForward:
+    """Base of mixins for classes with another forward pass.
 
-    Args:
-        mixin (type): First base of the class. Its attribute ``plain_class``
-            is set to ``cls``.
-        cls (type): Class of a module, whose name, signature and documentation
-            the new class has.
-        run (Callable): The forward pass, called with ``cls``, the module and
-            its arguments.
+    Such a class has the name and the signature of its parent, so that checks
+    by name go on to work. Subclasses are mixins; :meth:`of` makes the class.
 
-    Returns:
-        type: The new class.
+    Attributes:
+        plain_class (type): The parent.
     """
 
-    @functools.wraps(cls.forward)
+    plain_class = None
+    _mixin = None
+
+    @staticmethod
+    def run_forward(cls, module, *args, **kwargs):
+        """Forward pass in place of the parent's.
+
+        Args:
+            cls (type): The parent.
+            module (nn.Module): The module.
+            *args (object): Arguments of its forward pass.
+            **kwargs (object): Keyword arguments of its forward pass.
+
+        Returns:
+            object: Its result.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def of(cls, plain):
+        """The class with this mixin for a plain class.
+
+        Args:
+            plain (type): Class of a module.
+
+        Returns:
+            type: A subclass of it, the same at every call.
+        """
+        return _with_forward(cls, plain)
+
+    def __reduce_ex__(self, protocol):
+        arguments = self._mixin, self.plain_class
+        return _make_with_forward, arguments, self.__getstate__()
+
+
+@functools.cache
+def _with_forward(mixin, plain):
+    @functools.wraps(plain.forward)
     def forward(self, *args, **kwargs):
-        return run(cls, self, *args, **kwargs)
+        return mixin.run_forward(plain, self, *args, **kwargs)
 
     # Direct bases are compared by name, see register_layer().
-    return type(cls)(
-        cls.__name__,
-        (mixin, cls, *(b for b in cls.__bases__ if b not in mixin.__mro__)),
+    return type(plain)(
+        plain.__name__,
+        (
+            mixin,
+            plain,
+            *(b for b in plain.__bases__ if b not in mixin.__mro__),
+        ),
         dict(
             forward=forward,
-            plain_class=cls,
-            __module__=cls.__module__,
-            __qualname__=cls.__qualname__,
-            __doc__=cls.__doc__,
+            plain_class=plain,
+            _mixin=mixin,
+            __module__=plain.__module__,
+            __qualname__=plain.__qualname__,
+            __doc__=plain.__doc__,
         ),
     )
+
+
+def _make_with_forward(mixin, plain):
+    cls = mixin.of(plain)
+    return cls.__new__(cls)
 
 
 def replace_class(module, old, new):

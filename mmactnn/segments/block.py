@@ -7,55 +7,35 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from ..modules.class_swap import replace_class, wrap_forward, wrapped_class
+from ..modules.class_swap import WithForward, replace_class, wrapped_class
 from ..modules.execution import refuse_script
 from .checkpoint import run_segment
 
 
-class SegmentBlock:
+class SegmentBlock(WithForward):
     """Mixin of the classes of blocks that run as segments.
 
-    The class has the name and the signature of its parent, so that checks by
-    name go on to work. Its forward pass runs as a segment in training, and is
-    the parent's elsewhere.
-
-    Attributes:
-        plain_class (type): Class of the block before.
+    Their forward pass runs as a segment in training, and is the parent's
+    elsewhere.
     """
 
-    plain_class = None
     __prepare_scriptable__ = refuse_script
 
-    def __reduce_ex__(self, protocol):
-        return _make_instance, (self.plain_class,), self.__getstate__()
-
-
-@functools.cache
-def segment_class(cls):
-    """The class of segments for a plain class.
-
-    Args:
-        cls (type): Class of the block before.
-
-    Returns:
-        type: A subclass of it, the same at every call.
-    """
-    return wrap_forward(SegmentBlock, cls, _run)
-
-
-def _run(cls, module, *args, **kwargs):
-    # A bound method may outlive a conversion.
-    quantizer = module.__dict__.get('_segment')
-    if (
-        quantizer is None
-        or not module.training
-        or not torch.is_grad_enabled()
-        or not _needs_gradients(module, tree_leaves((args, kwargs)))
-    ):
-        return cls.forward(module, *args, **kwargs)
-    function = functools.partial(cls.forward, module)
-    modules = list(module.modules())
-    return run_segment(function, args, kwargs, quantizer, None, modules)
+    @staticmethod
+    def run_forward(cls, module, *args, **kwargs):
+        """See the base class."""
+        # A bound method may outlive a conversion.
+        quantizer = module.__dict__.get('_segment')
+        if (
+            quantizer is None
+            or not module.training
+            or not torch.is_grad_enabled()
+            or not _needs_gradients(module, tree_leaves((args, kwargs)))
+        ):
+            return cls.forward(module, *args, **kwargs)
+        function = functools.partial(cls.forward, module)
+        modules = list(module.modules())
+        return run_segment(function, args, kwargs, quantizer, None, modules)
 
 
 def _needs_gradients(module, leaves):
@@ -66,11 +46,6 @@ def _needs_gradients(module, leaves):
         isinstance(leaf, torch.Tensor) and leaf.requires_grad
         for leaf in leaves
     ) or any(p.requires_grad for p in module.parameters())
-
-
-def _make_instance(cls):
-    cls = segment_class(cls)
-    return cls.__new__(cls)
 
 
 def is_segment(module):
@@ -90,7 +65,7 @@ def make_segment(module, quantizer):
         quantizer (LayerQuantizer): Codec of its inputs.
     """
     cls = wrapped_class(type(module))
-    replace_class(module, cls, segment_class(cls))
+    replace_class(module, cls, SegmentBlock.of(cls))
     # Bypasses the checks of nn.Module.__setattr__.
     module.__dict__['_segment'] = quantizer
 
@@ -109,7 +84,7 @@ def undo_segments(model):
         if is_segment(module):
             undone[module] = module.__dict__.pop('_segment', None)
             plain = module.plain_class
-            replace_class(module, segment_class(plain), plain)
+            replace_class(module, SegmentBlock.of(plain), plain)
     return undone
 
 

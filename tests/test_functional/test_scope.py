@@ -19,7 +19,7 @@ from mmactnn import (
     register_function,
     revert_model,
 )
-from mmactnn.functional import scoped_class, settings_of
+from mmactnn.functional import ScopedModule, settings_of
 from mmactnn.modules.function_mode import active_mode
 from mmactnn.registry import Registry, default_registry
 
@@ -88,10 +88,11 @@ class TestEntry:
         net = Outer()
         convert_model(net, 'L2')
         assert (
-            type(net) is scoped_class(Outer) and type(net).__name__ == 'Outer'
+            type(net) is ScopedModule.of(Outer)
+            and type(net).__name__ == 'Outer'
         )
         convert_model(net, 'L3')
-        assert type(net) is scoped_class(Outer)
+        assert type(net) is ScopedModule.of(Outer)
         revert_model(net)
         assert type(net) is Outer and type(net.first) is Net
         assert '_functions' not in vars(net)
