@@ -245,7 +245,7 @@ def _run(config, shape, args):
         command = [config, '--shape', *shape, '--level', args.level]
         command += ['--batch-size', args.batch_size, '--steps', args.steps]
         command += ['--device', args.device, '--out', out]
-        code = _call(list(map(str, command)), log, args.timeout)
+        code = _call(list(map(str, command)), log, args)
         record['seconds'] = round(time.monotonic() - start, 1)
         if code is None:
             reason = f'not done in {args.timeout:g} s'
@@ -270,25 +270,30 @@ def _run(config, shape, args):
     return record
 
 
-def _call(arguments, log, timeout):
+def _call(arguments, log, args):
     """Run the memory report in a process of its own.
 
     Args:
         arguments (list[str]): Its command line.
         log (Path): File for what it prints.
-        timeout (float): Seconds, after which it is killed.
+        args (argparse.Namespace): From :func:`parse_args`.
 
     Returns:
         int, optional: Exit status; None if it was killed.
     """
-    # The server imports what takes seconds, once.
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['memory_report', *_PRELOADED])
+    if args.device == 'cpu':
+        # The server imports what takes seconds, once.
+        context = multiprocessing.get_context('forkserver')
+        context.set_forkserver_preload(['memory_report', *_PRELOADED])
+    else:
+        # Some packages set up CUDA as they are imported, and a process that
+        # was forked after that cannot use it.
+        context = multiprocessing.get_context('spawn')
     process = context.Process(
         target=memory_report.main_in_file, args=(arguments, log)
     )
     process.start()
-    process.join(timeout)
+    process.join(args.timeout)
     if process.is_alive():
         process.kill()
         process.join()
