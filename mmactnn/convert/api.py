@@ -500,7 +500,7 @@ def get_precision(model):
     Raises:
         ValueError: If the model has none, or its parts have several.
     """
-    found = _precisions(model)
+    found = find_precisions(model)
     if len(found) != 1:
         raise ValueError(
             'expected a model that one call has converted at an adaptive '
@@ -550,7 +550,7 @@ def _install(plan):
     return Adapted(plan.name, source, plan.target.__name__, tuple(plan.layers))
 
 
-def _precisions(model):
+def find_precisions(model):
     """Adaptive precisions of the layers of a model."""
     return {
         module.quantizer.layer_bits.precision

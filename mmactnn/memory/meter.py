@@ -31,6 +31,22 @@ class Counted(NamedTuple):
     saved: int
 
 
+class Amounts(NamedTuple):
+    """Counts of a meter, for another one.
+
+    Attributes:
+        exact (tuple[int, int]): Bytes that torch would have kept, of tensors
+            that compressed layers replace and of others.
+        saved (tuple[int, int]): Bytes that are kept, likewise.
+        shared (tuple[tuple]): Tensors that the other meter may count as well:
+            index, and whether exact or kept, and whether compressed.
+    """
+
+    exact: tuple
+    saved: tuple
+    shared: tuple
+
+
 class ActivationMeter:
     """Meter of the memory that one forward pass keeps.
 
@@ -127,6 +143,51 @@ class ActivationMeter:
             origin: Counted(exact[origin], saved[origin])
             for origin in dict.fromkeys([*exact, *saved])
         }
+
+    def amounts(self, results=()):
+        """Take the counts, for :meth:`add` of another meter.
+
+        Args:
+            results (Sequence[Tensor], optional): Tensors whose storages are
+                counted once in both together.
+
+        Returns:
+            Amounts: The counts.
+        """
+        shared = []
+        sizes = {True: [0, 0], False: [0, 0]}
+        for exact, storages in ((True, self._exact), (False, self._saved)):
+            for key, entry in storages.items():
+                _, nbytes, (_, compressed) = entry
+                index = _index_of(results, key)
+                if index is None:
+                    sizes[exact][not compressed] += nbytes
+                else:
+                    shared.append((index, exact, compressed))
+        return Amounts(tuple(sizes[True]), tuple(sizes[False]), tuple(shared))
+
+    def add(self, amounts, results=()):
+        """Count what another meter has counted before.
+
+        Args:
+            amounts (Amounts): Its counts, such as those of a captured graph
+                that is replayed.
+            results (Sequence[Tensor], optional): See :meth:`amounts`.
+        """
+        place = self._locate()
+        for exact, everything, layers in (
+            (True, self._exact, self._layers_exact),
+            (False, self._saved, self._layers_saved),
+        ):
+            sizes = amounts.exact if exact else amounts.saved
+            for nbytes, compressed in zip(sizes, (True, False)):
+                everything.add_bytes(nbytes, (place, compressed))
+            layers.add_bytes(sizes[0])
+            for index, is_exact, compressed in amounts.shared:
+                if is_exact is exact:
+                    everything.add(results[index], (place, compressed))
+                    if compressed:
+                        layers.add(results[index])
 
     def own(self, module):
         """Exclude the parameters and buffers of a module from the count.
@@ -319,6 +380,13 @@ class _Storages:
                 (StorageWeakRef(storage), storage.nbytes(), origin),
             )
 
+    def items(self):
+        return self._entries.items()
+
+    def add_bytes(self, nbytes, origin=None):
+        # Of no storage that could be counted again.
+        self._insert(object(), (None, nbytes, origin))
+
     def update(self, other):
         for key, entry in other._entries.items():
             if key not in self._entries:
@@ -333,6 +401,14 @@ class _Storages:
     def _insert(self, key, entry):
         self._entries[key] = entry
         self.nbytes += entry[1]
+
+
+def _index_of(tensors, key):
+    """Index of the tensor with a storage, or None."""
+    for index, tensor in enumerate(tensors):
+        if tensor.untyped_storage()._cdata == key:
+            return index
+    return None
 
 
 def _in_backward():
@@ -364,10 +440,14 @@ def measure_activations(model, locate=None):
     """
     meter = ActivationMeter(model, locate)
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
+    # Those of an outer context, such as that of a training step in which a
+    # part is captured.
+    outer_meters = [layer.quantizer.meter for layer in layers]
     for layer in layers:
         entry = default_registry.entry_of(type(layer))
         layer.quantizer.meter = LayerMeter(meter, entry.saved_by_torch)
     functions = list(filter(None, map(settings_of, model.modules())))
+    outer_makers = [settings.make_meter for settings in functions]
     for settings in functions:
         settings.make_meter = functools.partial(LayerMeter, meter)
     swap = meter.swap
@@ -383,9 +463,9 @@ def measure_activations(model, locate=None):
     finally:
         if swap is not None:
             swap.observer = None
-        for layer in layers:
-            layer.quantizer.meter = None
-        for settings in functions:
-            settings.make_meter = None
+        for layer, meter in zip(layers, outer_meters):
+            layer.quantizer.meter = meter
+        for settings, make_meter in zip(functions, outer_makers):
+            settings.make_meter = make_meter
         for hook in gathering:
             hook.remove()

@@ -1,5 +1,6 @@
 """Adaptive precision: bits for the largest reduction of gradient noise."""
 
+import contextlib
 import threading
 from typing import NamedTuple
 
@@ -59,7 +60,9 @@ class AdaptivePrecision:
 
     **CUDA graphs** keep the bits of the layers that were in force when they
     were captured, and report nothing: their replays are no passes. Every
-    replay allocates bits to its samples anew, by their ranges alone.
+    replay allocates bits to its samples anew, by their ranges alone. Parts
+    that :mod:`mmactnn.graphs` captures are captured anew for other bits, and
+    report by :meth:`capturing_reports`.
 
     Args:
         num_samples (int, optional): Size of the dataset, to follow the
@@ -91,6 +94,8 @@ class AdaptivePrecision:
         self._averages = {}
         self._pending = []
         self._again = 0
+        # Whether layers report although a graph is being captured.
+        self.captures_reports = False
         self._samples = None
         self._batch = None
         self._shares = None
@@ -225,13 +230,39 @@ class AdaptivePrecision:
             reports = _HostCopy(self._gather_reports())
             self._pending.append((self._passes + 2, reports))
 
-    def next_place(self):
-        """Count a call of the backward pass.
+    @contextlib.contextmanager
+    def capturing_reports(self):
+        """Let layers report in a graph that is captured, as a context.
+
+        Yields:
+            CapturedReports: Reports of the graph, complete at the end of the
+            context.
+        """
+        place, self._place = self._place, 0
+        before = [(layer, layer.report) for layer in self.layers]
+        for layer in self.layers:
+            layer.report = None
+        captured = CapturedReports(self)
+        self.captures_reports = True
+        try:
+            yield captured
+            captured.take(self._place)
+        finally:
+            self.captures_reports = False
+            self._place = place
+            for layer, report in before:
+                layer.report = report
+
+    def next_place(self, count=1):
+        """Count calls of the backward pass.
+
+        Args:
+            count (int, optional): Number of calls. Defaults to 1.
 
         Returns:
-            int: Its number in the pass, from 1.
+            int: The number of the last one in the pass, from 1.
         """
-        self._place += 1
+        self._place += count
         return self._place
 
     def shares(self, device):
@@ -446,6 +477,43 @@ class AdaptivePrecision:
         self.__dict__.update({'rotated': False, **state})
 
 
+class CapturedReports:
+    """Reports that the replays of a graph write to.
+
+    Args:
+        precision (AdaptivePrecision): Precision of the model.
+    """
+
+    def __init__(self, precision):
+        self._precision = precision
+        self._reports = ()
+        self._places = 0
+
+    def take(self, places):
+        """Take the reports of the layers after the capture.
+
+        Args:
+            places (int): Calls of the backward pass in the graph.
+        """
+        self._places = places
+        self._reports = [
+            (layer, layer.report)
+            for layer in self._precision.layers
+            if layer.report is not None
+        ]
+
+    def hand_over(self):
+        """Report for the layers, after a replay of the backward pass."""
+        last = self._precision.next_place(self._places)
+        before = last - self._places
+        for layer, report in self._reports:
+            # The next replay writes to the original.
+            report = report.clone()
+            count = report[_FIELDS.index('count')]
+            report[_FIELDS.index('place')] += before * count
+            layer.add_report(report)
+
+
 class _Earlier(NamedTuple):
     """State of a layer in the last pass that called it.
 
@@ -499,7 +567,9 @@ class LayerBits:
             wanted = self.earlier.observes
         else:
             wanted = self._observes_now()
-        return wanted and not is_capturing()
+        if not wanted or not is_capturing():
+            return wanted
+        return self.precision.captures_reports
 
     @property
     def collecting(self):
@@ -642,6 +712,14 @@ class LayerBits:
                 *(torch.full_like(cost, value) for value in constants),
             ]
         )
+        self.add_report(report)
+
+    def add_report(self, report):
+        """Add a report to those of this pass.
+
+        Args:
+            report (Tensor[7]): float32, of one call or several ones.
+        """
         self.report = report if self.report is None else self.report + report
 
 

@@ -15,6 +15,7 @@ from ..ops import DEFAULT_GROUP_SIZE
 from .arguments import EncodedArguments
 from .buffers import BufferWrites, reachable_modules
 from .predicates import Predicates
+from .random_states import random_states
 
 # Fewer make gradients biased: functions in a segment are not linear.
 DEFAULT_BITS = 8
@@ -146,7 +147,16 @@ def _run_eagerly(function, args, kwargs, quantizer, options, modules):
     encoded.release()
     meter = meter_in_force()
     count = None if meter is None else meter.count_segment(payloads)
-    run = _Run(function, (args, kwargs), encoded, contexts, modules, count)
+    states, random = random_states(), None
+    if states is not None:
+        # Both passes of a graph draw all of their random numbers.
+        options['early_stop'] = False
+        if options.get('preserve_rng_state', True):
+            random = states.take()
+        options['preserve_rng_state'] = False
+    run = _Run(
+        function, (args, kwargs), encoded, contexts, modules, count, random
+    )
     del args, kwargs, payloads
     result = torch_checkpoint.checkpoint(
         run, *kept, use_reentrant=False, **options
@@ -183,9 +193,19 @@ class _Run:
         contexts (tuple): Contexts of the first and of later passes.
         modules (Iterable[nn.Module]): Modules that the function may call.
         count (SegmentCount, optional): Counter of what torch would keep.
+        random (RandomState, optional): Random state in a captured graph.
     """
 
-    def __init__(self, function, arguments, encoded, contexts, modules, count):
+    def __init__(
+        self,
+        function,
+        arguments,
+        encoded,
+        contexts,
+        modules,
+        count,
+        random=None,
+    ):
         self._function = function
         self._arguments = arguments
         self._encoded = encoded
@@ -193,12 +213,14 @@ class _Run:
         self._writes = BufferWrites(modules)
         self._predicates = Predicates()
         self._count = count
+        self._random = random
 
     def __call__(self, *kept):
         if self._arguments is None:
             args, kwargs = self._encoded.decode(kept)
             del kept
             with (
+                self._drawing('again'),
                 self._writes.discarded(),
                 self._later,
                 self._predicates.replaying(),
@@ -209,7 +231,7 @@ class _Run:
         listening = contextlib.nullcontext()
         if count is not None:
             listening = count.listening()
-        with self._first, listening:
+        with self._drawing('first'), self._first, listening:
             with self._predicates.recording():
                 result = self._function(*args, **kwargs)
             self._writes.finish()
@@ -220,3 +242,9 @@ class _Run:
             'the forward context of context_fn suppressed an exception of the '
             'segment, which has no result'
         )
+
+    def _drawing(self, which):
+        random = self._random
+        if random is None:
+            return contextlib.nullcontext()
+        return random.drawing(getattr(random, which))
