@@ -6,7 +6,7 @@ from ..config import check_count, checked
 from ..convert.api import find_precisions
 from ..modules.naming import named_modules
 from ..offload import attached_swap
-from .part import GraphedPart
+from .part import CALL, GraphedPart
 
 # Method that computes the features in models of OpenMMLab: backbone and neck.
 _FEATURES = 'extract_feat'
@@ -45,7 +45,7 @@ def use_cuda_graphs(model, parts=None, max_graphs=4, warmup=3):
     Raises:
         TypeError: If ``model`` is no module or ``parts`` no list of strings.
         ValueError: If the model has no part of a name, or a part lies within
-            another one.
+            another one or is compiled.
         RuntimeError: If the model swaps tensors to the host, or follows the
             gradients of samples.
 
@@ -78,6 +78,9 @@ def use_cuda_graphs(model, parts=None, max_graphs=4, warmup=3):
     found = {name: _resolve(modules, name) for name in parts}
     _refuse_nested(found)
     remove_cuda_graphs(model)
+    for name, (module, method) in found.items():
+        if method == CALL and module._compiled_call_impl is not None:
+            raise ValueError(f'{name!r} is compiled, and cannot be captured')
     graphed = {}
     for name, (module, method) in found.items():
         own = find_precisions(module)
@@ -110,7 +113,7 @@ def remove_cuda_graphs(model):
 def _resolve(modules, name):
     """Module and method of a part."""
     if name in modules:
-        return modules[name], 'forward'
+        return modules[name], CALL
     owner, _, method = name.rpartition('.')
     module = modules.get(owner)
     if module is None or not callable(getattr(type(module), method, None)):

@@ -44,6 +44,10 @@ class GraphStats(NamedTuple):
         )
 
 
+# Attribute of a module that torch calls in place of it, as of a compiled one.
+# Functions of the module stay as they are, so that blocks of it can be fused.
+CALL = '_compiled_call_impl'
+
 # Captures in a row that were replayed less often than that are no use.
 _MAX_WASTED = 4
 _MIN_REPLAYS = 8
@@ -93,7 +97,7 @@ class GraphedPart:
 
     Args:
         module (nn.Module): The module.
-        method (str): Name of the method.
+        method (str): Name of the method; ``CALL`` is the call of the module.
         name (str): Name of the part in messages.
         max_graphs (int): Kinds of calls that get graphs, the first ones.
         warmup (int): Calls of a kind before it is captured.
@@ -137,6 +141,9 @@ class GraphedPart:
     @property
     def plain(self):
         """Callable: The method without graphs."""
+        if self._method == CALL:
+            # The call without what torch calls in its place.
+            return self._module._call_impl
         function = getattr(type(self._module), self._method)
         return function.__get__(self._module)
 
@@ -237,7 +244,7 @@ class GraphedPart:
         return ticket is not None and not ticket.done
 
     def _warm_up(self, seen, args, kwargs):
-        state = ModuleState(self._module)
+        state = self._state()
         result = self._run(args, kwargs)
         change = state.find_change()
         # Earlier calls may prepare things once.
@@ -252,7 +259,7 @@ class GraphedPart:
 
     def _capture(self, seen, args, kwargs):
         module = self._module
-        hooked = find_hook(module)
+        hooked = find_hook(module, self._method == CALL)
         if hooked is not None:
             raise RuntimeError(
                 f'{self._name} cannot run as a CUDA graph: {hooked} has '
@@ -287,8 +294,11 @@ class GraphedPart:
                 'Take it out of cuda_graphs'
             ) from error
         seen.captured, seen.reports = captured, reports
-        seen.state, seen.bits = ModuleState(module), self._bits()
+        seen.state, seen.bits = self._state(), self._bits()
         seen.amounts = meter.amounts(captured.results)
+
+    def _state(self):
+        return ModuleState(self._module, self._method == CALL)
 
     def _capturing_reports(self):
         if self._precision is None:

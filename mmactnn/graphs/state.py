@@ -25,9 +25,11 @@ class ModuleState:
 
     Args:
         module (nn.Module): The module.
+        own_hooks (bool): Whether hooks of the module itself count.
     """
 
-    def __init__(self, module):
+    def __init__(self, module, own_hooks):
+        self._own_hooks = own_hooks
         self._parts = [
             (
                 name,
@@ -54,7 +56,7 @@ class ModuleState:
             not global_hooks._has_any_global_hook()
             and all(
                 type(part) is cls
-                and (not name or not _has_hooks(part))
+                and not ((name or self._own_hooks) and _has_hooks(part))
                 and _same(vars(part).values(), attributes.values())
                 and all(
                     _same(now.values(), before)
@@ -117,22 +119,23 @@ def leaves_replaced(module):
             entries[name] = parameter
 
 
-def find_hook(module):
+def find_hook(module, own_hooks):
     """Name a part with hooks, which would not run in replays.
 
     Args:
         module (nn.Module): The module.
+        own_hooks (bool): Whether hooks of the module itself count. They run
+            around its forward pass, and not around other methods.
 
     Returns:
         str, optional: Qualified name of the part; 'all modules' for global
-        hooks, None if there are none. The module's own hooks do not count:
-        they run around its forward pass.
+        hooks, None if there are none.
     """
     if global_hooks._has_any_global_hook():
         return 'all modules'
     for name, part in module.named_modules():
-        if name and _has_hooks(part):
-            return name
+        if (name or own_hooks) and _has_hooks(part):
+            return name or 'it'
     return None
 
 

@@ -35,15 +35,13 @@ class Amounts(NamedTuple):
     """Counts of a meter, for another one.
 
     Attributes:
-        exact (tuple[int, int]): Bytes that torch would have kept, of tensors
-            that compressed layers replace and of others.
-        saved (tuple[int, int]): Bytes that are kept, likewise.
-        shared (tuple[tuple]): Tensors that the other meter may count as well:
-            index, and whether exact or kept, and whether compressed.
+        sizes (dict[tuple[str, bool], int]): Bytes by count and by whether a
+            compressed layer keeps them or replaces them.
+        shared (tuple[tuple[str, bool, int]]): Tensors that the other meter
+            may count as well: count, likewise, and index.
     """
 
-    exact: tuple
-    saved: tuple
+    sizes: dict
     shared: tuple
 
 
@@ -154,17 +152,16 @@ class ActivationMeter:
         Returns:
             Amounts: The counts.
         """
-        shared = []
-        sizes = {True: [0, 0], False: [0, 0]}
-        for exact, storages in ((True, self._exact), (False, self._saved)):
-            for key, entry in storages.items():
-                _, nbytes, (_, compressed) = entry
+        sizes, shared = collections.Counter(), []
+        for name, storages in self._counts.items():
+            for key, (_, nbytes, origin) in storages.items():
+                compressed = origin is None or origin[1]
                 index = _index_of(results, key)
                 if index is None:
-                    sizes[exact][not compressed] += nbytes
+                    sizes[name, compressed] += nbytes
                 else:
-                    shared.append((index, exact, compressed))
-        return Amounts(tuple(sizes[True]), tuple(sizes[False]), tuple(shared))
+                    shared.append((name, compressed, index))
+        return Amounts(dict(sizes), tuple(shared))
 
     def add(self, amounts, results=()):
         """Count what another meter has counted before.
@@ -175,19 +172,19 @@ class ActivationMeter:
             results (Sequence[Tensor], optional): See :meth:`amounts`.
         """
         place = self._locate()
-        for exact, everything, layers in (
-            (True, self._exact, self._layers_exact),
-            (False, self._saved, self._layers_saved),
-        ):
-            sizes = amounts.exact if exact else amounts.saved
-            for nbytes, compressed in zip(sizes, (True, False)):
-                everything.add_bytes(nbytes, (place, compressed))
-            layers.add_bytes(sizes[0])
-            for index, is_exact, compressed in amounts.shared:
-                if is_exact is exact:
-                    everything.add(results[index], (place, compressed))
-                    if compressed:
-                        layers.add(results[index])
+        for (name, compressed), nbytes in amounts.sizes.items():
+            self._counts[name].add_bytes(nbytes, (place, compressed))
+        for name, compressed, index in amounts.shared:
+            self._counts[name].add(results[index], (place, compressed))
+
+    @property
+    def _counts(self):
+        return dict(
+            exact=self._exact,
+            saved=self._saved,
+            layers_exact=self._layers_exact,
+            layers_saved=self._layers_saved,
+        )
 
     def own(self, module):
         """Exclude the parameters and buffers of a module from the count.

@@ -239,6 +239,7 @@ class AdaptivePrecision:
             context.
         """
         place, self._place = self._place, 0
+        due = self.due
         before = [(layer, layer.report) for layer in self.layers]
         for layer in self.layers:
             layer.report = None
@@ -249,7 +250,7 @@ class AdaptivePrecision:
             captured.take(self._place)
         finally:
             self.captures_reports = False
-            self._place = place
+            self._place, self.due = place, due
             for layer, report in before:
                 layer.report = report
 

@@ -25,31 +25,23 @@ class HostRecorder:
 
     def __init__(self, device):
         self.pool_bytes = 0
-        self._latest = None
+        self._forward = None
 
     def record(self, function, generators=()):
         """See :class:`mmactnn.graphs.recorder.Recorder`."""
         if self.broken:
             raise RuntimeError('operation not permitted when capturing')
         self.pool_bytes += 1
-        if self._latest is None:
-            result = function()
-            fixed = [x.detach() for x in _tensors(result)]
-            self._latest = _tensors(result)
+        if self._forward is None:
+            self._forward = _Forward(function)
+            return self._forward.replay, self._forward.result
+        forward, self._forward = self._forward, None
+        grads = function()
 
-            def replay():
-                # In another graph's backward pass, nothing is recorded.
-                with torch.enable_grad():
-                    self._latest = _tensors(function())
-                _copy(fixed, self._latest)
-
-            return replay, result
-        grads, self._latest = function(), None
-
-        def replay_backward():
+        def replay():
             _, wanted, grad_outputs = function.args
             found = torch.autograd.grad(
-                [t for t in self._latest if t.requires_grad],
+                [t for t in forward.latest if t.requires_grad],
                 wanted,
                 grad_outputs,
                 **function.keywords,
@@ -60,12 +52,11 @@ class HostRecorder:
                 for leaf, grad in zip(wanted, found)
                 if grad is not None
             }
-            places = [leaf.data_ptr() for leaf in wanted]
-            for target, place in zip(grads, places):
+            for target, leaf in zip(grads, wanted):
                 if target is not None:
-                    target.copy_(by_place[place])
+                    target.copy_(by_place[leaf.data_ptr()])
 
-        return replay_backward, grads
+        return replay, grads
 
     def random_states(self, count):
         """See :class:`mmactnn.graphs.recorder.Recorder`."""
@@ -79,10 +70,22 @@ class _NoStates:
         return contextlib.nullcontext()
 
 
+class _Forward:
+    """A forward pass that writes to the memory of its first results."""
+
+    def __init__(self, function):
+        self._function = function
+        self.result = function()
+        self._fixed = [x.detach() for x in _tensors(self.result)]
+        self.latest = None
+
+    def replay(self):
+        # Nodes record nothing in their forward pass, and a graph has its own.
+        with torch.enable_grad():
+            self.latest = _tensors(self._function())
+        for target, source in zip(self._fixed, self.latest):
+            target.copy_(source.detach())
+
+
 def _tensors(result):
     return [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-
-
-def _copy(fixed, found):
-    for target, source in zip(fixed, found):
-        target.copy_(source.detach())
