@@ -16,6 +16,7 @@ from .convert import (
     get_precision,
     revert_model,
 )
+from .graphs import remove_cuda_graphs, use_cuda_graphs
 from .layers import *  # noqa: F403  (whatever is registered there)
 from .layers import __all__ as _layers
 from .memory import ActivationMeter, measure_activations
@@ -59,8 +60,10 @@ __all__ = [
     'register_function',
     'register_layer',
     'register_pattern',
+    'remove_cuda_graphs',
     'revert_model',
     'set_optimization_level',
+    'use_cuda_graphs',
     *_layers,
 ]
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from ..config import check_count, checked
 from ..convert.api import find_precisions
-from ..modules.naming import named_modules
+from ..modules.naming import named_modules, sharded_modules
 from ..offload import attached_swap
 from .part import CALL, GraphedPart
 
@@ -46,8 +46,8 @@ def use_cuda_graphs(model, parts=None, max_graphs=4, warmup=3):
         TypeError: If ``model`` is no module or ``parts`` no list of strings.
         ValueError: If the model has no part of a name, or a part lies within
             another one or is compiled.
-        RuntimeError: If the model swaps tensors to the host, or follows the
-            gradients of samples.
+        RuntimeError: If the model swaps tensors to the host, follows the
+            gradients of samples, or is sharded by FSDP.
 
     Examples:
         >>> mmactnn.convert_model(model, 'L3')
@@ -67,6 +67,11 @@ def use_cuda_graphs(model, parts=None, max_graphs=4, warmup=3):
         raise RuntimeError(
             'tensors that are swapped to the host cannot be part of a CUDA '
             'graph: choose a level without swap'
+        )
+    if sharded_modules(model):
+        raise RuntimeError(
+            'parameters that FSDP gathers have another place in every step, '
+            'and cannot be part of a CUDA graph'
         )
     precisions = find_precisions(model)
     if any(precision.num_samples is not None for precision in precisions):

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from ..codes.units import MIB
 from ..config import check_count, checked, get_level, settings_of
 from ..convert.api import convert_model, get_precision
+from ..graphs import use_cuda_graphs
 from ..memory import Breakdown, Locator
 from ..memory.meter import measure_activations
 from ..names import require_named_layers
@@ -44,6 +45,7 @@ class ActNNHook(Hook):
     ``warmup_peak_mib`` the same for the first steps and, while cuDNN tries
                         out algorithms, steps with images of a new size:
                         mostly workspaces. Only with a GPU
+    ``graphs_mib``      memory that CUDA graphs hold, with ``cuda_graphs``
     =================== ==================================================
 
     Activations are counted on the host in the iterations that are logged;
@@ -62,6 +64,10 @@ class ActNNHook(Hook):
         interval (int, optional): Iterations between two measurements.
             Defaults to the interval of the ``LoggerHook``.
         filter_fn (Callable, optional): See :func:`mmactnn.convert_model`.
+        cuda_graphs (bool | list[str] | dict, optional): Parts of the model
+            that run as CUDA graphs, see :func:`mmactnn.use_cuda_graphs`: True
+            is backbone and neck (``['extract_feat']``); a dict has its
+            keyword arguments. Defaults to False.
 
     Examples:
         >>> custom_hooks = [dict(type='ActNNHook', level='L3')]
@@ -78,6 +84,7 @@ class ActNNHook(Hook):
         group_size=DEFAULT_GROUP_SIZE,
         interval=None,
         filter_fn=None,
+        cuda_graphs=False,
     ):
         interval = checked('interval', interval, check_count, optional=True)
         self.level = get_level(level)
@@ -86,10 +93,12 @@ class ActNNHook(Hook):
         self.filter_fn = filter_fn
         self.group_size = group_size
         self.interval = interval
+        self.cuda_graphs = _graph_options(cuda_graphs)
         self.generator = RoundingGenerator()
         self._samples = None
         self._precision = None
         self._converted = False
+        self._graphs = {}
         # Report of the conversion, until uncompressed memory is logged.
         self._report = None
         self._layers = ()
@@ -140,6 +149,8 @@ class ActNNHook(Hook):
             model, runner.cfg.get('model'), self.include, self.exclude
         )
         runner.logger.info(str(report))
+        if self.cuda_graphs is not None:
+            self._graphs = use_cuda_graphs(model, **self.cuda_graphs)
         self._converted = True
         if not self.level.exact:
             self._report = report
@@ -236,6 +247,10 @@ class ActNNHook(Hook):
             scalars['peak_mib'] = self._peak.peak_bytes / MIB
         if self._peak.warmup_bytes is not None:
             scalars['warmup_peak_mib'] = self._peak.warmup_bytes / MIB
+        if self._graphs:
+            scalars['graphs_mib'] = sum(
+                part.stats.pool_mib for part in self._graphs.values()
+            )
         if self.level.swap:
             scalars['host_mib'] = meter.swapped_bytes / MIB
         for name, value in scalars.items():
@@ -244,13 +259,15 @@ class ActNNHook(Hook):
             )
 
     def after_train_epoch(self, runner):
-        """Log the allocation of bits.
+        """Log the allocation of bits, and the use of CUDA graphs.
 
         Args:
             runner (Runner): The runner.
         """
         if self._precision is not None:
             runner.logger.info(_describe(self._precision.bits))
+        for name, part in self._graphs.items():
+            runner.logger.info(f'ActNN {name}: {part.stats}')
 
     def before_save_checkpoint(self, runner, checkpoint):
         """Save the state of rounding to the checkpoint.
@@ -290,6 +307,28 @@ class ActNNHook(Hook):
 
     def _is_due(self, batch_idx):
         return self.every_n_inner_iters(batch_idx, self.interval)
+
+
+def _graph_options(value):
+    """Arguments of ``use_cuda_graphs``; None for no graphs."""
+    if value is False or value is None:
+        return None
+    if value is True:
+        return {}
+    if isinstance(value, dict):
+        unknown = set(value) - {'parts', 'max_graphs', 'warmup'}
+        if unknown:
+            raise ValueError(
+                'cuda_graphs has the keys parts, max_graphs and warmup, got '
+                f'{sorted(unknown)}'
+            )
+        return dict(value)
+    if isinstance(value, (list, tuple)):
+        return dict(parts=list(value))
+    raise TypeError(
+        'cuda_graphs must be True, False, a list of parts or a dict, got '
+        f'{value!r}'
+    )
 
 
 def _describe(bits):

@@ -71,9 +71,23 @@ def gathering_modules(model):
     """
     if not (dist.is_available() and dist.is_initialized()):
         return []
+    return [model, *sharded_modules(model)]
+
+
+def sharded_modules(model):
+    """Modules whose parameters FSDP has sharded.
+
+    Args:
+        model (nn.Module): The model.
+
+    Returns:
+        list[nn.Module]: The modules without their wrappers.
+    """
+    if not dist.is_available():
+        return []
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-    found = [model]
+    found = []
     for module in model.modules():
         if isinstance(module, FullyShardedDataParallel):
             found.append(module.module)

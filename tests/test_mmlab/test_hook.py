@@ -306,6 +306,27 @@ class TestRefusals:
         with pytest.raises(error, match=f'interval.*1 or more.*{interval}'):
             ActNNHook(interval=interval)
 
+    @pytest.mark.parametrize(
+        ('value', 'error'),
+        [('body', TypeError), (1, TypeError), (dict(graphs=2), ValueError)],
+    )
+    def test_bad_cuda_graphs(self, value, error):
+        with pytest.raises(error, match='cuda_graphs'):
+            ActNNHook(cuda_graphs=value)
+
+    def test_cuda_graphs(self, tmp_path):
+        options = dict(parts=['body'], max_graphs=2)
+        runner = make_runner(tmp_path, dict(ACTNN, cuda_graphs=options))
+        runner.train()
+        # Graphs need a GPU.
+        assert 'body: CUDA graphs of 0 kinds of calls, 0 MiB' in log(runner)
+        assert any('actnn/graphs_mib' in record for record in scalars(runner))
+
+    def test_unknown_part_for_graphs(self, tmp_path):
+        runner = make_runner(tmp_path, dict(ACTNN, cuda_graphs=True))
+        with pytest.raises(ValueError, match="'extract_feat'"):
+            runner.train()
+
     def test_two_hooks(self, tmp_path):
         runner = make_runner(tmp_path, ACTNN, dict(ACTNN, level='L2'))
         with pytest.raises(RuntimeError, match='2 ActNNHooks.*L3, L2'):
