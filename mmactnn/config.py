@@ -63,7 +63,8 @@ def check_count(value):
     raise _invalid_number(value, 'a whole number of 1 or more')
 
 
-def _check_flag(value):
+def check_flag(value):
+    """Check a switch."""
     if isinstance(value, bool):
         return value
     raise _Invalid('True or False', TypeError)
@@ -294,23 +295,23 @@ class Compression(_Settings):
     )
     norm: float | None = _setting(None, _check_mean_bits, 'norm bits')
     lossless_activations: bool = _setting(
-        False, _check_flag, 'lossless_activations (mask)'
+        False, check_flag, 'lossless_activations (mask)'
     )
     act: int | None = _setting(None, _check_bits, 'act bits')
     attention: int | None = _setting(None, _check_bits, 'attention bits')
     attention_value: int | None = _setting(
         None, _check_bits, 'attention_value bits'
     )
-    joint_act: bool = _setting(True, _check_flag, 'joint_act')
+    joint_act: bool = _setting(True, check_flag, 'joint_act')
     relu_bits: int = _setting(4, _check_relu_bits, 'relu_bits (rectified)')
     conv_module: int | None = _setting(
         None, _check_relu_bits, 'conv_module (head) bits'
     )
     image: int | None = _setting(None, _check_bits, 'image bits')
-    adaptive: bool = _setting(False, _check_flag, 'adaptive')
-    use_gradient: bool = _setting(False, _check_flag, 'use_gradient')
+    adaptive: bool = _setting(False, check_flag, 'adaptive')
+    use_gradient: bool = _setting(False, check_flag, 'use_gradient')
     rounding: str = _setting(DEFAULT_ROUNDING, _check_rounding, 'rounding')
-    channel_means: bool = _setting(False, _check_flag, 'channel_means')
+    channel_means: bool = _setting(False, check_flag, 'channel_means')
     rules: tuple = _setting((), _check_rules, 'rules')
 
     def __post_init__(self):
@@ -355,9 +356,9 @@ class Execution(_Settings):
         ValueError, TypeError: If a value is not valid.
     """
 
-    fuse: bool = _setting(True, _check_flag, 'fuse')
+    fuse: bool = _setting(True, check_flag, 'fuse')
     chunk_mib: float | None = _setting(None, _check_limit, 'chunk_mib')
-    recompute: bool = _setting(False, _check_flag, 'recompute')
+    recompute: bool = _setting(False, check_flag, 'recompute')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,9 +376,9 @@ class Offload(_Settings):
         ValueError, TypeError: If a value is not valid.
     """
 
-    swap: bool = _setting(False, _check_flag, 'swap')
+    swap: bool = _setting(False, check_flag, 'swap')
     max_host_mib: float | None = _setting(None, _check_limit, 'max_host_mib')
-    expandable: bool = _setting(False, _check_flag, 'expandable')
+    expandable: bool = _setting(False, check_flag, 'expandable')
 
 
 _PARTS = dict(compression=Compression, execution=Execution, offload=Offload)

@@ -149,6 +149,7 @@ class ConversionReport:
         segments (tuple[Segment]): Blocks that run again.
         unsegmented (tuple[Unsegmented]): Repeated blocks that do not, with
             the reason, where the level recomputes.
+        channels_last (int): Convolutions that were laid out as channels_last.
     """
 
     level: str
@@ -160,6 +161,7 @@ class ConversionReport:
     scoped: tuple = ()
     segments: tuple = ()
     unsegmented: tuple = ()
+    channels_last: int = 0
 
     def __str__(self):
         lines = [
@@ -198,6 +200,11 @@ class ConversionReport:
         for (source, bits), count in sorted(repeated.items()):
             lines.append(
                 f'  {count:4d} {source} recomputed from codes of {bits} bit'
+            )
+        if self.channels_last:
+            lines.append(
+                f'  {self.channels_last:4d} convolutions laid out as '
+                'channels_last, and their outputs'
             )
         lines += _by_reason(self.unfused, 'not fused')
         scoped = {item.name for item in self.scoped}

@@ -9,7 +9,13 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..codes.units import MIB
-from ..config import check_count, checked, get_level, settings_of
+from ..config import (
+    check_count,
+    check_flag,
+    checked,
+    get_level,
+    settings_of,
+)
 from ..convert.api import convert_model, get_precision
 from ..graphs import use_cuda_graphs
 from ..memory import Breakdown, Locator
@@ -64,6 +70,8 @@ class ActNNHook(Hook):
         interval (int, optional): Iterations between two measurements.
             Defaults to the interval of the ``LoggerHook``.
         filter_fn (Callable, optional): See :func:`mmactnn.convert_model`.
+        channels_last (bool, optional): See :func:`mmactnn.convert_model`.
+            Defaults to False.
         cuda_graphs (bool | list[str] | dict, optional): Parts of the model
             that run as CUDA graphs, see :func:`mmactnn.use_cuda_graphs`: True
             is backbone and neck (``['extract_feat']``); a dict has its
@@ -84,6 +92,7 @@ class ActNNHook(Hook):
         group_size=DEFAULT_GROUP_SIZE,
         interval=None,
         filter_fn=None,
+        channels_last=False,
         cuda_graphs=False,
     ):
         interval = checked('interval', interval, check_count, optional=True)
@@ -93,6 +102,9 @@ class ActNNHook(Hook):
         self.filter_fn = filter_fn
         self.group_size = group_size
         self.interval = interval
+        self.channels_last = checked(
+            'channels_last', channels_last, check_flag
+        )
         self.cuda_graphs = _graph_options(cuda_graphs)
         self.generator = RoundingGenerator()
         self._samples = None
@@ -141,6 +153,7 @@ class ActNNHook(Hook):
             self.generator,
             num_samples=self._samples and len(self._samples),
             filter_fn=self.filter_fn,
+            channels_last=self.channels_last,
         )
         self._layers = tuple(item.name for item in report.converted)
         if any(item.adaptive for item in report.converted):

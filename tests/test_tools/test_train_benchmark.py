@@ -120,6 +120,9 @@ class TestSystems:
         level = parse('L2:{"conv": 8}+bf16').level
         assert (level.conv, level.norm) == (8, 4)
         assert parse('L4:{"window_mib": 64}').window_mib == 64
+        graphed = parse('L3:{"cuda_graphs": ["backbone", "neck"]}')
+        assert graphed.cuda_graphs == ('backbone', 'neck')
+        assert graphed.level == parse('L3:{}').level
 
     @pytest.mark.parametrize(
         'name',

@@ -9,7 +9,8 @@ models   classifiers of torchvision, resnet:depth=D,width=W, config files, or
          configs of installed packages, such as
          mmdet::retinanet/retinanet_r50_fpn_1x_coco.py
 systems  exact, checkpoint, save_on_cpu, compile, compile:SHARE, levels by
-         name, levels varied by json (L3:{"conv":4}); each perhaps with a
+         name, levels varied by json (L3:{"conv":4}), with parts as CUDA
+         graphs (L3:{"cuda_graphs":["extract_feat"]}); each perhaps with a
          precision (exact+fp16)
 
 images_per_s     batch size over the median time of a step
@@ -17,7 +18,8 @@ activations_mib  tensors that autograd saves, on the host included
 on_host_mib      those of them that are in host memory
 pinned_mib       pinned host memory
 peak_mib         most memory that the CUDA allocator allocated in the timed
-                 steps
+                 steps, without what graphs only hold
+reserved_mib     most memory that it took from the device, with both
 overlapped       with --trace, the share of copies between host and device
                  during which a kernel runs
 
@@ -47,7 +49,7 @@ from training.trial import Trial, file_name, short_name
 COLUMNS = (
     *('model', 'system', 'quantity', 'largest', 'batch_size', 'image_size'),
     *('images_per_s', 'ms_per_step', 'activations_mib', 'on_host_mib'),
-    *('pinned_mib', 'peak_mib', 'overlapped', 'result'),
+    *('pinned_mib', 'peak_mib', 'reserved_mib', 'overlapped', 'result'),
 )
 
 

@@ -28,7 +28,8 @@ class System:
     """A way to train a model.
 
     Its ``budget`` is the share of the activations that a compiled model may
-    keep, ``window_mib`` the device memory of copies of a level that swaps.
+    keep, ``window_mib`` the device memory of copies of a level that swaps,
+    and ``cuda_graphs`` are names of parts that run as CUDA graphs.
     """
 
     kind: str
@@ -36,6 +37,7 @@ class System:
     level: mmactnn.Level | None = None
     budget: float | None = None
     window_mib: float | None = None
+    cuda_graphs: tuple = ()
 
     @property
     def environment(self):
@@ -52,6 +54,8 @@ class System:
             mmactnn.convert_model(model, self.level, num_samples=batch_size)
             if self.window_mib is not None:
                 attached_swap(model).window_mib = self.window_mib
+            if self.cuda_graphs:
+                mmactnn.use_cuda_graphs(model, self.cuda_graphs)
         elif self.kind == 'checkpoint':
             checkpoint_blocks(model)
         elif self.kind == 'compile':
@@ -75,8 +79,10 @@ def parse_system(name):
     ``exact``, ``checkpoint`` (blocks are computed again), ``save_on_cpu``
     (torch's), ``compile``, ``compile:0.3`` (keeping that share of the
     activations), a level (``L3``), or a level and what differs from it as
-    json (``L3:{"conv": 4}``), perhaps with the ``window_mib`` of its swap;
-    and perhaps the precision (``exact+fp16``).
+    json (``L3:{"conv": 4}``), perhaps with the ``window_mib`` of its swap
+    or the parts that run as CUDA graphs (``L3:{"cuda_graphs":
+    ["extract_feat"]}``; ``[""]`` is the model); and perhaps the
+    precision (``exact+fp16``).
     """
     base, _, precision = name.rpartition('+')
     if precision not in PRECISIONS:
@@ -87,9 +93,16 @@ def parse_system(name):
         if kind in mmactnn.LEVELS:
             level = read_level(base)
             window = level.pop('window_mib', None) if colon else None
+            graphs = tuple(level.pop('cuda_graphs', ())) if colon else ()
             level = mmactnn.get_level(level)
             if window is None or level.swap and window > 0:
-                return System('level', precision, level, window_mib=window)
+                return System(
+                    'level',
+                    precision,
+                    level,
+                    window_mib=window,
+                    cuda_graphs=graphs,
+                )
             reason = ': window_mib must be positive and of a level that swaps'
         elif kind == 'compile' and colon and 0 <= float(argument) <= 1:
             return System(kind, precision, budget=float(argument))
