@@ -24,7 +24,13 @@ from mmactnn.mmlab.synthetic import drop_pretrained
 RECIPES = sorted(path.stem for path in CONFIGS.glob('*.py'))
 
 # Of the architectures that no test trains by their recipes.
-SMALLEST = {'deformable_detr_r50', 'mobilenet_v3_in1k', 'segformer_b0'}
+SMALLEST = {
+    'deformable_detr_r50',
+    'mobilenet_v3_in1k',
+    'segformer_b0',
+    'swin_cifar10',
+    'vit_cifar10',
+}
 
 NORMS = ('BN', 'SyncBN', 'GN')
 # Types of layers that a recipe has to name where the stock one leaves them at
