@@ -39,6 +39,8 @@ LATE = {
     ('layers.gateway', 'modules.graph_break'): 'it imports the compiler',
     ('fusion.block', 'modules.graph_break'): 'the same',
     ('segments.checkpoint', 'modules.graph_break'): 'the same',
+    ('segments.block', 'modules.graph_break'): 'the same',
+    ('modules.eager', 'modules.graph_break'): 'the same',
 }
 
 

@@ -11,6 +11,8 @@ import itertools
 import torch
 from torch.autograd import Function
 
+from ..modules.eager import never_compiled
+
 _functorch = torch._C._functorch
 _BATCHED = torch._C._parse_dispatch_key('Batched')
 
@@ -115,6 +117,7 @@ def first_order_only(name, unless=None):
                 None if grad is None else next(refusing) for grad in grads
             )
 
+        @never_compiled
         @functools.wraps(backward)
         def wrapper(ctx, *grad_outputs):
             if any(map(_is_batched, grad_outputs)):

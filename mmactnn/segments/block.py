@@ -8,6 +8,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from ..modules.class_swap import WithForward, replace_class, wrapped_class
+from ..modules.eager import meets_compiler
 from ..modules.execution import refuse_script
 from .checkpoint import run_segment
 
@@ -30,12 +31,23 @@ class SegmentBlock(WithForward):
             quantizer is None
             or not module.training
             or not torch.is_grad_enabled()
-            or not _needs_gradients(module, tree_leaves((args, kwargs)))
         ):
             return cls.forward(module, *args, **kwargs)
-        function = functools.partial(cls.forward, module)
-        modules = list(module.modules())
-        return run_segment(function, args, kwargs, quantizer, None, modules)
+        if meets_compiler():
+            from ..modules.graph_break import call_outside_graph
+
+            return call_outside_graph(
+                _run, cls, module, args, kwargs, quantizer
+            )
+        return _run(cls, module, args, kwargs, quantizer)
+
+
+def _run(cls, module, args, kwargs, quantizer):
+    if not _needs_gradients(module, tree_leaves((args, kwargs))):
+        return cls.forward(module, *args, **kwargs)
+    function = functools.partial(cls.forward, module)
+    modules = list(module.modules())
+    return run_segment(function, args, kwargs, quantizer, None, modules)
 
 
 def _needs_gradients(module, leaves):

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..codes.hooks import meter_in_force
 from ..codes.quantizer import LayerQuantizer
+from ..modules.eager import meets_compiler, never_compiled
 from ..modules.execution import is_transformed
 from ..modules.function_mode import call_outside
 from ..ops import DEFAULT_GROUP_SIZE
@@ -130,7 +131,7 @@ def run_segment(function, args, kwargs, quantizer, options=None, modules=None):
     if not torch.is_grad_enabled() or is_transformed():
         return function(*args, **kwargs)
     arguments = function, args, kwargs, quantizer, dict(options or {}), modules
-    if torch.compiler.is_compiling():
+    if meets_compiler():
         from ..modules.graph_break import call_outside_graph
 
         return call_outside_graph(_run_eagerly, *arguments)
@@ -215,6 +216,7 @@ class _Run:
         self._count = count
         self._random = random
 
+    @never_compiled
     def __call__(self, *kept):
         if self._arguments is None:
             args, kwargs = self._encoded.decode(kept)
