@@ -490,6 +490,27 @@ class TestOptionalTensors:
         torch.testing.assert_close(twin(x), module(x))
         assert calls['coded'] == 6
 
+    def test_names_that_begin_alike(self):
+        """The check of an absent ``key`` is called ``key_1`` in a trace."""
+
+        def forward(self, x, key=None, key_pos=None, key_1=0):
+            key = x if key is None else key
+            key = key if key_pos is None else key + key_pos
+            return torch.relu(self.proj(x + key))
+
+        module = make(forward)
+        traces = trace_block(module, type(module))
+        assert [
+            tuple(node.target for node in t.inputs) for t in traces
+        ] == [('x',), ('x', 'key'), ('x', 'key_pos'), ('x', 'key', 'key_pos')]
+        twin = copy.deepcopy(module)
+        convert_model(twin, LEVEL)
+        x, pos = torch.randn(2, 4, 7, 16)
+        x.requires_grad_()
+        torch.testing.assert_close(
+            twin(x, key_pos=pos), module(x, key_pos=pos)
+        )
+
     def test_an_argument_that_must_be_given(self, calls):
         """Only the trace with the tensor exists."""
         module = make(lambda self, x, mask=None: hidden(self, x, mask))
