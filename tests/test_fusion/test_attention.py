@@ -500,9 +500,12 @@ class TestOptionalTensors:
 
         module = make(forward)
         traces = trace_block(module, type(module))
-        assert [
-            tuple(node.target for node in t.inputs) for t in traces
-        ] == [('x',), ('x', 'key'), ('x', 'key_pos'), ('x', 'key', 'key_pos')]
+        assert [tuple(node.target for node in t.inputs) for t in traces] == [
+            ('x',),
+            ('x', 'key'),
+            ('x', 'key_pos'),
+            ('x', 'key', 'key_pos'),
+        ]
         twin = copy.deepcopy(module)
         convert_model(twin, LEVEL)
         x, pos = torch.randn(2, 4, 7, 16)
