@@ -543,3 +543,24 @@ def test_window_attention_of_mmdet(calls):
         twin(x)
     assert math.isclose(exact.exact_bytes, meter.exact_bytes, rel_tol=0.02)
     assert meter.saved_bytes < exact.exact_bytes / 4
+
+
+def test_bias_that_an_index_chooses_from_a_table():
+    """It is made again, and its table gets a gradient."""
+    beit = pytest.importorskip('mmseg.models.backbones.beit')
+    torch.manual_seed(0)
+    module = beit.BEiTAttention(16, 2, (7, 7)).train()
+    nn.init.normal_(module.relative_position_bias_table)
+    twin = copy.deepcopy(module)
+    convert_model(twin, LEVEL)
+    x = torch.randn(2, 50, 16, requires_grad=True)
+    module(x).sin().sum().backward()
+    with measure_activations(twin) as meter:
+        output = twin(x)
+    output.sin().sum().backward()
+    bias = 2 * 50 * 50 * 4
+    assert meter.saved_bytes < bias / 2
+    found, expected = (
+        m.relative_position_bias_table.grad for m in (twin, module)
+    )
+    assert 0 < (found - expected).norm() < 0.05 * expected.norm()
