@@ -157,7 +157,10 @@ def _call(function, *args):
 
 
 def _losses_of(head):
-    losses = head.loss_decode
+    losses = getattr(head, 'loss_decode', None)
+    if losses is None:
+        # A head made of other heads need not have any.
+        return []
     return losses if isinstance(losses, nn.ModuleList) else [losses]
 
 

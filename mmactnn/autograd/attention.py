@@ -19,12 +19,14 @@ from torch.backends import cuda
 
 from ..codes.calls import Call
 from ..codes.hooks import top_hooks
+from ..codes.moved import move_exactly
 from ..codes.payload import WHOLE, CentredTensor, pieces
 from ..ops.capture import is_capturing
 from ..ops.quantize import VALID_DTYPES
 from .autocast import cast, lower_dtype
 from .double_backward import first_order_only
 from .placeholders import meta_tensor
+from .score_terms import keep_term, restore_term
 
 # Tokens from which on a mean in float32 is little beside a channel's codes.
 _MIN_TOKENS_FOR_MEANS = 64
@@ -293,12 +295,17 @@ class _Attention(Function):
             group, codes = _encode(tensors, places, group_bits, quantizer)
             ctx.groups.append(group)
             kept += codes
-        ctx.save_for_backward(*kept, *terms, *state)
-        ctx.num_terms = len(terms)
+        ctx.terms, kept_terms = [], []
+        for term in terms:
+            format, saved = keep_term(term, quantizer.cache)
+            ctx.terms.append((format, len(saved)))
+            kept_terms += saved
+        ctx.save_for_backward(*kept, *kept_terms, *state)
+        ctx.num_coded = len(kept)
         ctx.source = weakref.ref(query)
         if quantizer.meter is not None:
             exact = core.saved_by_torch(query, key, value, terms, outputs)
-            quantizer.record((*kept, *terms), Call(), exact)
+            quantizer.record((*kept, *kept_terms), Call(), exact)
         return outputs
 
     @staticmethod
@@ -307,8 +314,11 @@ class _Attention(Function):
         saved = list(ctx.saved_tensors)
         state = saved.pop() if ctx.has_state else None
         needs = ctx.needs_input_grad[3:]
-        kept = saved[: len(saved) - ctx.num_terms]
-        terms = saved[len(kept) :]
+        kept, rest = saved[: ctx.num_coded], saved[ctx.num_coded :]
+        terms = []
+        for format, count in ctx.terms:
+            terms.append(restore_term(format, rest[:count]))
+            rest = rest[count:]
         totals = [None] * len(needs)
         with _random_numbers(state, grad_outputs):
             for part in ctx.parts:
@@ -608,7 +618,12 @@ def attention(
     dtype = lower_dtype(query)
     if dtype is not None:
         query, key, value = cast(dtype, query, key, value)
-        terms = [t.to(dtype) if t.is_floating_point() else t for t in terms]
+        terms = [
+            move_exactly(quantizer.cache, torch.Tensor.to, t, dtype)
+            if t.is_floating_point()
+            else t
+            for t in terms
+        ]
     biases = Biases(len(terms), hides, period)
     outputs = _Attention.apply(
         core, biases, quantizer, query, key, value, *terms

@@ -51,14 +51,18 @@ class PayloadCache:
             tensor (Tensor[N, *]): Tensor that the payload stands for. The
                 payload of a leaf is only shared within a block
                 (:meth:`in_block`): a leaf may be read in many passes, all of
-                which would round alike.
+                which would round alike. An exact one rounds nothing.
             payload (Payload): Its payload.
             checked (bool, optional): Whether code outside of the model's
                 layers can access the tensor, so that writes to it have to be
                 detected. Defaults to True.
         """
         key = id(tensor)
-        if tensor.grad_fn is None and key not in self._blocks:
+        if (
+            tensor.grad_fn is None
+            and key not in self._blocks
+            and not payload.is_exact
+        ):
             return
         entries = self._entries
         entries[key] = _Entry(

@@ -22,6 +22,11 @@ class MovedTensor(Payload):
         self.operands = operands
 
     @property
+    def is_exact(self):
+        """bool: See the base class."""
+        return KINDS[self.format.source[0].kind].is_exact
+
+    @property
     def source(self):
         """Payload: The other payload."""
         format = self.format
@@ -106,6 +111,30 @@ class Movement:
         function, args, kwargs = self._call
         result = function(tensor, *args, **kwargs)
         return result if self._index is None else result[self._index]
+
+
+def move_exactly(cache, function, tensor, *args, **kwargs):
+    """Call a function of a tensor; its result has a payload if that has.
+
+    For functions that are not linear, too: only payloads that decode to the
+    very tensor are passed on.
+
+    Args:
+        cache (PayloadCache): The payloads.
+        function (Callable): Function of the tensor alone.
+        tensor (Tensor[*]): The tensor.
+        *args: Further arguments, no tensors.
+        **kwargs: Keyword arguments, no tensors.
+
+    Returns:
+        Tensor[*]: The result.
+    """
+    payload = cache.get(tensor)
+    result = function(tensor, *args, **kwargs)
+    if payload is not None and payload.is_exact and result is not tensor:
+        movement = Movement(function, args, kwargs)
+        cache.put(result, MovedTensor.of(payload, result, movement))
+    return result
 
 
 KINDS['moved'] = MovedTensor

@@ -122,10 +122,12 @@ class Payload:
         layer_bits (LayerBits, optional): Source of its bits, if adaptive.
         of_codes_alone (bool): Whether the operands are those of one op that
             decodes.
+        is_exact (bool): Whether it decodes to the very tensor.
     """
 
     rectified = False
     of_codes_alone = True
+    is_exact = False
     layer_bits = None
 
     @property

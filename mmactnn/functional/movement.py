@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from ..codes.exact import ChosenTensor
 from ..codes.moved import MovedTensor, Movement
 from ..modules.execution import ORDINARY
 from ..registry import default_registry
@@ -14,7 +15,8 @@ def move(scope, function, args, kwargs):
     Results get the payload of the argument, if it has one, with the movement.
     So do functions that choose or repeat elements, put zeros beside them, or
     change their dtype: whatever is linear in the argument, and a function of
-    it alone.
+    it alone. A table of biases, which is a parameter, needs no payload for
+    what an index chooses from it.
 
     Args:
         scope (FunctionScope): The running scope.
@@ -31,6 +33,9 @@ def move(scope, function, args, kwargs):
     source, cache = args[0], scope.settings.cache
     # Most tensors have no payload: nothing else is asked of them.
     payload = cache.get(source)
+    if payload is None and _chooses(function, args, result):
+        cache.put(result, ChosenTensor.of(result, *args))
+        return result
     if (
         payload is None
         or type(source) not in ORDINARY
@@ -52,6 +57,19 @@ def move(scope, function, args, kwargs):
             )
             cache.put(tensor, MovedTensor.of(payload, tensor, movement))
     return result
+
+
+def _chooses(function, args, result):
+    """Whether an index chooses more elements from a leaf than it has."""
+    return (
+        function is torch.Tensor.__getitem__
+        and type(args[0]) in ORDINARY
+        and args[0].is_leaf
+        and type(args[1]) in ORDINARY
+        and args[1].dim() > 0
+        and result.requires_grad
+        and result.numel() > args[0].numel()
+    )
 
 
 def _has_tensors(value):

@@ -38,3 +38,44 @@ def product(quantizer, input, other, out=None):
     if not is_coded(input, size) and not is_coded(other, size):
         return NotImplemented
     return autograd.product(input, other, quantizer)
+
+
+def _is_square(input, exponent):
+    """Whether a power is the square of a tensor that is no leaf."""
+    return (
+        isinstance(exponent, (int, float))
+        and exponent == 2
+        and _is_activation(input)
+    )
+
+
+def _is_activation(input):
+    """Whether a tensor is computed from what needs gradients."""
+    return isinstance(input, torch.Tensor) and not input.is_leaf
+
+
+@register_function(
+    torch.pow,
+    torch.Tensor.pow,
+    torch.Tensor.__pow__,
+    layer=QProduct,
+    takes=_is_square,
+    needs_parameters=True,
+)
+def power(quantizer, input, exponent):
+    """``input ** 2``."""
+    return square(quantizer, input)
+
+
+@register_function(
+    torch.square,
+    torch.Tensor.square,
+    layer=QProduct,
+    takes=_is_activation,
+    needs_parameters=True,
+)
+def square(quantizer, input):
+    """``input * input``: both factors have one payload."""
+    if not input.dim():
+        return NotImplemented
+    return autograd.product(input, input, quantizer)

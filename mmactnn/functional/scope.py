@@ -149,6 +149,10 @@ class FunctionScope:
         # again without this mode, unless it belongs to a module of its own.
         if self._context != _context():
             return NotImplemented
+        if not args and 'input' in kwargs:
+            # As by F.linear(input=x, weight=w).
+            kwargs = dict(kwargs)
+            args = (kwargs.pop('input'),)
         if not args or not _takes(entry, args, kwargs):
             return NotImplemented
         quantizer = self.settings.quantizer_for(entry)

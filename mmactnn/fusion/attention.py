@@ -9,6 +9,7 @@ function gives zeros in place of NaN for ``-inf``, and in half precision
 another mean of the values for numbers below its range.
 """
 
+import functools
 import math
 import operator
 from typing import NamedTuple
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..autograd import FusedCore, attention, can_code_attention
+from ..autograd.score_terms import raise_term
+from ..codes.moved import move_exactly
 from ..functional import settings_of
 from ..layers import CodedLayer, QDropout
 from ..modules.execution import is_ordinary
@@ -161,7 +164,9 @@ class _Form(NamedTuple):
         if not can_code_attention(*tensors, probability):
             raise _Unlike
         shape = *lead, query.shape[-2], key.shape[-2]
-        scale, factors, terms, period = self._collect(shape, query.dtype)
+        # A bias that a table has is not kept.
+        move = functools.partial(move_exactly, quantizer.cache)
+        scale, factors, terms, period = self._collect(shape, query.dtype, move)
         used = query, key, value, *terms, *factors
         if not all(map(is_ordinary, used)) or not any(
             x.requires_grad for x in used
@@ -170,7 +175,7 @@ class _Form(NamedTuple):
         if len(lead) == 1:
             # Fused kernels want heads.
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-            terms = [t.unsqueeze(1) for t in terms]
+            terms = [move(torch.unsqueeze, t, 1) for t in terms]
         for factor in factors:
             query = query * factor
         core = FusedCore(probability, scale=scale, is_explicit=True)
@@ -181,7 +186,7 @@ class _Form(NamedTuple):
             output = output.squeeze(1)
         return _permuted(output, self.orders[3])
 
-    def _collect(self, shape, dtype):
+    def _collect(self, shape, dtype, move):
         """Scale, further factors, summands of the scores and their period."""
         scale, factors, terms, period = 1.0, [], [], 1
         now = shape
@@ -205,24 +210,26 @@ class _Form(NamedTuple):
                     value.is_floating_point() == (kind == 'hide')
                 ):
                     raise _Unlike
-                term, repeats = _as_term(value, now, shape)
+                term, repeats = _as_term(value, now, shape, move)
                 if repeats > 1:
                     if period not in (1, repeats):
                         raise _Unlike
                     period = repeats
-                terms.append(_in_dtype(term, dtype))
+                terms.append(_in_dtype(term, dtype, move))
         if now != shape:
             raise _Unlike
         return scale, factors, terms, period
 
 
-def _as_term(value, now, shape):
+def _as_term(value, now, shape, move):
     """A summand of reshaped scores as one of the scores, and its period.
 
     Args:
         value (Tensor[*]): The summand.
         now (Sequence[int]): Shape of the scores where it is added.
         shape (Sequence[int]): Shape of the scores as their product has it.
+        move (Callable): Calls a function of a tensor, see
+            :func:`.moved.move_exactly`.
 
     Returns:
         tuple[Tensor[*], int]: A tensor that broadcasts to the scores once it
@@ -232,7 +239,8 @@ def _as_term(value, now, shape):
     missing = len(now) - value.dim()
     if missing < 0:
         raise _Unlike
-    value = value[(None,) * missing]
+    if missing:
+        value = move(operator.getitem, value, (None,) * missing)
     if tuple(now) == tuple(shape):
         return value, 1
     if len(now) != len(shape) + 1 or tuple(now[2:]) != tuple(shape[1:]):
@@ -240,11 +248,13 @@ def _as_term(value, now, shape):
     groups, inner = value.shape[:2]
     if groups > 1:
         sizes = now[0], now[1], *value.shape[2:]
-        return value.expand(sizes).flatten(0, 1), 1
-    return value[0], 1 if now[0] == 1 else inner
+        value = move(torch.Tensor.expand, value, sizes)
+        return move(torch.flatten, value, 0, 1), 1
+    value = move(operator.getitem, value, 0)
+    return value, 1 if now[0] == 1 else inner
 
 
-def _in_dtype(term, dtype):
+def _in_dtype(term, dtype, move):
     """A summand in the dtype of the scores; a mask as it is."""
     if term.dtype is torch.bool or term.dtype is dtype:
         return term
@@ -252,8 +262,8 @@ def _in_dtype(term, dtype):
     if torch.finfo(term.dtype).min < lowest:
         # Large negative numbers are masks; not -inf, which a row may be full
         # of.
-        term = term.clamp(min=lowest)
-    return term.to(dtype)
+        term = move(raise_term, term, lowest)
+    return move(torch.Tensor.to, term, dtype)
 
 
 def _probability(function, layer):

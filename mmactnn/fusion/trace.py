@@ -259,7 +259,7 @@ def _trace(module, cls, signature, input_type):
         # Any code may fail on a proxy in place of a tensor.
         text = str(error).strip().split('\n')[0][:120]
         return UntraceableError(f'{type(error).__name__} in its trace: {text}')
-    nodes = _without_argument_checks(graph, defaults)
+    nodes = _without_argument_checks(graph, signature)
     parts = dict.fromkeys(
         path[:depth]
         for node in nodes
@@ -274,14 +274,20 @@ def _trace(module, cls, signature, input_type):
     return Trace(nodes, *signature, guards, input_type, reads_training)
 
 
-def _without_argument_checks(graph, defaults):
+def _without_argument_checks(graph, signature):
     """Nodes of a graph without the checks of arguments with defaults."""
+    defaults = signature.defaults
+    inputs = set(signature.arguments) - defaults.keys()
     constants = set()
     kept = []
     for node in graph.nodes:
         if node.op == 'placeholder':
+            # That of ``key`` with a default is called ``key_1``, but an
+            # argument may be called ``key_pos``.
             name = node.target
-            if name in defaults or name.rpartition('_')[0] in defaults:
+            if name not in inputs and (
+                name in defaults or name.rpartition('_')[0] in defaults
+            ):
                 constants.add(node)
                 continue
         elif node.op != 'output' and node.all_input_nodes:

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..codes.exact import BoolTensor
 from ..extension import has_kernels
-from ..ops import layout, relu_mask, relu_mask_backward
 from ..ops.quantize import VALID_DTYPES
 
 
@@ -283,14 +283,10 @@ class _Mask:
     """
 
     def __init__(self, mask):
-        self._shape = mask.shape
-        self.kept = mask
-        self._packed = has_kernels(mask.device.type)
-        if self._packed:
-            values = mask if mask.is_floating_point() else mask.half()
-            values = layout.dense(values)
-            self._stride = values.stride()
-            _, self.kept = relu_mask(values)
+        self.kept, self._payload = mask, None
+        if has_kernels(mask.device.type):
+            self._payload = BoolTensor.pack(mask)
+            (self.kept,) = self._payload.operands
 
     @classmethod
     def above(cls, x, jump):
@@ -317,15 +313,7 @@ class _Mask:
         Returns:
             Tensor[*]: bool.
         """
-        if not self._packed:
-            return self.kept
-        ones = torch.empty_strided(
-            self._shape,
-            self._stride,
-            dtype=torch.float16,
-            device=self.kept.device,
-        ).fill_(1)
-        return relu_mask_backward(ones, self.kept) > 0
+        return self.kept if self._payload is None else self._payload.unpack()
 
 
 def _jumps_of(function, args, kwargs):

@@ -14,6 +14,7 @@ from mmseg.models.decode_heads import (
     DDRHead,
     EncHead,
     FCNHead,
+    IterativeDecodeHead,
     PSPHead,
     SegformerHead,
 )
@@ -253,6 +254,27 @@ class TestDecodeHeads:
         assert type(model.head.losses_of_outputs) is QLosses
         convert_model(model, dict(base='L3', rules={'*resized*': 4}))
         assert model.head.resized_cross_entropy.quantizer.bits == 4
+
+    def test_a_head_without_losses_of_its_own(self):
+        """It calls those of another head."""
+        torch.manual_seed(0)
+        inner = dict(type='FCNHead', num_convs=1, in_channels=8, channels=4)
+        inner.update(num_classes=5, dropout_ratio=0, norm_cfg=dict(type='BN'))
+        stock = IterativeDecodeHead(0, inner, []).train()
+        inputs = [torch.randn(2, 8, 6, 7)]
+        ours = copy.deepcopy(stock)
+        convert_model(ours, filter_fn=chosen(ours))
+        layers = [name.rpartition('.')[2] for name, _ in ours.named_modules()]
+        assert 'resized_cross_entropy' in layers
+        expected, found = self.run(stock, inputs), self.run(ours, inputs)
+        assert list(found[0]) == list(expected[0])
+        for name, value in expected[0].items():
+            torch.testing.assert_close(found[0][name], value)
+        for a, b in zip(found[1], expected[1]):
+            if b is not None and b.norm() > 1e-6:
+                assert relative_error(a, b) < 1e-4
+        sizes = [r[2].kept_in(Category.LOSS) for r in (found, expected)]
+        assert sizes[0] < sizes[1] / 2
 
     def test_copies(self):
         head, inputs = self.make(self.CASES['super()'])

@@ -47,10 +47,19 @@ CASES = {
     'F.layer_norm, plain': lambda m, x, y: F.layer_norm(x, [32]) + y,
     'F.group_norm': lambda m, x, y: F.group_norm(x, 1, eps=1e-3) + y,
     'F.linear': lambda m, x, y: F.linear(x, m.second.weight) + y,
+    'F.linear, keywords': lambda m, x, y: (
+        F.linear(input=x, weight=m.second.weight) + y
+    ),
     'product': lambda m, x, y: x * y,
     'torch.mul': lambda m, x, y: torch.mul(x, y),
     'Tensor.mul': lambda m, x, y: x.mul(y),
     'square': lambda m, x, y: x * x + y,
+    'a power': lambda m, x, y: x**2 + y,
+    'Tensor.pow': lambda m, x, y: x.pow(2) + y,
+    'torch.square': lambda m, x, y: torch.square(x) + y,
+    'a broadcast difference': lambda m, x, y: (
+        (x - y.mean(1, keepdim=True)).pow(2.0) + y
+    ),
     'scale': lambda m, x, y: x * m.scale + y,
     'gate': lambda m, x, y: x * y.mean(1, keepdim=True) + y,
     'SwiGLU': lambda m, x, y: F.silu(x) * y,

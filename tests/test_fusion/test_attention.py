@@ -490,6 +490,30 @@ class TestOptionalTensors:
         torch.testing.assert_close(twin(x), module(x))
         assert calls['coded'] == 6
 
+    def test_names_that_begin_alike(self):
+        """The check of an absent ``key`` is called ``key_1`` in a trace."""
+
+        def forward(self, x, key=None, key_pos=None, key_1=0):
+            key = x if key is None else key
+            key = key if key_pos is None else key + key_pos
+            return torch.relu(self.proj(x + key))
+
+        module = make(forward)
+        traces = trace_block(module, type(module))
+        assert [tuple(node.target for node in t.inputs) for t in traces] == [
+            ('x',),
+            ('x', 'key'),
+            ('x', 'key_pos'),
+            ('x', 'key', 'key_pos'),
+        ]
+        twin = copy.deepcopy(module)
+        convert_model(twin, LEVEL)
+        x, pos = torch.randn(2, 4, 7, 16)
+        x.requires_grad_()
+        torch.testing.assert_close(
+            twin(x, key_pos=pos), module(x, key_pos=pos)
+        )
+
     def test_an_argument_that_must_be_given(self, calls):
         """Only the trace with the tensor exists."""
         module = make(lambda self, x, mask=None: hidden(self, x, mask))
@@ -519,3 +543,24 @@ def test_window_attention_of_mmdet(calls):
         twin(x)
     assert math.isclose(exact.exact_bytes, meter.exact_bytes, rel_tol=0.02)
     assert meter.saved_bytes < exact.exact_bytes / 4
+
+
+def test_bias_that_an_index_chooses_from_a_table():
+    """It is made again, and its table gets a gradient."""
+    beit = pytest.importorskip('mmseg.models.backbones.beit')
+    torch.manual_seed(0)
+    module = beit.BEiTAttention(16, 2, (7, 7)).train()
+    nn.init.normal_(module.relative_position_bias_table)
+    twin = copy.deepcopy(module)
+    convert_model(twin, LEVEL)
+    x = torch.randn(2, 50, 16, requires_grad=True)
+    module(x).sin().sum().backward()
+    with measure_activations(twin) as meter:
+        output = twin(x)
+    output.sin().sum().backward()
+    bias = 2 * 50 * 50 * 4
+    assert meter.saved_bytes < bias / 2
+    found, expected = (
+        m.relative_position_bias_table.grad for m in (twin, module)
+    )
+    assert 0 < (found - expected).norm() < 0.05 * expected.norm()

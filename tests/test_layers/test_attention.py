@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import mmactnn
 from mmactnn import convert_model, measure_activations
 from mmactnn.autograd import attention
+from mmactnn.codes.cache import PayloadCache
 from mmactnn.codes.payload import WHOLE
 from mmactnn.codes.quantizer import AttentionBits, LayerQuantizer
 from mmactnn.layers import QMultiheadAttention, QScaledDotProductAttention
@@ -171,6 +172,80 @@ def test_gradient_of_bias(chunk_mib, device):
     with saved_tensors() as saved:
         layer(*(t.detach().requires_grad_() for t in tensors), bias)
     assert sum(t.untyped_storage().nbytes() for t in saved) < 7000
+
+
+class TestKeptMasks:
+    """Large masks are bits, once for all layers that read one mask."""
+
+    SHAPE = 2, 4, 130, 16
+
+    def keep(self, mask, layers=1, hides=True):
+        """Bytes kept beside those without a mask, and gradients."""
+        quantizer = make().quantizer
+        quantizer.cache = PayloadCache()
+        tensors = [t.requires_grad_() for t in make_inputs(*self.SHAPE)]
+        sizes, results = [], []
+        for term in (None, mask):
+            with saved_tensors() as saved:
+                output = sum(
+                    attention(
+                        *tensors,
+                        quantizer,
+                        # A view of its own, as layers make it.
+                        () if term is None else (term.view(term.shape),),
+                        hides=hides,
+                    )
+                    for _ in range(layers)
+                )
+            storages = {
+                t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for t in saved
+            }
+            sizes.append(sum(storages.values()))
+            results.append(output)
+        gradients = torch.autograd.grad(
+            results[1], tensors, torch.ones_like(results[1])
+        )
+        return sizes[1] - sizes[0], results[1], gradients
+
+    @in_turn(layers=(1, 3), hides=(True, False))
+    def test_bits(self, layers, hides):
+        torch.manual_seed(0)
+        mask = torch.rand(2, 4, 130, 130) > 0.5
+        mask[..., 0] = not hides
+        kept, *found = self.keep(mask, layers, hides)
+        assert kept == mask.numel() // 8
+        torch.manual_seed(0)
+        summand = torch.zeros_like(mask, dtype=torch.float32)
+        summand[mask if hides else ~mask] = -math.inf
+        torch.rand(2, 4, 130, 130)
+        # Of the same random bits for the same queries, keys and values.
+        _, *expected = self.keep(summand, layers, hides)
+        torch.testing.assert_close(found, expected)
+
+    def test_small_and_expanded_ones_are_kept_as_they_are(self):
+        torch.manual_seed(0)
+        small = torch.zeros(2, 1, 1, 130, dtype=torch.bool)
+        assert self.keep(small)[0] == small.numel()
+        row = torch.zeros(130, 130, dtype=torch.bool)
+        assert self.keep(row.expand(2, 4, -1, -1))[0] == row.numel()
+
+    def test_a_mask_that_is_written_to_is_packed_again(self):
+        """Each layer has the mask that it was called with."""
+        torch.manual_seed(0)
+        tensors = [t.requires_grad_() for t in make_inputs(*self.SHAPE)]
+        masks = torch.rand(2, 2, 4, 130, 130) > 0.5
+        masks[..., 0] = False
+        quantizer = make().quantizer
+        mask = masks[0].clone()
+        total = attention(*tensors, quantizer, (mask,), hides=True)
+        mask.copy_(masks[1])
+        total = total + attention(*tensors, quantizer, (mask,), hides=True)
+        found = torch.autograd.grad(total.sin().sum(), tensors)
+        wide = [t.detach().double().requires_grad_() for t in tensors]
+        total = sum(F.scaled_dot_product_attention(*wide, ~m) for m in masks)
+        expected = torch.autograd.grad(total.sin().sum(), wide)
+        assert_close_gradients(found, expected)
 
 
 def test_pieces_give_the_gradients_of_the_whole():
