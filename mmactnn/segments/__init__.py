@@ -2,10 +2,13 @@
 
 from .block import is_segment, make_segment, segments_replaced, undo_segments
 from .checkpoint import DEFAULT_BITS, checkpoint
-from .find import find_segments
+from .find import FoundSegments, find_segments
+from .parts import BlockParts
 
 __all__ = [
     'DEFAULT_BITS',
+    'BlockParts',
+    'FoundSegments',
     'checkpoint',
     'find_segments',
     'is_segment',
