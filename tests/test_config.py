@@ -389,11 +389,22 @@ class TestConversion:
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
         assert output.stride() == expected.stride()
 
-    def test_a_small_output_is_no_reason_for_pieces(self):
-        conv = nn.Conv2d(16, 4, 3)
-        convert_model(conv, 'L3')
+    @pytest.mark.parametrize(
+        ('share', 'expected'), [(0.6, [5]), (0.4, [2, 2, 1])]
+    )
+    def test_small_output(self, share, expected):
+        """Pieces copy the output; a workspace may be as large as the input."""
+        conv = nn.Conv2d(16, 1, 3)
+        convert_model(conv, dict(base='L3', chunk_mib=1e-6))
         x = torch.randn(5, 16, 8, 8)
+        sizes = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(conv_module, '_LARGE_BYTES', x.nbytes // 2)
-            patch.setattr(torch, 'empty', None)
+            original = torch.convolution
+            patch.setattr(conv_module, '_LARGE_BYTES', share * x.nbytes)
+            patch.setattr(
+                torch,
+                'convolution',
+                lambda x, *args: sizes.append(len(x)) or original(x, *args),
+            )
             conv(x)
+        assert sizes == expected
