@@ -64,9 +64,8 @@ class TestTable:
             'swap': (None, None),
             'L1': (8, None),
             'L2': (6, 4),
-            'L3S': (4, 2),
             'L3R': (6, 4),
-        }.get(name, (4, 3))
+        }.get(name, (4, 2))
         assert (level.attention, level.attention_value) == attention
 
     def test_attention_alone_may_be_exact(self):
@@ -94,12 +93,7 @@ class TestGetLevel:
             (dict(base=dict(conv=4), norm=4.0), 'L3(conv=4,norm=4)'),
             (dict(base='L2', relu_bits=2), 'L2(rectified=2)'),
             (dict(base='L4', conv=2.0), 'L4'),
-            (
-                dict(
-                    norm=1, relu_bits=2, attention_value=2, rounding='rotated'
-                ),
-                'L3S',
-            ),
+            (dict(norm=1, relu_bits=2, rounding='rotated'), 'L3S'),
             (dict(base='L3S', swap=True), 'L3S(swap=True)'),
             (
                 dict(base='L1', norm=4, act=4, attention=6, attention_value=4),

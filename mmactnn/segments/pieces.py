@@ -5,6 +5,7 @@ batch if its samples do not depend on one another. Whether they do is measured
 once: the result of the first samples alone must be that of the batch.
 """
 
+import contextlib
 import functools
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..fusion.eligibility import has_hooks
 from ..modules.execution import is_ordinary
+from ..ops.capture import is_capturing
 from .buffers import buffers_copied
 from .draws import Draws, states_kept, states_of
 
@@ -57,10 +59,11 @@ class Pieces:
         # Hooks see whole batches.
         if count < 2 or any(map(has_hooks, modules[1:])):
             return run(function, args, kwargs)
-        if key not in self.kinds:
-            with torch.no_grad():
+        # Measuring waits for the device, which a captured graph cannot.
+        if key not in self.kinds and not is_capturing():
+            with torch.no_grad(), _casts_not_cached():
                 self.kinds[key] = _find_kinds(function, args, kwargs, modules)
-        kinds = self.kinds[key]
+        kinds = self.kinds.get(key)
         if kinds is None:
             return run(function, args, kwargs)
         batch = len(args[0])
@@ -79,6 +82,17 @@ class Pieces:
             piece = functools.partial(_run_piece, draws, start, stop, function)
             results.append(run(piece, part, kwargs))
         return torch.cat(results)
+
+
+@contextlib.contextmanager
+def _casts_not_cached():
+    """Context in which autocast does not keep weights without gradients."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
 
 
 def _run_piece(draws, start, stop, function, *args, **kwargs):

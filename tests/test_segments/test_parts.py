@@ -122,6 +122,22 @@ class TestPieces:
             assert 0 < relative(coded, exact) < 0.02
             assert torch.equal(after, drawn)
 
+    def test_autocast(self, monkeypatch):
+        """Weights that measuring casts without gradients are not used."""
+        model, x = build(Block), batch()
+
+        def run():
+            with torch.autocast('cpu', torch.bfloat16):
+                return step(model, x)
+
+        output, exact, _ = run()
+        convert(model, monkeypatch, 2)
+        for _ in range(2):
+            found, coded, _ = run()
+            assert kinds(model) == [{None: ()}] * 2
+            torch.testing.assert_close(found, output)
+            assert 0 < relative(coded, exact) < 0.05
+
     def test_peak(self, monkeypatch):
         peaks = []
         for most in (8, 2, 1):
