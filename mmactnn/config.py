@@ -564,7 +564,7 @@ _L3 = Level(
     mask=True,
     act=4,
     attention=4,
-    attention_value=3,
+    attention_value=2,
     rectified=3,
     head=4,
     image=8,
@@ -606,7 +606,6 @@ LEVELS = {
             name='L3S',
             norm=1,
             rectified=2,
-            attention_value=2,
             rounding='rotated',
         ),
         # Blocks that fusing does not serve are recomputed from 8 bits; other

@@ -18,9 +18,10 @@ from .double_backward import first_order_only
 # time for a second call then matters more than the memory of both tensors.
 _SMALL_BYTES = 32 * MIB
 
-# From this size on the forward pass, too, runs in pieces, each of at least
-# this size. Pieces cost a copy of the output; with smaller tensors the
-# backward pass needs more memory than the forward pass anyway.
+# From this size of the output on the forward pass, too, runs in pieces, each
+# of at least this size, and from twice this size of the input. Pieces cost a
+# copy of the output; with smaller tensors the backward pass needs more memory
+# than the forward pass anyway.
 _LARGE_BYTES = 256 * MIB
 
 _CONTIGUOUS = torch.contiguous_format
@@ -56,7 +57,7 @@ class _Record(NamedTuple):
 
 
 def _convolve(x, w, b, geometry, limit):
-    """Convolve, piece by piece if input and output are large.
+    """Convolve, piece by piece if the input or the output is large.
 
     Where cuDNN computes in another layout, its workspace holds copies of
     both.
@@ -68,7 +69,7 @@ def _convolve(x, w, b, geometry, limit):
     # Bytes of the output, but for effects of the edges.
     nbytes = x.nbytes * w.shape[0] / x.shape[1] / math.prod(geometry[0])
     parts = list(pieces(x.shape[0], max(x.nbytes, nbytes), limit))
-    if nbytes <= limit or len(parts) == 1:
+    if nbytes <= limit and x.nbytes <= 2 * limit or len(parts) == 1:
         return torch.convolution(x, w, b, *geometry)
     output = None
     for part in parts:

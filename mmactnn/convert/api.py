@@ -30,7 +30,12 @@ from ..ops import DEFAULT_GROUP_SIZE
 from ..precision import AdaptivePrecision
 from ..random import RoundingGenerator
 from ..registry import FunctionEntry, default_registry
-from ..segments import make_segment, segments_replaced, undo_segments
+from ..segments import (
+    BlockParts,
+    make_segment,
+    segments_replaced,
+    undo_segments,
+)
 from .filters import Filter
 from .report import (
     Adapted,
@@ -194,7 +199,7 @@ def _convert_model(
     def why_filtered(name, module):
         return _why_filtered(name, module, include, exclude, filter_fn)
 
-    segments, unsegmented = find_blocks(
+    segments, unsegmented, sizes = find_blocks(
         model, level, chosen, found.fusions, why_filtered
     )
     callers = [
@@ -293,6 +298,7 @@ def _convert_model(
         make_segment(
             module,
             segment_quantizer(name, level, group_size, generator, cache),
+            BlockParts(sizes[name]),
         )
     _swap(model, level)
     unfused = {**found.unfused, **adaptable.refused}

@@ -1,7 +1,7 @@
 """Choice of the blocks that run as segments, and their settings."""
 
 from ..codes.quantizer import LayerQuantizer
-from ..segments import DEFAULT_BITS, find_segments
+from ..segments import DEFAULT_BITS, FoundSegments, find_segments
 
 # Bits an element of a tensor that is kept exactly, in float32.
 _EXACT_BITS = 32
@@ -19,11 +19,10 @@ def find_blocks(model, level, chosen, fusions, why_filtered):
             reason why filters leave it out, or to None.
 
     Returns:
-        tuple[dict, dict]: As :func:`mmactnn.segments.find_segments`; empty if
-        the level does not recompute.
+        FoundSegments: The blocks; none if the level does not recompute.
     """
     if not level.recompute or level.exact:
-        return {}, {}
+        return FoundSegments({}, {}, {})
     targets = {item.module: item.target for item in chosen}
     fused = {norm for fusion in fusions.values() for norm in fusion.norms}
     norms = {item.module for item in chosen if item.target.kind == 'norm'}

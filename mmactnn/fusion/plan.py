@@ -306,6 +306,21 @@ def _detach_from_graph(site):
     return site
 
 
+def make_steps(calls, slots, result):
+    """Make steps of calls as they are written.
+
+    Args:
+        calls (Sequence[fx.Node]): The calls, in their order.
+        slots (dict[fx.Node, int]): Slots of their values and inputs.
+        result (fx.Node): Value that is read after them.
+
+    Returns:
+        tuple[Step]: The steps.
+    """
+    steps = [_make_step(call, slots) for call in calls]
+    return tuple(_free_after_last_use(steps, ValueRef(slots[result])))
+
+
 def _slots_in(arguments):
     if isinstance(arguments, ValueRef):
         return {arguments.slot}

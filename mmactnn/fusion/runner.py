@@ -55,7 +55,7 @@ class BlockRunner:
             return None
         for plan in self.plans:
             trace = plan.trace
-            inputs = _bind(plan, args, kwargs)
+            inputs = bind(plan, args, kwargs)
             if (
                 inputs is not None
                 and _are_supported(inputs, trace.input_type)
@@ -99,7 +99,7 @@ class BlockRunner:
             if end is None:
                 end = i + 1
                 step = steps[i]
-                values[step.output] = _run_step(module, step, values)
+                values[step.output] = run_step(module, step, values)
             for step in steps[i:end]:
                 for slot in step.frees:
                     values[slot] = None
@@ -192,8 +192,17 @@ def _cache_of(module, plan):
     return None
 
 
-def _bind(plan, args, kwargs):
-    """Inputs of a call in the order of a plan; None if it has others."""
+def bind(plan, args, kwargs):
+    """Bind the arguments of a call to the inputs of a plan.
+
+    Args:
+        plan (object): A plan with its ``trace`` and ``input_names``.
+        args (tuple): Arguments of the call.
+        kwargs (dict): Keyword arguments of the call.
+
+    Returns:
+        list[object], optional: The inputs; None if the plan is for others.
+    """
     trace, needed = plan.trace, plan.input_names
     names, count = trace.arguments, len(needed)
     if not kwargs and len(args) == count and names[:count] == needed:
@@ -238,7 +247,17 @@ def _is_frozen(plan, inputs):
     )
 
 
-def _run_step(module, step, values):
+def run_step(module, step, values):
+    """Run a step of a plan.
+
+    Args:
+        module (nn.Module): The block.
+        step (Step): The step.
+        values (list[object]): Values by slot. A site frees its inputs.
+
+    Returns:
+        object: Its value.
+    """
     if step.kind == 'site':
         layers = members_of(module, step.target)
         inputs = [values[ref.slot] for ref in step.args]

@@ -176,7 +176,7 @@ def trace_block(module, cls):
     arguments, defaults = _arguments(functions['forward'])
     signature = _Signature(arguments, defaults, ())
     results = [_trace(module, cls, signature, torch.Tensor)]
-    if _checks_types(functions):
+    if checks_types(cls):
         results.append(_trace(module, cls, signature, list))
     results += [
         _trace(module, cls, variant, torch.Tensor)
@@ -235,11 +235,18 @@ def _arguments(forward):
     return tuple(p.name for p in parameters), defaults
 
 
-def _checks_types(functions):
-    """Whether functions call ``isinstance``."""
+def checks_types(cls):
+    """Whether a forward pass may depend on the types of its arguments.
+
+    Args:
+        cls (type): Class of a module.
+
+    Returns:
+        bool: Whether its functions call ``isinstance``.
+    """
     return any(
         'isinstance' in getattr(f, '__code__', f).co_names
-        for f in functions.values()
+        for f in functions_of(cls).values()
         if hasattr(f, '__code__')
     )
 

@@ -47,7 +47,14 @@ def _run(cls, module, args, kwargs, quantizer):
         return cls.forward(module, *args, **kwargs)
     function = functools.partial(cls.forward, module)
     modules = list(module.modules())
-    return run_segment(function, args, kwargs, quantizer, None, modules)
+
+    def run(function, args, kwargs):
+        return run_segment(function, args, kwargs, quantizer, None, modules)
+
+    parts = module.__dict__.get('_parts')
+    if parts is None:
+        return run(function, args, kwargs)
+    return parts.run(module, cls, function, args, kwargs, run)
 
 
 def _needs_gradients(module, leaves):
@@ -69,17 +76,19 @@ def is_segment(module):
     return isinstance(module, SegmentBlock)
 
 
-def make_segment(module, quantizer):
+def make_segment(module, quantizer, parts=None):
     """Make a module run as a segment, in place.
 
     Args:
         module (nn.Module): The module.
         quantizer (LayerQuantizer): Codec of its inputs.
+        parts (BlockParts, optional): Division into several segments where it
+            is large. Defaults to none.
     """
     cls = wrapped_class(type(module))
     replace_class(module, cls, SegmentBlock.of(cls))
     # Bypasses the checks of nn.Module.__setattr__.
-    module.__dict__['_segment'] = quantizer
+    module.__dict__.update(_segment=quantizer, _parts=parts)
 
 
 def undo_segments(model):
@@ -89,12 +98,14 @@ def undo_segments(model):
         model (nn.Module): The model.
 
     Returns:
-        dict[nn.Module, LayerQuantizer]: The blocks, for :func:`make_segment`.
+        dict[nn.Module, tuple]: The blocks, each with the other arguments of
+        :func:`make_segment`.
     """
     undone = {}
     for module in model.modules():
         if is_segment(module):
-            undone[module] = module.__dict__.pop('_segment', None)
+            own = module.__dict__
+            undone[module] = own.pop('_segment', None), own.pop('_parts', None)
             plain = module.plain_class
             replace_class(module, SegmentBlock.of(plain), plain)
     return undone
@@ -112,6 +123,6 @@ def segments_replaced(model):
     try:
         yield
     except BaseException:
-        for module, quantizer in undone.items():
-            make_segment(module, quantizer)
+        for module, settings in undone.items():
+            make_segment(module, *settings)
         raise

@@ -67,21 +67,33 @@ class BufferWrites:
         )
         self._before = ()
 
-    @contextlib.contextmanager
     def discarded(self):
         """Discard what is written to the buffers, as a context."""
-        originals = [
-            (module, dict(module._buffers)) for module in self._written
-        ]
+        return buffers_copied(self._written)
+
+
+@contextlib.contextmanager
+def buffers_copied(modules):
+    """Give modules copies of their buffers, as a context.
+
+    Args:
+        modules (Iterable[nn.Module]): The modules.
+
+    Yields:
+        list[Tensor[*]]: The copies.
+    """
+    originals = [(module, dict(module._buffers)) for module in modules]
+    copies = []
+    for module, buffers in originals:
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.detach().clone()
+                copies.append(module._buffers[name])
+    try:
+        yield copies
+    finally:
         for module, buffers in originals:
-            for name, buffer in buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.detach().clone()
-        try:
-            yield
-        finally:
-            for module, buffers in originals:
-                module._buffers.update(buffers)
+            module._buffers.update(buffers)
 
 
 def _state(module):

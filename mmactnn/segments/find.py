@@ -1,11 +1,13 @@
 """Search for the blocks of a model that pay as segments."""
 
 import collections
+from typing import NamedTuple
 
 from torch import nn
 
 from ..modules.class_swap import wrapped_class
 from ..modules.naming import named_modules
+from .parts import BlockSize
 
 # Containers, whose class says nothing about what they compute.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -14,6 +16,22 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _MIN_COVERED = 0.5
 # How many times as much a block must keep as the segment.
 _MIN_GAIN = 2
+
+
+class FoundSegments(NamedTuple):
+    """Result of a search.
+
+    Attributes:
+        segments (dict[str, nn.Module]): Blocks to be segments, by qualified
+            name.
+        refused (dict[str, tuple[nn.Module, str]]): Blocks that hold enough
+            but cannot be segments, with the reason, likewise.
+        sizes (dict[str, BlockSize]): Sizes of the segments, likewise.
+    """
+
+    segments: dict
+    refused: dict
+    sizes: dict
 
 
 def find_segments(model, bits_of, why_not, segment_bits):
@@ -35,14 +53,12 @@ def find_segments(model, bits_of, why_not, segment_bits):
         segment_bits (float): Bits an element of the input of a segment.
 
     Returns:
-        tuple[dict[str, nn.Module], dict[str, tuple[nn.Module, str]]]:
-        Segments, and blocks that hold enough but cannot be segments, with the
-        reason, by qualified name.
+        FoundSegments: The blocks; the model is not changed.
     """
     search = _Search(model, bits_of)
     chosen = search.choose(model)
     classes = {_class(module) for module in chosen}
-    found, refused, inside = {}, {}, set()
+    found, refused, sizes, inside = {}, {}, {}, set()
     for name, module in named_modules(model):
         if module in inside or _class(module) not in classes:
             continue
@@ -53,8 +69,9 @@ def find_segments(model, bits_of, why_not, segment_bits):
             refused[name] = module, reason
             continue
         found[name] = module
+        sizes[name] = search.size_of(module)
         inside.update(module.modules())
-    return found, refused
+    return FoundSegments(found, refused, sizes)
 
 
 class _Search:
@@ -68,6 +85,7 @@ class _Search:
     def __init__(self, model, bits_of):
         self._kept = {}
         self._stays = {}
+        self._lives = {}
         self._width = {}
         self._estimate(model, bits_of)
 
@@ -88,6 +106,8 @@ class _Search:
         for module in model.modules():
             parts = [part for part in module.modules() if part in own]
             sizes = [(own[part][0], *own[part][2]) for part in parts]
+            # Masks hardly count beside exact values.
+            self._lives[module] = sum(n for n, kept, _ in sizes if kept > 1)
             self._kept[module] = sum(n * kept for n, kept, _ in sizes)
             self._stays[module] = sum(n * stays for n, _, stays in sizes)
             # The first layer reads the input.
@@ -109,6 +129,21 @@ class _Search:
             return 0
         return self._kept[module] / (
             width * segment_bits + self._stays[module]
+        )
+
+    def size_of(self, module):
+        """Size of a block while it runs again.
+
+        Args:
+            module (nn.Module): The block.
+
+        Returns:
+            BlockSize: The size.
+        """
+        parts = module.named_modules(remove_duplicate=False)
+        return BlockSize(
+            self._width[module],
+            {name: self._lives[part] for name, part in parts},
         )
 
     def choose(self, module):

@@ -7,6 +7,7 @@ from support.transformer import Block, relative
 from torch import nn
 
 from mmactnn import convert_model
+from mmactnn.segments import parts
 
 
 @pytest.fixture
@@ -34,7 +35,9 @@ def gradients(model, net, x):
     [{}, dict(find_unused_parameters=True), dict(static_graph=True)],
     ids=['plain', 'unused', 'static'],
 )
-def test_gradients_arrive(group, options):
+@pytest.mark.parametrize('most', [parts.MAX_BYTES, 1], ids=['', 'parts'])
+def test_gradients_arrive(group, options, most, monkeypatch):
+    monkeypatch.setattr(parts, 'MAX_BYTES', most)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 64), Block(), Block(), nn.Linear(64, 4))
     x = torch.randn(4, 32, 16)
