@@ -26,20 +26,24 @@ def wrapper(**kwargs):
 
 
 OPTIONS = {
-    'bfloat16': wrapper(type='AmpOptimWrapper', dtype='bfloat16'),
-    'moving average': dict(
-        hooks=[dict(type='EMAHook', ema_type='ExponentialMovingAverage')]
-    ),
-    'accumulation': wrapper(accumulative_counts=2),
-    'checkpointing': dict(activation_checkpointing=['backbone.layers.1']),
-    'with_cp': dict(with_cp=True),
-    'learning rates': wrapper(
-        clip_grad=dict(max_norm=0.1),
-        paramwise_cfg=dict(
-            norm_decay_mult=0.0,
-            custom_keys={'backbone.layers.0': dict(lr_mult=0.1)},
+    # One run tells whether options work together; others say which did not.
+    'bfloat16 and others': dict(
+        hooks=[dict(type='EMAHook', ema_type='ExponentialMovingAverage')],
+        **wrapper(
+            type='AmpOptimWrapper',
+            dtype='bfloat16',
+            accumulative_counts=2,
+            clip_grad=dict(max_norm=0.1),
+            paramwise_cfg=dict(
+                norm_decay_mult=0.0,
+                custom_keys={'backbone.layers.0': dict(lr_mult=0.1)},
+            ),
         ),
     ),
+    'checkpointing': dict(
+        activation_checkpointing=['backbone.layers.1'], with_cp=False
+    ),
+    'with_cp': dict(with_cp=True),
 }
 
 
@@ -118,7 +122,7 @@ def test_option(name, tmp_path, monkeypatch):
     for level, error in (('L3', 0.05), ('L3R', 0.005)):
         runner, losses = runs[level]
         # The forward pass is exact, and so is the first loss.
-        assert losses[0] == expected[0] or name == 'bfloat16'
+        assert losses[0] == expected[0] or name.startswith('bfloat16')
         assert list(losses.values()) == pytest.approx(
             list(expected.values()), abs=error
         )
@@ -132,7 +136,7 @@ def test_option(name, tmp_path, monkeypatch):
     factors = {'checkpointing': (6, 9), 'with_cp': (1, 3)}
     for factor, saved in zip(factors.get(name, (7, 25)), kept[1:]):
         assert factor * saved < kept[0]
-    if name == 'moving average':
+    if 'hooks' in option:
         averages = [
             next(h for h in run[0].hooks if hasattr(h, 'ema_model')).ema_model
             for run in (runs[None], runs['L3R'])
