@@ -54,6 +54,14 @@ CASES = {
     'scale': lambda m, x, y: x * m.scale + y,
     'gate': lambda m, x, y: x * y.mean(1, keepdim=True) + y,
     'SwiGLU': lambda m, x, y: F.silu(x) * y,
+    'F.avg_pool2d': lambda m, x, y: F.avg_pool2d(x, 3, 1, 1) + y,
+    'F.avg_pool2d, keywords': lambda m, x, y: (
+        F.avg_pool2d(x, (1, 3), stride=1, padding=(0, 1), ceil_mode=True) + y
+    ),
+    'F.adaptive_avg_pool2d': lambda m, x, y: (
+        F.adaptive_avg_pool2d(x, (None, 8)).repeat(1, 1, 4) + y
+    ),
+    'F.max_pool2d': lambda m, x, y: F.max_pool2d(x, 3, 1, 1) + y,
 }
 
 
@@ -121,6 +129,16 @@ def test_unbiased(name):
         mean = (values.mean(0) - value).norm()
         # Biases and others are exact but for float32.
         assert mean < 1.4 * single / math.sqrt(draws) + 1e-5 * value.norm()
+
+
+def test_pool_of_an_exact_layer():
+    """A layer that filters leave exact keeps torch's function."""
+    module = Calls(lambda m, x, y: m.pool(x) + y)
+    module.pool = nn.MaxPool2d(3, 1, 1)
+    convert_model(module, 'L2', exclude=['pool'])
+    output = module(torch.randn(1, 2, 4, 32, requires_grad=True))
+    before = output.grad_fn.next_functions[0][0]
+    assert before.name() == 'MaxPool2DWithIndicesBackward0'
 
 
 def test_dropout():
