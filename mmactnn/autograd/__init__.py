@@ -20,6 +20,7 @@ from .gate import gate
 from .group_norm import group_norm
 from .layer_norm import layer_norm
 from .linear import linear
+from .matrix_product import matrix_product
 from .norm_act import norm_act, norm_for_smooth
 from .placeholders import meta_tensor
 from .pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
@@ -55,6 +56,7 @@ __all__ = [
     'layer_norm',
     'linear',
     'linear_map',
+    'matrix_product',
     'max_pool2d',
     'meta_tensor',
     'norm_act',

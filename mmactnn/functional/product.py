@@ -4,7 +4,7 @@ import torch
 
 from .. import autograd
 from ..autograd.product import is_coded
-from ..layers import QProduct
+from ..layers import QMatrixProduct, QProduct
 from ..ops.quantize import VALID_DTYPES
 from ..registry import register_function
 
@@ -31,11 +31,11 @@ def _are_activations(input, other, out=None):
 )
 def product(quantizer, input, other, out=None):
     """``input * other``, where both need gradients."""
-    if other.dtype not in VALID_DTYPES or not (input.dim() and other.dim()):
-        return NotImplemented
-    # Factors of which neither is large beside the product have no codes.
-    size = max(input.numel(), other.numel())
-    if not is_coded(input, size) and not is_coded(other, size):
+    if (
+        other.dtype not in VALID_DTYPES
+        or not (input.dim() and other.dim())
+        or not _has_codes(input, other)
+    ):
         return NotImplemented
     return autograd.product(input, other, quantizer)
 
@@ -79,3 +79,32 @@ def square(quantizer, input):
     if not input.dim():
         return NotImplemented
     return autograd.product(input, input, quantizer)
+
+
+@register_function(
+    torch.matmul,
+    torch.bmm,
+    torch.mm,
+    torch.Tensor.matmul,
+    torch.Tensor.bmm,
+    torch.Tensor.mm,
+    torch.Tensor.__matmul__,
+    layer=QMatrixProduct,
+    takes=_are_activations,
+    needs_parameters=True,
+)
+def matrix_product(quantizer, input, other, out=None):
+    """``input @ other``, where both need gradients."""
+    if (
+        other.dtype not in VALID_DTYPES
+        or min(input.dim(), other.dim()) < 2
+        or not _has_codes(input, other)
+    ):
+        return NotImplemented
+    return autograd.matrix_product(input, other, quantizer)
+
+
+def _has_codes(input, other):
+    """Whether a factor is large beside the other one, and no leaf."""
+    size = max(input.numel(), other.numel())
+    return is_coded(input, size) or is_coded(other, size)

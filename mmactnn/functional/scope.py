@@ -17,7 +17,13 @@ from ..ops.quantize import VALID_DTYPES
 from ..registry import default_registry
 
 # Python modules whose code a call passes on its way to a handler.
-_ON_THE_WAY = ('torch.nn.functional', 'torch.overrides', 'torch._tensor')
+_ON_THE_WAY = (
+    'torch.nn.functional',
+    'torch.overrides',
+    'torch._tensor',
+    # F.max_pool2d, which chooses between two functions.
+    'torch._jit_internal',
+)
 _PACKAGE = __name__.partition('.')[0]
 
 

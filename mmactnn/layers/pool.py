@@ -11,7 +11,7 @@ from .base import ExactLayer
 from .gateway import run
 
 # As 8 bits hold a position.
-_MAX_TAPS = 256
+MAX_TAPS = 256
 
 
 @register_layer(
@@ -52,8 +52,8 @@ class QMaxPool2d(ExactLayer, nn.MaxPool2d):
         if module.return_indices:
             return 'returns the indices, which take more than 4 bits'
         taps = math.prod(as_pair(module.kernel_size))
-        if taps > _MAX_TAPS:
-            return f'window of {taps} taps, {_MAX_TAPS} at most'
+        if taps > MAX_TAPS:
+            return f'window of {taps} taps, {MAX_TAPS} at most'
         return None
 
     def forward(self, input):

@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from support.layers import assert_same_bits, relative_error
 from torch import nn
 
-from mmactnn import QProduct, convert_model, measure_activations
+from mmactnn import (
+    QMatrixProduct,
+    QProduct,
+    convert_model,
+    measure_activations,
+)
 from mmactnn.registry import FunctionEntry, default_registry
 
 
@@ -63,6 +68,24 @@ CASES = {
     'scale': lambda m, x, y: x * m.scale + y,
     'gate': lambda m, x, y: x * y.mean(1, keepdim=True) + y,
     'SwiGLU': lambda m, x, y: F.silu(x) * y,
+    'F.avg_pool2d': lambda m, x, y: F.avg_pool2d(x, 3, 1, 1) + y,
+    'F.avg_pool2d, keywords': lambda m, x, y: (
+        F.avg_pool2d(x, (1, 3), stride=1, padding=(0, 1), ceil_mode=True) + y
+    ),
+    'F.adaptive_avg_pool2d': lambda m, x, y: (
+        F.adaptive_avg_pool2d(x, (None, 8)).repeat(1, 1, 4) + y
+    ),
+    'torch.matmul': lambda m, x, y: torch.matmul(x, y.mT) @ y,
+    'torch.bmm': lambda m, x, y: x.bmm(torch.bmm(y.mT, x)),
+    'F.max_pool2d': lambda m, x, y: F.max_pool2d(x, 3, 1, 1) + y,
+}
+# Here some factors are kept themselves.
+EXACT_FACTORS = {
+    'softmax of rows': lambda m, x, y: (x @ y.mT).softmax(-2) @ y,
+    'one right factor': lambda m, x, y: (
+        x @ y.flatten(0, 1).mT @ y.flatten(0, 1)
+    ),
+    'one left factor': lambda m, x, y: x[0] @ y.mT @ y,
 }
 
 
@@ -76,10 +99,10 @@ def run(module, x, grad_output):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', [*CASES, *EXACT_FACTORS])
 def test_outputs_and_gradients(device, name, dtype):
     torch.manual_seed(0)
-    module = Calls(CASES[name]).to(device, dtype)
+    module = Calls((CASES | EXACT_FACTORS)[name]).to(device, dtype)
     twin = copy.deepcopy(module)
     convert_model(module, dict(base='L2', conv=8, norm=7, act=8))
     x = torch.randn(4, 3, 32, device=device, dtype=dtype)
@@ -112,7 +135,9 @@ def test_keeps_less(name):
     assert ours.saved_bytes < stock.saved_bytes / 4
 
 
-@pytest.mark.parametrize('name', ['product', 'square', 'scale', 'SwiGLU'])
+@pytest.mark.parametrize(
+    'name', ['product', 'square', 'scale', 'SwiGLU', 'torch.bmm']
+)
 def test_unbiased(name):
     torch.manual_seed(0)
     module = Calls(CASES[name])
@@ -130,6 +155,16 @@ def test_unbiased(name):
         mean = (values.mean(0) - value).norm()
         # Biases and others are exact but for float32.
         assert mean < 1.4 * single / math.sqrt(draws) + 1e-5 * value.norm()
+
+
+def test_pool_of_an_exact_layer():
+    """A layer that filters leave exact keeps torch's function."""
+    module = Calls(lambda m, x, y: m.pool(x) + y)
+    module.pool = nn.MaxPool2d(3, 1, 1)
+    convert_model(module, 'L2', exclude=['pool'])
+    output = module(torch.randn(1, 2, 4, 32, requires_grad=True))
+    before = output.grad_fn.next_functions[0][0]
+    assert before.name() == 'MaxPool2DWithIndicesBackward0'
 
 
 def test_dropout():
@@ -191,6 +226,44 @@ class TestProducts:
         convert_model(module, 'L2')
         x = torch.randn(2, 3, 32, requires_grad=True)
         assert module(x).grad_fn.next_functions[0][0].name() == 'MulBackward0'
+
+    def test_result_of_softmax_is_kept_once(self):
+        module = Calls(lambda m, x, y: x.softmax(-1) @ y.mT @ y)
+        convert_model(module, 'L2')
+        x = torch.randn(8, 32, 32, requires_grad=True)
+        with measure_activations(module) as meter:
+            module(x)
+        codes = x.numel() * (4 / 8 + 4 / 256)
+        # Of the input, for either layer, of both views of y, and of the first
+        # product.
+        assert meter.saved_bytes == 5 * codes + 4 * x.numel()
+
+    def test_matrices_under_autocast(self):
+        module = Calls(lambda m, x, y: x.float() @ y.float().mT @ y.float())
+        twin = copy.deepcopy(module)
+        convert_model(module, dict(base='L2', conv=8, act=8))
+        x = torch.randn(4, 3, 32)
+        found = []
+        for each in (module, twin):
+            with torch.autocast('cpu', torch.bfloat16):
+                output = each(x)
+            assert output.dtype == torch.bfloat16
+            output.float().square().sum().backward()
+            found.append((output, each.first.weight.grad))
+        assert_same_bits(found[0][0], found[1][0])
+        assert relative_error(found[0][1], found[1][1]) < 0.03
+
+    def test_layer_of_matrices(self):
+        layer = QMatrixProduct(bits=8)
+        x = torch.randn(4, 8, 32, requires_grad=True)
+        output = layer(x.cos(), x.sin().mT)
+        assert output.grad_fn.name() == '_ProductBackward'
+        (grad,) = torch.autograd.grad(output.square().sum(), x)
+        exact = (x.cos() @ x.sin().mT).square().sum()
+        (expected,) = torch.autograd.grad(exact, x)
+        assert relative_error(grad, expected) < 0.03
+        vector = layer(x.cos(), x[0, 0].sin())
+        assert vector.grad_fn.name() != '_ProductBackward'
 
     def test_second_derivative(self):
         layer = QProduct(bits=4)

@@ -152,6 +152,7 @@ class TestNames:
             'QGate',
             'QHSigmoid',
             'QLosses',
+            'QMatrixProduct',
             'QMultiheadAttention',
             'QPReLU',
             'QProduct',
