@@ -1,6 +1,12 @@
 """Memory-efficient training with 2-bit activations."""
 
 from .compat import QModule, as_parents, set_optimization_level
+from .compiler import (
+    compile,
+    compile_options,
+    compile_report,
+    register_linear_use,
+)
 from .config import (
     LEVELS,
     Compression,
@@ -50,6 +56,9 @@ __all__ = [
     '__version__',
     'as_parents',
     'checkpoint',
+    'compile',
+    'compile_options',
+    'compile_report',
     'convert_model',
     'get_level',
     'get_precision',
@@ -58,6 +67,7 @@ __all__ = [
     'register_adapter',
     'register_function',
     'register_layer',
+    'register_linear_use',
     'register_pattern',
     'revert_model',
     'set_optimization_level',

@@ -22,7 +22,7 @@ ORDER = (
     ('layers',),
     ('functional',),
     ('fusion',),
-    ('adapters', 'memory', 'segments'),
+    ('adapters', 'compiler', 'memory', 'segments'),
     ('convert', 'names'),
     ('compat', 'mmlab'),
     ('hooks',),
@@ -38,6 +38,7 @@ LATE = {
     ('layers.gateway', 'modules.graph_break'): 'it imports the compiler',
     ('fusion.block', 'modules.graph_break'): 'the same',
     ('segments.checkpoint', 'modules.graph_break'): 'the same',
+    ('compiler.options', 'compiler.backends'): 'the same',
 }
 
 
