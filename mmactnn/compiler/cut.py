@@ -152,6 +152,8 @@ class Cut:
         import networkx as nx
 
         network = nx.DiGraph()
+        # What depends on parameters alone is computed from them.
+        demands = [d for d in demands if d.node not in self.joint.constants]
         ends = {(d.node, self.resolve(d.node, d.copy)): None for d in demands}
         keys = self._reachable(demands)
         self.copies = len(keys)
@@ -164,10 +166,18 @@ class Cut:
                 network.add_edge('source', (key, 'in'))
                 continue
             for item in inputs.items():
+                if item not in keys:
+                    continue
                 network.add_edge((item, 'out'), (key, 'in'))
         if 'source' not in network or not ends:
             return
-        _, (before, _) = nx.minimum_cut(network, 'source', 'sink')
+        _, (before, _) = nx.minimum_cut(
+            network,
+            'source',
+            'sink',
+            # The fastest one here, by far: paths are short.
+            flow_func=nx.algorithms.flow.boykov_kolmogorov,
+        )
         for node, copy in keys:
             key = node, copy
             if (key, 'in') in before and (key, 'out') not in before:
@@ -185,6 +195,7 @@ class Cut:
             role = demand.role
             bits = (role and self._bits_of(role)) or 0
             todo.append((demand.node, demand.copy, bits))
+        constants = self.joint.constants
         while todo:
             node, copy, bits = todo.pop()
             key = node, self.resolve(node, copy)
@@ -197,7 +208,8 @@ class Cut:
             for n, needed in (keys[key] or {}).items():
                 if needed is Copy.CODED and key[1] is Copy.REPLAYED:
                     bits = max(bits, self._bits_of(Role.ATTENTION))
-                todo.append((n, needed, bits))
+                if n not in constants:
+                    todo.append((n, needed, bits))
         return keys
 
     def _inputs_or_none(self, node, copy):
@@ -214,8 +226,6 @@ class Cut:
         if not is_tensor(node):
             several = isinstance(value(node), (tuple, list))
             return math.inf if several else 8.0
-        if node in self.joint.constants:
-            return 0.0 if node.op == 'placeholder' else 1.0
         steps = min(self._distance.get(node, _FARTHEST), _FARTHEST)
         factor = 1 + _PER_STEP * steps
         held = value(node)
@@ -253,7 +263,8 @@ def _connect(network, start, end, capacity):
     if capacity == math.inf:
         network.add_edge(start, end)
     else:
-        network.add_edge(start, end, capacity=capacity)
+        # Whole numbers: flows in floats do not add up.
+        network.add_edge(start, end, capacity=round(capacity * 64))
 
 
 def _distances(joint):

@@ -14,6 +14,7 @@ from .classes import (
     is_linear_in,
     packet,
 )
+from .joint import must_recompute
 
 aten = torch.ops.aten
 
@@ -82,7 +83,10 @@ def find_demands(joint, replays, bits_of):
         replays = replays._replace(nodes=set(), operands=set())
     for user, position, node in joint.gradient_inputs():
         demand = Demand(user, position, node, Copy.EXACT)
-        if node in replays.nodes:
+        if must_recompute(node):
+            # A user's checkpointing: what it repeats is exact.
+            pass
+        elif node in replays.nodes:
             demand = demand._replace(copy=Copy.REPLAYED, role=Role.ATTENTION)
         elif joint.is_large(node):
             role = _role(joint, user, position, node, replays, ends)

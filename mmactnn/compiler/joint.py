@@ -133,10 +133,12 @@ class Joint:
         if node.op == 'get_attr':
             return True
         op = packet(node)
-        if op is None or op in EXPENSIVE or is_random(op):
+        if op is None:
             return False
         if must_recompute(node):
             return True
+        if op in EXPENSIVE or is_random(op):
+            return False
         if node in self.constants or op in CONSTANTS | VIEWS | CASTS:
             return True
         if op in (AFFINE | LINEAR_IN_FIRST | {aten.where}):

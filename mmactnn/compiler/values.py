@@ -5,6 +5,9 @@ import math
 import torch
 from torch import fx
 
+# Where in the model a value comes from.
+_PLACES = ('nn_module_stack', 'fwd_nn_module_stack')
+
 
 def value(node):
     """Fake value of a node, or None."""
@@ -108,6 +111,11 @@ def emit(graph, op, *args, **kwargs):
         fx.Node: The call.
     """
     node = graph.call_function(op, args, kwargs)
+    source = next((a for a in args if isinstance(a, fx.Node)), None)
+    if source is not None:
+        for key in _PLACES:
+            if key in source.meta:
+                node.meta[key] = source.meta[key]
     values = fx.node.map_arg((args, kwargs), value)
     with _mode_of(args, graph):
         node.meta['val'] = op(*values[0], **values[1])
