@@ -49,7 +49,7 @@ def compile(model, level=DEFAULT_LEVEL.name, **kwargs):
     names = ('backend', 'options', 'mode')
     chosen = {name: kwargs.pop(name) for name in names if name in kwargs}
     if isinstance(model, nn.Module):
-        _refuse_converted(model)
+        refuse_converted(model)
         for device in {p.device for p in model.parameters()}:
             default_generator.prepare(device)
     settings = compile_options(level, **chosen)
@@ -168,7 +168,15 @@ def _check_level(level):
         )
 
 
-def _refuse_converted(model):
+def refuse_converted(model):
+    """Raise if a model has compressed layers.
+
+    Args:
+        model (nn.Module): The model.
+
+    Raises:
+        ValueError: If it has.
+    """
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) and not module.quantizer.exact:
             raise ValueError(
