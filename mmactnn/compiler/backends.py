@@ -74,6 +74,8 @@ class AotEager:
         Returns:
             Callable: The compiled function.
         """
+        # Decompositions of pooling read it as an attribute of its package.
+        import torch._inductor.lowering  # noqa: F401
         from torch._dynamo.backends.common import aot_autograd
         from torch._inductor.decomposition import select_decomp_table
 

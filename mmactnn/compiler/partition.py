@@ -5,11 +5,11 @@ from pathlib import Path
 
 from ..ops.quantize import DEFAULT_GROUP_SIZE
 from .attention import find_replays
-from .classes import table_of_linear_uses
+from .classes import CASTS, table_of_linear_uses
 from .cut import Cut
 from .demands import Role, find_demands, find_quadratic
 from .extract import extract, partitioners, tidy
-from .joint import Joint
+from .joint import Joint, through
 from .report import GraphReport, describe
 from .rewrite import Rewriter
 from .values import hint, memory_order, value
@@ -19,6 +19,8 @@ _MIN_BYTES = 4096
 # Rows from which on means of channels are little beside the codes.
 _MIN_ROWS_FOR_MEANS = 64
 _MAX_SOLUTIONS = 8
+# Channels of an image.
+_MAX_IMAGE = 4
 
 
 class Partitioner:
@@ -70,7 +72,7 @@ class Partitioner:
             )
         cut, demands, uses = self._solve(joint)
         bits = {
-            node: max(self.bits_of(d.role) for d in served)
+            node: max(self.bits_of(role) for role in _roles(node, served))
             for node, served in uses.items()
             if served
         }
@@ -150,6 +152,19 @@ class Partitioner:
             and min(sizes) > 0
             and _rows(sizes) >= _MIN_ROWS_FOR_MEANS
         )
+
+
+def _roles(node, demands):
+    """Roles of a payload: of its uses, and that of an image."""
+    roles = {d.role for d in demands}
+    tensor = value(node)
+    source = through(node, CASTS)
+    is_image = (
+        source.op == 'placeholder'
+        and tensor.dim() == 4
+        and (hint(tensor.shape[1]) or _MAX_IMAGE + 1) <= _MAX_IMAGE
+    )
+    return roles | {Role.INPUT} if is_image else roles
 
 
 def _rows(sizes):

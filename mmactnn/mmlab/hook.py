@@ -53,8 +53,8 @@ class ActNNHook(Hook):
     ``tools/analysis_tools/memory_report.py`` prints the complete list.
 
     With the runner's setting ``compile`` the hook converts nothing: compiled
-    graphs keep the codes (:func:`mmactnn.compile`), and the log has a report on
-    them after the first iteration, without the numbers above.
+    graphs keep the codes (:func:`mmactnn.compile`), and the log has a report
+    on them after the first iteration, without the numbers above.
 
     Args:
         level (str | dict | Level, optional): See :func:`mmactnn.get_level`.
