@@ -1,6 +1,12 @@
 """Memory-efficient training with 2-bit activations."""
 
 from .compat import QModule, as_parents, set_optimization_level
+from .compiler import (
+    compile,
+    compile_options,
+    compile_report,
+    register_linear_use,
+)
 from .config import (
     LEVELS,
     Compression,
@@ -51,6 +57,9 @@ __all__ = [
     '__version__',
     'as_parents',
     'checkpoint',
+    'compile',
+    'compile_options',
+    'compile_report',
     'convert_model',
     'get_level',
     'get_precision',
@@ -59,6 +68,7 @@ __all__ = [
     'register_adapter',
     'register_function',
     'register_layer',
+    'register_linear_use',
     'register_pattern',
     'remove_cuda_graphs',
     'revert_model',

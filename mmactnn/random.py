@@ -161,12 +161,24 @@ class RoundingGenerator:
             if torch.cuda.is_current_stream_capturing():
                 return self._draw_captured(offset, counter)
             if counter is None:
-                # Outside of inference mode: captured steps write to it.
-                with torch.inference_mode(False):
-                    self._counters[device] = torch.zeros(
-                        1, dtype=torch.int64, device=device
-                    )
+                self.prepare(device)
         return Draw(self._key, offset)
+
+    def prepare(self, device):
+        """Make the counter of a device that captured graphs will need.
+
+        The first draw does so, too, unless it is captured itself.
+
+        Args:
+            device (torch.device): Any; only those with CUDA have counters.
+        """
+        if device.type != 'cuda' or device in self._counters:
+            return
+        # Outside of inference mode: captured steps write to it.
+        with torch.inference_mode(False):
+            self._counters[device] = torch.zeros(
+                1, dtype=torch.int64, device=device
+            )
 
     def state_dict(self):
         """State with which :meth:`load_state_dict` resumes.

@@ -22,7 +22,7 @@ ORDER = (
     ('layers',),
     ('functional',),
     ('fusion',),
-    ('adapters', 'memory', 'segments'),
+    ('adapters', 'compiler', 'memory', 'segments'),
     ('convert', 'names'),
     ('compat', 'graphs'),
     ('mmlab',),
@@ -41,6 +41,7 @@ LATE = {
     ('segments.checkpoint', 'modules.graph_break'): 'the same',
     ('segments.block', 'modules.graph_break'): 'the same',
     ('modules.eager', 'modules.graph_break'): 'the same',
+    ('compiler.options', 'compiler.backends'): 'the same',
 }
 
 

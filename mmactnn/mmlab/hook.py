@@ -22,7 +22,8 @@ from ..memory import Breakdown, Locator
 from ..memory.meter import measure_activations
 from ..names import require_named_layers
 from ..ops import DEFAULT_GROUP_SIZE
-from ..random import RoundingGenerator
+from ..random import RoundingGenerator, default_generator
+from .compiled import CompiledStep
 from .peak import PeakMemory
 from .samples import SampleIndex
 
@@ -58,6 +59,10 @@ class ActNNHook(Hook):
     nothing waits for the device. After the first one, a line of the log
     summarises uncompressed memory and its places;
     ``tools/analysis_tools/memory_report.py`` prints the complete list.
+
+    With the runner's setting ``compile`` the hook converts nothing: compiled
+    graphs keep the codes (:func:`mmactnn.compile`), and the log has a report
+    on them after the first iteration, without the numbers above.
 
     Args:
         level (str | dict | Level, optional): See :func:`mmactnn.get_level`.
@@ -109,6 +114,8 @@ class ActNNHook(Hook):
         self.generator = RoundingGenerator()
         self._samples = None
         self._precision = None
+        # Where the runner compiles.
+        self._compiled = None
         self._converted = False
         self._graphs = {}
         # Report of the conversion, until uncompressed memory is logged.
@@ -141,7 +148,20 @@ class ActNNHook(Hook):
         _refuse_second_hook(runner)
         _refuse_efficient_conv_bn_eval(runner, model)
         self._refuse_swapping_shards(runner)
+        self._compiled = CompiledStep.of(self, runner, model)
+        if self._compiled is not None:
+            # That of graphs.
+            self.generator = default_generator
         self.generator.manual_seed(runner.seed, stream=get_rank())
+        self._set_interval(runner)
+        if self._compiled is not None:
+            self._converted = True
+            runner.logger.info(
+                'ActNN converts no layer: compile='
+                f'{runner.cfg.get("compile")!r}, so that compiled graphs keep '
+                f'the codes of level {self.level.name}'
+            )
+            return
         if self.level.use_gradient:
             self._samples = SampleIndex(runner.train_dataloader.dataset)
         report = convert_model(
@@ -167,6 +187,8 @@ class ActNNHook(Hook):
         self._converted = True
         if not self.level.exact:
             self._report = report
+
+    def _set_interval(self, runner):
         if self.interval is None:
             self.interval = next(
                 (
@@ -186,6 +208,8 @@ class ActNNHook(Hook):
         Raises:
             ValueError: If the resumed run compressed other layers.
         """
+        if self._compiled is not None:
+            self._compiled.install(runner.model)
         loaded = self._loaded
         if loaded is None or runner.iter == 0:
             return  # initial weights, not a run to resume
@@ -220,6 +244,9 @@ class ActNNHook(Hook):
         self._peak.begin_step(data_batch)
         if self._measured and not self._is_due(batch_idx):
             return
+        if self._compiled is not None:
+            # The graphs' own report tells: hooks would compile anew.
+            return
         self._measured = True
         model = _unwrap(runner.model)
         locate = None if self._report is None else Locator(model)
@@ -242,6 +269,8 @@ class ActNNHook(Hook):
             self._precision.end_pass()
         # In every iteration, since LoggerHook may reset the counter after any.
         self._peak.end_step()
+        if self._compiled is not None:
+            self._compiled.report_once(runner.logger)
         if self._meter is None:
             return
         self._measuring.close()
