@@ -20,6 +20,7 @@ from ..convert.api import convert_model, get_precision
 from ..graphs import use_cuda_graphs
 from ..memory import Breakdown, Locator
 from ..memory.meter import measure_activations
+from ..modules.layout import use_channels_last
 from ..names import require_named_layers
 from ..ops import DEFAULT_GROUP_SIZE
 from ..random import RoundingGenerator, default_generator
@@ -137,6 +138,7 @@ class ActNNHook(Hook):
             RuntimeError: If the config has a setting that is incompatible
                 with compressed layers, names compressed layers but the model
                 has none, or lists several of these hooks.
+            ValueError: If it compiles, with CUDA graphs or choices of layers.
         """
         # Evaluation builds no optimizer and needs no compressed layers. It may
         # also come here after training.
@@ -150,6 +152,14 @@ class ActNNHook(Hook):
         self._refuse_swapping_shards(runner)
         self._compiled = CompiledStep.of(self, runner, model)
         if self._compiled is not None:
+            if self.cuda_graphs is not None:
+                raise ValueError(
+                    'cuda_graphs are of layers, and compile='
+                    f'{runner.cfg.get("compile")!r} has none: leave them out, '
+                    "or compile with options={'triton.cudagraphs': True}"
+                )
+            if self.channels_last:
+                use_channels_last(model)
             # That of graphs.
             self.generator = default_generator
         self.generator.manual_seed(runner.seed, stream=get_rank())

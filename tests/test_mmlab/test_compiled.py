@@ -52,3 +52,9 @@ def test_layers_cannot_be_told_apart(tmp_path):
     hook = dict(type='ActNNHook', exclude=['head'])
     with pytest.raises(ValueError, match='exclude and filter_fn'):
         train(tmp_path, hook, compile=True)
+
+
+def test_graphs_of_layers(tmp_path):
+    hook = dict(type='ActNNHook', cuda_graphs=['body'])
+    with pytest.raises(ValueError, match='triton.cudagraphs'):
+        train(tmp_path, hook, compile=True)
