@@ -10,6 +10,7 @@ from .cut import Cut
 from .demands import Role, find_demands, find_quadratic
 from .extract import extract, partitioners, tidy
 from .joint import Joint, through
+from .noise import allocate
 from .report import GraphReport, describe
 from .rewrite import Rewriter
 from .values import hint, memory_order, value
@@ -71,11 +72,10 @@ class Partitioner:
                 **others,
             )
         cut, demands, uses = self._solve(joint)
-        bits = {
-            node: max(self.bits_of(role) for role in _roles(node, served))
-            for node, served in uses.items()
-            if served
-        }
+        roles = {n: _roles(n, served) for n, served in uses.items() if served}
+        bits = {n: max(map(self.bits_of, found)) for n, found in roles.items()}
+        if self.compression.adaptive:
+            bits = allocate(joint.graph, roles, bits)
         centred = {node for node in bits if self._is_centred(node, uses[node])}
         rewriter = Rewriter(cut, bits, centred, self.compression.rounding)
         rewriter.rewrite(demands)
