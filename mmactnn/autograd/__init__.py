@@ -18,7 +18,7 @@ from .dropout import dropout, feature_dropout
 from .early_gradient import inputs_of, run_loss
 from .gate import gate
 from .group_norm import group_norm
-from .layer_norm import layer_norm
+from .layer_norm import layer_norm, rms_norm
 from .linear import linear
 from .matrix_product import matrix_product
 from .norm_act import norm_act, norm_for_smooth
@@ -66,6 +66,7 @@ __all__ = [
     'relu',
     'relu_codes',
     'resized_cross_entropy',
+    'rms_norm',
     'run_chain',
     'run_loss',
     'smooth',
