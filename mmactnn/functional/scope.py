@@ -173,7 +173,8 @@ def _context():
 
 def _takes(entry, args, kwargs):
     """Whether arguments are ordinary tensors and need gradients."""
-    input = args[0]
+    # An equation of torch.einsum comes before its tensors.
+    input = args[isinstance(args[0], str) and len(args) > 1]
     if (
         type(input) not in ORDINARY
         or input.dtype not in VALID_DTYPES

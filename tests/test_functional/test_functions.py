@@ -79,6 +79,7 @@ CASES = {
     ),
     'torch.matmul': lambda m, x, y: torch.matmul(x, y.mT) @ y,
     'torch.bmm': lambda m, x, y: x.bmm(torch.bmm(y.mT, x)),
+    'torch.einsum': lambda m, x, y: torch.einsum('blc, bkc -> bkl', x, y) @ y,
     'F.max_pool2d': lambda m, x, y: F.max_pool2d(x, 3, 1, 1) + y,
 }
 # Here some factors are kept themselves.
