@@ -178,6 +178,7 @@ class TestNames:
             'QDenseHead',
             'QModulatedDeformConv2d',
             'QModulatedDeformConv2dPack',
+            'QNormedConv2d',
             'QSELayer',
             'QSegFPN',
         }
