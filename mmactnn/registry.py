@@ -705,8 +705,8 @@ def register_function(
         Callable: The decorator; it returns the function. That takes a
         :class:`mmactnn.codes.quantizer.LayerQuantizer` and the arguments of
         the call, and returns its result, or ``NotImplemented`` to leave a
-        call to torch. The first argument is an ordinary tensor, and one of
-        the arguments needs a gradient.
+        call to torch. The first argument that is no string is an ordinary
+        tensor, and one of the arguments needs a gradient.
 
     Raises:
         TypeError: If ``layer`` is not registered, or a function is none.

@@ -6,11 +6,13 @@ from ..registry import register_adapter
 from .fpn import FPNAdapter
 from .gates import QChannelAttention, QSELayer
 from .heads import QDenseHead, QRetinaHead, QRPNHead
+from .normed import QNormedConv2d
 
 __all__ = [
     'QChannelAttention',
     'QDenseHead',
     'QFPN',
+    'QNormedConv2d',
     'QRPNHead',
     'QRetinaHead',
     'QSELayer',

@@ -18,9 +18,9 @@ from .dropout import dropout, feature_dropout
 from .early_gradient import inputs_of, run_loss
 from .gate import gate
 from .group_norm import group_norm
-from .layer_norm import layer_norm
+from .layer_norm import layer_norm, rms_norm
 from .linear import linear
-from .matrix_product import matrix_product
+from .matrix_product import can_contract, contraction, matrix_product
 from .norm_act import norm_act, norm_for_smooth
 from .placeholders import meta_tensor
 from .pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
@@ -41,7 +41,9 @@ __all__ = [
     'avg_pool2d',
     'batch_norm',
     'can_code_attention',
+    'can_contract',
     'coded_function',
+    'contraction',
     'convolution',
     'deformable_attention',
     'derived_convolution',
@@ -66,6 +68,7 @@ __all__ = [
     'relu',
     'relu_codes',
     'resized_cross_entropy',
+    'rms_norm',
     'run_chain',
     'run_loss',
     'smooth',

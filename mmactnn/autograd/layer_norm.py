@@ -2,6 +2,8 @@
 
 import math
 import weakref
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.autograd import Function
@@ -15,17 +17,52 @@ from .double_backward import first_order_only
 _native_layer_norm = torch.ops.aten.native_layer_norm.default
 
 
+class _Kind(NamedTuple):
+    """A normalisation.
+
+    Attributes:
+        layer (str): Name of the compressed layer.
+        normalise (Callable): Takes the arguments of ``native_layer_norm``, and
+            returns output, mean and inverse deviation.
+        subtracts_mean (bool): Whether the mean is subtracted; else it is 0.
+    """
+
+    layer: str
+    normalise: Callable
+    subtracts_mean: bool
+
+
+def _native_rms_norm(input, shape, weight, bias, eps):
+    """RMS normalisation as ``native_layer_norm``."""
+    output, scale = torch.ops.aten._fused_rms_norm(input, shape, weight, eps)
+    if bias is not None:
+        output += bias
+    if not input.is_cuda:
+        # The dtype of statistics of layer normalisation.
+        scale = scale.to(input.dtype)
+    return output, torch.zeros_like(scale), scale
+
+
+_LAYER_NORM = _Kind('QLayerNorm', _native_layer_norm, True)
+_RMS_NORM = _Kind('QRMSNorm', _native_rms_norm, False)
+
+
 class _LayerNorm(Function):
     @staticmethod
-    def forward(ctx, input, weight, bias, dtype, shape, eps, quantizer, made):
+    def forward(
+        ctx, input, weight, bias, dtype, shape, eps, quantizer, made, kind
+    ):
         x, w, b = cast(dtype, input, weight, bias)
-        output, mean, rstd = _native_layer_norm(x, shape, w, b, eps)
+        output, mean, rstd = kind.normalise(x, shape, w, b, eps)
+        ctx.kind = kind
         ctx.shape, ctx.dtype, ctx.input_dtype = shape, dtype, input.dtype
         ctx.format = None
         kept = ()
         if any(ctx.needs_input_grad[:2]):
             # As the input is, before a cast of autocast, which adds nothing.
-            payload = _pack(input, shape, eps, mean, rstd, quantizer)
+            payload = _pack(
+                input, shape, eps, mean, rstd, quantizer, kind.normalise
+            )
             ctx.format = payload.format._replace(dtype=output.dtype)
             kept = payload.tensors
             payload = ctx.format.make(*payload.operands)
@@ -33,15 +70,18 @@ class _LayerNorm(Function):
         ctx.save_for_backward(weight, bias, rstd, *kept)
         ctx.source = weakref.ref(input)
         if quantizer.meter is not None:
-            call = Call(x, output, statistics=(mean, rstd))
+            statistics = (mean, rstd) if kind.subtracts_mean else (rstd,)
+            call = Call(x, output, w, statistics)
             quantizer.record(kept, call)
         return output
 
     @staticmethod
-    @first_order_only('QLayerNorm', unless=lambda ctx: ctx.format is None)
+    @first_order_only(
+        lambda ctx: ctx.kind.layer, unless=lambda ctx: ctx.format is None
+    )
     def backward(ctx, grad_output):
         weight, bias, rstd, *kept = ctx.saved_tensors
-        nothing = [None] * 5
+        nothing = [None] * 6
         if not kept:
             dims = tuple(range(grad_output.dim() - len(ctx.shape)))
             grad_bias = grad_output.sum(dims) if dims else grad_output
@@ -70,6 +110,8 @@ class _LayerNorm(Function):
             if out.dtype != ctx.input_dtype:
                 out = torch.empty_like(out, dtype=ctx.input_dtype)
             grad_input = torch.mul(grad_input, rstd, out=out)
+            if not ctx.kind.subtracts_mean:
+                grad_input += _mean(grad_output, w, ctx.shape) * rstd
         grad_weight, grad_bias = (
             None if grad is None else grad.to(parameter.dtype)
             for grad, parameter in zip(others, (weight, bias))
@@ -77,11 +119,19 @@ class _LayerNorm(Function):
         return grad_input, grad_weight, grad_bias, *nothing
 
 
-def _pack(input, shape, eps, mean, rstd, quantizer):
+def _mean(grad_output, weight, shape):
+    """Mean of the normalised value's gradient, which the kernel subtracts."""
+    dims = tuple(range(-len(shape), 0))
+    if weight is not None:
+        grad_output = grad_output * weight
+    return grad_output.mean(dims, keepdim=True, dtype=torch.float32)
+
+
+def _pack(input, shape, eps, mean, rstd, quantizer, normalise):
     """Quantise the normalised value, less the means of channels."""
     # The bias of a normalisation without a weight: one pass over the input.
     shift = _negative_means(input, shape, mean, rstd)
-    rest = _native_layer_norm(input, shape, None, shift, eps)[0]
+    rest = normalise(input, shape, None, shift, eps)[0]
     if rest.dim() == len(shape):
         rest = rest.unsqueeze(0)
     payload = quantizer.pack(rest)
@@ -138,6 +188,34 @@ def layer_norm(input, shape, weight, bias, eps, quantizer):
     Raises:
         RuntimeError: If the shapes do not fit, as torch's function.
     """
+    return _normalise(input, shape, weight, bias, eps, quantizer, _LAYER_NORM)
+
+
+def rms_norm(input, shape, weight, eps, quantizer):
+    """RMS normalisation whose normalised value is kept as codes.
+
+    It is a layer normalisation with means and shifts of 0, and its output is
+    exact; for gradients and payload see :func:`layer_norm`.
+
+    Args:
+        input (Tensor[*, *shape]): As for :func:`layer_norm`.
+        shape (Sequence[int]): Shape of what is normalised together.
+        weight (Tensor[*shape], optional): Scale, of the input's dtype unless
+            autocast casts both.
+        eps (float, optional): Added to the mean square. None stands for that
+            of torch.
+        quantizer (LayerQuantizer): Settings of the layer.
+
+    Returns:
+        Tensor[*, *shape]: The output.
+
+    Raises:
+        RuntimeError: If the shapes do not fit, as torch's function.
+    """
+    return _normalise(input, shape, weight, None, eps, quantizer, _RMS_NORM)
+
+
+def _normalise(input, shape, weight, bias, eps, quantizer, kind):
     made = []
     output = _LayerNorm.apply(
         input,
@@ -148,6 +226,7 @@ def layer_norm(input, shape, weight, bias, eps, quantizer):
         eps,
         quantizer,
         made,
+        kind,
     )
     if made and made[0].format.size == output.shape:
         quantizer.cache.put(output, made[0])

@@ -10,7 +10,7 @@ from ..registry import register_function
 @register_function(F.linear, layer=QLinear)
 def linear(quantizer, input, weight, bias=None):
     """``F.linear``."""
-    # Products of two activations have a gradient of either kind.
-    if not weight.is_leaf or weight.dim() != 2 or not input.dim():
+    # A weight that is computed is kept itself.
+    if weight.dim() != 2 or not input.dim():
         return NotImplemented
     return autograd.linear(input, weight, bias, quantizer)

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import autograd
-from ..layers import QGroupNorm, QLayerNorm
+from ..layers import QGroupNorm, QLayerNorm, QRMSNorm
+from ..layers.layer_norm import takes_rms_norm
 from ..registry import register_function
 
 
@@ -30,6 +31,14 @@ def torch_layer_norm(
 ):
     """``torch.layer_norm``."""
     return layer_norm(quantizer, input, normalized_shape, weight, bias, eps)
+
+
+@register_function(F.rms_norm, torch.rms_norm, layer=QRMSNorm)
+def rms_norm(quantizer, input, normalized_shape, weight=None, eps=None):
+    """``F.rms_norm``."""
+    if not takes_rms_norm(input, normalized_shape, weight):
+        return NotImplemented
+    return autograd.rms_norm(input, normalized_shape, weight, eps, quantizer)
 
 
 @register_function(F.group_norm, layer=QGroupNorm)

@@ -104,6 +104,33 @@ def matrix_product(quantizer, input, other, out=None):
     return autograd.matrix_product(input, other, quantizer)
 
 
+def _is_of_activations(equation, *factors):
+    """Whether there are two factors that need gradients."""
+    return (
+        isinstance(equation, str)
+        and len(factors) == 2
+        and _are_activations(*factors)
+    )
+
+
+@register_function(
+    torch.einsum,
+    layer=QMatrixProduct,
+    takes=_is_of_activations,
+    needs_parameters=True,
+)
+def einsum(quantizer, equation, input, other):
+    """``torch.einsum`` of two tensors that need gradients."""
+    if (
+        other.dtype not in VALID_DTYPES
+        or not (input.dim() and other.dim())
+        or not autograd.can_contract(equation, input, other)
+        or not _has_codes(input, other)
+    ):
+        return NotImplemented
+    return autograd.contraction(equation, input, other, quantizer)
+
+
 def _has_codes(input, other):
     """Whether a factor is large beside the other one, and no leaf."""
     size = max(input.numel(), other.numel())

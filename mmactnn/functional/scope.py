@@ -162,7 +162,7 @@ class FunctionScope:
         if not args or not _takes(entry, args, kwargs):
             return NotImplemented
         quantizer = self.settings.quantizer_for(entry)
-        if quantizer.bits is None or _is_called_by_layer():
+        if quantizer.bits is None or _is_called_by_layer(self._module):
             return NotImplemented
         return entry.compress(quantizer, *args, **kwargs)
 
@@ -173,7 +173,8 @@ def _context():
 
 def _takes(entry, args, kwargs):
     """Whether arguments are ordinary tensors and need gradients."""
-    input = args[0]
+    # An equation of torch.einsum comes before its tensors.
+    input = args[isinstance(args[0], str) and len(args) > 1]
     if (
         type(input) not in ORDINARY
         or input.dtype not in VALID_DTYPES
@@ -189,16 +190,23 @@ def _takes(entry, args, kwargs):
     return needed and (entry.without_grad or torch.is_grad_enabled())
 
 
-def _is_called_by_layer():
+def _is_called_by_layer(module):
     """Whether a forward pass calls that a compressed layer stands for.
 
-    Such a layer was left exact on purpose.
+    Such a layer was left exact on purpose. A module that computes otherwise
+    than its parent may still call the parent's functions.
+
+    Args:
+        module (nn.Module): The module whose functions are compressed.
     """
     frame = sys._getframe(2)
     while frame is not None:
-        module = frame.f_globals.get('__name__', '')
-        if module.partition('.')[0] != _PACKAGE and module not in _ON_THE_WAY:
-            return frame.f_code in default_registry.codes
+        home = frame.f_globals.get('__name__', '')
+        if home.partition('.')[0] != _PACKAGE and home not in _ON_THE_WAY:
+            code = frame.f_code
+            return code in default_registry.codes and (
+                frame.f_locals.get(code.co_varnames[0]) is not module
+            )
         frame = frame.f_back
     return False
 

@@ -11,6 +11,30 @@ from .base import CodedLayer
 from .gateway import run
 
 
+def numeric_padding(input, padding, kernel_size, dilation):
+    """Numeric padding for 'same' or 'valid', which pads an odd side itself.
+
+    Args:
+        input (Tensor[N, C, *]): Input of a convolution with stride 1.
+        padding (str): 'same' or 'valid'.
+        kernel_size (Sequence[int]): Size of the kernel.
+        dilation (Sequence[int]): Distance of the kernel's places.
+
+    Returns:
+        tuple[Tensor[N, C, *], tuple[int]]: The input, padded where the two
+        sides differ, and the padding of both sides of each dimension.
+    """
+    if padding == 'valid':
+        return input, (0,) * len(kernel_size)
+    total = [
+        distance * (size - 1) for distance, size in zip(dilation, kernel_size)
+    ]
+    extra = [side for t in reversed(total) for side in (0, t % 2)]
+    if any(extra):
+        input = F.pad(input, extra)
+    return input, tuple(t // 2 for t in total)
+
+
 class _QConv(CodedLayer):
     """Mixin of convolutions, transposed or not, of all ranks."""
 
@@ -58,7 +82,9 @@ class ForwardConv(_QConv):
             )
             padding = (0,) * len(self.kernel_size)
         elif isinstance(padding, str):
-            input, padding = self._resolve_padding(input)
+            input, padding = numeric_padding(
+                input, padding, self.kernel_size, self.dilation
+            )
         geometry = (
             self.stride,
             padding,
@@ -68,19 +94,6 @@ class ForwardConv(_QConv):
             self.groups,
         )
         return self._convolve(input, weight, bias, geometry, self.quantizer)
-
-    def _resolve_padding(self, input):
-        """Numeric padding for 'same' or 'valid'; pads an odd side itself."""
-        if self.padding == 'valid':
-            return input, (0,) * len(self.kernel_size)
-        total = [
-            dilation * (size - 1)
-            for dilation, size in zip(self.dilation, self.kernel_size)
-        ]
-        extra = [side for t in reversed(total) for side in (0, t % 2)]
-        if any(extra):
-            input = F.pad(input, extra)
-        return input, tuple(t // 2 for t in total)
 
 
 @register_layer(

@@ -1,4 +1,4 @@
-"""Convolutions of MMCV against their parents."""
+"""Convolutions of MMCV and MMDetection against their parents."""
 
 import copy
 
@@ -16,11 +16,19 @@ COMMON = dict(kernel_size=3, padding=1)
 
 
 def deformable(name, module):
-    return lambda: _imported(module, name)(8, 6, **COMMON)
+    return lambda: _imported(f'mmcv.ops.{module}', name)(8, 6, **COMMON)
+
+
+def normed(**kwargs):
+    def make():
+        module = 'mmdet.models.layers.normed_predictor'
+        return _imported(module, 'NormedConv2d')(8, 6, **COMMON, **kwargs)
+
+    return make
 
 
 def _imported(module, name):
-    return getattr(pytest.importorskip(f'mmcv.ops.{module}'), name)
+    return getattr(pytest.importorskip(module), name)
 
 
 MAKERS = {
@@ -30,6 +38,8 @@ MAKERS = {
     'padding': lambda: Conv2dAdaptivePadding(8, 6, 3, stride=2),
     'even kernel': lambda: Conv2dAdaptivePadding(8, 6, 4, dilation=2),
     'no padding': lambda: Conv2dAdaptivePadding(8, 6, 1),
+    'normalised': normed(power=0.5),
+    'normalised kernels': normed(norm_over_kernel=True, bias=False),
     'deformable': deformable('DeformConv2dPack', 'deform_conv'),
     'modulated': deformable(
         'ModulatedDeformConv2dPack', 'modulated_deform_conv'

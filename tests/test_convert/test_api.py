@@ -366,7 +366,15 @@ class TestFilters:
 
     @pytest.mark.parametrize('argument', ['include', 'exclude'])
     @pytest.mark.parametrize(
-        'pattern', ['bakbone.*', 'Stem.*', 'Conv3d', nn.Conv3d, 'own', 'pool']
+        'pattern',
+        [
+            'bakbone.*',
+            'Stem.*',
+            'SyncBatchNorm',
+            nn.SyncBatchNorm,
+            'own',
+            'pool',
+        ],
     )
     def test_pattern_that_matches_nothing(self, pattern, argument, net):
         filters = {argument: ['stem.0', pattern]}

@@ -50,6 +50,8 @@ CASES = {
         F.layer_norm(x, (32,), m.scale, None, 1e-4) + y
     ),
     'F.layer_norm, plain': lambda m, x, y: F.layer_norm(x, [32]) + y,
+    'F.rms_norm': lambda m, x, y: F.rms_norm(x, (32,), m.scale, 1e-4) + y,
+    'torch.rms_norm': lambda m, x, y: torch.rms_norm(x, (32,)) + y,
     'F.group_norm': lambda m, x, y: F.group_norm(x, 1, eps=1e-3) + y,
     'F.linear': lambda m, x, y: F.linear(x, m.second.weight) + y,
     'F.linear, keywords': lambda m, x, y: (
@@ -77,6 +79,7 @@ CASES = {
     ),
     'torch.matmul': lambda m, x, y: torch.matmul(x, y.mT) @ y,
     'torch.bmm': lambda m, x, y: x.bmm(torch.bmm(y.mT, x)),
+    'torch.einsum': lambda m, x, y: torch.einsum('blc, bkc -> bkl', x, y) @ y,
     'F.max_pool2d': lambda m, x, y: F.max_pool2d(x, 3, 1, 1) + y,
 }
 # Here some factors are kept themselves.

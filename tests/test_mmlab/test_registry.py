@@ -47,6 +47,7 @@ from mmactnn import (
     QMish,
     QReLU,
     QReLU6,
+    QRMSNorm,
     QSigmoid,
     QSiLU,
     QSoftplus,
@@ -61,6 +62,8 @@ PREFIXES = dict(plain='', dotted='mmactnn.')
 NAMES = {
     'QLayerNorm': QLayerNorm,
     'QLN': QLayerNorm,
+    'QRMSNorm': QRMSNorm,
+    'QRMSN': QRMSNorm,
     'QConv1d': QConv1d,
     'QConv2d': QConv2d,
     'QConv': QConv2d,
@@ -175,6 +178,7 @@ class TestNames:
             'QDenseHead',
             'QModulatedDeformConv2d',
             'QModulatedDeformConv2dPack',
+            'QNormedConv2d',
             'QSELayer',
             'QSegFPN',
         }
