@@ -46,7 +46,7 @@ class Tiny(BaseModel):
         self.norm = build_norm_layer(norm_cfg, 3)[1]
 
     def forward(self, inputs, data_samples, mode):
-        return dict(loss=self.norm(inputs)[:].square().mean())
+        return dict(loss=self.norm(inputs)[:].cos().mean())
 """
 
 
@@ -120,7 +120,7 @@ def test_summary(make_config, capsys):
     tiny = make_config(norm='QBN2d', exclude=[])
     memory_report.main([tiny, tiny, '--shape', '32', '32', '--level', 'L3'])
     row = cells(capsys.readouterr().out)['config']
-    # The normalisation's input (and statistics), then that of the square,
+    # The normalisation's input (and statistics), then that of the cosine,
     # which its backward pass needs as it is, then a few bytes of codes.
     full = 2 * 3 * 32 * 32 * 4 / MIB
     exact, kept, ratio, left = map(float, row[1:5])
@@ -136,7 +136,7 @@ def test_code_is_printed_as_it_is(make_config, capsys):
     config = make_config(norm='QBN2d', exclude=[])
     memory_report.main([config, '--shape', '32', '32'])
     note = cells(capsys.readouterr().out)['(model)'][-1]
-    assert note.startswith('return dict(loss=self.norm(inputs)[:].square()')
+    assert note.startswith('return dict(loss=self.norm(inputs)[:].cos()')
 
 
 def test_settings(make_config, tmp_path, capsys):
