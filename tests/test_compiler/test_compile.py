@@ -123,6 +123,7 @@ def mean_of_draws(model, function, count, *inputs):
     return sum(draws) / count
 
 
+@pytest.mark.full
 def test_dynamic_shapes():
     """One graph serves several sizes, odd ones included."""
     model, _ = make('vit')
@@ -153,7 +154,9 @@ class Broken(nn.Module):
         return self.second(x)
 
 
-@pytest.mark.parametrize('checkpointed', [False, True])
+@pytest.mark.parametrize(
+    'checkpointed', [pytest.param(False, marks=pytest.mark.full), True]
+)
 def test_parts_and_dropout(checkpointed):
     """Graph breaks, checkpointing inside, masks of dropout."""
     make('vit')
@@ -173,6 +176,7 @@ def test_parts_and_dropout(checkpointed):
     assert len(graphs) == 2 - checkpointed
 
 
+@pytest.mark.full
 def test_autocast_and_accumulation():
     model, x = make('vit')
     exact, coded = exact_and_coded(model)

@@ -35,7 +35,14 @@ def unbroken(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize('where', ['epoch', 'checkpoint', 'evaluation'])
+@pytest.mark.parametrize(
+    'where',
+    [
+        'epoch',
+        pytest.param('checkpoint', marks=pytest.mark.full),
+        'evaluation',
+    ],
+)
 def test_goes_on(where, tmp_path, unbroken):
     assert run(tmp_path, where) == -signal.SIGKILL, log_of(tmp_path)
     assert len(records(tmp_path)) < 15

@@ -43,7 +43,13 @@ def test_compiled_steps_keep_codes(tmp_path):
     text = log(runner)
     assert 'ActNN converts no layer: compile=' in text
     assert 'codes of 2 bits' in text
-    # Rounding is a function of seed and iteration.
+
+
+@pytest.mark.full
+def test_compiled_runs_repeat(tmp_path):
+    """Rounding is a function of seed and iteration."""
+    hook = dict(type='ActNNHook', level='L3')
+    _, found = train(tmp_path / 'one', hook, compile=COMPILE)
     _, again = train(tmp_path / 'again', hook, compile=COMPILE)
     assert again == found
 

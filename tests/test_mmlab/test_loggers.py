@@ -11,6 +11,9 @@ from support.toy import ITERATIONS, make_runner
 
 from mmactnn.hooks import ActNNHook
 
+# Importing the backends takes longer than all else here.
+pytestmark = pytest.mark.full
+
 # All iterations of so short a run on a GPU are its warm-up.
 PEAK = 'warmup_peak_mib' if torch.cuda.is_available() else 'peak_mib'
 NAMES = ('saved_mib', 'exact_mib', 'ratio', 'layers_ratio', PEAK)
