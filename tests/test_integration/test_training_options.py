@@ -64,6 +64,11 @@ class PatchClassifier(BaseModel):
             drop_path_rate=drop_path_rate,
             with_cp=with_cp,
         )
+        for module in self.modules():
+            # MMCV's attention writes rates of one model to its defaults, and
+            # QDropout does not draw from torch's generator.
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
         self.head = nn.Linear(64, 4)
 
     def forward(self, inputs, labels=None, mode='tensor'):
