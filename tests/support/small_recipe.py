@@ -64,8 +64,9 @@ _train = load_tool('train.py')
 # smallest is trained; test_configs.py builds the others, which --full
 # trains. So it is with what is a part of another one: Mask R-CNN has all of
 # Faster R-CNN, as many times as Cascade R-CNN, UPerNet the pooling of PSPNet,
-# FCOS the towers of ATSS, MoCo the neck and the loss of SimCLR, and others
-# have the head of FCN. test_linear_probe.py runs the probe by the tools.
+# FCOS the towers of ATSS, RTMDet the blocks of YOLOX, MoCo the neck and the
+# loss of SimCLR, and others have the head of FCN. test_linear_probe.py runs
+# the probe by the tools.
 ALIKE = {
     'atss_r50',
     'cascade_rcnn_r50',
@@ -89,6 +90,7 @@ ALIKE = {
     'sem_fpn_r50',
     'sem_fpn_r50_paper',
     'simclr_r50',
+    'yolox_s',
 }
 
 

@@ -87,7 +87,12 @@ def no_compiled_code_of_other_tests():
 # Least factor of memory, and largest error of one draw.
 @pytest.mark.parametrize(
     'name, ratio, error',
-    [('mlp', 9, 0.1), ('cnn', 8, 0.05), ('vit', 9, 0.35), ('win', 7, 0.5)],
+    [
+        pytest.param('mlp', 9, 0.1, marks=pytest.mark.full),
+        ('cnn', 8, 0.05),
+        ('vit', 9, 0.35),
+        pytest.param('win', 7, 0.5, marks=pytest.mark.full),
+    ],
 )
 def test_gradients_are_unbiased(name, ratio, error):
     """The loss is exact; the mean of draws tends to the gradient."""
