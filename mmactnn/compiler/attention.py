@@ -148,7 +148,7 @@ def _moved(node, source, ops):
 
 
 def _add_followers(joint, quotient, replays):
-    """What is made of the weights alone: views, casts, dropout."""
+    """Add nodes that follow from the weights: views, casts, dropout."""
     todo = [quotient]
     while todo:
         for user in todo.pop().users:

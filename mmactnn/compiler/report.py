@@ -36,7 +36,7 @@ class KeptValue:
 
 @dataclasses.dataclass(frozen=True)
 class GraphReport:
-    """What one graph keeps.
+    """Values that one graph keeps.
 
     Attributes:
         kept (tuple[KeptValue]): Its values, parameters left out.
@@ -55,7 +55,7 @@ class GraphReport:
 
 
 class CompileReport:
-    """What the graphs of a compiled model keep, as they are compiled.
+    """Reports on the graphs of a compiled model, as they are compiled.
 
     Graphs that come from the compiler's cache on disk were partitioned by
     another process, and are missing.

@@ -31,11 +31,7 @@ def _are_activations(input, other, out=None):
 )
 def product(quantizer, input, other, out=None):
     """``input * other``, where both need gradients."""
-    if (
-        other.dtype not in VALID_DTYPES
-        or not (input.dim() and other.dim())
-        or not _has_codes(input, other)
-    ):
+    if not (input.dim() and other.dim()) or not _has_codes(input, other):
         return NotImplemented
     return autograd.product(input, other, quantizer)
 
@@ -95,11 +91,7 @@ def square(quantizer, input):
 )
 def matrix_product(quantizer, input, other, out=None):
     """``input @ other``, where both need gradients."""
-    if (
-        other.dtype not in VALID_DTYPES
-        or min(input.dim(), other.dim()) < 2
-        or not _has_codes(input, other)
-    ):
+    if min(input.dim(), other.dim()) < 2 or not _has_codes(input, other):
         return NotImplemented
     return autograd.matrix_product(input, other, quantizer)
 
@@ -122,8 +114,7 @@ def _is_of_activations(equation, *factors):
 def einsum(quantizer, equation, input, other):
     """``torch.einsum`` of two tensors that need gradients."""
     if (
-        other.dtype not in VALID_DTYPES
-        or not (input.dim() and other.dim())
+        not (input.dim() and other.dim())
         or not autograd.can_contract(equation, input, other)
         or not _has_codes(input, other)
     ):
@@ -134,4 +125,6 @@ def einsum(quantizer, equation, input, other):
 def _has_codes(input, other):
     """Whether a factor is large beside the other one, and no leaf."""
     size = max(input.numel(), other.numel())
-    return is_coded(input, size) or is_coded(other, size)
+    return other.dtype in VALID_DTYPES and (
+        is_coded(input, size) or is_coded(other, size)
+    )

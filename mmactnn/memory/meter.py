@@ -460,8 +460,8 @@ def measure_activations(model, locate=None):
     finally:
         if swap is not None:
             swap.observer = None
-        for layer, meter in zip(layers, outer_meters):
-            layer.quantizer.meter = meter
+        for layer, outer in zip(layers, outer_meters):
+            layer.quantizer.meter = outer
         for settings, make_meter in zip(functions, outer_makers):
             settings.make_meter = make_meter
         for hook in gathering:

@@ -312,7 +312,7 @@ def test_registered_use():
 
 
 def test_saved_tensors_are_the_report():
-    """What autograd holds is what the report says."""
+    """Tensors that autograd holds are those of the report."""
     model, x = make('vit')
     coded = mmactnn.compile(model, backend='aot_eager')
     gradient(model, coded, x)

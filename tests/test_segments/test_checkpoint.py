@@ -429,7 +429,7 @@ class TestTorchsKeywords:
 
     @pytest.mark.parametrize('p, runs', [(0.0, 1), (0.5, 2)])
     def test_dropout_of_nothing_keeps_no_mask(self, p, runs):
-        """What is computed before a mask has to be computed again."""
+        """Operations before a mask have to be computed again."""
         layer, dropout, calls = nn.Linear(64, 64), nn.Dropout(p), []
         layer.register_forward_hook(lambda *_: calls.append(1))
         leaf, x = graph_input(4, 16, 64)
